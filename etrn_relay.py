@@ -1,0 +1,3523 @@
+#!/usr/bin/env python3
+"""etrn_relay - a backup mail exchanger in one file
+
+USAGE
+    etrn_relay.py [--config FILE] [COMMAND] [OPTION]...
+
+    Without a command the relay runs in the foreground.  The configuration is
+    FILE, or $ETRN_RELAY_CONFIG, or ./etrn.conf, or /etc/etrn.conf.
+
+  Commands
+    --bounce ID|DOMAIN|all    return mail to its senders now
+    --check                   read the config, look at DNS, ports and spool
+    --delete ID|DOMAIN|all    remove mail; nobody is told
+    --demo                    show a whole outage on loopback, in a few seconds
+    --export DOMAIN           the queued messages as mbox on stdout
+    --flush DOMAIN|@DOMAIN|all
+                              deliver now; a progress bar on a terminal
+    --hold ID|DOMAIN|all      keep mail until it is released
+    --queue [DOMAIN]          list the queue
+    --release ID|DOMAIN|all   undo --hold
+    --show ID                 envelope, attempts and headers
+    --status                  primaries, queue, connections
+
+  Options
+    --config FILE             the configuration file
+    --help, --version         print this page, or the version
+    --json                    machine-readable output for --check --flush
+                              --queue --show --status
+    --no-wait                 --flush returns at once [it waits]
+    --raw                     --show prints the message as it will be sent
+    --yes                     do not ask before --delete all, --bounce all
+
+  Examples
+    etrn_relay.py --config /etc/etrn.conf
+    etrn_relay.py --flush example.org
+
+  Exit status
+    0 done   1 no such message or domain   64 usage   69 relay or primary
+    out of reach   75 mail is still waiting, or try later   78 configuration
+
+QUEUE
+    A secondary MX takes mail while the primary is away.  Each message is a
+    pair in the spool directory: ID.eml is the message as it will be sent,
+    with our Received field and CRLF line ends; ID.json, its sidecar, holds the
+    envelope, the state of every recipient, the expiry and the SHA-256 of the
+    .eml.  Both are plain files for ls, cat and jq.  A pair copied to the spool
+    of another relay is delivered from there after its next start or SIGHUP.
+
+    After the 250 that answers the end of the data, message, envelope and
+    directory entries are on stable storage.  A message leaves the spool only by
+    the primary's own 250, by its sender having been told, or by an
+    operator's command.  Crashes may cause a second copy, never a loss.
+
+    While mail waits for a primary that is down, the primary is tried every
+    probe_interval at the longest; when it greets, everything queued for it
+    goes, oldest first.  After an outage one message goes alone; when it is
+    taken, connections are added one by one.
+
+ETRN
+    RFC 1985.  `ETRN example.org` probes that domain's primary at once and
+    delivers everything but held mail; `ETRN @example.org` takes in the
+    subdomains.  Mail goes to the domain's own primary and nowhere else,
+    whoever asks.  Each reply is one line, and 251 is never sent, because
+    fetchmail stops at it.  --flush DOMAIN does the same.
+
+SIGNALS
+    HUP   read the configuration again, reopen the log, look for copied mail
+    USR1  probe every primary and deliver what can be delivered
+    TERM, INT   stop within 5 seconds; nothing is lost
+
+FILES
+    SPOOL/ID.eml, SPOOL/ID.json     a queued message and its sidecar
+    SPOOL/incoming/                 being received; never acknowledged
+    SPOOL/done/                     being removed, after delivery
+    SPOOL/corrupt/                  pairs that could not be trusted
+    SPOOL/state.json                what is known of the primaries; counters
+    SPOOL/control, SPOOL/lock       how commands reach the running relay
+
+LOG LINES
+    Postfix's grammar; one line an event, queue ID or NOQUEUE first.
+    smtpd: ID: client=NAME[ADDRESS]
+    qmgr: ID: from=<ADDRESS>, size=N, nrcpt=N (queue active)
+    smtp: ID: to=<ADDRESS>, relay=HOST[ADDRESS]:PORT, delay=S, delays=A/B/C/D,
+          dsn=X.Y.Z, status=sent|deferred|bounced|expired (WHY)
+    qmgr: ID: removed
+    bounce: ID: sender non-delivery notification: NEW-ID
+    smtpd: NOQUEUE: reject: RCPT from NAME[ADDRESS]: REPLY; from=<> to=<> ...
+    flush: etrn: site=DOMAIN, client=NAME[ADDRESS], messages=N, reply=CODE
+    primary: DOMAIN: up after 2h14m, 1841 messages waiting
+
+EXIT STATUS
+    0 done; 1 something asked about is missing; 64 usage; 69 the relay or the
+    primary cannot be reached; 75 temporary: mail is still waiting, or another
+    relay holds the spool; 78 configuration.
+
+BUGS
+    A disk that says "written" before it is cannot be noticed.  A message that
+    was being acknowledged when its connection to the primary broke may
+    arrive twice: at most one for each connection.
+
+CONTENTS
+    1 MANUAL  2 LIMITS  3 GRAMMAR  4 CONFIG  5 LOG  6 SPOOL  7 SESSION
+    8 SCHEDULE  9 DNS  10 DSN  11 DELIVERY  12 CONTROL  13 STATUS  14 SERVER
+    15 MAIN.  Search for "== 6" and you are at the spool.
+"""
+# == 1. MANUAL =================================================================
+# The text above.  `--help` prints its first part, up to QUEUE.
+
+from __future__ import annotations
+
+import argparse
+import collections
+import configparser
+import dataclasses
+import difflib
+import email.utils
+import enum
+import errno
+import fcntl
+import hashlib
+import heapq
+import ipaddress
+import json
+import os
+import queue
+import random
+import re
+import resource
+import secrets
+import selectors
+import shutil
+import signal
+import smtplib
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+                    Sequence, Set, TextIO, Tuple, Union)
+
+try:
+    import syslog
+except ImportError:             # a slim router's Python: `log = syslog` is refused there, the rest works
+    syslog = None               # type: ignore[assignment]
+
+__version__ = "0.1-dev"
+
+# == 2. LIMITS =================================================================
+# Every number that is not an option, with its unit and its reason.
+
+# -- what a client may send
+COMMAND_MAX = 2048              # octets with line end; RFC 5321 4.5.3.1.4 wants 512, long paths and parameters need more
+LOCAL_MAX = 64                  # octets, RFC 5321 4.5.3.1.1
+DOMAIN_MAX = 253                # octets of a name as text; RFC 5321 4.5.3.1.2 says 255 with the dots DNS counts
+PATH_MAX = 256                  # octets with the angle brackets, RFC 5321 4.5.3.1.3
+ERRORS_MAX = 10                 # protocol errors in a session; the next one is answered 421
+HOPS_MAX = 100                  # Received fields, RFC 5321 6.3: "SHOULD use a large rejection threshold, normally at least 100"
+OWN_HOPS_MAX = 3                # our own name in them: mail that comes back is in a loop long before a hundred hops
+HEADER_SCAN_MAX = 262144        # octets of header searched for Received fields; hops are added at the top
+ENVID_MAX = 100                 # octets, RFC 3461 4.4
+ORCPT_MAX = 500                 # octets, RFC 3461 4.2
+OVERSIZE_FACTOR = 2             # a client that sends more than this times the limit is cut off, not read to the end
+
+# -- the loop
+RECEIVE_OCTETS = 65536          # read from one client at a time, so that no client holds the others up
+OUTPUT_MAX = 65536              # octets of replies a client may leave unread before we stop reading from it
+SPILL_OCTETS = 131072           # of a body in memory before it is handed to a committer
+UNWRITTEN_MAX = 524288          # octets of one body in memory, then the client waits for the disk
+ACCEPTS_PER_TURN = 64           # new connections taken before those already open are looked at again
+SWEEP_S = 1.0                   # how often idle clients are looked for; idle limits are minutes
+STOP_S = 4.0                    # time given to sessions and deliveries at SIGTERM; contract: stopped within 5 s
+RESERVED_FILES = 64             # descriptors kept from clients for spool, workers, logs and DNS
+DATA_RATE_MIN = 500             # octets a second a client must reach in the long run, as Postfix's smtpd_min_data_rate
+
+# -- the spool
+COMMITTERS = 8                  # threads; their fsyncs overlap, one batch shares the directory's
+BATCH_MAX = 64                  # messages a committer makes durable together
+BLOCK_OCTETS = 262144           # read or written at once where a file does not fit in memory
+ORPHAN_S = 3600.0               # a lone .eml younger than this may be half of a pair being copied
+RETRY_DISK_S = 5.0              # between attempts to record what a full or failing disk did not take
+SIDECAR_MAX = 8 << 20           # octets; a thousand recipients with long answers are far below
+STATE_SAVE_S = 60.0             # counters and primaries are saved so often when they changed
+SPACE_CHECK_S = 1.0             # free space is asked of the file system at most so often
+
+# -- towards the primary
+SMTP_PORT = 25                  # of hosts found through MX, RFC 5321 4.5.4.2
+CONNECT_S = 30.0                # contract 5, and the four below; RFC 5321 4.5.3.2 asks no less than 2 min for DATA,
+COMMAND_S = 300.0               # 5 min for commands
+DATA_S = 120.0
+BLOCK_S = 180.0
+END_OF_DATA_S = 600.0           # short waits here make duplicates, RFC 1047
+REPLY_LINES_MAX = 100           # of one reply; an EHLO answer has about a dozen
+REPLY_OCTETS_MAX = 65536
+RCPTS_PER_TRANSACTION = 100     # what every server must take, RFC 5321 4.5.3.1.8
+JOBS_PER_CONNECTION = 16        # messages handed to a connection at a time, so that others get their share
+JOBS_REFILL = 4                 # a connection with so few left gets more
+IDLE_CONNECTION_S = 2.0         # a connection waits so long for another message before QUIT
+PROBE_FIRST_S = 1.0             # pause after the first failure; most outages are reboots.  Doubles to probe_interval
+TRIGGER_S = 1.0                 # a flood of ETRNs costs one probe a second
+MESSAGES_PER_CONNECTION = 20    # so many waiting messages justify one connection more
+VERDICTS = 20                   # the last answers looked at: mostly 4xx halves the connections
+ATTEMPTS_MIN = 3                # failed attempts that must stand behind an expiry; a jump of the clock is none
+CLOCK_JUMP_S = 60.0             # wall and monotonic clock drifting apart by more at once is a jump
+
+# -- names
+DNS_TRY_S = 3.0                 # for one answer from one server, then the next server is asked
+DNS_TOTAL_S = 20.0              # for one question
+DNS_UDP_MAX = 1232              # octets in EDNS; fits in an unfragmented IPv6 packet
+DNS_CNAMES_MAX = 10
+DNS_RECORDS_MAX = 100           # looked at in one answer
+ROUTE_HOSTS_MAX = 20            # addresses tried for one primary
+
+# -- texts
+LOG_TEXT_MAX = 500              # characters of foreign text in one log line
+RESPONSE_MAX = 400              # characters kept of a reply
+NOTICE_FULL_MAX = 1 << 20       # octets; a larger original is returned as headers even when RET=FULL
+
+Time = float                    # seconds since the epoch
+EX_OK, EX_MISSING, EX_USAGE, EX_UNAVAILABLE, EX_TEMPFAIL, EX_CONFIG = 0, 1, 64, 69, 75, 78
+
+
+# == 3. GRAMMAR ================================================================
+# Paths, domains, address literals, parameters, replies: one function a production.
+# Pure.  Everything sent on is built from what these functions return, so
+# what was judged is what is sent.
+
+class Reply(NamedTuple):
+    """An SMTP reply.  `text` may have several lines; `status` is the enhanced
+    code of RFC 3463 or empty."""
+    code: int
+    status: str
+    text: str
+
+    def wire(self) -> bytes:
+        status = self.status + " " if self.status else ""
+        lines = self.text.split("\n")
+        out = ["%d-%s%s\r\n" % (self.code, status, line) for line in lines[:-1]]
+        out.append("%d %s%s\r\n" % (self.code, status, lines[-1]))
+        return "".join(out).encode("utf-8", "replace")
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (str(self.code), self.status, self.text.replace("\n", " "))))
+
+
+class Refuse(Exception):
+    """The peer's mistake: becomes `reply` on the wire, and one log line."""
+
+    def __init__(self, code: int, status: str, text: str) -> None:
+        super().__init__(text)
+        self.reply = Reply(code, status, text)
+
+
+CONTROLS = re.compile(rb"[\x00-\x1f\x7f]")
+_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
+_ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u0080-\U0010ffff]+"
+_QUOTED = r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"'
+_PATH = re.compile(r"<(?P<route>@[^\s<>:,]+(?:,@[^\s<>:,]+)*:)?(?:(?P<local>%s(?:\.%s)*|%s)"
+                   r"@(?P<domain>\[[^\[\]<>\s]*\]|[^\s<>@\[\]]+)|(?P<bare>%s(?:\.%s)*)?)>"
+                   % (_ATEXT, _ATEXT, _QUOTED, _ATEXT, _ATEXT))
+_PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f]+))?")
+_XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
+
+
+def parse_domain(text: str) -> str:
+    """A domain name as lower-case A-labels, without a final dot (RFC 5321
+    4.1.2, RFC 5890).  Raises ValueError.  Underscores pass: some senders have
+    them, and no served name is reached by one."""
+    if not text.isascii():
+        try:
+            text = text.encode("idna").decode("ascii")
+        except (UnicodeError, LookupError):
+            raise ValueError("not a domain name") from None
+    name = text.lower()
+    if not name or len(name) > DOMAIN_MAX:
+        raise ValueError("not a domain name")
+    labels = name.split(".")
+    if not all(_LABEL.fullmatch(label) for label in labels) or labels[-1].isdigit():
+        raise ValueError("not a domain name")
+    for label in labels:
+        if label.startswith("xn--"):
+            try:
+                label.encode("ascii").decode("idna")
+            except (UnicodeError, LookupError):
+                raise ValueError("not a domain name") from None
+    return name
+
+
+def parse_literal(text: str) -> str:
+    """An address literal with its brackets, RFC 5321 4.1.3; returns the address.  Raises ValueError."""
+    inner = text[1:-1]
+    if inner[:5].upper() == "IPV6:":
+        return str(ipaddress.IPv6Address(inner[5:]))
+    return str(ipaddress.IPv4Address(inner))
+
+
+class Path(NamedTuple):
+    """One address as it will be sent.  `domain` is empty for `<>` and for
+    `<postmaster>`, and in brackets for an address literal."""
+    local: str
+    domain: str
+    routed: bool = False        # came with a source route, RFC 5321 C
+
+    def __str__(self) -> str:
+        return "%s@%s" % (self.local, self.domain) if self.domain else self.local
+
+    @property
+    def is_rerouting(self) -> bool:
+        """Percent hack, bang path, source route, literal, or an @ within quotes,
+        which some primary might take apart and send on."""
+        return self.routed or self.domain[:1] == "[" or any(c in self.local for c in "%!@")
+
+
+def parse_path(text: str, status: str) -> Tuple[Path, str]:
+    """`<path>` at the start of `text` (RFC 5321 4.1.2) and what follows it.
+    Raises Refuse(501, status)."""
+    match = _PATH.match(text)
+    if not match:
+        raise Refuse(501, status, "Syntax error in address")
+    rest = text[match.end():]
+    if rest[:1] not in ("", " "):
+        raise Refuse(501, "5.5.4", "Syntax error after the address")
+    local, domain, bare = match.group("local"), match.group("domain"), match.group("bare")
+    if local is None:
+        if match.group("route"):
+            raise Refuse(501, status, "Syntax error in address")
+        return Path(bare or "", ""), rest
+    if len(local.encode("utf-8")) > LOCAL_MAX or len(match.group().encode("utf-8")) > PATH_MAX:
+        raise Refuse(501, status, "Address too long")
+    try:
+        if domain.startswith("["):
+            parse_literal(domain)
+        else:
+            domain = parse_domain(domain)
+        for hop in (match.group("route") or ":")[:-1].split(","):
+            if hop and not hop.startswith("@["):
+                parse_domain(hop[1:])
+    except ValueError:
+        raise Refuse(501, status, "Syntax error in the address's domain") from None
+    return Path(local, domain, bool(match.group("route"))), rest
+
+
+def parse_parameters(text: str) -> Dict[str, Optional[str]]:
+    """ESMTP parameters of MAIL and RCPT, keys in upper case (RFC 5321 4.1.2)."""
+    found: Dict[str, Optional[str]] = {}
+    for word in text.split():
+        match = _PARAMETER.fullmatch(word)
+        if not match or match.group(1).upper() in found:
+            raise Refuse(501, "5.5.4", "Syntax error in parameters")
+        found[match.group(1).upper()] = match.group(2)
+    return found
+
+
+def parse_xtext(text: Optional[str], longest: int) -> str:
+    """The text as received: xtext is passed on as it came (RFC 3461 4)."""
+    if not text or len(text) > longest or not _XTEXT.fullmatch(text):
+        raise Refuse(501, "5.5.4", "Syntax error in parameters")
+    return text
+
+
+def decode_xtext(text: str) -> str:
+    return re.sub(r"\+([0-9A-F]{2})", lambda m: chr(int(m.group(1), 16)), text)
+
+
+def parse_notify(text: Optional[str]) -> str:
+    """NOTIFY of RFC 3461 4.1, in upper case."""
+    words = (text or "").upper().split(",")
+    if words != ["NEVER"] and (set(words) - {"SUCCESS", "FAILURE", "DELAY"} or len(set(words)) != len(words)):
+        raise Refuse(501, "5.5.4", "Syntax error in NOTIFY")
+    return ",".join(words)
+
+
+def parse_orcpt(text: Optional[str]) -> str:
+    """ORCPT of RFC 3461 4.2: `addr-type;xtext`, as received."""
+    kind, _, address = (text or "").partition(";")
+    if not re.fullmatch(r"[A-Za-z0-9-]+", kind) or not address or len(address) > ORCPT_MAX:
+        raise Refuse(501, "5.5.4", "Syntax error in ORCPT")
+    if kind.lower() != "utf-8":
+        parse_xtext(address, ORCPT_MAX)
+    return "%s;%s" % (kind, address)
+
+
+def parse_size(text: Optional[str]) -> int:
+    """SIZE of RFC 1870 4: up to 20 digits."""
+    if not text or not re.fullmatch(r"[0-9]{1,20}", text):
+        raise Refuse(501, "5.5.4", "Syntax error in SIZE")
+    return int(text)
+
+
+def is_below(name: str, parent: str) -> bool:
+    """Whether `name` is `parent` or a subdomain: whole, or on a dot boundary."""
+    return name == parent or name.endswith("." + parent)
+
+
+def format_duration(seconds: float) -> str:
+    """Two units are enough for a person: 45s, 2h14m, 6d3h."""
+    left = max(0, int(seconds))
+    out: List[str] = []
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        if left >= size or (unit == "s" and not out):
+            out.append("%d%s" % (left // size, unit))
+            left %= size
+        elif out:
+            break
+        if len(out) == 2:
+            break
+    return "".join(out)
+
+
+def format_size(octets: float) -> str:
+    for unit in ("B", "K", "M"):
+        if octets < 1024:
+            return "%d%s" % (octets, unit) if unit == "B" or octets >= 10 else "%.1f%s" % (octets, unit)
+        octets /= 1024
+    return "%.1fG" % octets
+
+
+def printable(text: str, longest: int = LOG_TEXT_MAX) -> str:
+    """Foreign text for a log line, a terminal or a header: one line, no
+    control or direction characters, cut."""
+    if len(text) > longest:
+        text = text[:longest] + "..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ("\\x%02x" if ord(c) < 256 else "\\u%04x") % ord(c) for c in text)
+
+
+def client_network(address: str) -> str:
+    """What counts as one client: an IPv4 address, or an IPv6 /64."""
+    if ":" not in address:
+        return address
+    return ipaddress.IPv6Address(address.partition("%")[0]).packed[:8].hex()
+
+
+def format_peer(address: str, name: str = "unknown") -> str:
+    return "%s[%s]" % (name, address)
+
+
+# == 4. CONFIG =================================================================
+# One table of options; text in, frozen Config or ConfigError(file, line) out.
+# Pure: no file is opened here, so that --check and SIGHUP judge the same way.
+# Parser, defaults, ranges, manual and etrn.conf.sample all come from OPTIONS.
+
+class ConfigError(Exception):
+    def __init__(self, file: str, line: int, text: str) -> None:
+        super().__init__("%s:%d: %s" % (file, line, text))
+
+
+class Endpoint(NamedTuple):
+    """A host and port as configured.  The host is a name or an address without brackets."""
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return ("[%s]:%d" if ":" in self.host else "%s:%d") % (self.host, self.port)
+
+
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+class Option(NamedTuple):
+    section: str                # "domain" also stands for [defaults]
+    name: str
+    kind: str                   # a key of KINDS
+    default: str                # as text; "" for none
+    low: float                  # smallest value of a number, durations in seconds, sizes in octets
+    high: float
+    text: str                   # for the sample and the manual
+    inert: Tuple[str, ...] = ("*",)     # values whose feature exists; "*" for all
+
+
+_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_UNITS_OCTETS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+WEEK_S, YEAR_S = 604800.0, 31536000.0
+
+
+def _words(text: str) -> List[str]:
+    return text.replace(",", " ").split()
+
+
+def _text(text: str) -> str:
+    return text
+
+
+def _duration(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw]?)", text.lower())
+    if not match:
+        raise ValueError("'%s' is not a duration (like 30s, 5m, 4h, 7d, 2w)" % text)
+    return float(match.group(1)) * _UNITS_S[match.group(2) or "s"]
+
+
+def _optional_duration(text: str) -> float:
+    return 0.0 if text.lower() in ("off", "no", "none") else _duration(text)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMG]?)", text.upper())
+    if not match:
+        raise ValueError("'%s' is not a size (like 512K, 50M, 1G)" % text)
+    return int(match.group(1)) * _UNITS_OCTETS.get(match.group(2), 1)
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"\d+", text):
+        raise ValueError("'%s' is not a whole number" % text)
+    return int(text)
+
+
+def _flag(text: str) -> bool:
+    value = configparser.ConfigParser.BOOLEAN_STATES.get(text.lower())
+    if value is None:
+        raise ValueError("'%s' is neither yes nor no" % text)
+    return value
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in allowed:
+            raise ValueError("'%s' is not one of: %s" % (text, ", ".join(allowed)))
+        return text.lower()
+    return parse
+
+
+def _hostname(text: str) -> str:
+    try:
+        return parse_domain(text) if text else ""
+    except ValueError:
+        raise ValueError("'%s' is not a host name" % text) from None
+
+
+def _endpoint(text: str, port: int = SMTP_PORT) -> Endpoint:
+    match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^\[\]:]+))(?::(\d{1,5}))?", text)
+    if match:
+        host, digits = match.group(1) or match.group(2), match.group(3)
+        port = int(digits) if digits else port
+    else:
+        host = text                                     # perhaps a bare IPv6 address
+    try:
+        host = str(ipaddress.ip_address(host))
+    except ValueError:
+        if not match or match.group(1):
+            raise ValueError("'%s' is not a host or address, with or without :port" % text) from None
+        host = _hostname(host)
+    if port > 65535:
+        raise ValueError("'%s': there is no port %d" % (text, port))
+    return Endpoint(host, port)
+
+
+def _listen(text: str) -> Tuple[Endpoint, ...]:
+    """Addresses to serve; a bare port means all of them; localhost means both loopback addresses."""
+    out: List[Endpoint] = []
+    for word in _words(text):
+        if word.isdigit():
+            word = "0.0.0.0:%s,[::]:%s" % (word, word)
+        for part in word.split(","):
+            where = _endpoint(part)
+            hosts = ["127.0.0.1", "::1"] if where.host == "localhost" else [where.host]
+            for host in hosts:
+                try:
+                    ipaddress.ip_address(host)
+                except ValueError:
+                    raise ValueError("'%s' is not an address of this machine" % part) from None
+                out.append(Endpoint(host, where.port))
+    return tuple(dict.fromkeys(out))
+
+
+def _domains(text: str) -> Tuple[str, ...]:
+    return tuple(_served(word) for word in _words(text))
+
+
+def _served(text: str) -> str:
+    try:
+        return "." + parse_domain(text[1:]) if text.startswith(".") else parse_domain(text)
+    except ValueError:
+        raise ValueError("'%s' is not a domain" % text) from None
+
+
+def _networks(text: str) -> Tuple[Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(word) for word in _words(text) if word.lower() != "none")
+    except ValueError as error:
+        raise ValueError("%s (a network is written like 192.0.2.0/24)" % error) from None
+
+
+def _etrn(text: str) -> Union[str, Tuple[Network, ...]]:
+    return text.lower() if text.lower() in ("any", "none") else _networks(text)
+
+
+def _nameservers(text: str) -> Union[str, Tuple[Endpoint, ...]]:
+    if text.startswith("/"):
+        return text
+    out = tuple(_endpoint(word, 53) for word in _words(text))
+    for where in out:
+        try:
+            ipaddress.ip_address(where.host)
+        except ValueError:
+            raise ValueError("'%s' is not the address of a DNS server" % where.host) from None
+    return out
+
+
+def _primary(text: str) -> Union[str, Tuple[Endpoint, ...]]:
+    if text.lower() in ("mx", "atrn", "etrn"):
+        return text.lower()
+    return tuple(_endpoint(word) for word in _words(text))
+
+
+def _route(text: str) -> Union[str, Endpoint]:
+    return "mx" if text.lower() == "mx" else _endpoint(text)
+
+
+def _recipients(text: str) -> Union[str, FrozenSet[str]]:
+    if text.lower() in ("any", "verify") or text.startswith("file:"):
+        return text if text.startswith("file:") else text.lower()
+    out = set()
+    for word in _words(text):
+        try:
+            path, rest = parse_path("<%s>" % word, "5.1.3")
+        except Refuse:
+            raise ValueError("'%s' is not an address (or any, verify, file:PATH)" % word) from None
+        if not path.domain or rest:
+            raise ValueError("'%s' is not an address (or any, verify, file:PATH)" % word)
+        out.add(str(path).lower())
+    return frozenset(out)
+
+
+def _tls(text: str) -> str:
+    value = text.lower()
+    if value in ("none", "may", "require", "verify"):
+        return value
+    if not re.fullmatch(r"sha256:(?:[0-9a-f]{2}:?){32}", value):
+        raise ValueError("'%s' is not one of: none, may, require, verify, sha256:HEX" % text)
+    return "sha256:" + value[7:].replace(":", "")
+
+
+def _address(text: str) -> str:
+    if not text:
+        return ""
+    try:
+        path, rest = parse_path("<%s>" % text, "5.1.3")
+    except Refuse:
+        raise ValueError("'%s' is not a mail address" % text) from None
+    if not path.domain or rest:
+        raise ValueError("'%s' is not a mail address" % text)
+    return str(path)
+
+
+KINDS: Dict[str, Callable[[str], Any]] = {
+    "text": _text, "path": _text, "duration": _duration, "optional duration": _optional_duration, "size": _size,
+    "count": _count, "flag": _flag, "host": _hostname, "listen": _listen, "domains": _domains, "networks": _networks,
+    "etrn": _etrn, "nameservers": _nameservers, "primary": _primary, "route": _route, "recipients": _recipients,
+    "tls": _tls, "address": _address, "endpoint": lambda text: _endpoint(text) if text else None,
+    "level": _choice("debug", "info", "warning", "error"), "newline": _choice("normalize", "reject"),
+    "while up": _choice("relay", "defer"), "unknown": _choice("accept", "defer"),
+}
+FREE_TEXT = ("text", "path")    # kinds in which " #" and " ;" belong to the value
+INF = float("inf")
+LATER: Tuple[str, ...] = ()     # no value's feature exists yet
+
+OPTIONS: Tuple[Option, ...] = (
+    Option("relay", "hostname", "host", "", 0, 0, "The name this host has in MX records; banner, EHLO, Received.\n"
+           "Default: the machine's full name"),
+    Option("relay", "listen", "listen", "0.0.0.0:25, [::]:25", 0, 0, "Addresses to serve SMTP on; a bare port means all."),
+    Option("relay", "spool", "path", "", 0, 0, "The directory that holds all state.  Default: spool, beside this file"),
+    Option("relay", "user", "text", "", 0, 0, "Account to become once ports are bound.", LATER),
+    Option("relay", "domains", "domains", "", 0, 0, "Domains that need no section of their own (all defaults)."),
+    Option("relay", "nameservers", "nameservers", "/etc/resolv.conf", 0, 0, "DNS servers: address or address:port."),
+    Option("relay", "log", "path", "stderr", 0, 0, "stderr, syslog, or a file (reopened on SIGHUP)."),
+    Option("relay", "log_level", "level", "info", 0, 0, "debug, info, warning or error."),
+    Option("relay", "max_message_size", "size", "50M", 0, INF, "Announced in SIZE; 0 means no limit but the disk."),
+    Option("relay", "max_recipients", "count", "1000", 1, 50000, "For one message; more get 452 4.5.3."),
+    Option("relay", "min_free_space", "size", "100M", 0, INF,
+           "Below it new mail gets 452 4.3.1; queued mail still leaves."),
+    Option("relay", "max_connections", "count", "1000", 1, 100000, "Clients at once; more get 421."),
+    Option("relay", "max_connections_per_client", "count", "50", 0, 100000, "For an IPv4 address or IPv6 /64; 0 = no limit."),
+    Option("relay", "max_message_rate", "count", "0", 0, 1000000, "Messages a minute from one client; 0 = no limit.", ("0",)),
+    Option("relay", "command_timeout", "duration", "5m", 1, 3600, "Idle time before 421."),
+    Option("relay", "trusted_clients", "networks", "", 0, 0, "Networks free of the per-client limits."),
+    Option("relay", "bare_newline", "newline", "normalize", 0, 0, "Stray CR and LF in mail: normalize, or reject (550)."),
+    Option("relay", "greet_pause", "duration", "0", 0, 60, "Wait before the banner; who speaks first is turned away.", ("0", "0s")),
+    Option("relay", "odmr_listen", "listen", "", 0, 0, "Addresses for on-demand relay (ATRN), usually port 366.", LATER),
+    Option("tls", "certificate", "path", "", 0, 0, "PEM files; with both, STARTTLS is offered.", LATER),
+    Option("tls", "key", "path", "", 0, 0, "", LATER),
+    Option("bounces", "route", "route", "mx", 0, 0, "How notices to senders leave: mx, or a smarthost host[:port]."),
+    Option("bounces", "username", "text", "", 0, 0, "AUTH at the smarthost, over TLS only.", LATER),
+    Option("bounces", "password", "text", "", 0, 0, "The password, or file:PATH.", LATER),
+    Option("bounces", "postmaster", "address", "", 0, 0, "Gets notices that could not be delivered."),
+    Option("status", "listen", "endpoint", "", 0, 0, "Address of the status page, /metrics, /healthz, /status.json.", LATER),
+    Option("status", "token", "text", "", 0, 0, "Asked as bearer token or basic-auth password when set.", LATER),
+    Option("alerts", "command", "text", "", 0, 0, "Run when a primary goes down, comes back, or rejects.", LATER),
+    Option("alerts", "webhook", "text", "", 0, 0, "Gets the same as a JSON POST.", LATER),
+    Option("alerts", "mail", "address", "", 0, 0, "Gets the same as mail.", LATER),
+    Option("alerts", "mail_route", "route", "mx", 0, 0, "How that mail leaves: mx, or host[:port].", LATER),
+    Option("alerts", "after", "duration", "5m", 0, WEEK_S, "A primary must be down so long before the first alert.", LATER),
+    Option("domain", "primary", "primary", "mx", 0, 0, "Where this domain's mail goes: mx, or hosts to try in order,\n"
+           "like mail.example.org:25, [192.0.2.7]:2525", ("*", "!atrn", "!etrn")),
+    Option("domain", "lifetime", "duration", "7d", 1, YEAR_S, "How long mail is kept before the sender is told."),
+    Option("domain", "delay_notice", "optional duration", "off", 0, YEAR_S, "Age at which the sender is told of the delay.",
+           ("off", "no", "none", "0")),
+    Option("domain", "recipients", "recipients", "verify", 0, 0, "any, verify (ask the primary), file:PATH, or addresses.",
+           ("any",)),
+    Option("domain", "while_up", "while up", "relay", 0, 0, "relay, or defer mail while the primary is known to be up.",
+           ("relay",)),
+    Option("domain", "unknown_recipients", "unknown", "accept", 0, 0, "While the primary cannot be asked: accept or defer.",
+           ("accept",)),
+    Option("domain", "cutthrough", "flag", "yes", 0, 0, "While the primary is up, answer with its own verdict.",
+           ("no", "off", "false", "0")),
+    Option("domain", "etrn", "etrn", "any", 0, 0, "Who may ask to flush: any, none, or networks."),
+    Option("domain", "username", "text", "", 0, 0, "For ATRN and authenticated ETRN.", LATER),
+    Option("domain", "password", "text", "", 0, 0, "", LATER),
+    Option("domain", "tls", "tls", "may", 0, 0, "Towards the primary: none, may, require, verify, or sha256:HEX.", ("none",)),
+    Option("domain", "connections", "count", "10", 1, 100, "Most delivery connections to the primary at once."),
+    Option("domain", "probe_interval", "duration", "5s", 1, 3600, "How often a down primary is tried while mail waits."),
+    Option("domain", "retry_interval", "duration", "5m", 1, 86400, "First pause after a 4xx for one message; it doubles ..."),
+    Option("domain", "max_retry_interval", "duration", "1h", 1, WEEK_S, "... up to this."),
+    Option("domain", "recovery_grace", "duration", "1h", 0, WEEK_S,
+           "So long after an outage 5xx answers are kept and tried again."),
+    Option("domain", "xclient", "flag", "no", 0, 0, "Hand the original client to a primary that offers XCLIENT.",
+           ("no", "off", "false", "0")),
+    Option("domain", "max_queue_size", "size", "", 0, INF, "Octets this domain may hold; more get 452 4.2.2.", LATER),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainConfig:
+    name: str                   # "example.com", ".example.com", or "" for [defaults]
+    primary: Union[str, Tuple[Endpoint, ...]] = "mx"
+    lifetime: float = 604800.0
+    delay_notice: float = 0.0
+    recipients: Union[str, FrozenSet[str]] = "verify"
+    while_up: str = "relay"
+    unknown_recipients: str = "accept"
+    cutthrough: bool = True
+    etrn: Union[str, Tuple[Network, ...]] = "any"
+    username: str = ""
+    password: str = ""
+    tls: str = "may"
+    connections: int = 10
+    probe_interval: float = 5.0
+    retry_interval: float = 300.0
+    max_retry_interval: float = 3600.0
+    recovery_grace: float = 3600.0
+    xclient: bool = False
+    max_queue_size: Optional[int] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All options: [relay] as they are named, other sections with their name before."""
+    file: str
+    hostname: str
+    listen: Tuple[Endpoint, ...]
+    spool: str
+    user: str
+    nameservers: Union[str, Tuple[Endpoint, ...]]
+    log: str
+    log_level: str
+    max_message_size: int
+    max_recipients: int
+    min_free_space: int
+    max_connections: int
+    max_connections_per_client: int
+    max_message_rate: int
+    command_timeout: float
+    trusted_clients: Tuple[Network, ...]
+    bare_newline: str
+    greet_pause: float
+    odmr_listen: Tuple[Endpoint, ...]
+    tls_certificate: str
+    tls_key: str
+    bounces_route: Union[str, Endpoint]
+    bounces_username: str
+    bounces_password: str
+    bounces_postmaster: str
+    status_listen: Optional[Endpoint]
+    status_token: str
+    alerts_command: str
+    alerts_webhook: str
+    alerts_mail: str
+    alerts_mail_route: Union[str, Endpoint]
+    alerts_after: float
+    defaults: DomainConfig
+    domains: Mapping[str, DomainConfig]     # in the order of the file; wildcards start with a dot
+
+    def domain(self, name: str) -> Optional[DomainConfig]:
+        """The section that serves `name`: its own, or the nearest `.parent`."""
+        found = self.domains.get(name)
+        while found is None and name:
+            name = name.partition(".")[2]
+            found = self.domains.get("." + name)
+        return found
+
+    @property
+    def first_domain(self) -> str:
+        """Where `<postmaster>` goes."""
+        return next((name for name in self.domains if name[0] != "."), "")
+
+    def is_trusted(self, address: str) -> bool:
+        return is_within(address, self.trusted_clients)
+
+
+def is_within(address: str, networks: Iterable[Network]) -> bool:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    return any(ip in network for network in networks if network.version == ip.version)
+
+
+class _Lines:
+    """Which line a section or key stands on; configparser does not tell."""
+
+    def __init__(self, text: str) -> None:
+        self.sections: Dict[str, int] = {}
+        self.keys: Dict[Tuple[str, str], int] = {}
+        section = ""
+        for number, line in enumerate(text.splitlines(), 1):
+            head = re.match(r"\[(.+)\]", line)
+            if head:
+                section = head.group(1)
+                self.sections.setdefault(section, number)
+            elif line[:1] not in ("", "#", ";", " ", "\t"):
+                key = re.split(r"[=:]", line, maxsplit=1)[0].strip().lower()
+                self.keys.setdefault((section, key), number)
+
+
+def parse_config(text: str, file: str, fqdn: str = "localhost") -> Config:
+    """The whole file.  `fqdn` is the machine's name, for the default of
+    `hostname`.  Raises ConfigError at the first fault."""
+    parser = configparser.ConfigParser(interpolation=None, default_section="\0", delimiters=("=", ":"))
+    lines = _Lines(text)
+    try:
+        parser.read_string(text, file)
+    except configparser.DuplicateSectionError as error:
+        raise ConfigError(file, error.lineno or 0, "section [%s] is there twice" % error.section) from None
+    except configparser.DuplicateOptionError as error:
+        raise ConfigError(file, error.lineno or 0, "option '%s' is there twice" % error.option) from None
+    except configparser.MissingSectionHeaderError as error:
+        raise ConfigError(file, error.lineno, "an option before the first [section]") from None
+    except configparser.ParsingError as error:
+        line = error.errors[0][0] if error.errors else 0
+        raise ConfigError(file, line, "neither [section], option = value, nor a comment") from None
+    values: Dict[str, Dict[str, Any]] = {"relay": {}, "tls": {}, "bounces": {}, "status": {}, "alerts": {}, "defaults": {}}
+    domains: Dict[str, Dict[str, Any]] = {}
+    for section in parser.sections():
+        line = lines.sections.get(section, 0)
+        if section.split()[:1] == ["domain"]:
+            try:
+                name = _served(section.partition(" ")[2].strip())
+            except ValueError as error:
+                raise ConfigError(file, line, "[%s]: %s" % (section, error)) from None
+            if name in domains:
+                raise ConfigError(file, line, "domain %s is there twice" % name)
+            target = domains[name] = {}
+        elif section in values:
+            target = values[section]
+        else:
+            raise ConfigError(file, line, "unknown section [%s]%s" % (section, _meant(section, list(values) + ["domain"])))
+        kind = "domain" if section == "defaults" or section.startswith("domain") else section
+        for key, raw in parser.items(section):
+            where = lines.keys.get((section, key), line)
+            target[key] = _parse_option(kind, key, raw, file, where)
+    return _build_config(values, domains, file, fqdn, lines)
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1, 0.6)
+    return " (did you mean '%s'?)" % near[0] if near else ""
+
+
+def _parse_option(kind: str, key: str, raw: Optional[str], file: str, line: int) -> Any:
+    known = {option.name: option for option in OPTIONS if option.section == kind}
+    option = known.get(key)
+    if option is None:
+        raise ConfigError(file, line, "unknown option '%s'%s" % (key, _meant(key, list(known))))
+    value = (raw or "").strip()
+    if option.kind not in FREE_TEXT:
+        value = re.sub(r"(?:^|\s)[#;].*", "", value).strip()
+    try:
+        if not value and option.default and option.kind not in ("listen", "networks"):
+            raise ValueError("is empty")
+        parsed = KINDS[option.kind](value) if value or option.kind not in ("size", "count", "duration") else None
+    except ValueError as error:
+        raise ConfigError(file, line, "%s: %s" % (key, error)) from None
+    if isinstance(parsed, (int, float)) and not option.low <= parsed <= option.high:
+        raise ConfigError(file, line, "%s: '%s' is out of range (%s)" % (key, value, _range(option)))
+    if not _is_built(option, value):
+        raise ConfigError(file, line, "%s = %s: not built yet in version %s" % (key, value, __version__))
+    return parsed
+
+
+def _range(option: Option) -> str:
+    def show(number: float) -> str:
+        if option.kind.endswith("duration"):
+            return format_duration(number)
+        return format_size(number) if option.kind == "size" else "%d" % number
+    return "at least %s" % show(option.low) if option.high == INF else "%s to %s" % (show(option.low), show(option.high))
+
+
+def _is_built(option: Option, value: str) -> bool:
+    return ("*" in option.inert and "!" + value.lower() not in option.inert) or value.lower() in option.inert
+
+
+def _build_config(values: Dict[str, Dict[str, Any]], domains: Dict[str, Dict[str, Any]], file: str, fqdn: str,
+                  lines: _Lines) -> Config:
+    flat: Dict[str, Any] = {}
+    for option in OPTIONS:
+        if option.section != "domain":
+            name = option.name if option.section == "relay" else "%s_%s" % (option.section, option.name)
+            given = values[option.section].get(option.name)
+            flat[name] = given if given is not None else KINDS[option.kind](option.default)
+    plain = flat.pop("domains")
+    flat["hostname"] = flat["hostname"] or fqdn
+    folder = os.path.dirname(os.path.abspath(file))
+    flat["spool"] = os.path.join(folder, flat["spool"] or "spool")
+    if flat["log"] not in ("stderr", "syslog"):
+        flat["log"] = os.path.join(folder, flat["log"])
+    defaults = {option.name: _default(option) for option in OPTIONS if option.section == "domain"}
+    defaults.update({key: value for key, value in values["defaults"].items() if value is not None})
+    served: Dict[str, DomainConfig] = {}
+    for name in list(plain) + list(domains):
+        own = {key: value for key, value in domains.get(name, {}).items() if value is not None}
+        served[name] = DomainConfig(name, **{**defaults, **own})
+    for cfg in served.values():
+        if cfg.max_retry_interval < cfg.retry_interval:
+            line = lines.keys.get(("domain " + cfg.name, "max_retry_interval"), lines.sections.get("domain " + cfg.name, 0))
+            raise ConfigError(file, line, "max_retry_interval is smaller than retry_interval")
+    return Config(file=file, defaults=DomainConfig("", **defaults), domains=served, **flat)
+
+
+def _default(option: Option) -> Any:
+    return KINDS[option.kind](option.default) if option.default or option.kind not in ("size", "count") else None
+
+
+SAMPLE_HEAD = """\
+# etrn.conf - the configuration of etrn_relay.py, a backup mail exchanger.
+#
+# As it stands this file runs, unprivileged, on loopback: a try-out.  For a
+# real backup MX set hostname, listen and your domain; leave the rest alone.
+# Durations: 30s 5m 4h 7d 2w.  Sizes: 512K 50M 1G.  Lists: comma or space.
+"""
+SAMPLE_VALUES = {("relay", "hostname"): "backup.example.net", ("relay", "listen"): "127.0.0.1:2525",
+                 ("domain", "primary"): "127.0.0.1:2526"}
+
+
+def format_sample() -> str:
+    """The text of etrn.conf.sample.  Options whose feature is still to come are left out."""
+    out = [SAMPLE_HEAD]
+    section = ""
+    for option in OPTIONS:
+        if not option.inert:
+            continue
+        if option.section != section:
+            section = option.section
+            out.append("\n[%s]" % ("domain example.com" if section == "domain" else section))
+            if section == "domain":
+                out.append("# [defaults] takes the same keys, for all domains; [domain .example.com]\n"
+                           "# means all subdomains of example.com.")
+        out.extend("# " + line for line in option.text.split("\n") if line)
+        value = SAMPLE_VALUES.get((section, option.name))
+        out.append("#%s = %s" % (option.name, option.default) if value is None else "%s = %s" % (option.name, value))
+    return "\n".join(out) + "\n"
+
+
+# == 5. LOG ====================================================================
+# Formats, escapes and writes events; the only writer to syslog, stderr or the
+# log file.  Used by the loop thread alone: workers hand their events over as
+# values, so lines of one message keep their order.
+
+LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
+
+
+class Log:
+    """Lines are gathered and written once a turn of the loop."""
+
+    def __init__(self, where: str, level: str, hostname: str) -> None:
+        self.level = LEVELS[level]
+        self.host = hostname.partition(".")[0] or "localhost"
+        self.pid = os.getpid()
+        self.lines: List[str] = []
+        self.stamp = ("", 0)
+        self.where = where
+        self.file: Optional[TextIO] = None
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Open the file (again, after rotation).  Raises OSError and leaves the old one in use."""
+        self.flush()
+        if self.where == "syslog":
+            if syslog is None:
+                raise OSError("this Python has no syslog module")
+            syslog.openlog("etrn_relay", 0, syslog.LOG_MAIL)
+        elif self.where != "stderr":
+            new = open(self.where, "a", encoding="utf-8", errors="backslashreplace")
+            if self.file:
+                self.file.close()
+            self.file = new
+
+    def write(self, service: str, text: str, level: str = "info") -> None:
+        """One event.  Foreign parts of `text` must have been through printable()."""
+        if LEVELS[level] < self.level:
+            return
+        if level in ("warning", "error"):
+            text = "%s: %s" % (level, text)
+        now = int(time.time())
+        if now != self.stamp[1]:
+            self.stamp = (time.strftime("%b %e %H:%M:%S", time.localtime(now)), now)
+        self.lines.append("%s %s etrn_relay/%s[%d]: %s\n" % (self.stamp[0], self.host, service, self.pid, text))
+
+    def bug(self, error: BaseException) -> None:
+        """A traceback on one line; the session or job at fault is dropped by the caller."""
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        self.write("master", "bug: " + printable(text, 4000), "error")
+
+    def flush(self) -> None:
+        if not self.lines:
+            return
+        lines, self.lines = self.lines, []
+        try:
+            if self.where == "syslog":
+                for line in lines:
+                    syslog.syslog(syslog.LOG_INFO, line.split("]: ", 1)[1].rstrip("\n"))
+            else:
+                target = self.file or sys.stderr
+                target.write("".join(lines))
+                target.flush()
+        except (OSError, ValueError):
+            pass                # a full log disk or a closed terminal must not stop the mail
+
+
+# == 6. SPOOL ==================================================================
+# Owns every file below the spool directory; nothing else here opens one.
+# Uses 2 LIMITS, 3 GRAMMAR.  Runs in committer and delivery threads, never in
+# the loop.  Commit point: the second rename in Spool.commit().
+#
+#   files in        SPOOL/       incoming/     done/   what it is, and what a start does with it
+#   S1              -            .eml          -       being received            delete
+#   S2              -            .eml .json    -       written, not renamed      delete
+#   S3              .eml         .json         -       between the renames       delete both, never acknowledged
+#   S4              .eml .json   -             -       queued                    load
+#   S5              .eml .json   .new          -       sidecar being replaced    load, delete .new
+#   S6              .eml         -             .json   finished                  delete both
+#   S7              -            -             .json   finished                  delete
+#   S8              .eml         -             -       a stranger, or a disk's fault   corrupt/, once an hour old
+#   S9              .json        -             -       its body is gone          corrupt/
+
+FORMAT = 1                      # of the sidecar
+_ID = re.compile(r"[0-9A-F]{6,20}")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SICK = (errno.EIO, errno.EROFS)
+
+
+class Corrupt(Exception):
+    """A pair that cannot be trusted; its text says why."""
+
+
+class SpoolBusy(Exception):
+    """Another process holds the spool's lock."""
+
+
+class Draft:
+    """A message on its way to the spool.  The loop fills `blocks`; after that
+    one committer at a time has it."""
+    __slots__ = ("id", "blocks", "pending", "fd", "size", "digest", "error", "busy")
+
+    def __init__(self, id: str, head: bytes = b"") -> None:
+        self.id = id
+        self.blocks: List[bytes] = [head] if head else []
+        self.pending = len(head)        # octets in blocks
+        self.fd = -1
+        self.size = 0
+        self.digest = hashlib.sha256()
+        self.error: Optional[OSError] = None
+        self.busy = False               # with a committer now
+
+    def take(self) -> List[bytes]:
+        blocks, self.blocks, self.pending = self.blocks, [], 0
+        return blocks
+
+
+class Spool:
+    """The queue on disk.  Methods may be called from any thread, but for one
+    message from one at a time; the server sees to that."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.incoming = os.path.join(path, "incoming")
+        self.done = os.path.join(path, "done")
+        self.bad = os.path.join(path, "corrupt")
+        self.directory = -1             # descriptor of `path`, for fsync
+        self.lock_fd = -1
+        self.sick = ""                  # why no new mail is taken, or empty
+        self.corrupt_count = 0
+
+    # -- opening
+
+    def open(self) -> None:
+        """Create what is missing, take the lock, remove what was never
+        acknowledged.  Raises SpoolBusy or OSError."""
+        os.makedirs(self.path, 0o700, exist_ok=True)
+        self.lock()
+        for folder in (self.incoming, self.done, self.bad):
+            os.makedirs(folder, 0o700, exist_ok=True)
+        self.directory = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.sweep()
+        self.sync()
+        parent = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(parent)            # the spool directory itself may be new
+        finally:
+            os.close(parent)
+        self.corrupt_count = sum(name.endswith(".eml") or not self._has(self.bad, name[:-5] + ".eml")
+                                 for name in os.listdir(self.bad) if name.endswith((".eml", ".json")))
+
+    def lock(self) -> None:
+        fd = os.open(os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(fd, 20).decode("ascii", "replace").strip()
+            os.close(fd)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise SpoolBusy("%s is in use by process %s" % (self.path, printable(holder) or "unknown")) from None
+        os.ftruncate(fd, 0)
+        os.write(fd, b"%d\n" % os.getpid())
+        self.lock_fd = fd
+
+    def close(self) -> None:
+        for fd in (self.directory, self.lock_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.directory = self.lock_fd = -1
+
+    def sweep(self) -> None:
+        """States S1 to S3 and S5 to S7 of the table: nothing in them was acknowledged, or all of it is finished."""
+        for folder in (self.incoming, self.done):
+            for name in sorted(os.listdir(folder)):
+                id, _, kind = name.partition(".")
+                if not _ID.fullmatch(id) or kind not in ("eml", "json", "new"):
+                    continue            # not ours; people keep odd things everywhere
+                if kind == "json" and not self._has(self.path, id + ".json"):
+                    self._unlink(os.path.join(self.path, id + ".eml"))
+                self._unlink(os.path.join(folder, name))
+
+    @staticmethod
+    def _has(folder: str, name: str) -> bool:
+        return os.path.lexists(os.path.join(folder, name))
+
+    @staticmethod
+    def _unlink(path: str) -> None:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+    def sync(self) -> None:
+        """Make the directory's own entries durable."""
+        os.fsync(self.directory)
+
+    # -- accepting
+
+    @staticmethod
+    def _write(fd: int, data: bytes) -> None:
+        done = os.write(fd, data)
+        while done < len(data):         # a short write is not an error, write(2)
+            done += os.write(fd, memoryview(data)[done:])
+
+    def append(self, draft: Draft, blocks: List[bytes]) -> None:
+        """Part of a message that is still being received.  An error is kept in the draft."""
+        try:
+            if draft.fd < 0:
+                draft.fd = os.open(os.path.join(self.incoming, draft.id + ".eml"),
+                                   os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            data = b"".join(blocks)
+            self._write(draft.fd, data)
+            draft.digest.update(data)
+            draft.size += len(data)
+        except OSError as error:
+            self.discard(draft)
+            draft.error = error
+
+    def discard(self, draft: Draft) -> None:
+        """Nothing of the draft remains, as far as the disk lets us."""
+        if draft.fd >= 0:
+            os.close(draft.fd)
+            draft.fd = -1
+        for name in (draft.id + ".eml", draft.id + ".json"):
+            try:
+                self._unlink(os.path.join(self.incoming, name))
+            except OSError:
+                pass                    # the next start removes it
+
+    def commit(self, batch: Sequence[Tuple[Draft, List[bytes], Dict[str, Any]]]) -> List[Optional[OSError]]:
+        """Make messages durable: for each the rest of its body and its sidecar
+        without size and SHA-256.  Returns for each None, when it is on
+        stable storage, or the error, when nothing of it remains.  A file whose
+        fsync failed is never fsynced again: after a failure the kernel may
+        call lost pages clean."""
+        results: List[Optional[OSError]] = []
+        for draft, blocks, sidecar in batch:
+            results.append(self._store(draft, blocks, sidecar))
+        moved = []
+        for number, (draft, _, _) in enumerate(batch):
+            if results[number] is None:
+                results[number] = self._enter(draft.id)
+                if results[number] is None:
+                    moved.append(number)
+        try:
+            if moved:
+                self.sync()
+        except OSError as error:
+            self._note(error)
+            for number in moved:
+                self._withdraw(batch[number][0].id)
+                results[number] = error
+        return results
+
+    def _store(self, draft: Draft, blocks: List[bytes], sidecar: Dict[str, Any]) -> Optional[OSError]:
+        """Body and sidecar in incoming/, both synced: state S2."""
+        self.append(draft, blocks)
+        if draft.error:
+            return self._note(draft.error)
+        fd = -1
+        try:
+            body, draft.fd = draft.fd, -1
+            self._sync_and_close(body)
+            sidecar["size"], sidecar["sha256"] = draft.size, draft.digest.hexdigest()
+            fd = os.open(os.path.join(self.incoming, draft.id + ".json"),
+                         os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._write(fd, format_sidecar(sidecar))
+            done, fd = fd, -1
+            self._sync_and_close(done)
+            if self._has(self.path, draft.id + ".json") or self._has(self.path, draft.id + ".eml"):
+                raise FileExistsError(errno.EEXIST, "queue ID in use", draft.id)
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            self.discard(draft)
+            return self._note(error)
+        return None
+
+    @staticmethod
+    def _sync_and_close(fd: int) -> None:
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)                # NFS reports a full disk here
+
+    def _enter(self, id: str) -> Optional[OSError]:
+        try:
+            os.rename(os.path.join(self.incoming, id + ".eml"), os.path.join(self.path, id + ".eml"))
+            os.rename(os.path.join(self.incoming, id + ".json"), os.path.join(self.path, id + ".json"))
+        except OSError as error:
+            self._withdraw(id)
+            return self._note(error)
+        return None
+
+    def _withdraw(self, id: str) -> None:
+        """Undo an unacknowledged commit: sidecar first, so that at no point a sidecar stands alone."""
+        for folder in (self.path, self.incoming):
+            for kind in (".json", ".eml"):
+                try:
+                    self._unlink(os.path.join(folder, id + kind))
+                except OSError:
+                    pass
+
+    def _note(self, error: OSError) -> OSError:
+        if error.errno in _SICK:
+            self.sick = error.strerror or str(error)
+        return error
+
+    def heal(self) -> bool:
+        """Whether a probe file survives all that a message goes through; then the spool is well again."""
+        path = os.path.join(self.incoming, "probe")
+        try:
+            self._unlink(path)
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                self._write(fd, b"probe\n" * 1000)
+            finally:
+                self._sync_and_close(fd)
+            os.rename(path, os.path.join(self.path, "probe"))
+            self.sync()
+            os.unlink(os.path.join(self.path, "probe"))
+            self.sync()
+        except OSError:
+            return False
+        self.sick = ""
+        return True
+
+    # -- changing and removing
+
+    def update(self, id: str, change: Callable[[Dict[str, Any]], None]) -> Dict[str, Any]:
+        """Apply `change` to a sidecar, durably; returns the new one.  Raises
+        Corrupt or OSError, and then the old one stands."""
+        sidecar = self.read_sidecar(id)
+        change(sidecar)
+        self.replace_sidecar(id, sidecar)
+        return sidecar
+
+    def replace_sidecar(self, id: str, sidecar: Dict[str, Any]) -> None:
+        self._replace(os.path.join(self.path, id + ".json"), os.path.join(self.incoming, id + ".new"),
+                      format_sidecar(sidecar))
+
+    def _replace(self, path: str, temporary: str, data: bytes) -> None:
+        try:
+            self._unlink(temporary)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                self._write(fd, data)
+            except OSError:
+                os.close(fd)
+                raise
+            self._sync_and_close(fd)
+            os.rename(temporary, path)
+            self.sync()
+        except OSError as error:
+            try:
+                self._unlink(temporary)
+            except OSError:
+                pass
+            raise self._note(error)
+
+    def remove(self, ids: Sequence[str]) -> List[Optional[OSError]]:
+        """Messages that are finished.  The sidecars leave first and durably (S6),
+        so that a power cut brings none back without its body."""
+        results: List[Optional[OSError]] = [None] * len(ids)
+        try:
+            for number, id in enumerate(ids):
+                try:
+                    os.rename(os.path.join(self.path, id + ".json"), os.path.join(self.done, id + ".json"))
+                except FileNotFoundError:
+                    pass                # somebody was quicker with rm
+                except OSError as error:
+                    results[number] = self._note(error)
+            self.sync()
+        except OSError as error:
+            self._note(error)
+            return [result or error for result in results]
+        for number, id in enumerate(ids):
+            if results[number] is None:
+                try:
+                    self._unlink(os.path.join(self.path, id + ".eml"))
+                    self._unlink(os.path.join(self.done, id + ".json"))
+                except OSError as error:
+                    self._note(error)   # out of the queue all the same; the next start sweeps
+        return results
+
+    def set_aside(self, id: str, why: str) -> str:
+        """Move what there is of a pair to corrupt/.  Returns the text for the log."""
+        moved = []
+        for kind in (".json", ".eml"):
+            target = os.path.join(self.bad, id + kind)
+            if os.path.lexists(target):
+                target = os.path.join(self.bad, "%s-%s%s" % (id, secrets.token_hex(4), kind))
+            try:
+                os.rename(os.path.join(self.path, id + kind), target)
+                moved.append(id + kind)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                return "%s: corrupt: %s; and cannot be moved: %s" % (id, why, error.strerror)
+        if moved:
+            self.corrupt_count += 1
+            self.sync()
+        return "%s: corrupt: %s; moved to corrupt/: %s" % (id, why, " ".join(moved) or "nothing left of it")
+
+    # -- reading
+
+    def read_sidecar(self, id: str) -> Dict[str, Any]:
+        """Raises Corrupt, or OSError when the disk is at fault."""
+        try:
+            fd = os.open(os.path.join(self.path, id + ".json"), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise Corrupt("the sidecar is gone") from None
+        try:
+            data = os.read(fd, SIDECAR_MAX)
+        finally:
+            os.close(fd)
+        return parse_sidecar(data, id)
+
+    def read_message(self, id: str, sidecar: Mapping[str, Any]) -> "Message":
+        """The body, verified against the sidecar's SHA-256; raises Corrupt or
+        OSError.  A large one is verified now and read again block by block."""
+        try:
+            fd = os.open(os.path.join(self.path, id + ".eml"), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise Corrupt("the body is gone") from None
+        message = Message(fd, sidecar["size"])
+        try:
+            digest = hashlib.sha256()
+            size = 0
+            for block in message.blocks():
+                digest.update(block)
+                size += len(block)
+            if size != sidecar["size"] or digest.hexdigest() != sidecar["sha256"]:
+                raise Corrupt("the body does not match its SHA-256")
+        except BaseException:
+            message.close()
+            raise
+        return message
+
+    def read_header(self, id: str, longest: int = HEADER_SCAN_MAX) -> bytes:
+        """The message up to and without the first empty line."""
+        fd = os.open(os.path.join(self.path, id + ".eml"), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.read(fd, longest)
+        finally:
+            os.close(fd)
+        return data.partition(b"\r\n\r\n")[0] + b"\r\n"
+
+    def names(self, orphans: Optional[List[str]] = None) -> Iterator[str]:
+        """IDs with a sidecar, in no order.  Lone bodies older than an hour are collected in `orphans`."""
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                id, _, kind = entry.name.partition(".")
+                if kind == "json" and _ID.fullmatch(id):
+                    yield id
+                elif kind == "eml" and orphans is not None and _ID.fullmatch(id) and not self._has(self.path, id + ".json"):
+                    try:
+                        if time.time() - entry.stat().st_mtime > ORPHAN_S:
+                            orphans.append(id)
+                    except OSError:
+                        pass            # just committed, or just removed
+
+    def free(self) -> int:
+        """Octets an unprivileged writer may still use; 0 when the file system cannot say or has no inodes left."""
+        try:
+            found = os.statvfs(self.path)
+        except OSError:
+            return 0
+        return found.f_bavail * found.f_frsize if found.f_favail > 100 or not found.f_files else 0
+
+    # -- what is known of the primaries
+
+    def load_state(self) -> Dict[str, Any]:
+        """An unreadable state file costs only what was learned."""
+        try:
+            with open(os.path.join(self.path, "state.json"), "rb") as file:
+                state = json.loads(file.read())
+            return state if isinstance(state, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+    def save_state(self, state: Mapping[str, Any]) -> None:
+        self._replace(os.path.join(self.path, "state.json"), os.path.join(self.path, "state.new"),
+                      json.dumps(state, indent=1, sort_keys=True).encode("ascii") + b"\n")
+
+
+class Message:
+    """An open body.  Small ones are read once and kept, so that verifying and sending share the read."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        self.size = size
+        self.whole: Optional[bytes] = None
+
+    def blocks(self) -> Iterator[bytes]:
+        if self.whole is not None:
+            yield self.whole
+            return
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        while True:
+            block = os.read(self.fd, BLOCK_OCTETS)
+            if self.size < BLOCK_OCTETS:
+                self.whole = block      # one octet more than expected would show as a wrong size
+            if not block:
+                return
+            yield block
+            if self.size < BLOCK_OCTETS:
+                return
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def format_sidecar(sidecar: Mapping[str, Any]) -> bytes:
+    return json.dumps(sidecar, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def parse_sidecar(data: bytes, id: str) -> Dict[str, Any]:
+    """Checks all that delivery relies on; addresses go through the same grammar
+    as on the wire.  Raises Corrupt."""
+    try:
+        sidecar = json.loads(data)
+        if sidecar["format"] != FORMAT:
+            raise Corrupt("the sidecar has format %s, this version reads %d" % (printable(str(sidecar["format"]), 20), FORMAT))
+        if sidecar["id"] != id:
+            raise Corrupt("the sidecar is of another message")
+        number = sidecar["received"] + sidecar["size"]
+        text = sidecar["sender"] + sidecar["sha256"] + sidecar["ret"] + sidecar["envid"] + sidecar["kind"]
+        text += sidecar["client"]["address"] + sidecar["client"]["helo"] + "".join(sidecar["held"])
+        parse_path("<%s>" % sidecar["sender"], "5.1.7")
+        for one in sidecar["recipients"]:
+            path, rest = parse_path("<%s>" % one["address"], "5.1.3")
+            if rest or path.domain != one["domain"]:
+                raise Corrupt("the sidecar's recipient %s is not an address" % printable(one["address"], 100))
+            number += one["attempts"] + one["next_attempt"] + one["expires"]
+            text += one["state"] + one["notify"] + one["orcpt"] + one["last_response"]
+        if not sidecar["recipients"] or number < 0 or CONTROLS.search(text.encode("utf-8", "surrogatepass")):
+            raise Corrupt("the sidecar does not make sense")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, Refuse) as error:
+        raise Corrupt("the sidecar cannot be read: %s" % printable(repr(error), 200)) from None
+    return dict(sidecar)
+
+
+QUEUED, DELIVERED, BOUNCED, EXPIRED, DELETED = "queued", "delivered", "bounced", "expired", "deleted"
+
+
+def make_sidecar(id: str, kind: str, sender: str, recipients: Iterable[Tuple[str, str, str, str, Time]], now: Time,
+                 client: Mapping[str, Optional[str]], body: str = "", smtputf8: bool = False, ret: str = "",
+                 envid: str = "", held: Sequence[str] = ()) -> Dict[str, Any]:
+    """`recipients`: (address, domain, NOTIFY, ORCPT, expires).  `kind` is mail or notice."""
+    return {"format": FORMAT, "id": id, "kind": kind, "received": now, "size": 0, "sha256": "", "sender": sender,
+            "client": dict(client), "body": body, "smtputf8": smtputf8, "ret": ret, "envid": envid, "held": list(held),
+            "recipients": [{"address": address, "domain": domain, "state": QUEUED, "attempts": 0, "next_attempt": now,
+                            "expires": expires, "last_attempt": None, "refused_since": None, "last_response": "",
+                            "notify": notify, "orcpt": orcpt}
+                           for address, domain, notify, orcpt, expires in recipients]}
+
+
+def disk_reply(error: Optional[OSError]) -> Reply:
+    """What a client hears when its message could not be kept: always temporary, and nothing of it remains."""
+    if error is not None and error.errno in _FULL:
+        return Reply(452, "4.3.1", "Insufficient system storage")
+    return Reply(451, "4.3.0", "Local error in processing, try again later")
+
+
+class Commit(NamedTuple):
+    draft: Draft
+    blocks: List[bytes]
+    sidecar: Dict[str, Any]
+
+
+class Remove(NamedTuple):
+    id: str
+
+
+class Task(NamedTuple):
+    run: Callable[[Spool], Any]
+
+
+Work = Union[Commit, Remove, Task]
+Done = Callable[[Any], None]    # called by the loop with None, a result, or the exception
+
+
+class Committers:
+    """Threads that do all writing.  Each takes a fair share of what waits, so that
+    many sessions share one directory sync, and several fsyncs are under
+    way at once: the kernel merges them into few journal commits."""
+
+    def __init__(self, spool: Spool, post: Callable[[List[Tuple[Done, Any]]], None], threads: int = COMMITTERS) -> None:
+        self.spool = spool
+        self.post = post
+        self.waiting: Deque[Tuple[Work, Done]] = collections.deque()
+        self.condition = threading.Condition()
+        self.stopping = False
+        self.threads = [threading.Thread(target=self._run, name="committer", daemon=True) for _ in range(threads)]
+        for thread in self.threads:
+            thread.start()
+
+    def submit(self, work: Work, done: Done) -> None:
+        with self.condition:
+            self.waiting.append((work, done))
+            self.condition.notify()
+
+    def stop(self) -> None:
+        with self.condition:
+            self.stopping = True
+            self.condition.notify_all()
+        for thread in self.threads:
+            thread.join()
+
+    def _take(self) -> List[Tuple[Work, Done]]:
+        with self.condition:
+            while not self.waiting and not self.stopping:
+                self.condition.wait()
+            share = min(BATCH_MAX, -(-len(self.waiting) // len(self.threads)))
+            return [self.waiting.popleft() for _ in range(share)]
+
+    def _run(self) -> None:
+        while True:
+            batch = self._take()
+            if not batch:
+                return
+            self.post(self._work(batch))
+
+    def _work(self, batch: List[Tuple[Work, Done]]) -> List[Tuple[Done, Any]]:
+        out: List[Tuple[Done, Any]] = []
+        commits = [(work, done) for work, done in batch if isinstance(work, Commit)]
+        removals = [(work, done) for work, done in batch if isinstance(work, Remove)]
+        try:
+            if commits:
+                out.extend(zip((done for _, done in commits), self.spool.commit([work for work, _ in commits])))
+            if removals:
+                out.extend(zip((done for _, done in removals), self.spool.remove([work.id for work, _ in removals])))
+        except Exception as error:      # a bug: everybody in this batch hears of it, none is told "done"
+            told = len(out)
+            out.extend((done, error) for _, done in (commits + removals)[told:])
+        for work, done in batch:
+            if isinstance(work, Task):
+                try:
+                    out.append((done, work.run(self.spool)))
+                except Exception as error:
+                    out.append((done, error))
+        return out
+
+
+# == 7. SESSION ================================================================
+# One client's SMTP dialogue: bytes in, actions out; no socket, no clock, no file.
+# After Ask it waits for resume(answer) and keeps later input in its buffer.
+
+class Send(NamedTuple):
+    data: bytes
+
+
+class Body(NamedTuple):
+    """Octets of the message, as they will be kept."""
+    data: bytes
+
+
+class Discard(NamedTuple):
+    """Throw away what came as Body."""
+
+
+class Note(NamedTuple):
+    """A line for the log."""
+    text: str
+
+
+class Ask(NamedTuple):
+    """A question for the server: mail, rcpt, commit or etrn; answered by resume()."""
+    what: str
+    value: Any
+
+
+class Close(NamedTuple):
+    """After everything sent so far has gone out."""
+
+
+Action = Union[Send, Body, Discard, Note, Ask, Close]
+
+
+class Recipient(NamedTuple):
+    path: Path
+    notify: str
+    orcpt: str
+
+    @property
+    def address(self) -> str:
+        return str(self.path)
+
+
+class Transaction:
+    """One message being given to us; the session outlives many."""
+    __slots__ = ("sender", "size", "body", "smtputf8", "ret", "envid", "recipients", "refused", "octets", "header",
+                 "rcpt_refused")
+
+    def __init__(self, sender: str, size: int, body: str, smtputf8: bool, ret: str, envid: str) -> None:
+        self.sender = sender
+        self.size = size                        # as declared, 0 when not
+        self.body = body
+        self.smtputf8 = smtputf8
+        self.ret = ret
+        self.envid = envid
+        self.recipients: List[Recipient] = []
+        self.rcpt_refused = False
+        self.refused: Optional[Reply] = None    # the answer its end of data will get
+        self.octets = 0
+        self.header: Optional[bytearray] = bytearray()      # as far as it was scanned for hops; None when done
+
+
+class DataReader:
+    """DATA's dot transparency, RFC 5321 4.5.2.  Nothing but CRLF . CRLF ends
+    the data; the dialogue begins at a line start."""
+    __slots__ = ("held", "first")
+    END = b"\r\n.\r\n"
+
+    def __init__(self) -> None:
+        self.held = b"\r\n"             # a virtual line end, so that a first line of "." is an end too
+        self.first = True
+
+    def feed(self, data: bytes) -> Tuple[bytes, Optional[bytes]]:
+        """Returns the unstuffed octets and, at the end, what follows it; else None."""
+        data = self.held + data
+        end = data.find(self.END)
+        rest = None
+        if end >= 0:
+            data, rest = data[:end + 2], data[end + 5:]
+        else:
+            keep = next((n for n in (4, 3, 2, 1) if data.endswith(self.END[:n])), 0)
+            self.held = data[len(data) - keep:]
+            data = data[:len(data) - keep]
+        if self.first and len(data) >= 2:
+            # The virtual line end is still in front, so a dot that opens the mail is unstuffed with the rest.
+            data, self.first = data.replace(b"\r\n.", b"\r\n")[2:], False
+            return data, rest
+        return data.replace(b"\r\n.", b"\r\n"), rest
+
+
+class Newlines:
+    """Mends what must never be sent on: NUL goes first, then a bare LF becomes CRLF and a bare CR a space."""
+    __slots__ = ("cr", "found", "open")
+    _STRAY = re.compile(rb"\r(?!\n)|(?<!\r)\n")
+
+    def __init__(self) -> None:
+        self.cr = b""                   # a final CR waits for its LF
+        self.found = False
+        self.open = False               # the last line has no end yet
+
+    def feed(self, data: bytes, last: bool = False) -> bytes:
+        """`last`: no more comes; a line left open, as BDAT may leave one, is ended."""
+        data = self._mend(data, last)
+        if data:
+            self.open = not data.endswith(b"\r\n")
+        return data + b"\r\n" if last and self.open else data
+
+    def _mend(self, data: bytes, last: bool) -> bytes:
+        if b"\0" in data:
+            data = data.replace(b"\0", b"")
+            self.found = True
+        if self.cr:
+            data, self.cr = self.cr + data, b""
+        if data.endswith(b"\r") and not last:
+            data, self.cr = data[:-1], b"\r"
+        pairs = data.count(b"\r\n")
+        if data.count(b"\n") == pairs and data.count(b"\r") == pairs:
+            return data
+        self.found = True
+        return self._STRAY.sub(lambda m: b" " if m.group() == b"\r" else b"\r\n", data)
+
+
+class Mode(enum.Enum):
+    COMMAND = 1
+    DATA = 2
+    CHUNK = 3
+    CLOSED = 4
+
+
+class Stage(enum.Enum):
+    """How far a dialogue has come; which command is legal where is in COMMANDS."""
+    START = "send HELO or EHLO first"
+    READY = "need MAIL command"
+    MAIL = "need RCPT command"
+    RCPT = "MAIL transaction in progress"
+    CHUNKS = "BDAT in progress"
+
+
+@dataclasses.dataclass
+class Door:
+    """What the server lets sessions know: replaced at SIGHUP, read by all."""
+    cfg: Config
+    size_limit: int                 # octets, 0 for none
+
+
+def too_big(limit: int) -> Reply:
+    return Reply(552, "5.3.4", "Message size exceeds the limit of %d octets" % limit)
+
+
+RECEIVED = re.compile(rb"^Received:((?:[^\r]|\r(?!\n(?![ \t])))*)", re.I | re.M)
+BY = re.compile(rb"(?:^|\s)by\s+([^\s;()]+)", re.I)
+HTTP = frozenset(b"GET POST PUT HEAD CONNECT OPTIONS DELETE PATCH TRACE".split())
+
+
+class Session:
+    """The dialogue with one client.  receive() and resume() return actions in
+    the order in which they must take effect."""
+
+    def __init__(self, door: Door, address: str, name: str = "unknown") -> None:
+        self.door = door
+        self.cfg = door.cfg
+        self.address = address
+        self.name = name
+        self.helo = ""
+        self.esmtp = False
+        self.tls: Optional[str] = None
+        self.stage = Stage.START
+        self.mode = Mode.COMMAND
+        self.transaction: Optional[Transaction] = None
+        self.errors = 0
+        self.buffer = bytearray()
+        self.skipping = False           # within a command line that is too long
+        self.waiting: Optional[Callable[[Any], None]] = None
+        self.reader = DataReader()
+        self.newlines = Newlines()
+        self.chunk_left = 0             # octets of the present BDAT chunk
+        self.chunk_last = False
+        self.chunk_refused: Optional[Reply] = None
+        self.out: List[Action] = []
+
+    # -- the outside
+
+    def greet(self) -> List[Action]:
+        return self._act(lambda: self.send(Reply(220, "", "%s ESMTP etrn_relay" % self.cfg.hostname)))
+
+    def receive(self, data: bytes) -> List[Action]:
+        self.buffer += data
+        return self._act(self._run)
+
+    def resume(self, answer: Any) -> List[Action]:
+        handler, self.waiting = self.waiting, None
+        assert handler is not None
+        handler(answer)
+        return self._act(self._run)
+
+    def shut(self, reply: Reply) -> List[Action]:
+        """The server ends the session: timeout, shutdown, a bug."""
+        self.mode = Mode.CLOSED
+        return self._act(lambda: self.send(reply, close=True))
+
+    @property
+    def is_idle(self) -> bool:
+        """Between transactions: nothing would be lost by ending here."""
+        return self.transaction is None and self.waiting is None
+
+    def _act(self, step: Callable[[], None]) -> List[Action]:
+        step()
+        out, self.out = self.out, []
+        return out
+
+    def send(self, reply: Reply, close: bool = False) -> None:
+        self.out.append(Send(reply.wire()))
+        if close:
+            self.out.append(Close())
+            self.mode = Mode.CLOSED
+
+    def ask(self, what: str, value: Any, then: Callable[[Any], None]) -> None:
+        self.waiting = then
+        self.out.append(Ask(what, value))
+
+    # -- reading
+
+    def _run(self) -> None:
+        while self.buffer and self.waiting is None and self.mode is not Mode.CLOSED:
+            if self.mode is Mode.DATA:
+                self._read_data()
+            elif self.mode is Mode.CHUNK:
+                self._read_chunk()
+            elif not self._read_commands():
+                return
+        if self.mode is Mode.CLOSED:
+            self.buffer.clear()
+
+    def _read_commands(self) -> bool:
+        """Run the complete lines in the buffer; False when more input is needed."""
+        position = 0
+        while self.waiting is None and self.mode is Mode.COMMAND:
+            end = self.buffer.find(b"\n", position)
+            if end < 0:
+                break
+            line = bytes(self.buffer[position:end])
+            position = end + 1
+            if self.skipping:
+                self.skipping = False
+            elif len(line) >= COMMAND_MAX:
+                self.fail(Reply(500, "5.5.2", "Line too long"))
+            else:
+                self._command(line[:-1] if line.endswith(b"\r") else line)
+        del self.buffer[:position]
+        if position or self.mode is not Mode.COMMAND or self.waiting is not None:
+            return True
+        if len(self.buffer) >= COMMAND_MAX or self.skipping:
+            self.buffer.clear()
+            if not self.skipping:
+                self.skipping = True    # to the next line end; memory stays flat
+                self.fail(Reply(500, "5.5.2", "Line too long"))
+        return False
+
+    def _read_data(self) -> None:
+        data, rest = self.reader.feed(bytes(self.buffer))
+        self.buffer.clear()
+        self._keep(self.newlines.feed(data, last=rest is not None))
+        if rest is not None and self.mode is Mode.DATA:
+            self.buffer += rest
+            self.mode = Mode.COMMAND
+            self._end_of_data()
+
+    def _read_chunk(self) -> None:
+        data = bytes(self.buffer[:self.chunk_left])
+        del self.buffer[:self.chunk_left]
+        self.chunk_left -= len(data)
+        if self.chunk_refused is None:
+            self._keep(self.newlines.feed(data))
+        if not self.chunk_left:
+            self._end_of_chunk()
+
+    def _keep(self, data: bytes) -> None:
+        """Body octets: counted, searched for hops, passed on."""
+        transaction = self.transaction
+        assert transaction is not None
+        transaction.octets += len(data)
+        limit = self.door.size_limit
+        if limit and transaction.octets > limit:
+            if transaction.refused is None:
+                self._refuse(transaction, too_big(limit))
+            if transaction.octets > limit * OVERSIZE_FACTOR + RECEIVE_OCTETS:
+                return self.send(too_big(limit), close=True)
+        if transaction.header is not None and data:
+            transaction.header += data
+            end = transaction.header.find(b"\r\n\r\n")
+            if end >= 0 or transaction.header[:2] == b"\r\n" or len(transaction.header) > HEADER_SCAN_MAX:
+                self._count_hops(transaction, bytes(transaction.header if end < 0 else transaction.header[:end]))
+        if data and transaction.refused is None:
+            self.out.append(Body(data))
+
+    def _count_hops(self, transaction: Transaction, header: bytes) -> None:
+        """RFC 5321 6.3.  What came before our own field counts; our name only as a whole `by` name."""
+        transaction.header = None
+        fields = RECEIVED.findall(header)
+        own = self.cfg.hostname.encode("ascii")
+        ours = sum(any(name.lower().rstrip(b".") == own for name in BY.findall(field)[:1]) for field in fields)
+        if len(fields) >= HOPS_MAX or ours >= OWN_HOPS_MAX:
+            self._refuse(transaction, Reply(554, "5.4.6", "Too many hops: %d Received fields, %d of them ours"
+                                            % (len(fields), ours)))
+
+    def _refuse(self, transaction: Transaction, reply: Reply) -> None:
+        if transaction.refused is None:
+            transaction.refused = reply
+            self.out.append(Discard())
+
+    # -- commands
+
+    def _command(self, line: bytes) -> None:
+        verb, _, argument = line.strip(b" ").partition(b" ")
+        verb = verb.upper()
+        if verb in HTTP:
+            self.note_reject(verb.decode("ascii"), Reply(521, "5.5.1", "This is a mail server"), "")
+            return self.send(Reply(521, "5.5.1", "This is a mail server"), close=True)
+        if CONTROLS.search(line):
+            return self.fail(Reply(500, "5.5.2", "Control characters in a command"))
+        known = COMMANDS.get(verb)
+        if known is None:
+            return self.fail(Reply(500, "5.5.2", "Command unrecognized"))
+        handler, legal = known
+        try:
+            text = argument.strip(b" ").decode("utf-8")
+            if self.stage not in legal:
+                raise self._out_of_order()
+            handler(self, text)
+        except UnicodeDecodeError:
+            self.fail(Reply(501, "5.5.4", "Not UTF-8"))
+        except Refuse as refusal:
+            self.fail(refusal.reply)
+
+    def _out_of_order(self) -> Refuse:
+        return Refuse(503, "5.5.1", "Bad sequence of commands: %s" % self.stage.value)
+
+    def fail(self, reply: Reply) -> None:
+        """A protocol error; refused recipients and messages do not come here."""
+        self.errors += 1
+        if self.errors > ERRORS_MAX:
+            self.out.append(Note("too many errors from %s" % format_peer(self.address, self.name)))
+            self.send(Reply(421, "4.7.0", "%s Error: too many errors" % self.cfg.hostname), close=True)
+        else:
+            self.send(reply)
+
+    def note_reject(self, command: str, reply: Reply, details: str) -> None:
+        self.out.append(Note("NOQUEUE: reject: %s from %s: %s;%s proto=%s helo=<%s>" % (
+            command, format_peer(self.address, self.name), printable(str(reply)), details,
+            "ESMTP" if self.esmtp else "SMTP", printable(self.helo, 100))))
+
+    def reset(self) -> None:
+        if self.transaction is not None:
+            self.transaction = None
+            self.out.append(Discard())
+        if self.stage is not Stage.START:
+            self.stage = Stage.READY
+
+    def do_helo(self, text: str) -> None:
+        if not text:
+            raise Refuse(501, "5.5.4", "Syntax: HELO hostname")
+        self.reset()
+        self.helo, self.esmtp, self.stage = text, False, Stage.READY
+        self.send(Reply(250, "", self.cfg.hostname))
+
+    def do_ehlo(self, text: str) -> None:
+        if not text:
+            raise Refuse(501, "5.5.4", "Syntax: EHLO hostname")
+        self.reset()
+        self.helo, self.esmtp, self.stage = text, True, Stage.READY
+        self.send(Reply(250, "", "\n".join(self.extensions())))
+
+    def extensions(self) -> List[str]:
+        return [self.cfg.hostname, "PIPELINING", "SIZE %d" % self.door.size_limit, "ETRN", "8BITMIME", "SMTPUTF8",
+                "ENHANCEDSTATUSCODES", "DSN", "CHUNKING", "LIMITS RCPTMAX=%d" % self.cfg.max_recipients]
+
+    def do_mail(self, text: str) -> None:
+        if text[:5].upper() != "FROM:":
+            raise Refuse(501, "5.5.4", "Syntax: MAIL FROM:<address>")
+        path, rest = parse_path(text[5:].lstrip(" "), "5.1.7")
+        if not path.domain and path.local:
+            raise Refuse(501, "5.1.7", "Sender address needs a domain")
+        given = parse_parameters(rest)
+        size = parse_size(given.pop("SIZE")) if "SIZE" in given else 0
+        body = (given.pop("BODY") or "").upper() if "BODY" in given else ""
+        smtputf8 = "SMTPUTF8" in given
+        ret = (given.pop("RET") or "").upper() if "RET" in given else ""
+        envid = parse_xtext(given.pop("ENVID"), ENVID_MAX) if "ENVID" in given else ""
+        if given.pop("SMTPUTF8", None) or body not in ("", "7BIT", "8BITMIME") or ret not in ("", "FULL", "HDRS"):
+            raise Refuse(501, "5.5.4", "Syntax error in parameters")
+        if given:
+            raise Refuse(555, "5.5.4", "Unsupported parameter: %s" % next(iter(given)))
+        if not smtputf8 and not str(path).isascii():
+            raise Refuse(553, "5.6.7", "Address needs SMTPUTF8")
+        transaction = Transaction(str(path), size, body, smtputf8, ret, envid)
+        if self.door.size_limit and size > self.door.size_limit:
+            return self._mail_answer(transaction, too_big(self.door.size_limit))
+        self.ask("mail", transaction, lambda refused: self._mail_answer(transaction, refused))
+
+    def _mail_answer(self, transaction: Transaction, refused: Optional[Reply]) -> None:
+        if refused is not None:
+            self.note_reject("MAIL", refused, " from=<%s>" % printable(transaction.sender))
+            return self.send(refused)
+        self.transaction, self.stage = transaction, Stage.MAIL
+        self.send(Reply(250, "2.1.0", "Ok"))
+
+    def do_rcpt(self, text: str) -> None:
+        transaction = self.transaction
+        assert transaction is not None
+        if text[:3].upper() != "TO:":
+            raise Refuse(501, "5.5.4", "Syntax: RCPT TO:<address>")
+        path, rest = parse_path(text[3:].lstrip(" "), "5.1.3")
+        given = parse_parameters(rest)
+        notify = parse_notify(given.pop("NOTIFY")) if "NOTIFY" in given else ""
+        orcpt = parse_orcpt(given.pop("ORCPT")) if "ORCPT" in given else ""
+        if given:
+            raise Refuse(555, "5.5.4", "Unsupported parameter: %s" % next(iter(given)))
+        if not transaction.smtputf8 and not path.local.isascii():
+            raise Refuse(553, "5.6.7", "Address needs SMTPUTF8")
+        if not path.domain:
+            if path.local.lower() != "postmaster" or not self.cfg.first_domain:
+                raise Refuse(501, "5.1.3", "Recipient address needs a domain")
+            path = Path(path.local, self.cfg.first_domain)          # RFC 5321 4.1.1.3
+        recipient = Recipient(path, notify, orcpt)
+        if path.is_rerouting or self.cfg.domain(path.domain) is None:
+            return self._rcpt_answer(recipient, Reply(554, "5.7.1", "<%s>: Relay access denied" % path))
+        if len(transaction.recipients) >= self.cfg.max_recipients:
+            return self._rcpt_answer(recipient, Reply(452, "4.5.3", "Too many recipients"))
+        self.ask("rcpt", recipient, lambda refused: self._rcpt_answer(recipient, refused))
+
+    def _rcpt_answer(self, recipient: Recipient, refused: Optional[Reply]) -> None:
+        transaction = self.transaction
+        assert transaction is not None
+        if refused is not None:
+            transaction.rcpt_refused = True
+            self.note_reject("RCPT", refused, " from=<%s> to=<%s>" % (printable(transaction.sender),
+                                                                      printable(recipient.address)))
+            return self.send(refused)
+        transaction.recipients.append(recipient)
+        self.stage = Stage.RCPT
+        self.send(Reply(250, "2.1.5", "Ok"))
+
+    def do_data(self, text: str) -> None:
+        if text:
+            raise Refuse(501, "5.5.4", "Syntax: DATA")
+        if self.stage is not Stage.RCPT:
+            return self._no_recipients()
+        self.reader, self.newlines, self.mode = DataReader(), Newlines(), Mode.DATA
+        self.send(Reply(354, "", "End data with <CR><LF>.<CR><LF>"))
+
+    def _no_recipients(self) -> None:
+        """A client that pipelines DATA behind refused recipients makes no error, RFC 2920 3.1."""
+        reply = self._out_of_order().reply
+        if self.transaction is not None and self.transaction.rcpt_refused:
+            return self.send(Reply(reply.code, reply.status, "No valid recipients"))
+        self.fail(reply)
+
+    def do_bdat(self, text: str) -> None:
+        """RFC 3030 2.  Whatever is wrong, the octets announced are read and
+        never taken for commands."""
+        words = text.upper().split()
+        if not words or not re.fullmatch(r"[0-9]{1,20}", words[0]) or words[1:] not in ([], ["LAST"]):
+            raise Refuse(501, "5.5.4", "Syntax: BDAT octets [LAST]")
+        self.chunk_left, self.chunk_last = int(words[0]), bool(words[1:])
+        self.chunk_refused = None
+        limit = self.door.size_limit
+        if limit and self.chunk_left > limit * OVERSIZE_FACTOR:
+            return self.send(too_big(limit), close=True)
+        if self.stage not in (Stage.RCPT, Stage.CHUNKS):
+            self.chunk_refused = self._out_of_order().reply
+        elif self.stage is Stage.RCPT:
+            self.newlines, self.stage = Newlines(), Stage.CHUNKS
+        self.mode = Mode.CHUNK
+        if not self.chunk_left:
+            self._end_of_chunk()
+
+    def _end_of_chunk(self) -> None:
+        self.mode = Mode.COMMAND if self.mode is Mode.CHUNK else self.mode
+        if self.mode is Mode.CLOSED:
+            return
+        if self.chunk_refused is not None:
+            return self._no_recipients()
+        if self.chunk_last:
+            self._keep(self.newlines.feed(b"", last=True))
+            self._end_of_data()
+        elif self.transaction is not None and self.transaction.refused is not None:
+            self.send(self.transaction.refused)
+        else:
+            self.send(Reply(250, "2.0.0", "Chunk received"))
+
+    def _end_of_data(self) -> None:
+        transaction = self.transaction
+        assert transaction is not None
+        if self.mode is Mode.CLOSED:
+            return
+        if transaction.header is not None:
+            self._count_hops(transaction, bytes(transaction.header))
+        if self.newlines.found and self.cfg.bare_newline == "reject":
+            self._refuse(transaction, Reply(550, "5.6.0", "Bare CR, bare LF or NUL in the message"))
+        if transaction.refused is not None:
+            return self._commit_answer(transaction.refused)
+        self.ask("commit", transaction, self._commit_answer)
+
+    def _commit_answer(self, reply: Reply) -> None:
+        transaction = self.transaction
+        assert transaction is not None
+        if reply.code >= 400:
+            self.note_reject("END-OF-MESSAGE", reply, " from=<%s> to=<%s>" % (
+                printable(transaction.sender), printable(transaction.recipients[0].address)))
+        self.transaction, self.stage = None, Stage.READY
+        self.send(reply)
+
+    def do_rset(self, text: str) -> None:
+        self.reset()
+        self.send(Reply(250, "2.0.0", "Ok"))
+
+    def do_noop(self, text: str) -> None:
+        self.send(Reply(250, "2.0.0", "Ok"))
+
+    def do_vrfy(self, text: str) -> None:
+        if not text:
+            raise Refuse(501, "5.5.4", "Syntax: VRFY address")
+        self.send(Reply(252, "2.0.0", "Send some mail, it will be tried"))
+
+    def do_expn(self, text: str) -> None:
+        raise Refuse(502, "5.5.1", "EXPN not implemented")
+
+    def do_help(self, text: str) -> None:
+        self.send(Reply(214, "2.0.0", "EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY HELP QUIT ETRN"))
+
+    def do_quit(self, text: str) -> None:
+        self.send(Reply(221, "2.0.0", "Bye"), close=True)
+
+    def do_etrn(self, text: str) -> None:
+        """RFC 1985 5.2; always one line, fetchmail reads no more."""
+        if not text:
+            raise Refuse(500, "5.5.4", "Syntax: ETRN domain")
+        name = text[1:] if text[0] == "@" else text
+        try:
+            name = parse_domain(name)
+        except ValueError:
+            raise Refuse(501, "5.5.4", "Not a domain") from None
+        self.ask("etrn", ("@" if text[0] == "@" else "") + name, self.send)
+
+
+ANY = frozenset(Stage)
+GREETED = ANY - {Stage.START}
+COMMANDS: Dict[bytes, Tuple[Callable[[Session, str], None], FrozenSet[Stage]]] = {     # verb: (handler, legal in)
+    b"HELO": (Session.do_helo, ANY),
+    b"EHLO": (Session.do_ehlo, ANY),
+    b"MAIL": (Session.do_mail, frozenset({Stage.READY})),
+    b"RCPT": (Session.do_rcpt, frozenset({Stage.MAIL, Stage.RCPT})),
+    b"DATA": (Session.do_data, frozenset({Stage.MAIL, Stage.RCPT})),
+    b"BDAT": (Session.do_bdat, ANY),                        # it judges for itself, after the octets
+    b"RSET": (Session.do_rset, ANY),
+    b"NOOP": (Session.do_noop, ANY),
+    b"VRFY": (Session.do_vrfy, ANY),
+    b"EXPN": (Session.do_expn, ANY),
+    b"HELP": (Session.do_help, ANY),
+    b"QUIT": (Session.do_quit, ANY),
+    b"ETRN": (Session.do_etrn, frozenset({Stage.READY})),   # not within a transaction, RFC 1985 5
+}
+
+
+def format_received(session: Session, transaction: Transaction, id: str, now: Time) -> bytes:
+    """Our trace field, RFC 5321 4.4, in the shape spam filters take the
+    original client's address from.  `with` as in RFC 3848 and RFC 6531 4.3."""
+    helo = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", session.helo[:255])
+    address = "IPv6:" + session.address if ":" in session.address else session.address
+    protocol = "SMTP"
+    if session.esmtp:
+        protocol = ("UTF8SMTP" if transaction.smtputf8 else "ESMTP") + ("S" if session.tls else "")
+    lines = ["Received: from %s (%s [%s])" % (helo, session.name, address)]
+    if session.tls:
+        lines.append("\t(using %s)" % session.tls)
+    lines.append("\tby %s (etrn_relay) with %s id %s" % (session.cfg.hostname, protocol, id))
+    if len(transaction.recipients) == 1 and transaction.recipients[0].address.isascii():
+        lines.append("\tfor <%s>" % transaction.recipients[0].address)
+    lines[-1] += ";"
+    lines.append("\t" + email.utils.formatdate(now, localtime=True))
+    return ("\r\n".join(lines) + "\r\n").encode("ascii", "replace")
+
+
+# == 8. SCHEDULE ===============================================================
+# When is a message due, how many connections may a primary have, what is its
+# state.  Pure: time is an argument, nothing is sent or read here.
+
+class Now(NamedTuple):
+    """Both clocks, read once a turn of the loop: monotonic for pauses, wall for what people and other hosts see."""
+    mono: float
+    wall: Time
+
+
+class Primary(enum.Enum):
+    UNKNOWN = "unknown"
+    UP = "up"
+    DOWN = "down"
+    REJECTING = "rejecting"
+
+
+class State(enum.Enum):
+    """Of an entry.  Postfix's names: active, deferred, hold, and what is being sent."""
+    ACTIVE = 1
+    DEFERRED = 2
+    DELIVERING = 3
+    HOLD = 4
+
+
+class Entry:
+    """One message as far as one site is concerned; a message to two served
+    domains has two.  Small, because a hundred thousand may wait."""
+    __slots__ = ("id", "size", "received", "expires", "due", "attempts", "tries", "base", "state", "round", "again", "hold")
+
+    def __init__(self, id: str, size: int, received: Time, expires: Time, attempts: int = 0) -> None:
+        self.id = id
+        self.size = size
+        self.received = received
+        self.expires = expires
+        self.due = 0.0                  # monotonic, when deferred
+        self.attempts = attempts        # as the sidecar has them
+        self.tries = 0                  # failed ones since the start or the last jump of the clock
+        self.base = 0                   # the site's failures when the entry came, or when attempts was last written
+        self.state = State.ACTIVE
+        self.round = 0                  # the flush it still belongs to
+        self.again = False              # a flush came while it was being sent
+        self.hold = False               # --hold came while it was being sent
+
+
+class Site:
+    """One domain: what waits for its primary, and what is known of that.
+
+    An outage ends when the primary greets.  Then one message goes alone (the
+    canary); taken, it proves the primary, and each further message taken
+    allows one connection more, up to `connections`."""
+
+    def __init__(self, name: str, cfg: DomainConfig, now: Now) -> None:
+        self.name = name
+        self.cfg = cfg
+        self.state = Primary.UNKNOWN
+        self.since = now.wall
+        self.last_error = ""
+        self.entries: Dict[str, Entry] = {}
+        self.active: List[Tuple[Time, str]] = []            # heaps; what they name may have moved on since
+        self.deferred: List[Tuple[float, str]] = []
+        self.aging: List[Tuple[Time, str]] = []
+        self.overdue: List[str] = []
+        self.count = {state: 0 for state in State}
+        self.octets = 0
+        self.is_held = False            # --hold DOMAIN: later mail too
+        self.opening = 0                # connections not yet greeted
+        self.open = 0
+        self.limit = 1                  # connections allowed now
+        self.is_proven = False          # has taken a message since it was last down
+        self.failures = 0               # attempts to reach it that failed, all told
+        self.quick = 0                  # failures since this outage began; the first pauses are short
+        self.next_probe = now.mono
+        self.last_start = now.mono - TRIGGER_S
+        self.verdicts: Deque[bool] = collections.deque(maxlen=VERDICTS)     # True for a 4xx
+        self.round = 0                  # number of the present flush
+        self.round_left = 0             # its messages not yet tried
+        self.again = False              # a flush came while a connection was opening
+        self.counters = {name: 0 for name in ("accepted", "delivered", "bounced", "deferred", "expired")}
+        self.size_limit = 0             # the primary's SIZE, 0 when not known
+        self.route: List[Endpoint] = [] # where the last connection led, best first
+        self.route_seen = 0.0           # wall
+
+    # -- entries
+
+    def _set(self, entry: Entry, state: State) -> None:
+        self.count[entry.state] -= 1
+        self.count[state] += 1
+        entry.state = state
+        if state is State.ACTIVE:
+            heapq.heappush(self.active, (entry.received, entry.id))
+        elif state is State.DEFERRED:
+            heapq.heappush(self.deferred, (entry.due, entry.id))
+
+    def add(self, entry: Entry, now: Now, next_attempt: Time = 0.0, held: bool = False) -> None:
+        """A new message, or one found in the spool with a pause still to run."""
+        self.entries[entry.id] = entry
+        self.octets += entry.size
+        entry.base = self.failures
+        self.count[State.ACTIVE] += 1
+        pause = min(next_attempt - now.wall, self.cfg.max_retry_interval)
+        if held or self.is_held:
+            self._set(entry, State.HOLD)
+        elif pause > 0:
+            entry.due = now.mono + pause
+            self._set(entry, State.DEFERRED)
+        else:
+            heapq.heappush(self.active, (entry.received, entry.id))
+        heapq.heappush(self.aging, (entry.expires, entry.id))
+
+    def drop(self, id: str) -> None:
+        entry = self.entries.pop(id)
+        self.count[entry.state] -= 1
+        self.octets -= entry.size
+        self._leave_round(entry)
+
+    def attempts(self, entry: Entry) -> int:
+        """All attempts: those its sidecar knows, and the failed connections since."""
+        return entry.attempts + self.failures - entry.base
+
+    def waits(self) -> int:
+        return len(self.entries)
+
+    def oldest(self) -> Optional[Time]:
+        return min((entry.received for entry in self.entries.values()), default=None)
+
+    def take(self, most: int, now: Now) -> List[Entry]:
+        """Up to `most` messages for one connection, oldest first; they are DELIVERING from now on."""
+        if not self.is_proven:
+            if now.mono < self.next_probe or self.count[State.DELIVERING]:
+                return []
+            most = 1
+        self._wake(now)
+        out: List[Entry] = []
+        while self.active and len(out) < most:
+            received, id = heapq.heappop(self.active)
+            entry = self.entries.get(id)
+            if entry is not None and entry.state is State.ACTIVE and entry.received == received:
+                entry.again = False
+                self._set(entry, State.DELIVERING)
+                out.append(entry)
+        return out
+
+    def _wake(self, now: Now) -> None:
+        """Deferred messages whose pause is over."""
+        while self.deferred and self.deferred[0][0] <= now.mono:
+            due, id = heapq.heappop(self.deferred)
+            entry = self.entries.get(id)
+            if entry is not None and entry.state is State.DEFERRED and entry.due == due:
+                self._set(entry, State.ACTIVE)
+
+    def give_back(self, entry: Entry) -> None:
+        """Taken but not tried."""
+        self._set(entry, State.HOLD if entry.hold else State.ACTIVE)
+        entry.hold = False
+
+    def defer(self, entry: Entry, now: Now, pause: float) -> None:
+        """Tried, and to be tried again after `pause` seconds; at once when a flush came meanwhile."""
+        entry.tries += 1
+        self._leave_round(entry)
+        entry.due = now.mono + pause
+        if entry.hold:
+            self._set(entry, State.HOLD)
+        else:
+            self._set(entry, State.ACTIVE if entry.again else State.DEFERRED)
+        entry.again = entry.hold = False
+
+    def hold(self, entry: Entry, on: bool) -> None:
+        if entry.state is State.DELIVERING:
+            entry.hold = on
+        elif on != (entry.state is State.HOLD):
+            self._leave_round(entry)
+            self._set(entry, State.HOLD if on else State.ACTIVE)
+
+    def pause(self, attempts: int) -> float:
+        """Seconds after the nth 4xx for one message, n from 1; RFC 5321 4.5.4.1."""
+        return min(self.cfg.retry_interval * 2.0 ** min(attempts - 1, 30), self.cfg.max_retry_interval)
+
+    # -- flush
+
+    def release_all(self) -> None:
+        """Everything but held mail is due now."""
+        for entry in self.entries.values():
+            if entry.state is State.DEFERRED:
+                self._set(entry, State.ACTIVE)
+        self.deferred.clear()
+
+    def flush(self, now: Now) -> bool:
+        """ETRN, --flush, SIGUSR1.  False when one was under way already; even
+        then there will be another look.  Probes once a second at most."""
+        fresh = self.round_left == 0
+        self.release_all()
+        self.round += 1
+        self.round_left = 0
+        for entry in self.entries.values():
+            if entry.state is State.ACTIVE:
+                entry.round = self.round
+                self.round_left += 1
+            elif entry.state is State.DELIVERING:
+                entry.again = True
+        self.trigger(now)
+        return fresh
+
+    def trigger(self, now: Now) -> None:
+        """Something says that the primary may be back."""
+        self.again = self.opening > 0
+        self.next_probe = min(self.next_probe, max(now.mono, self.last_start + TRIGGER_S))
+
+    def _leave_round(self, entry: Entry) -> None:
+        if entry.round == self.round and self.round_left:
+            self.round_left -= 1
+        entry.round = 0
+
+    # -- connections
+
+    def wanted(self, now: Now) -> bool:
+        """Whether to open a connection now; they open one after the other."""
+        self._wake(now)
+        waiting = self.count[State.ACTIVE]
+        if not waiting:
+            return False
+        if self.state is Primary.UP and self.is_proven:
+            target = min(self.limit, 1 + waiting // MESSAGES_PER_CONNECTION)
+            return not self.opening and self.open < target and now.mono >= self.next_probe
+        # One probe may hang in the dark while the next, later, finds the primary back.
+        return not self.open and now.mono >= self.next_probe and self.opening * self.cfg.probe_interval < CONNECT_S
+
+    def wake(self, now: Now) -> Optional[float]:
+        """The monotonic time at which wanted() or take() may change by itself."""
+        times = [self.deferred[0][0]] if self.deferred else []
+        if self.count[State.ACTIVE] and self.next_probe > now.mono:
+            times.append(self.next_probe)
+        return min(times, default=None)
+
+    def on_started(self, now: Now) -> None:
+        self.opening += 1
+        self.last_start = now.mono
+        if not (self.state is Primary.UP and self.is_proven):
+            self.next_probe = now.mono + self._probe_pause()
+
+    def _probe_pause(self) -> float:
+        return min(self.cfg.probe_interval, PROBE_FIRST_S * 2.0 ** min(self.quick // 2, 20))
+
+    def on_connected(self, now: Now) -> Optional[float]:
+        """It greeted.  Returns the length of the outage that ended, if one did."""
+        self.opening -= 1
+        self.open += 1
+        self.again = False
+        self.last_error = ""
+        if self.state is Primary.UP:
+            return None
+        lasted = now.wall - self.since if self.state is Primary.DOWN else None
+        self.state, self.since = Primary.UP, now.wall
+        self.next_probe = now.mono
+        self.release_all()
+        return lasted
+
+    def on_failed(self, now: Now, error: str) -> bool:
+        """A connection did not come about.  True when this begins an outage."""
+        self.opening -= 1
+        self.failures += 1
+        if self.open:                   # it is there, but takes no more connections
+            self.slow_down(now)
+            return False
+        return self._down(now, error)
+
+    def on_closed(self, now: Now, error: str) -> bool:
+        """A connection ended, `error` empty when in good order.  True when this begins an outage."""
+        self.open -= 1
+        if not error:
+            return False
+        self.slow_down(now)
+        if self.open or self.is_proven:
+            self.is_proven = self.is_proven and self.open > 0       # the next one is a canary again
+            return False
+        self.failures += 1
+        return self._down(now, error)
+
+    def _down(self, now: Now, error: str) -> bool:
+        begins = self.state is not Primary.DOWN
+        if begins:
+            self.since = now.wall
+        self.state, self.last_error, self.is_proven, self.limit = Primary.DOWN, error, False, 1
+        if self.again:
+            self.again = False
+            self.next_probe = max(now.mono, self.last_start + TRIGGER_S)
+        else:
+            self.next_probe = max(self.last_start + self._probe_pause(), now.mono)
+            self.round_left = 0         # a flush that found the primary away is over
+            self.round += 1
+        self.quick += 1
+        return begins
+
+    def on_taken(self) -> bool:
+        """A message was taken.  True when that proved the primary."""
+        self.verdicts.append(False)
+        self.quick = 0
+        if self.is_proven:
+            self.limit = min(self.cfg.connections, self.limit + 1)
+            return False
+        self.is_proven = True
+        self.release_all()              # what it put off before it was quite there
+        return True
+
+    def on_deferred(self, now: Now) -> None:
+        """A message was answered 4xx."""
+        self.verdicts.append(True)
+        if not self.is_proven:          # still starting: the next canary in a moment, not the whole queue now
+            self.quick += 1
+            self.next_probe = now.mono + self._probe_pause()
+        elif len(self.verdicts) == VERDICTS and sum(self.verdicts) * 2 > VERDICTS:
+            self.slow_down(now)
+
+    def slow_down(self, now: Now) -> None:
+        """421, a refused connection, or mostly 4xx: half the connections."""
+        self.limit = max(1, self.limit // 2)
+        self.verdicts.clear()
+        self.next_probe = max(self.next_probe, now.mono + PROBE_FIRST_S)
+
+    # -- time
+
+    def is_final(self, now: Now, refused_since: Optional[Time]) -> bool:
+        """Whether a 5xx is believed: only of a primary steadily up for
+        `recovery_grace`, or when the first one is that long ago."""
+        grace = self.cfg.recovery_grace
+        if self.state is Primary.UP and now.wall - self.since >= grace:
+            return True
+        return refused_since is not None and now.wall - refused_since >= grace
+
+    def expired(self, now: Now) -> List[Entry]:
+        """Messages past their time that were tried often enough since the
+        start or the last jump of the clock; held mail stays."""
+        while self.aging and self.aging[0][0] <= now.wall:
+            expires, id = heapq.heappop(self.aging)
+            entry = self.entries.get(id)
+            if entry is not None and entry.expires == expires:
+                self.overdue.append(id)
+        out = []
+        for id in list(self.overdue):
+            entry = self.entries.get(id)
+            if entry is None or entry.expires > now.wall:
+                self.overdue.remove(id)
+            elif (entry.state in (State.ACTIVE, State.DEFERRED)
+                  and entry.tries + self.failures - entry.base >= ATTEMPTS_MIN):
+                out.append(entry)
+                self.overdue.remove(id)
+        return out
+
+    def on_clock_jump(self) -> None:
+        for entry in self.entries.values():
+            entry.attempts, entry.tries, entry.base = self.attempts(entry), 0, self.failures
+
+
+class Scheduler:
+    """All sites.  Names match whole, or on a dot boundary for `@name`."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.sites: Dict[str, Site] = {}
+
+    def site(self, name: str, now: Now) -> Site:
+        site = self.sites.get(name)
+        if site is None:
+            site = self.sites[name] = Site(name, self.config_of(name), now)
+        return site
+
+    def config_of(self, name: str) -> DomainConfig:
+        return self.cfg.domain(name) or self.cfg.defaults
+
+    def is_served(self, name: str) -> bool:
+        return self.cfg.domain(name) is not None
+
+    def reconfigure(self, cfg: Config, now: Now) -> None:
+        """SIGHUP.  A longer or shorter lifetime holds for queued mail too."""
+        self.cfg = cfg
+        for site in self.sites.values():
+            site.cfg = self.config_of(site.name)
+            site.limit = min(site.limit, site.cfg.connections)
+            site.next_probe = min(site.next_probe, now.mono + site.cfg.probe_interval)
+            site.aging.clear()
+            site.overdue.clear()
+            for entry in site.entries.values():
+                entry.expires = entry.received + site.cfg.lifetime
+                site.aging.append((entry.expires, entry.id))
+            heapq.heapify(site.aging)
+
+    def matching(self, what: str) -> List[Site]:
+        """Sites that `example.org`, `@example.org` or `all` means."""
+        if what == "all":
+            return list(self.sites.values())
+        if what[:1] == "@":
+            return [site for name, site in self.sites.items() if is_below(name, what[1:])]
+        return [self.sites[what]] if what in self.sites else []
+
+    def serves(self, what: str) -> bool:
+        """Whether ETRN or a command may name it: served, or for `@name` anything below it served."""
+        if what[:1] != "@":
+            return self.is_served(what)
+        return self.is_served(what[1:]) or any(is_below(name.lstrip("."), what[1:]) for name in self.cfg.domains)
+
+    def holding(self, id: str) -> List[Site]:
+        return [site for site in self.sites.values() if id in site.entries]
+
+    def messages(self) -> Tuple[int, int, int]:
+        """Messages, octets and held ones, a message to two domains counted once."""
+        seen: Set[str] = set()
+        octets = held = 0
+        for site in self.sites.values():
+            if not seen:
+                fresh = site.entries.values()
+                seen.update(site.entries)
+            else:
+                fresh = [e for e in site.entries.values() if e.id not in seen]      # type: ignore[assignment]
+                seen.update(site.entries)
+            octets += sum(entry.size for entry in fresh)
+            held += sum(entry.state is State.HOLD for entry in fresh)
+        return len(seen), octets, held
+
+
+# == 9. DNS ====================================================================
+# Packets built and parsed (pure), then one short resolver that sends them.
+# It runs in delivery threads.  RFC 1035, RFC 5452 (answers nobody forged),
+# RFC 6891 (EDNS), RFC 7505 (null MX).
+
+A, CNAME, PTR, MX, AAAA = 1, 5, 12, 15, 28
+NOERROR, FORMERR, NXDOMAIN, NOTIMP = 0, 1, 3, 4
+
+
+class DnsError(Exception):
+    """No usable answer.  For the primary's mail this is always temporary."""
+
+
+class Answer(NamedTuple):
+    rcode: int
+    truncated: bool
+    records: List[Any]          # A, AAAA: address; MX: (preference, host); PTR: host
+
+
+def format_query(id: int, name: str, kind: int, edns: bool = True) -> bytes:
+    out = struct.pack("!HHHHHH", id, 0x0100, 1, 0, 0, 1 if edns else 0)     # recursion desired
+    for label in name.split("."):
+        out += bytes([len(label)]) + label.encode("ascii")
+    out += b"\0" + struct.pack("!HH", kind, 1)
+    return out + (b"\0" + struct.pack("!HHIH", 41, DNS_UDP_MAX, 0, 0) if edns else b"")
+
+
+def parse_name(packet: bytes, at: int) -> Tuple[str, int]:
+    """The name at an offset and the offset behind it.  Pointers must lead
+    backwards, so that no packet makes a loop.  Raises DnsError."""
+    labels: List[str] = []
+    behind, lowest, length = -1, at, 0
+    while True:
+        if at >= len(packet):
+            raise DnsError("name runs out of the packet")
+        size = packet[at]
+        if size >= 0xc0:
+            if at + 1 >= len(packet):
+                raise DnsError("pointer runs out of the packet")
+            target = (size & 0x3f) << 8 | packet[at + 1]
+            if behind < 0:
+                behind = at + 2
+            if target >= lowest:
+                raise DnsError("pointer that does not lead backwards")
+            at = lowest = target
+            continue
+        if size > 63:
+            raise DnsError("label of an unknown kind")
+        label = packet[at + 1:at + 1 + size]
+        if len(label) < size:
+            raise DnsError("label runs out of the packet")
+        at += 1 + size
+        if not size:
+            return ".".join(labels), behind if behind >= 0 else at
+        length += size + 1
+        if length > 255:
+            raise DnsError("name too long")
+        labels.append(label.decode("latin-1").lower())
+
+
+def parse_answer(packet: bytes, id: int, name: str, kind: int) -> Optional[Answer]:
+    """None when the packet answers another question (it is ignored, RFC 5452
+    9.1).  CNAMEs are followed within the packet.  Raises DnsError."""
+    if len(packet) < 12:
+        return None
+    got, flags, questions, answers = struct.unpack("!HHHH", packet[:8])
+    if got != id or not flags & 0x8000 or questions != 1:
+        return None
+    asked, at = parse_name(packet, 12)
+    if asked != name.lower() or packet[at:at + 4] != struct.pack("!HH", kind, 1):
+        return None
+    rcode, truncated = flags & 15, bool(flags & 0x0200)
+    if truncated:
+        return Answer(rcode, True, [])
+    at += 4
+    found: Dict[str, List[Any]] = {}
+    aliases: Dict[str, str] = {}
+    for _ in range(min(answers, DNS_RECORDS_MAX)):
+        owner, at = parse_name(packet, at)
+        if at + 10 > len(packet):
+            raise DnsError("record runs out of the packet")
+        its_kind, its_class, _, size = struct.unpack("!HHIH", packet[at:at + 10])
+        at += 10
+        if at + size > len(packet):
+            raise DnsError("record data runs out of the packet")
+        if its_class == 1 and its_kind == CNAME:
+            aliases[owner] = parse_name(packet, at)[0]
+        elif its_class == 1 and its_kind == kind:
+            found.setdefault(owner, []).append(_parse_data(packet, at, size, kind))
+        at += size
+    for _ in range(DNS_CNAMES_MAX):
+        if asked in found or asked not in aliases:
+            break
+        asked = aliases[asked]
+    return Answer(rcode, False, found.get(asked, []))
+
+
+def _parse_data(packet: bytes, at: int, size: int, kind: int) -> Any:
+    if (kind == A and size != 4) or (kind == AAAA and size != 16) or (kind == MX and size < 3):
+        raise DnsError("record data of a wrong size")
+    if kind in (A, AAAA):
+        return str(ipaddress.ip_address(packet[at:at + size]))
+    if kind == MX:
+        return struct.unpack("!H", packet[at:at + 2])[0], parse_name(packet, at + 2)[0]
+    return parse_name(packet, at)[0]
+
+
+def read_resolv_conf(path: str) -> Tuple[Endpoint, ...]:
+    """The nameservers of a resolv.conf; none is this host, as resolv.conf(5) says."""
+    out = []
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                words = line.split()
+                if len(words) > 1 and words[0] == "nameserver":
+                    out.append(Endpoint(words[1], 53))
+    except OSError:
+        pass
+    return tuple(out[:3]) or (Endpoint("127.0.0.1", 53),)
+
+
+class Resolver:
+    """Asks the nameservers in turn, two rounds; keeps nothing."""
+
+    def __init__(self, nameservers: Union[str, Tuple[Endpoint, ...]]) -> None:
+        self.nameservers = nameservers
+
+    def query(self, name: str, kind: int) -> List[Any]:
+        """Records, or an empty list when the name has none of that kind.
+        Raises DnsError: no such name, or nobody answers."""
+        servers = read_resolv_conf(self.nameservers) if isinstance(self.nameservers, str) else self.nameservers
+        end = time.monotonic() + DNS_TOTAL_S
+        problem = "no answer"
+        for server in servers * 2:
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+            try:
+                answer = self._ask(server, name, kind, min(DNS_TRY_S, left))
+            except (OSError, DnsError, struct.error) as error:
+                problem = "%s: %s" % (server, error)
+                continue
+            if answer.rcode == NXDOMAIN:
+                raise DnsError("no such name: %s" % name)
+            if answer.rcode == NOERROR:
+                return answer.records
+            problem = "%s: error code %d" % (server, answer.rcode)
+        raise DnsError("DNS lookup of %s failed: %s" % (name, problem))
+
+    def _ask(self, server: Endpoint, name: str, kind: int, seconds: float) -> Answer:
+        answer = self._ask_udp(server, name, kind, seconds, True)
+        if answer.rcode in (FORMERR, NOTIMP):
+            answer = self._ask_udp(server, name, kind, seconds, False)      # an old forwarder that knows no EDNS
+        return self._ask_tcp(server, name, kind, seconds) if answer.truncated else answer
+
+    @staticmethod
+    def _ask_udp(server: Endpoint, name: str, kind: int, seconds: float, edns: bool) -> Answer:
+        """A fresh socket and so a fresh port for each question, RFC 5452 9.2."""
+        id = secrets.randbits(16)
+        end = time.monotonic() + seconds
+        with socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect((server.host, server.port))
+            sock.send(format_query(id, name, kind, edns))
+            while True:
+                sock.settimeout(max(0.001, end - time.monotonic()))
+                answer = parse_answer(sock.recv(65535), id, name, kind)
+                if answer is not None:
+                    return answer
+                if time.monotonic() >= end:
+                    raise DnsError("only answers to other questions")
+
+    @staticmethod
+    def _ask_tcp(server: Endpoint, name: str, kind: int, seconds: float) -> Answer:
+        id = secrets.randbits(16)
+        end = time.monotonic() + seconds
+        with socket.create_connection((server.host, server.port), seconds) as sock:
+            query = format_query(id, name, kind)
+            sock.sendall(struct.pack("!H", len(query)) + query)
+            data = b""
+            while len(data) < 2 or len(data) < 2 + struct.unpack("!H", data[:2])[0]:
+                sock.settimeout(max(0.001, end - time.monotonic()))
+                block = sock.recv(65535)
+                if not block or time.monotonic() >= end:
+                    raise DnsError("answer breaks off")
+                data += block
+        answer = parse_answer(data[2:], id, name, kind)
+        if answer is None or answer.truncated:
+            raise DnsError("answer to another question")
+        return answer
+
+    def addresses(self, host: str) -> List[str]:
+        """IPv4 first: a host with broken IPv6 is common, one with broken IPv4 is not.  The
+        system resolver is asked, with /etc/hosts, unless nameservers are configured."""
+        try:
+            return [str(ipaddress.ip_address(host))]
+        except ValueError:
+            pass
+        if isinstance(self.nameservers, str):
+            try:
+                found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            except (OSError, UnicodeError) as error:
+                raise DnsError("lookup of %s failed: %s" % (host, error)) from None
+            out = [str(entry[4][0]) for entry in found]
+        else:
+            out = self.query(host, A) + self.query(host, AAAA)
+        return list(dict.fromkeys(sorted(out, key=lambda address: ":" in address)))
+
+
+# == 10. DSN ===================================================================
+# Outcomes in, the bytes of a delivery status notification out: RFC 3461 to
+# 3464 and 3834.  Pure.  Foreign text passes printable() and is cut, so that no
+# reply of a strange server puts a header or a boundary into our mail.
+
+class Report(NamedTuple):
+    """What a notice says of one recipient."""
+    address: str
+    action: str                 # failed, delayed or relayed
+    status: str                 # RFC 3463
+    response: str               # the last answer, or our own words
+    remote: str                 # host that gave it, or empty
+    orcpt: str
+    attempts: int
+    last_attempt: Optional[Time]
+
+
+def utf8_xtext(address: str) -> str:
+    """`rfc822; a@b`, or the ASCII form of an internationalized address, RFC 6533 3."""
+    if address.isascii():
+        return "rfc822; " + printable(address)
+    return "utf-8; " + "".join(c if c.isascii() else "\\x{%X}" % ord(c) for c in printable(address))
+
+
+def _ascii(text: str, longest: int = RESPONSE_MAX) -> str:
+    return printable(text, longest).encode("ascii", "backslashreplace").decode("ascii")
+
+
+_SUBJECTS = {"failed": "Undelivered Mail Returned to Sender", "delayed": "Delayed Mail (still being retried)",
+             "relayed": "Mail relayed"}
+
+
+def format_notice(hostname: str, sidecar: Mapping[str, Any], reports: Sequence[Report], original: bytes, full: bool,
+                  now: Time, boundary: str, message_id: str) -> bytes:
+    """The message; `original` is its header, or all of it when `full`."""
+    action = reports[0].action
+    boundary = "%s/%s" % (boundary, hostname)
+    head = ["From: Mail Delivery System <MAILER-DAEMON@%s>" % hostname,
+            "To: <%s>" % sidecar["sender"], "Subject: %s" % _SUBJECTS[action],
+            "Date: %s" % email.utils.formatdate(now, localtime=True), "Message-ID: <%s@%s>" % (message_id, hostname),
+            "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
+            'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary, "",
+            "This is a MIME-encapsulated message.", ""]
+    text = ["--" + boundary, "Content-Description: Notification", "Content-Type: text/plain; charset=us-ascii", ""]
+    text += _explain(hostname, sidecar, reports, now)
+    status = ["", "--" + boundary, "Content-Description: Delivery report", "Content-Type: message/delivery-status", "",
+              "Reporting-MTA: dns; %s" % hostname]
+    if sidecar["envid"]:
+        status.append("Original-Envelope-Id: %s" % _ascii(decode_xtext(sidecar["envid"])))
+    status += ["X-Relay-Queue-ID: %s" % sidecar["id"],
+               "Arrival-Date: %s" % email.utils.formatdate(sidecar["received"], localtime=True)]
+    for report in reports:
+        status += [""] + _report_fields(report)
+        if report.action == "delayed":
+            expires = max(one["expires"] for one in sidecar["recipients"])
+            status.append("Will-Retry-Until: %s" % email.utils.formatdate(expires, localtime=True))
+    eight = any(byte > 127 for byte in original)
+    third = ["", "--" + boundary, "Content-Description: Undelivered %s" % ("Message" if full else "Message Headers"),
+             "Content-Type: %s" % ("message/rfc822" if full else "text/rfc822-headers")]
+    third += ["Content-Transfer-Encoding: 8bit"] * eight + ["", ""]
+    lines = "\r\n".join(head + text + status + third)
+    return lines.encode("ascii", "replace") + original + ("\r\n--%s--\r\n" % boundary).encode("ascii")
+
+
+def _report_fields(report: Report) -> List[str]:
+    out = []
+    if report.orcpt:
+        kind, _, address = report.orcpt.partition(";")
+        out.append("Original-Recipient: %s; %s" % (kind, _ascii(decode_xtext(address))))
+    out += ["Final-Recipient: %s" % utf8_xtext(report.address), "Action: %s" % report.action,
+            "Status: %s" % report.status]
+    if report.remote:
+        out.append("Remote-MTA: dns; %s" % _ascii(report.remote, 255))
+    if report.response:
+        kind = "smtp" if re.match(r"[2-5]\d\d[ -]", report.response) else "X-etrn-relay"
+        out.append("Diagnostic-Code: %s; %s" % (kind, _ascii(report.response)))
+    if report.last_attempt:
+        out.append("Last-Attempt-Date: %s" % email.utils.formatdate(report.last_attempt, localtime=True))
+    return out
+
+
+def _explain(hostname: str, sidecar: Mapping[str, Any], reports: Sequence[Report], now: Time) -> List[str]:
+    """For a reader who does not know what SMTP is."""
+    action = reports[0].action
+    since = email.utils.formatdate(sidecar["received"], localtime=True)
+    if action == "failed":
+        out = ["Your message of %s" % since, "could not be delivered to:"]
+    elif action == "delayed":
+        out = ["Your message of %s" % since, "has not been delivered yet to the addresses below.  You need not send it",
+               "again: it is kept here and will be delivered as soon as possible to:"]
+    else:
+        out = ["Your message of %s" % since, "was handed on to a mail server that sends no confirmations:"]
+    for report in reports:
+        out += ["", "  <%s>" % _ascii(report.address, 320)]
+        if report.status == "4.4.7" or report.action == "delayed":
+            out.append("    The mail server of this address could not be reached, or took no mail, for %s"
+                       % format_duration(now - sidecar["received"]))
+            out.append("    (%d attempts)." % report.attempts)
+        if report.response:
+            who = _ascii(report.remote, 255) + " answered" if report.remote else "The last result was"
+            out += ["    %s:" % who] + ["      " + line for line in _wrap(_ascii(report.response), 66)]
+    if action == "failed":
+        out += ["", "It will not be tried again.  If it matters, reach the addressee in another way,",
+                "or send it again later."]
+    out += ["", "This notice was made by %s, a backup mail server of the" % hostname, "addressee's domain.", ""]
+    return out
+
+
+def _wrap(text: str, width: int) -> List[str]:
+    out = [""]
+    for word in text.split(" "):
+        if len(out[-1]) + len(word) >= width and out[-1]:
+            out.append("")
+        out[-1] += (" " if out[-1] else "") + word
+    return out
+
+
+# == 11. DELIVERY ==============================================================
+# One thread a connection: find the route, connect, send the messages it is given.
+# Reports to the loop through post(); never raises past its edge.
+
+class PeerError(Exception):
+    """The connection is of no more use.  Always temporary for the mail."""
+
+    def __init__(self, text: str, closing: bool = False) -> None:
+        super().__init__(text)
+        self.closing = closing          # the peer said so, with 421
+
+
+class Hop(NamedTuple):
+    host: str
+    address: str
+    port: int
+
+    def __str__(self) -> str:
+        return "%s[%s]:%d" % (self.host, self.address, self.port)
+
+
+class Plan(NamedTuple):
+    """All that a connection needs to know; nothing in it changes."""
+    site: str
+    cfg: DomainConfig
+    primary: Union[str, Tuple[Endpoint, ...]]
+    hostname: str
+    resolver: Resolver
+    listeners: Tuple[Endpoint, ...]     # ours, as bound
+    last_route: Tuple[Endpoint, ...]    # used when the DNS fails
+
+
+class Job(NamedTuple):
+    id: str
+    domain: str
+
+
+class Result(NamedTuple):
+    """What became of one recipient."""
+    address: str
+    kind: str                   # sent, deferred or refused
+    status: str                 # RFC 3463, for dsn=
+    response: str               # as the peer said it, or our words
+    remote: str                 # host that said it
+    attempts: int               # before this one, from the sidecar
+    refused_since: Optional[Time]
+
+
+class Outcome(NamedTuple):
+    """Of one job.  `results` is empty when it was not tried: `fault` says why, or it is to be given back."""
+    courier: "Courier"
+    job: Job
+    results: Tuple[Result, ...]
+    is_whole: bool              # the message has no other recipients left than these
+    received: Time
+    relay: str
+    seconds: float
+    fault: Optional[Exception] = None
+
+
+class Routed(NamedTuple):
+    courier: "Courier"
+    hops: Tuple[Hop, ...]
+    warning: str
+
+
+class Greeted(NamedTuple):
+    courier: "Courier"
+    hop: Hop
+    size_limit: int
+
+
+class Finished(NamedTuple):
+    courier: "Courier"
+    error: str                  # empty when the connection ended in good order
+    bug: Optional[BaseException] = None
+
+
+def is_local(address: str) -> bool:
+    """Whether this machine has the address: only then can a socket be bound to it."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.bind((address, 0))
+        return True
+    except OSError:
+        return False
+
+
+def is_own(hop: Hop, listeners: Sequence[Endpoint]) -> bool:
+    """Whether connecting there would reach this relay itself."""
+    for listener in listeners:
+        if listener.port == hop.port:
+            if listener.host == hop.address:
+                return True
+            if listener.host in ("0.0.0.0", "::") and is_local(hop.address):
+                return True
+    return False
+
+
+def find_route(plan: Plan) -> Tuple[List[Hop], str]:
+    """Hosts to try in order, and a warning when they are remembered ones.
+    Raises PeerError: whatever the DNS says, the mail is kept."""
+    try:
+        hops = _mx_route(plan) if plan.primary == "mx" else _host_route(plan)
+        return hops[:ROUTE_HOSTS_MAX], ""
+    except DnsError as error:
+        if plan.last_route:
+            return [Hop(where.host, where.host, where.port) for where in plan.last_route], (
+                "%s; using the route that worked last" % error)
+        raise PeerError(str(error)) from None
+
+
+def _host_route(plan: Plan) -> List[Hop]:
+    hops: List[Hop] = []
+    problem = DnsError("no primary is configured")
+    for where in plan.primary:
+        assert isinstance(where, Endpoint)
+        try:
+            hops += [Hop(where.host, address, where.port) for address in plan.resolver.addresses(where.host)]
+        except DnsError as error:
+            problem = error
+    if not hops:
+        raise problem
+    others = [hop for hop in hops if not is_own(hop, plan.listeners)]
+    if not others:
+        raise PeerError("mail for %s loops back to this host: %s" % (plan.site, hops[0]))
+    return others
+
+
+def _mx_route(plan: Plan) -> List[Hop]:
+    """RFC 5321 5.1.  Neither this host nor anything of equal or higher
+    preference; equal ones in random order."""
+    found: List[Tuple[int, str]] = plan.resolver.query(plan.site, MX)
+    if any(host == "" for _, host in found):
+        raise PeerError("%s has a null MX record: it says it takes no mail" % plan.site)
+    records = sorted(found or [(0, plan.site)], key=lambda record: (record[0], random.random()))
+    cut = min((preference for preference, host in records if host == plan.hostname), default=65536)
+    hops: List[Hop] = []
+    problem: Optional[DnsError] = None
+    for preference, host in records:
+        if preference >= cut:
+            break
+        try:
+            its = [Hop(host, address, SMTP_PORT) for address in plan.resolver.addresses(host)]
+        except DnsError as error:
+            problem = error
+            continue
+        if any(is_own(hop, plan.listeners) for hop in its):
+            break
+        hops += its
+    if hops:
+        return hops
+    if problem:
+        raise problem
+    raise PeerError("mail for %s loops back to this host: its MX records name no better one" % plan.site)
+
+
+class Client(smtplib.SMTP):
+    """smtplib's client with a total deadline and a bounded size for each reply,
+    which is read strictly: smtplib takes garbage for codes like -1 and waits
+    anew for every octet.  Addresses are ours, checked; quoteaddr() would
+    rewrite them."""
+
+    def __init__(self, hostname: str) -> None:
+        super().__init__(local_hostname=hostname, timeout=CONNECT_S)
+        self.pending = b""
+        self.end = 0.0                  # monotonic, of the reply being read
+
+    def open(self, hop: Hop) -> None:
+        """Connect and be greeted.  A 5xx greeting says nothing about the mail."""
+        self._host = hop.host
+        self.wait(CONNECT_S)
+        try:
+            code, text = self.connect(hop.address, hop.port)
+        except OSError as error:
+            raise PeerError("connect to %s: %s" % (hop, error.strerror or error)) from None
+        if code != 220:
+            raise PeerError("%s refused to talk to us: %s" % (hop, reply_text(code, text)), code == 421)
+        name = text.split(b" ")[0].decode("ascii", "replace").lower()
+        if name == self.local_hostname.lower():
+            raise PeerError("mail loops back to this host: %s greets with our own name" % hop)
+
+    def hello(self) -> None:
+        self.wait(COMMAND_S)
+        code, text = self.ehlo()
+        if 500 <= code:
+            self.esmtp_features = {}
+            code, text = self.helo()    # RFC 5321 3.2
+        if code != 250:
+            raise PeerError("host %s refused our greeting: %s" % (self._host, reply_text(code, text)), code == 421)
+
+    def wait(self, seconds: float) -> None:
+        """The next reply must be complete within so many seconds."""
+        self.end = time.monotonic() + seconds
+
+    def write(self, data: bytes, seconds: float = BLOCK_S) -> None:
+        assert self.sock is not None
+        try:
+            self.sock.settimeout(seconds)
+            self.sock.sendall(data)
+        except OSError as error:
+            raise PeerError("lost connection with %s: %s" % (self._host, error.strerror or error)) from None
+
+    def getreply(self) -> Tuple[int, bytes]:
+        lines: List[bytes] = []
+        code, size = b"", 0
+        while True:
+            line = self._line()
+            size += len(line)
+            if size > REPLY_OCTETS_MAX or len(lines) >= REPLY_LINES_MAX:
+                raise PeerError("endless reply from %s" % self._host)
+            if not re.match(rb"[2-5][0-9][0-9](?:[ -]|$)", line) or line[:3] != (code or line[:3]):
+                raise PeerError("reply of %s is not SMTP: %s" % (self._host, printable(line[:100].decode("latin-1"))))
+            code = line[:3]
+            lines.append(line[4:])
+            if line[3:4] != b"-":
+                return int(code), b"\n".join(lines)
+
+    def _line(self) -> bytes:
+        assert self.sock is not None
+        while True:
+            at = self.pending.find(b"\n")
+            if at >= 0:
+                line, self.pending = self.pending[:at], self.pending[at + 1:]
+                return line.rstrip(b"\r")
+            if len(self.pending) > REPLY_OCTETS_MAX:
+                raise PeerError("over-long reply from %s" % self._host)
+            left = self.end - time.monotonic()
+            if left <= 0:
+                raise PeerError("conversation with %s timed out" % self._host)
+            try:
+                self.sock.settimeout(left)
+                data = self.sock.recv(65536)
+            except socket.timeout:
+                continue
+            except OSError as error:
+                raise PeerError("lost connection with %s: %s" % (self._host, error.strerror or error)) from None
+            if not data:
+                raise PeerError("lost connection with %s" % self._host)
+            self.pending += data
+
+    def is_silent(self) -> bool:
+        """Whether an idle connection is still of use: neither closed nor saying 421."""
+        assert self.sock is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.sock, selectors.EVENT_READ)
+            return not self.pending and not selector.select(0)
+
+
+def reply_text(code: int, text: bytes) -> str:
+    return printable("%d %s" % (code, text.decode("utf-8", "replace").replace("\n", " ")), RESPONSE_MAX)
+
+
+def reply_status(code: int, text: bytes) -> str:
+    """The reply's own enhanced status (RFC 2034), when it is of its class."""
+    match = re.match(rb"([245]\.\d{1,3}\.\d{1,3})(?![\d.])", text)
+    if match and match.group(1)[0] == ord(str(code)[0]):
+        return match.group(1).decode("ascii")
+    return "%d.0.0" % (code // 100)
+
+
+class Parcel:
+    """A job opened: its sidecar, its body, the recipients it is for."""
+
+    def __init__(self, job: Job, sidecar: Dict[str, Any], message: Message, wanted: List[Dict[str, Any]]) -> None:
+        self.job = job
+        self.sidecar = sidecar
+        self.message = message
+        self.wanted = wanted
+        self.is_whole = len(wanted) == sum(one["state"] == QUEUED for one in sidecar["recipients"])
+        self.results: List[Result] = []
+        self.started = time.monotonic()
+
+
+class Leg:
+    """One transaction: up to 100 recipients of a parcel."""
+
+    def __init__(self, parcel: Parcel, recipients: List[Dict[str, Any]], is_last: bool) -> None:
+        self.parcel = parcel
+        self.recipients = recipients
+        self.is_last = is_last
+        self.is_sent = False            # its envelope went behind the end of data before
+        self.accepted: List[Dict[str, Any]] = []
+
+
+class Courier(threading.Thread):
+    """One connection to a primary.  The loop puts jobs into `inbox`, None for
+    "that was all"; `jobs` are those it has not answered and belongs to the loop."""
+
+    def __init__(self, spool: Spool, plan: Plan, post: Callable[[Any], None]) -> None:
+        super().__init__(name="courier " + plan.site, daemon=True)
+        self.spool = spool
+        self.plan = plan
+        self.post = post
+        self.inbox: "queue.SimpleQueue[Optional[Job]]" = queue.SimpleQueue()
+        self.jobs: Dict[str, Entry] = {}
+        self.is_greeted = False         # the loop's
+        self.is_leaving = False         # the loop's: None was sent
+        self.client = Client(plan.hostname)
+        self.hop = Hop("none", "", 0)
+        self.taken = 0                  # messages the peer took on this connection
+        self.legs: Deque[Leg] = collections.deque()
+        self.flight: Deque[Leg] = collections.deque()       # sent, not answered
+        self.is_over = False
+
+    def cut(self) -> None:
+        """From the loop, when time is up: what waits for the peer fails now."""
+        sock = self.client.sock
+        if sock is not None:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def run(self) -> None:
+        error, bug = "", None
+        try:
+            self._connect()
+            self.post(Greeted(self, self.hop, self._size_limit()))
+            self._serve()
+        except PeerError as problem:
+            error = str(problem)
+            self._abandon(error)
+        except Exception as problem:
+            error, bug = "internal error: %r" % problem, problem
+            self._abandon(error)
+        try:
+            self.client.close()
+        except OSError:
+            pass
+        self.post(Finished(self, error, bug))
+
+    # -- connecting
+
+    def _connect(self) -> None:
+        """The first host on the route that greets.  Raises PeerError."""
+        hops, warning = find_route(self.plan)
+        self.post(Routed(self, tuple(hops), warning))
+        problem: Optional[PeerError] = None
+        for hop in hops:
+            try:
+                self.client.open(hop)
+                self.client.hello()
+                self.hop = hop
+                return
+            except PeerError as error:
+                problem = problem or error
+            except (smtplib.SMTPException, OSError, ValueError) as error:
+                problem = problem or PeerError("%s: %s" % (hop, printable(str(error))))
+            self.client.close()
+            self.client = Client(self.plan.hostname)
+        assert problem is not None
+        raise problem
+
+    def _size_limit(self) -> int:
+        value = self.client.esmtp_features.get("size", "")
+        return int(value) if value.isdigit() and len(value) < 16 else 0
+
+    # -- what to send
+
+    def _next_leg(self, wait: bool) -> Optional[Leg]:
+        """The next transaction; None when there is none (now, or within the
+        time a connection may idle)."""
+        while not self.legs:
+            if self.is_over:
+                return None
+            try:
+                job = self.inbox.get(timeout=IDLE_CONNECTION_S) if wait else self.inbox.get_nowait()
+            except queue.Empty:
+                self.is_over = self.is_over or wait
+                return None
+            if job is None:
+                self.is_over = True
+                return None
+            self._open(job)
+        return self.legs.popleft()
+
+    def _open(self, job: Job) -> None:
+        """Read and verify a message; what cannot be sent is answered here."""
+        try:
+            sidecar = self.spool.read_sidecar(job.id)
+            wanted = [one for one in sidecar["recipients"] if one["domain"] == job.domain and one["state"] == QUEUED]
+            message = self.spool.read_message(job.id, sidecar)
+        except (Corrupt, OSError) as error:
+            return self.post(Outcome(self, job, (), False, 0.0, "none", 0.0, error))
+        parcel = Parcel(job, sidecar, message, wanted)
+        limit = self._size_limit()
+        if limit and sidecar["size"] > limit:
+            self._fail_parcel(parcel, "5.3.4", "message of %d octets exceeds the primary's limit of %d" % (sidecar["size"], limit))
+        elif sidecar["smtputf8"] and "smtputf8" not in self.client.esmtp_features:
+            self._fail_parcel(parcel, "5.6.7", "the primary does not offer SMTPUTF8, which this message needs")
+        elif not wanted:
+            message.close()
+            self.post(Outcome(self, job, (), False, sidecar["received"], str(self.hop), 0.0, Corrupt("no recipients left")))
+        else:
+            for start in range(0, len(wanted), RCPTS_PER_TRANSACTION):
+                group = wanted[start:start + RCPTS_PER_TRANSACTION]
+                self.legs.append(Leg(parcel, group, start + len(group) == len(wanted)))
+
+    def _fail_parcel(self, parcel: Parcel, status: str, text: str) -> None:
+        parcel.results = [make_result(one, "deferred", status, text, "") for one in parcel.wanted]
+        self._answer(parcel)
+
+    def _answer(self, parcel: Parcel) -> None:
+        parcel.message.close()
+        self.post(Outcome(self, parcel.job, tuple(parcel.results), parcel.is_whole, parcel.sidecar["received"],
+                          str(self.hop), time.monotonic() - parcel.started))
+
+    def _give(self, leg: Leg, recipients: Iterable[Dict[str, Any]], code: int, text: bytes) -> None:
+        """The peer's reply holds for these recipients."""
+        kind = {2: "sent", 5: "refused"}.get(code // 100, "deferred")
+        if code // 100 == 3:
+            text = b"unexpected reply: %d %s" % (code, text)
+        status = reply_status(code, text) if code // 100 != 3 else "4.5.0"
+        response = reply_text(code, text)
+        leg.parcel.results += [make_result(one, kind, status, response, self.hop.host) for one in recipients]
+
+    def _finish(self, leg: Leg) -> None:
+        if any(result.kind == "sent" for result in leg.parcel.results):
+            self.taken += 1
+        if leg.is_last:
+            self._answer(leg.parcel)
+
+    def _abandon(self, error: str) -> None:
+        """The connection broke.  What was under way is deferred; what had not
+        begun, or could not have been at fault, goes back untried."""
+        blameless = self.taken > 0
+        while self.flight:
+            leg = self.flight.popleft()
+            parcel = leg.parcel
+            answered = {result.address for result in parcel.results}
+            in_doubt = leg.is_sent
+            if in_doubt or not blameless or answered:
+                parcel.results += [make_result(one, "deferred", "4.4.2", error, "") for one in parcel.wanted
+                                   if one["address"] not in answered]
+            self._answer(parcel)        # without results: given back
+            self.legs = collections.deque(other for other in self.legs if other.parcel is not parcel)
+            self.flight = collections.deque(other for other in self.flight if other.parcel is not parcel)
+            blameless = True            # only the first in line can be to blame
+        for leg in self.legs:
+            leg.parcel.message.close()
+
+    # -- sending
+
+    def _serve(self) -> None:
+        features = self.client.esmtp_features
+        self.pipelining = "pipelining" in features
+        leg = self._next_leg(wait=True)
+        while leg is not None:
+            if not self.flight and not self.client.is_silent():
+                self._unsend(leg)
+                break
+            leg = self._exchange(leg) or self._next_leg(wait=True)
+        self._quit()
+
+    def _unsend(self, leg: Leg) -> None:
+        """The peer closed while we were idle: nobody's fault, and nothing was tried."""
+        self.legs.clear()
+        leg.parcel.results.clear()
+        self._answer(leg.parcel)
+
+    def _quit(self) -> None:
+        self.client.wait(2.0)
+        try:
+            self.client.docmd("QUIT")
+        except (PeerError, smtplib.SMTPException, OSError):
+            pass                        # everything was answered before
+
+    def _envelope(self, leg: Leg) -> List[bytes]:
+        """MAIL and RCPT commands.  Addresses went through our grammar twice."""
+        sidecar, features = leg.parcel.sidecar, self.client.esmtp_features
+        mail = "MAIL FROM:<%s>" % sidecar["sender"]
+        if "size" in features:
+            mail += " SIZE=%d" % sidecar["size"]
+        if sidecar["body"] == "8BITMIME" and "8bitmime" in features:
+            mail += " BODY=8BITMIME"
+        if sidecar["smtputf8"]:
+            mail += " SMTPUTF8"
+        dsn = "dsn" in features
+        if dsn:
+            mail += " RET=" + sidecar["ret"] if sidecar["ret"] else ""
+            mail += " ENVID=" + sidecar["envid"] if sidecar["envid"] else ""
+        out = [mail]
+        for one in leg.recipients:
+            rcpt = "RCPT TO:<%s>" % one["address"]
+            if dsn:
+                rcpt += " NOTIFY=" + one["notify"] if one["notify"] else ""
+                rcpt += " ORCPT=" + one["orcpt"] if one["orcpt"] else ""
+            out.append(rcpt)
+        return [line.encode("utf-8") + b"\r\n" for line in out]
+
+    def _exchange(self, leg: Leg) -> Optional[Leg]:
+        """One transaction.  Returns the next when its envelope is on the way already."""
+        envelope = self._envelope(leg)
+        if not self.flight:
+            self.flight.append(leg)
+            if self.pipelining:
+                self.client.write(b"".join(envelope) + b"DATA\r\n")
+        code, text = self._read_envelope(leg, envelope)
+        if not leg.accepted:
+            if code == 354:
+                self.client.write(b".\r\n")     # RFC 2920 3.1: nobody is to get it, but the data must end
+                self._command(b"", END_OF_DATA_S)
+            self._end_leg(leg)
+            self._command(b"RSET\r\n", COMMAND_S)
+            return None
+        if code != 354:
+            self._give(leg, leg.accepted, code, text)
+            self._end_leg(leg)
+            self._leave_if_told(code, text)
+            self._command(b"RSET\r\n", COMMAND_S)
+            return None
+        follower = self._send_body(leg)
+        self.client.wait(END_OF_DATA_S)
+        code, text = self.client.getreply()
+        self._give(leg, leg.accepted, code, text)
+        self._end_leg(leg)
+        self._leave_if_told(code, text)
+        return follower
+
+    def _end_leg(self, leg: Leg) -> None:
+        self.flight.popleft()
+        self._finish(leg)
+
+    def _command(self, line: bytes, seconds: float) -> Tuple[int, bytes]:
+        if line:
+            self.client.write(line)
+        self.client.wait(seconds)
+        return self.client.getreply()
+
+    def _leave_if_told(self, code: int, text: bytes) -> None:
+        if code == 421:
+            raise PeerError("%s: %s" % (self.hop, reply_text(code, text)), True)
+
+    def _read_envelope(self, leg: Leg, envelope: List[bytes]) -> Tuple[int, bytes]:
+        """Replies to MAIL, RCPT and DATA; returns DATA's.  Without PIPELINING
+        each command waits for the one before."""
+        def step(line: bytes, seconds: float) -> Tuple[int, bytes]:
+            return self._command(b"" if self.pipelining else line, seconds)
+
+        code, text = step(envelope[0], COMMAND_S)
+        if code // 100 != 2:
+            if code == 421:
+                raise PeerError("%s: %s" % (self.hop, reply_text(code, text)), True)
+            self._give(leg, leg.recipients, code, text)
+            if not self.pipelining:
+                return 503, b""
+        refused = code // 100 != 2
+        for one, line in zip(leg.recipients, envelope[1:]):
+            code, text = step(line, COMMAND_S)
+            if refused:
+                continue
+            if code == 421:
+                raise PeerError("%s: %s" % (self.hop, reply_text(code, text)), True)
+            if code // 100 == 2:
+                leg.accepted.append(one)
+            else:
+                self._give(leg, [one], 452 if code == 552 else code, text)      # RFC 5321 4.5.3.1.10
+        if not leg.accepted and not self.pipelining:
+            return 503, b""
+        return step(b"DATA\r\n", DATA_S)
+
+    def _send_body(self, leg: Leg) -> Optional[Leg]:
+        """The message, dot-stuffed (RFC 5321 4.5.2), block by block; with
+        PIPELINING the next envelope goes right behind its end (RFC 2920 3.1)."""
+        leg.is_sent = True
+        held = b"\r\n"                  # what came just before: a dot after it is stuffed
+        ready = b""
+        for block in leg.parcel.message.blocks():
+            if ready:
+                self.client.write(ready)
+            stuffed = (held + block).replace(b"\r\n.", b"\r\n..")[len(held):]
+            held = block[-2:] if len(block) > 1 else (held + block)[-2:]
+            ready = stuffed
+        follower = self._next_leg(wait=False) if self.pipelining else None
+        ready += b".\r\n"
+        if follower is not None:
+            ready += b"".join(self._envelope(follower)) + b"DATA\r\n"
+            self.flight.append(follower)
+        self.client.write(ready)
+        return follower
+
+
+def make_result(one: Mapping[str, Any], kind: str, status: str, response: str, remote: str) -> Result:
+    return Result(one["address"], kind, status, response, remote, one["attempts"], one["refused_since"])
+
+
