@@ -100,8 +100,8 @@ BUGS
 
 CONTENTS
     1 MANUAL  2 LIMITS  3 GRAMMAR  4 CONFIG  5 LOG  6 SPOOL  7 SESSION
-    8 SCHEDULE  9 DNS  10 DSN  11 DELIVERY  12 CONTROL  13 STATUS  14 SERVER
-    15 MAIN.  Search for "== 6" and you are at the spool.
+    8 SCHEDULE  9 DNS  10 DSN  11 DELIVERY  12 QUEUE  13 CONTROL  14 STATUS
+    15 SERVER  16 MAIN.  Search for "== 6" and you are at the spool.
 """
 # == 1. MANUAL =================================================================
 # The text above.  `--help` prints its first part, up to QUEUE.
@@ -128,10 +128,10 @@ import re
 import resource
 import secrets
 import selectors
-import shutil
 import signal
 import smtplib
 import socket
+import socketserver
 import struct
 import sys
 import tempfile
@@ -169,6 +169,11 @@ RECEIVE_OCTETS = 65536          # read from one client at a time, so that no cli
 OUTPUT_MAX = 65536              # octets of replies a client may leave unread before we stop reading from it
 SPILL_OCTETS = 131072           # of a body in memory before it is handed to a committer
 UNWRITTEN_MAX = 524288          # octets of one body in memory, then the client waits for the disk
+LISTEN_BACKLOG = 512            # connections the kernel may keep for us between two turns
+LINGER_S = 2.0                  # for a client to read our last reply before the connection is reset
+STRESS_SHARE = 0.8              # of max_connections in use ...
+STRESS_TIMEOUT_S = 10.0         # ... and idle clients are given so long; Postfix's stress mode
+COMMAND_POLL_S = 0.1            # a waiting command looks again so often
 ACCEPTS_PER_TURN = 64           # new connections taken before those already open are looked at again
 SWEEP_S = 1.0                   # how often idle clients are looked for; idle limits are minutes
 STOP_S = 4.0                    # time given to sessions and deliveries at SIGTERM; contract: stopped within 5 s
@@ -182,6 +187,7 @@ BLOCK_OCTETS = 262144           # read or written at once where a file does not 
 ORPHAN_S = 3600.0               # a lone .eml younger than this may be half of a pair being copied
 RETRY_DISK_S = 5.0              # between attempts to record what a full or failing disk did not take
 SIDECAR_MAX = 8 << 20           # octets; a thousand recipients with long answers are far below
+LOAD_BATCH = 200                # messages handed from the loader to the loop at a time
 STATE_SAVE_S = 60.0             # counters and primaries are saved so often when they changed
 SPACE_CHECK_S = 1.0             # free space is asked of the file system at most so often
 
@@ -201,6 +207,8 @@ IDLE_CONNECTION_S = 2.0         # a connection waits so long for another message
 PROBE_FIRST_S = 1.0             # pause after the first failure; most outages are reboots.  Doubles to probe_interval
 TRIGGER_S = 1.0                 # a flood of ETRNs costs one probe a second
 MESSAGES_PER_CONNECTION = 20    # so many waiting messages justify one connection more
+NOTICE_CONNECTIONS = 2          # to a smarthost or a sender's server
+NOTICE_PROBE_S = 300.0          # longest pause between attempts to reach one of those
 VERDICTS = 20                   # the last answers looked at: mostly 4xx halves the connections
 ATTEMPTS_MIN = 3                # failed attempts that must stand behind an expiry; a jump of the clock is none
 CLOCK_JUMP_S = 60.0             # wall and monotonic clock drifting apart by more at once is a jump
@@ -468,7 +476,7 @@ class Option(NamedTuple):
     low: float                  # smallest value of a number, durations in seconds, sizes in octets
     high: float
     text: str                   # for the sample and the manual
-    inert: Tuple[str, ...] = ("*",)     # values whose feature exists; "*" for all
+    built: Tuple[str, ...] = ("*",)     # values whose feature exists; "*" for all
 
 
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -743,6 +751,7 @@ class DomainConfig:
     recovery_grace: float = 3600.0
     xclient: bool = False
     max_queue_size: Optional[int] = None
+    is_notices: bool = False    # no domain of ours: notices to senders, by [bounces] route
 
 
 @dataclasses.dataclass(frozen=True)
@@ -896,7 +905,7 @@ def _range(option: Option) -> str:
 
 
 def _is_built(option: Option, value: str) -> bool:
-    return ("*" in option.inert and "!" + value.lower() not in option.inert) or value.lower() in option.inert
+    return ("*" in option.built and "!" + value.lower() not in option.built) or value.lower() in option.built
 
 
 def _build_config(values: Dict[str, Dict[str, Any]], domains: Dict[str, Dict[str, Any]], file: str, fqdn: str,
@@ -946,7 +955,7 @@ def format_sample() -> str:
     out = [SAMPLE_HEAD]
     section = ""
     for option in OPTIONS:
-        if not option.inert:
+        if not option.built:
             continue
         if option.section != section:
             section = option.section
@@ -1216,8 +1225,9 @@ class Spool:
 
     def _store(self, draft: Draft, blocks: List[bytes], sidecar: Dict[str, Any]) -> Optional[OSError]:
         """Body and sidecar in incoming/, both synced: state S2."""
-        self.append(draft, blocks)
-        if draft.error:
+        if draft.error is None:
+            self.append(draft, blocks)
+        if draft.error is not None:
             return self._note(draft.error)
         fd = -1
         try:
@@ -1378,6 +1388,18 @@ class Spool:
             os.close(fd)
         return parse_sidecar(data, id)
 
+    def check_body(self, id: str, sidecar: Mapping[str, Any]) -> None:
+        """A quick look for the start; the SHA-256 is compared before each delivery.  Raises Corrupt or OSError."""
+        try:
+            size = os.stat(os.path.join(self.path, id + ".eml")).st_size
+        except FileNotFoundError:
+            raise Corrupt("the body is gone") from None
+        if size != sidecar["size"]:
+            raise Corrupt("the body has %d octets, not %d" % (size, sidecar["size"]))
+
+    def has_sidecar(self, id: str) -> bool:
+        return self._has(self.path, id + ".json")
+
     def read_message(self, id: str, sidecar: Mapping[str, Any]) -> "Message":
         """The body, verified against the sidecar's SHA-256; raises Corrupt or
         OSError.  A large one is verified now and read again block by block."""
@@ -1429,6 +1451,10 @@ class Spool:
         except OSError:
             return 0
         return found.f_bavail * found.f_frsize if found.f_favail > 100 or not found.f_files else 0
+
+    def remove_control(self) -> None:
+        """The control socket of a relay that is gone; we hold the lock, so it is not in use."""
+        self._unlink(os.path.join(self.path, "control"))
 
     # -- what is known of the primaries
 
@@ -1495,7 +1521,8 @@ def parse_sidecar(data: bytes, id: str) -> Dict[str, Any]:
             if rest or path.domain != one["domain"]:
                 raise Corrupt("the sidecar's recipient %s is not an address" % printable(one["address"], 100))
             number += one["attempts"] + one["next_attempt"] + one["expires"]
-            text += one["state"] + one["notify"] + one["orcpt"] + one["last_response"]
+            text += one["state"] + one["notify"] + one["orcpt"]
+            text += one["last_response"] + one["last_status"] + one["last_remote"]
         if not sidecar["recipients"] or number < 0 or CONTROLS.search(text.encode("utf-8", "surrogatepass")):
             raise Corrupt("the sidecar does not make sense")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, Refuse) as error:
@@ -1504,6 +1531,7 @@ def parse_sidecar(data: bytes, id: str) -> Dict[str, Any]:
 
 
 QUEUED, DELIVERED, BOUNCED, EXPIRED, DELETED = "queued", "delivered", "bounced", "expired", "deleted"
+COUNTERS = {QUEUED: "deferred", DELIVERED: "delivered", BOUNCED: "bounced", EXPIRED: "expired", "": "accepted"}
 
 
 def make_sidecar(id: str, kind: str, sender: str, recipients: Iterable[Tuple[str, str, str, str, Time]], now: Time,
@@ -1513,8 +1541,8 @@ def make_sidecar(id: str, kind: str, sender: str, recipients: Iterable[Tuple[str
     return {"format": FORMAT, "id": id, "kind": kind, "received": now, "size": 0, "sha256": "", "sender": sender,
             "client": dict(client), "body": body, "smtputf8": smtputf8, "ret": ret, "envid": envid, "held": list(held),
             "recipients": [{"address": address, "domain": domain, "state": QUEUED, "attempts": 0, "next_attempt": now,
-                            "expires": expires, "last_attempt": None, "refused_since": None, "last_response": "",
-                            "notify": notify, "orcpt": orcpt}
+                            "expires": expires, "last_attempt": None, "last_status": "", "last_response": "", "last_remote": "",
+                            "refused_since": None, "notify": notify, "orcpt": orcpt}
                            for address, domain, notify, orcpt, expires in recipients]}
 
 
@@ -2032,7 +2060,7 @@ class Session:
             path = Path(path.local, self.cfg.first_domain)          # RFC 5321 4.1.1.3
         recipient = Recipient(path, notify, orcpt)
         if path.is_rerouting or self.cfg.domain(path.domain) is None:
-            return self._rcpt_answer(recipient, Reply(554, "5.7.1", "<%s>: Relay access denied" % path))
+            return self._rcpt_answer(recipient, Reply(554, "5.7.1", "<%s>: Relay access denied" % str(path)))
         if len(transaction.recipients) >= self.cfg.max_recipients:
             return self._rcpt_answer(recipient, Reply(452, "4.5.3", "Too many recipients"))
         self.ask("rcpt", recipient, lambda refused: self._rcpt_answer(recipient, refused))
@@ -2194,6 +2222,9 @@ def format_received(session: Session, transaction: Transaction, id: str, now: Ti
 # When is a message due, how many connections may a primary have, what is its
 # state.  Pure: time is an argument, nothing is sent or read here.
 
+NOTICES = "notice:"             # begins the name of a site that is not a domain of ours
+
+
 class Now(NamedTuple):
     """Both clocks, read once a turn of the loop: monotonic for pauses, wall for what people and other hosts see."""
     mono: float
@@ -2218,7 +2249,7 @@ class State(enum.Enum):
 class Entry:
     """One message as far as one site is concerned; a message to two served
     domains has two.  Small, because a hundred thousand may wait."""
-    __slots__ = ("id", "size", "received", "expires", "due", "attempts", "tries", "base", "state", "round", "again", "hold")
+    __slots__ = ("id", "size", "received", "expires", "due", "attempts", "tries", "base", "deferrals", "state", "round", "again", "hold")
 
     def __init__(self, id: str, size: int, received: Time, expires: Time, attempts: int = 0) -> None:
         self.id = id
@@ -2228,11 +2259,12 @@ class Entry:
         self.due = 0.0                  # monotonic, when deferred
         self.attempts = attempts        # as the sidecar has them
         self.tries = 0                  # failed ones since the start or the last jump of the clock
-        self.base = 0                   # the site's failures when the entry came, or when attempts was last written
+        self.base = 0                   # the site's failures that attempts and tries include
+        self.deferrals = 0              # answers to this very message; they set its pause
         self.state = State.ACTIVE
         self.round = 0                  # the flush it still belongs to
         self.again = False              # a flush came while it was being sent
-        self.hold = False               # --hold came while it was being sent
+        self.hold = False               # held by itself, as its sidecar says; the whole site may be, too
 
 
 class Site:
@@ -2268,7 +2300,7 @@ class Site:
         self.round = 0                  # number of the present flush
         self.round_left = 0             # its messages not yet tried
         self.again = False              # a flush came while a connection was opening
-        self.counters = {name: 0 for name in ("accepted", "delivered", "bounced", "deferred", "expired")}
+        self.counters = {name: 0 for name in COUNTERS.values()}
         self.size_limit = 0             # the primary's SIZE, 0 when not known
         self.route: List[Endpoint] = [] # where the last connection led, best first
         self.route_seen = 0.0           # wall
@@ -2291,6 +2323,7 @@ class Site:
         entry.base = self.failures
         self.count[State.ACTIVE] += 1
         pause = min(next_attempt - now.wall, self.cfg.max_retry_interval)
+        entry.hold = held
         if held or self.is_held:
             self._set(entry, State.HOLD)
         elif pause > 0:
@@ -2299,6 +2332,9 @@ class Site:
         else:
             heapq.heappush(self.active, (entry.received, entry.id))
         heapq.heappush(self.aging, (entry.expires, entry.id))
+        if len(self.aging) > 2 * len(self.entries) + 1000:      # most of what it names has left long ago
+            self.aging = [(other.expires, other.id) for other in self.entries.values()]
+            heapq.heapify(self.aging)
 
     def drop(self, id: str) -> None:
         entry = self.entries.pop(id)
@@ -2310,8 +2346,17 @@ class Site:
         """All attempts: those its sidecar knows, and the failed connections since."""
         return entry.attempts + self.failures - entry.base
 
-    def waits(self) -> int:
-        return len(self.entries)
+    def tries(self, entry: Entry) -> int:
+        return entry.tries + self.failures - entry.base
+
+    def count_attempt(self, entry: Entry) -> int:
+        """It was tried.  Returns the number of attempts its sidecar does not know of yet."""
+        new = 1 + self.failures - entry.base
+        entry.attempts += new
+        entry.tries += new
+        entry.base = self.failures
+        entry.deferrals += 1
+        return new
 
     def oldest(self) -> Optional[Time]:
         return min((entry.received for entry in self.entries.values()), default=None)
@@ -2341,28 +2386,47 @@ class Site:
             if entry is not None and entry.state is State.DEFERRED and entry.due == due:
                 self._set(entry, State.ACTIVE)
 
+    def start(self, entry: Entry) -> int:
+        """Taken out of turn, to be ended: nobody else gets it.  Returns the attempts its sidecar does not know of."""
+        self._set(entry, State.DELIVERING)
+        new, entry.base = self.failures - entry.base, self.failures
+        return new
+
     def give_back(self, entry: Entry) -> None:
         """Taken but not tried."""
-        self._set(entry, State.HOLD if entry.hold else State.ACTIVE)
-        entry.hold = False
+        self._set(entry, State.HOLD if entry.hold or self.is_held else State.ACTIVE)
 
     def defer(self, entry: Entry, now: Now, pause: float) -> None:
         """Tried, and to be tried again after `pause` seconds; at once when a flush came meanwhile."""
-        entry.tries += 1
         self._leave_round(entry)
         entry.due = now.mono + pause
-        if entry.hold:
+        if entry.hold or self.is_held:
             self._set(entry, State.HOLD)
         else:
             self._set(entry, State.ACTIVE if entry.again else State.DEFERRED)
-        entry.again = entry.hold = False
+        entry.again = False
 
     def hold(self, entry: Entry, on: bool) -> None:
-        if entry.state is State.DELIVERING:
-            entry.hold = on
-        elif on != (entry.state is State.HOLD):
+        """One message.  What is being sent is held, if it comes back."""
+        entry.hold = on
+        self._settle(entry)
+
+    def hold_all(self, on: bool) -> List[Entry]:
+        """All of it and all that comes later, or none.  Returns the messages
+        that were held by themselves and are no more."""
+        self.is_held = on
+        alone = [entry for entry in self.entries.values() if entry.hold and not on]
+        for entry in alone:
+            entry.hold = False
+        for entry in self.entries.values():
+            self._settle(entry)
+        return alone
+
+    def _settle(self, entry: Entry) -> None:
+        held = entry.hold or self.is_held
+        if entry.state is not State.DELIVERING and held != (entry.state is State.HOLD):
             self._leave_round(entry)
-            self._set(entry, State.HOLD if on else State.ACTIVE)
+            self._set(entry, State.HOLD if held else State.ACTIVE)
 
     def pause(self, attempts: int) -> float:
         """Seconds after the nth 4xx for one message, n from 1; RFC 5321 4.5.4.1."""
@@ -2527,15 +2591,16 @@ class Site:
             entry = self.entries.get(id)
             if entry is not None and entry.expires == expires:
                 self.overdue.append(id)
-        out = []
-        for id in list(self.overdue):
+        out, later = [], []
+        for id in self.overdue:
             entry = self.entries.get(id)
             if entry is None or entry.expires > now.wall:
-                self.overdue.remove(id)
-            elif (entry.state in (State.ACTIVE, State.DEFERRED)
-                  and entry.tries + self.failures - entry.base >= ATTEMPTS_MIN):
+                continue
+            if entry.state in (State.ACTIVE, State.DEFERRED) and self.tries(entry) >= ATTEMPTS_MIN:
                 out.append(entry)
-                self.overdue.remove(id)
+            else:
+                later.append(id)
+        self.overdue = later
         return out
 
     def on_clock_jump(self) -> None:
@@ -2557,10 +2622,22 @@ class Scheduler:
         return site
 
     def config_of(self, name: str) -> DomainConfig:
-        return self.cfg.domain(name) or self.cfg.defaults
+        if not name.startswith(NOTICES):
+            return self.cfg.domain(name) or self.cfg.defaults
+        route = self.cfg.bounces_route
+        return dataclasses.replace(
+            self.cfg.defaults, name=name, primary=(route,) if isinstance(route, Endpoint) else route, recovery_grace=0.0,
+            connections=NOTICE_CONNECTIONS, probe_interval=NOTICE_PROBE_S, etrn="none", is_notices=True)
 
     def is_served(self, name: str) -> bool:
         return self.cfg.domain(name) is not None
+
+    def site_of(self, kind: str, domain: str) -> str:
+        """The site that delivers a recipient.  Notices to domains not served go
+        by [bounces] route: to the smarthost, or each domain on its own."""
+        if kind != "notice" or self.is_served(domain):
+            return domain
+        return NOTICES if isinstance(self.cfg.bounces_route, Endpoint) else NOTICES + domain
 
     def reconfigure(self, cfg: Config, now: Now) -> None:
         """SIGHUP.  A longer or shorter lifetime holds for queued mail too."""
@@ -2582,7 +2659,7 @@ class Scheduler:
             return list(self.sites.values())
         if what[:1] == "@":
             return [site for name, site in self.sites.items() if is_below(name, what[1:])]
-        return [self.sites[what]] if what in self.sites else []
+        return [self.sites[name] for name in (what, NOTICES + what) if name in self.sites]
 
     def serves(self, what: str) -> bool:
         """Whether ETRN or a command may name it: served, or for `@name` anything below it served."""
@@ -2968,7 +3045,7 @@ class Plan(NamedTuple):
 
 class Job(NamedTuple):
     id: str
-    domain: str
+    domain: str                 # whose recipients are meant; empty for all
 
 
 class Result(NamedTuple):
@@ -2978,8 +3055,11 @@ class Result(NamedTuple):
     status: str                 # RFC 3463, for dsn=
     response: str               # as the peer said it, or our words
     remote: str                 # host that said it
-    attempts: int               # before this one, from the sidecar
-    refused_since: Optional[Time]
+    refused_since: Optional[Time]       # from the sidecar
+
+
+class Settled(Exception):
+    """The sidecar says that nothing of the job is left to do."""
 
 
 class Outcome(NamedTuple):
@@ -3065,11 +3145,25 @@ def _host_route(plan: Plan) -> List[Hop]:
 
 def _mx_route(plan: Plan) -> List[Hop]:
     """RFC 5321 5.1.  Neither this host nor anything of equal or higher
-    preference; equal ones in random order."""
-    found: List[Tuple[int, str]] = plan.resolver.query(plan.site, MX)
+    preference; equal ones in random order.  Notices, whose targets strangers
+    choose, go to public addresses only."""
+    domain = plan.site[len(NOTICES):] if plan.cfg.is_notices else plan.site
+    if domain.startswith("["):
+        hops = [Hop(domain, parse_literal(domain), SMTP_PORT)]
+    else:
+        hops = _mx_hops(plan, domain)
+    if plan.cfg.is_notices:
+        hops = [hop for hop in hops if ipaddress.ip_address(hop.address).is_global and not is_own(hop, plan.listeners)]
+    if not hops:
+        raise PeerError("mail for %s loops back to this host or has no public route" % domain)
+    return hops
+
+
+def _mx_hops(plan: Plan, domain: str) -> List[Hop]:
+    found: List[Tuple[int, str]] = plan.resolver.query(domain, MX)
     if any(host == "" for _, host in found):
-        raise PeerError("%s has a null MX record: it says it takes no mail" % plan.site)
-    records = sorted(found or [(0, plan.site)], key=lambda record: (record[0], random.random()))
+        raise PeerError("%s has a null MX record: it says it takes no mail" % domain)
+    records = sorted(found or [(0, domain)], key=lambda record: (record[0], random.random()))
     cut = min((preference for preference, host in records if host == plan.hostname), default=65536)
     hops: List[Hop] = []
     problem: Optional[DnsError] = None
@@ -3084,11 +3178,9 @@ def _mx_route(plan: Plan) -> List[Hop]:
         if any(is_own(hop, plan.listeners) for hop in its):
             break
         hops += its
-    if hops:
-        return hops
-    if problem:
+    if problem and not hops:
         raise problem
-    raise PeerError("mail for %s loops back to this host: its MX records name no better one" % plan.site)
+    return hops
 
 
 class Client(smtplib.SMTP):
@@ -3114,7 +3206,7 @@ class Client(smtplib.SMTP):
             raise PeerError("%s refused to talk to us: %s" % (hop, reply_text(code, text)), code == 421)
         name = text.split(b" ")[0].decode("ascii", "replace").lower()
         if name == self.local_hostname.lower():
-            raise PeerError("mail loops back to this host: %s greets with our own name" % hop)
+            raise PeerError("mail loops back to this host: %s greets with our own name" % str(hop))
 
     def hello(self) -> None:
         self.wait(COMMAND_S)
@@ -3238,6 +3330,12 @@ class Courier(threading.Thread):
         self.legs: Deque[Leg] = collections.deque()
         self.flight: Deque[Leg] = collections.deque()       # sent, not answered
         self.is_over = False
+        self.pipelining = False
+
+    def leave(self) -> None:
+        """From the loop: end in good order after the messages that are under way."""
+        self.is_leaving = self.is_over = True
+        self.inbox.put(None)
 
     def cut(self) -> None:
         """From the loop, when time is up: what waits for the peer fails now."""
@@ -3315,7 +3413,7 @@ class Courier(threading.Thread):
         """Read and verify a message; what cannot be sent is answered here."""
         try:
             sidecar = self.spool.read_sidecar(job.id)
-            wanted = [one for one in sidecar["recipients"] if one["domain"] == job.domain and one["state"] == QUEUED]
+            wanted = [one for one in sidecar["recipients"] if one["state"] == QUEUED and job.domain in ("", one["domain"])]
             message = self.spool.read_message(job.id, sidecar)
         except (Corrupt, OSError) as error:
             return self.post(Outcome(self, job, (), False, 0.0, "none", 0.0, error))
@@ -3327,7 +3425,7 @@ class Courier(threading.Thread):
             self._fail_parcel(parcel, "5.6.7", "the primary does not offer SMTPUTF8, which this message needs")
         elif not wanted:
             message.close()
-            self.post(Outcome(self, job, (), False, sidecar["received"], str(self.hop), 0.0, Corrupt("no recipients left")))
+            self.post(Outcome(self, job, (), False, sidecar["received"], str(self.hop), 0.0, Settled("no recipients left")))
         else:
             for start in range(0, len(wanted), RCPTS_PER_TRANSACTION):
                 group = wanted[start:start + RCPTS_PER_TRANSACTION]
@@ -3518,6 +3616,2363 @@ class Courier(threading.Thread):
 
 
 def make_result(one: Mapping[str, Any], kind: str, status: str, response: str, remote: str) -> Result:
-    return Result(one["address"], kind, status, response, remote, one["attempts"], one["refused_since"])
+    return Result(one["address"], kind, status, response, remote, one["refused_since"])
 
 
+
+# == 12. QUEUE =================================================================
+# What becomes of queued mail: loading, connections, outcomes, notices, expiry.
+# Runs in the loop thread and never waits: disk work goes to the committers,
+# the network to couriers, and their reports come back through handle().
+
+class Ids:
+    """Queue IDs: the time in microseconds, never the same twice, in upper-case
+    hex, so that a spool sorts by age.  Notices take theirs in committer threads."""
+
+    def __init__(self) -> None:
+        self.last = 0
+        self.lock = threading.Lock()
+
+    def new(self) -> str:
+        with self.lock:
+            self.last = max(self.last + 1, time.time_ns() // 1000)
+            return "%X" % self.last
+
+
+class Verdict(NamedTuple):
+    """What is to be written of one recipient."""
+    address: str
+    state: str                  # QUEUED when it was deferred
+    status: str
+    response: str
+    remote: str
+    refused_since: Optional[Time] = None
+
+
+class Record(NamedTuple):
+    """A change to a sidecar, made in a committer thread."""
+    judge: Callable[[Mapping[str, Any]], Optional[Verdict]]     # for each queued recipient; None leaves it alone
+    attempts: int               # to add to those judged
+    next_attempt: Optional[Time]        # None when this was not an attempt
+
+
+class Recorded(NamedTuple):
+    sidecar: Dict[str, Any]
+    verdicts: Tuple[Verdict, ...]
+    notices: Tuple[Dict[str, Any], ...]     # sidecars of notices now in the spool
+    remarks: Tuple[str, ...]                # for the log
+    is_finished: bool                       # no recipient is left: the pair may go
+
+
+class Queued(NamedTuple):
+    """What the loop needs of a sidecar."""
+    id: str
+    kind: str
+    size: int
+    received: Time
+    domains: Dict[str, Tuple[int, Time, bool]]      # domain: (attempts, next attempt, held)
+
+
+class Loaded(NamedTuple):
+    found: Tuple[Queued, ...]
+    remarks: Tuple[str, ...] = ()
+    is_last: bool = False
+    error: str = ""
+
+
+def is_part(recipient: Mapping[str, Any], domain: str) -> bool:
+    """Whether a recipient belongs to a site's part of a message; an empty domain means all."""
+    return not domain or bool(recipient["domain"] == domain)
+
+
+def summarize(sidecar: Mapping[str, Any]) -> Queued:
+    domains: Dict[str, Tuple[int, Time, bool]] = {}
+    for one in sidecar["recipients"]:
+        if one["state"] == QUEUED:
+            attempts, due, _ = domains.get(one["domain"], (0, one["next_attempt"], False))
+            domains[one["domain"]] = (max(attempts, one["attempts"]), min(due, one["next_attempt"]),
+                                      one["domain"] in sidecar["held"])
+    return Queued(sidecar["id"], sidecar["kind"], sidecar["size"], sidecar["received"], domains)
+
+
+def write_record(spool: Spool, id: str, record: Record, cfg: Config, ids: Ids) -> Recorded:
+    """In a committer thread.  A notice is on stable storage before its
+    recipients are marked: a crash between makes a second notice, never none."""
+    now = time.time()
+    sidecar = spool.read_sidecar(id)
+    touched = []
+    for one in sidecar["recipients"]:
+        verdict = record.judge(one) if one["state"] == QUEUED else None
+        if verdict is None:
+            continue
+        touched.append((one, verdict))
+        one["attempts"] += record.attempts
+        if record.next_attempt is not None:
+            one["last_attempt"], one["next_attempt"] = now, record.next_attempt
+        one["last_status"], one["last_response"], one["last_remote"] = verdict.status, verdict.response, verdict.remote
+        one["refused_since"] = verdict.refused_since
+    failed = [one for one, verdict in touched if verdict.state in (BOUNCED, EXPIRED)]
+    notices, remarks = send_notice(spool, sidecar, failed, cfg, ids, now)
+    for one, verdict in touched:
+        one["state"] = verdict.state
+    is_finished = all(one["state"] != QUEUED for one in sidecar["recipients"])
+    if touched and not is_finished:
+        spool.replace_sidecar(id, sidecar)
+    return Recorded(sidecar, tuple(verdict for _, verdict in touched), tuple(notices), tuple(remarks), is_finished)
+
+
+def send_notice(spool: Spool, sidecar: Dict[str, Any], failed: Sequence[Dict[str, Any]], cfg: Config, ids: Ids,
+                now: Time) -> Tuple[List[Dict[str, Any]], List[str]]:
+    """Put the non-delivery notice for these recipients into the spool; raises
+    OSError.  RFC 3461 4.1: NOTIFY=NEVER, or one without FAILURE, asks for none.
+    What cannot be told to the sender goes to [bounces] postmaster, once."""
+    told = [one for one in failed if not one["notify"] or "FAILURE" in one["notify"]]
+    if not told:
+        return [], []
+    target = sidecar["sender"]
+    if not target:
+        target = cfg.bounces_postmaster
+        if not target or any(one["address"] == target for one in told):
+            return [], ["%s: double bounce: dropped, nobody to tell" % sidecar["id"]]
+    reports = [Report(one["address"], "failed", one["last_status"], one["last_response"], one["last_remote"], one["orcpt"],
+                      one["attempts"], one["last_attempt"]) for one in told]
+    full = sidecar["ret"] == "FULL" and sidecar["size"] <= NOTICE_FULL_MAX
+    try:
+        if full:
+            message = spool.read_message(sidecar["id"], sidecar)
+            original = b"".join(message.blocks())
+            message.close()
+        else:
+            original = spool.read_header(sidecar["id"])
+    except Corrupt:
+        full, original = False, b""
+    path = parse_path("<%s>" % target, "5.1.3")[0]
+    id = ids.new()
+    notice = make_sidecar(id, "notice", "", [(target, path.domain, "", "", now + cfg.defaults.lifetime)], now,
+                          {"address": "", "helo": "", "tls": None}, smtputf8=not target.isascii())
+    notice["body"] = "8BITMIME" if any(byte > 127 for byte in original) else ""
+    data = format_notice(cfg.hostname, dict(sidecar, sender=target), reports, original, full, now, secrets.token_hex(12), id)
+    error = spool.commit([(Draft(id), [data], notice)])[0]
+    if error is not None:
+        raise error
+    what = "sender" if sidecar["sender"] else "postmaster"
+    return [notice], ["%s: %s non-delivery notification: %s" % (sidecar["id"], what, id)]
+
+
+class Watch:
+    """A --flush that waits: done when each of its messages has left or failed once."""
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        self.left = {(site.name, entry.id) for site in sites for entry in site.entries.values()
+                     if entry.state is not State.HOLD}
+        self.total = len(self.left)
+        self.counts = {"delivered": 0, "bounced": 0, "expired": 0, "deferred": 0, "deleted": 0}
+        self.error = ""                 # why a primary could not be reached
+
+    def settle(self, name: str, id: str, kind: str, error: str = "") -> None:
+        if (name, id) in self.left:
+            self.left.discard((name, id))
+            self.counts[kind] += 1
+            self.error = error or self.error
+
+
+class Manager:
+    """The queue's life.  `post` hands a report from any thread to the loop,
+    which passes it to handle()."""
+
+    def __init__(self, cfg: Config, spool: Spool, log: Log, post: Callable[[Any], None], now: Now) -> None:
+        self.cfg = cfg
+        self.spool = spool
+        self.log = log
+        self.post = post
+        self.now = now
+        self.ids = Ids()
+        self.scheduler = Scheduler(cfg)
+        self.committers = Committers(spool, post)
+        self.listeners: Tuple[Endpoint, ...] = ()
+        self.couriers: Dict[Courier, Site] = {}
+        self.chains: Dict[str, Deque[Tuple[Work, Done]]] = {}       # per message: work that waits for earlier work
+        self.callers: Dict[str, Set[str]] = {}                      # address: sites it is a host of, as last routed
+        self.fresh: Dict[str, List[Tuple[str, Tuple[str, ...]]]] = {}   # not yet logged as deferred, per site
+        self.watches: List[Watch] = []
+        self.retries: List[Tuple[float, int, Callable[[], None]]] = []     # heap of (monotonic, tie, what)
+        self.is_loading = False
+        self.gone: Set[str] = set()     # removed while the spool was being read
+        self.early: Set[str] = set()    # flushes asked for while it was
+        self.load_error = ""
+        self.is_stopping = False
+        self.is_dirty = False           # something worth saving changed
+        self.is_saving = False
+        self.next_save = now.mono + STATE_SAVE_S
+        self.next_sweep = now.mono
+        self.drift = now.wall - now.mono
+        self.on_size_limit: Callable[[], None] = lambda: None       # set by the server, as the next is
+        self.may_connect: Callable[[Site], bool] = lambda site: True
+
+    # -- the loop's side
+
+    def handle(self, report: Any, now: Now) -> None:
+        """One report of a committer, a courier or the loader."""
+        self.now = now
+        if isinstance(report, list):
+            for done, result in report:
+                done(result)
+        elif isinstance(report, Outcome):
+            self._on_outcome(report)
+        elif isinstance(report, Loaded):
+            self._on_loaded(report)
+        elif isinstance(report, Routed):
+            self._on_routed(report)
+        elif isinstance(report, Greeted):
+            self._on_greeted(report)
+        elif isinstance(report, Finished):
+            self._on_finished(report)
+
+    def tick(self, now: Now) -> None:
+        """What time has brought: connections, retries, expiry, saving."""
+        self.now = now
+        while self.retries and self.retries[0][0] <= now.mono:
+            heapq.heappop(self.retries)[2]()
+        if not self.is_stopping:
+            for site in list(self.scheduler.sites.values()):
+                if site.entries and self.may_connect(site) and site.wanted(now):
+                    self._connect(site)
+            for courier, site in self.couriers.items():
+                self._feed(courier, site)
+        if now.mono >= self.next_sweep:
+            self.next_sweep = now.mono + SWEEP_S
+            self._sweep()
+
+    def wake(self, now: Now) -> float:
+        """The monotonic time at which tick() is next of use."""
+        times = [self.next_save]
+        if self.retries:
+            times.append(self.retries[0][0])
+        for site in self.scheduler.sites.values():
+            if site.entries and not self.is_stopping:
+                at = site.wake(now)
+                if at is not None:
+                    times.append(at)
+                if site.overdue:
+                    times.append(self.next_sweep)
+                elif site.aging:
+                    times.append(max(self.next_sweep, now.mono + site.aging[0][0] - now.wall))
+        return min(times)
+
+    def _sweep(self) -> None:
+        drift = self.now.wall - self.now.mono
+        if abs(drift - self.drift) > CLOCK_JUMP_S:
+            self.log.write("master", "the clock jumped by %d s: nothing expires before it was tried again"
+                           % (drift - self.drift), "warning")
+            for site in self.scheduler.sites.values():
+                site.on_clock_jump()
+        self.drift = drift
+        for site in list(self.scheduler.sites.values()):
+            for entry in site.expired(self.now):
+                self.end(site, entry, EXPIRED, "4.4.7", site.last_error)
+            if site.cfg.is_notices and not site.entries and not site.open and not site.opening:
+                del self.scheduler.sites[site.name]
+        if self.now.mono >= self.next_save:
+            self.next_save = self.now.mono + STATE_SAVE_S
+            if self.is_dirty:
+                self.save_state()
+
+    def later(self, seconds: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self.retries, (self.now.mono + seconds, id(what), what))
+
+    def work(self, id: str, work: Work, done: Done) -> None:
+        """Disk work on one message: one at a time, in order."""
+        chain = self.chains.get(id)
+        if chain is not None:
+            chain.append((work, done))
+            return
+        self.chains[id] = collections.deque()
+        self._submit(id, work, done)
+
+    def _submit(self, id: str, work: Work, done: Done) -> None:
+        def next_one(result: Any) -> None:
+            chain = self.chains[id]
+            if chain:
+                self._submit(id, *chain.popleft())
+            else:
+                del self.chains[id]
+            done(result)
+        self.committers.submit(work, next_one)
+
+    # -- loading
+
+    def load(self) -> None:
+        """Read the spool in a thread of its own; mail is accepted meanwhile.
+        Again at SIGHUP, for pairs that were copied in."""
+        if self.is_loading:
+            return
+        self.is_loading = True
+        self.gone.clear()
+        known = {id for site in self.scheduler.sites.values() for id in site.entries}
+        threading.Thread(target=self._load, args=(known,), name="loader", daemon=True).start()
+
+    def _load(self, known: Set[str]) -> None:
+        orphans: List[str] = []
+        found: List[Queued] = []
+        remarks: List[str] = []
+        error = ""
+        try:
+            for id in self.spool.names(orphans):
+                if id in known:
+                    continue
+                try:
+                    sidecar = self.spool.read_sidecar(id)
+                    self.spool.check_body(id, sidecar)
+                    found.append(summarize(sidecar))
+                except Corrupt as problem:
+                    if self.spool.has_sidecar(id):
+                        remarks.append(self.spool.set_aside(id, str(problem)))
+                except OSError as problem:
+                    error = "%s: %s" % (id, problem.strerror)
+                if len(found) >= LOAD_BATCH:
+                    self.post(Loaded(tuple(found), tuple(remarks)))
+                    found, remarks = [], []
+            for id in orphans:
+                remarks.append(self.spool.set_aside(id, "a body without a sidecar"))
+        except Exception as problem:    # the directory cannot be read; or a bug, which must not hide the mail
+            error = printable(str(problem) or repr(problem))
+        self.post(Loaded(tuple(found), tuple(remarks), True, error))
+
+    def _on_loaded(self, report: Loaded) -> None:
+        for remark in report.remarks:
+            self.log.write("qmgr", remark, "warning")
+        for queued in report.found:
+            if queued.id not in self.gone:
+                self._admit(queued)
+        if not report.is_last:
+            return
+        self.is_loading = False
+        self.load_error = report.error
+        self.gone.clear()
+        if report.error:
+            self.log.write("qmgr", "the spool could not be read whole: %s; trying again" % report.error, "error")
+            self.later(RETRY_DISK_S, self.load)
+        early, self.early = self.early, set()
+        for what in early:
+            self.flush(what)
+
+    def _admit(self, queued: Queued) -> None:
+        """An entry for each site that has recipients of it, unless it is there already."""
+        if not queued.domains:
+            return self._remove(queued.id)      # finished, but a crash came before its removal
+        for domain, (attempts, due, held) in queued.domains.items():
+            site = self.scheduler.site(self.scheduler.site_of(queued.kind, domain), self.now)
+            if queued.id not in site.entries:
+                entry = Entry(queued.id, queued.size, queued.received, queued.received + site.cfg.lifetime, attempts)
+                site.add(entry, self.now, due, held)
+
+    def accept(self, sidecar: Mapping[str, Any]) -> None:
+        """A message that is on stable storage since a moment ago."""
+        queued = summarize(sidecar)
+        self._admit(queued)
+        self.is_dirty = True
+        addresses: Dict[str, List[str]] = {}
+        for one in sidecar["recipients"]:
+            addresses.setdefault(self.scheduler.site_of(sidecar["kind"], one["domain"]), []).append(one["address"])
+        for name, its in addresses.items():
+            self.fresh.setdefault(name, []).append((queued.id, tuple(its)))
+            self.scheduler.sites[name].counters["accepted"] += 1
+        self.log.write("qmgr", "%s: from=<%s>, size=%d, nrcpt=%d (queue active)" % (
+            queued.id, printable(sidecar["sender"]), queued.size, len(sidecar["recipients"])))
+
+    # -- connections
+
+    def _connect(self, site: Site) -> None:
+        site.on_started(self.now)
+        plan = Plan(site.name, site.cfg, site.cfg.primary, self.cfg.hostname, Resolver(self.cfg.nameservers), self.listeners,
+                    self._last_route(site))
+        courier = Courier(self.spool, plan, self.post)
+        self.couriers[courier] = site
+        try:
+            courier.start()
+        except RuntimeError as error:           # no more threads
+            self._on_finished(Finished(courier, str(error)))
+
+    def _last_route(self, site: Site) -> Tuple[Endpoint, ...]:
+        return tuple(site.route) if self.now.wall - site.route_seen < site.cfg.lifetime else ()
+
+    def _feed(self, courier: Courier, site: Site) -> None:
+        if not courier.is_greeted or courier.is_leaving or len(courier.jobs) >= JOBS_REFILL or not site.count[State.ACTIVE]:
+            return
+        for entry in site.take(JOBS_PER_CONNECTION, self.now):
+            courier.jobs[entry.id] = entry
+            courier.inbox.put(Job(entry.id, "" if site.cfg.is_notices else site.name))
+
+    def _on_routed(self, report: Routed) -> None:
+        site = self.couriers[report.courier]
+        if not site.cfg.is_notices:
+            self._on_route(site.name, [hop.address for hop in report.hops])
+        if report.warning and report.warning != site.last_error:
+            self.log.write("primary", "%s: %s" % (site.name, report.warning), "warning")
+
+    def _on_greeted(self, report: Greeted) -> None:
+        site = self.couriers[report.courier]
+        report.courier.is_greeted = True
+        was = site.state
+        lasted = site.on_connected(self.now)
+        hop = report.hop
+        site.route = [Endpoint(hop.address, hop.port)] + [
+            where for where in site.route if where != Endpoint(hop.address, hop.port)][:ROUTE_HOSTS_MAX - 1]
+        site.route_seen = self.now.wall
+        if was is not Primary.UP:
+            after = " after %s" % format_duration(lasted) if lasted is not None else ""
+            self.log.write("primary", "%s: up%s, %d messages waiting" % (site.name, after, len(site.entries)))
+            self.is_dirty = True
+        if site.size_limit != report.size_limit:
+            site.size_limit = report.size_limit
+            self.on_size_limit()
+        self._feed(report.courier, site)
+
+    def _on_finished(self, report: Finished) -> None:
+        courier = report.courier
+        site = self.couriers.pop(courier)
+        for entry in courier.jobs.values():
+            if site.entries.get(entry.id) is entry and entry.state is State.DELIVERING:
+                site.give_back(entry)
+        if report.bug is not None:
+            self.log.bug(report.bug)
+        if self.is_stopping:
+            return
+        if courier.is_greeted:
+            begins = site.on_closed(self.now, report.error)
+        else:
+            begins = site.on_failed(self.now, report.error)
+        if report.error:
+            self.log.write("smtp", "%s: %s" % (site.name, report.error), "info" if courier.is_greeted else "debug")
+        if begins:
+            self.log.write("primary", "%s: down: %s, %d messages waiting" % (site.name, report.error, len(site.entries)))
+            self.is_dirty = True
+        if site.state is Primary.DOWN and report.error:
+            self._log_waiting(site, report.error)
+            if not site.round_left:
+                for watch in self.watches:
+                    for name, id in [pair for pair in watch.left if pair[0] == site.name]:
+                        watch.settle(name, id, "deferred", report.error)
+
+    def _log_waiting(self, site: Site, error: str) -> None:
+        """Each message says once in the log that it waits, not at every probe."""
+        for id, addresses in self.fresh.pop(site.name, ()):
+            entry = site.entries.get(id)
+            if entry is not None and entry.state is not State.DELIVERING:
+                site.counters["deferred"] += 1
+                delay = max(0.0, self.now.wall - entry.received)
+                for address in addresses:
+                    self._log_delivery(id, address, "none", delay, 0.0, "4.4.1", "deferred", error)
+
+    def _log_delivery(self, id: str, address: str, relay: str, delay: float, seconds: float, status: str, what: str,
+                      why: str) -> None:
+        self.log.write("smtp", "%s: to=<%s>, relay=%s, delay=%.2g, delays=0/%.2g/0/%.2g, dsn=%s, status=%s (%s)" % (
+            id, printable(address), relay, delay, max(0.0, delay - seconds), seconds, status, what, printable(why)))
+
+    # -- outcomes
+
+    def _on_outcome(self, outcome: Outcome) -> None:
+        courier = outcome.courier
+        site = self.couriers[courier]
+        entry = courier.jobs.pop(outcome.job.id)
+        is_ours = site.entries.get(entry.id) is entry       # else an operator removed it meanwhile
+        if outcome.fault is not None:
+            if is_ours:
+                self._on_fault(site, entry, outcome.fault)
+        elif not outcome.results:
+            if is_ours:
+                site.give_back(entry)
+        else:
+            verdicts = self._judge(site, outcome)
+            if is_ours:
+                self._settle(site, entry, outcome, verdicts)
+        self._feed(courier, site)
+
+    def _on_fault(self, site: Site, entry: Entry, fault: Exception) -> None:
+        """The message could not be read."""
+        if isinstance(fault, Settled):
+            self._leave(site, entry.id, "deleted")
+        elif isinstance(fault, Corrupt):
+            self._set_aside(entry.id, str(fault))
+        else:
+            self.log.write("qmgr", "%s: cannot be read: %s" % (entry.id, fault), "error")
+            site.defer(entry, self.now, RETRY_DISK_S)
+            self._tell(site, entry.id, "deferred", str(fault))
+
+    def _set_aside(self, id: str, why: str) -> None:
+        for site in self.scheduler.holding(id):
+            self._leave(site, id, "deleted")
+        self.work(id, Task(lambda spool: spool.set_aside(id, why)),
+                  lambda remark: self.log.write("qmgr", str(remark), "warning"))
+
+    def _judge(self, site: Site, outcome: Outcome) -> List[Verdict]:
+        """Each recipient's verdict, and its log line."""
+        verdicts = []
+        delay = max(0.0, self.now.wall - outcome.received)
+        for result in outcome.results:
+            since = result.refused_since
+            if result.kind == "sent":
+                state, word, since = DELIVERED, "sent", None
+            elif result.kind == "refused" and site.is_final(self.now, since):
+                state, word = BOUNCED, "bounced"
+            else:
+                state, word = QUEUED, "deferred"
+                if result.kind == "refused":
+                    since = since or self.now.wall
+            verdicts.append(Verdict(result.address, state, result.status, result.response, result.remote, since))
+            self._log_delivery(outcome.job.id, result.address, outcome.relay, delay, outcome.seconds, result.status, word,
+                               result.response)
+        return verdicts
+
+    def _settle(self, site: Site, entry: Entry, outcome: Outcome, verdicts: List[Verdict]) -> None:
+        """Write the verdicts down; the message stays DELIVERING until that is done."""
+        states = {verdict.state for verdict in verdicts}
+        for state in states:
+            site.counters[COUNTERS[state]] += 1
+        self.is_dirty = True
+        if DELIVERED in states:
+            site.on_taken()
+        elif QUEUED in states:
+            site.on_deferred(self.now)
+        if states == {DELIVERED} and outcome.is_whole:
+            return self._remove(entry.id, lambda: self._leave(site, entry.id, "delivered"))
+        attempts = site.count_attempt(entry)
+        pause = site.pause(entry.deferrals)
+        if any(result.status == "4.4.2" for result in outcome.results):     # no verdict on the message: it broke off
+            pause = min(pause, PROBE_FIRST_S * 4.0 ** min(entry.deferrals - 1, 20))
+
+        def recorded(done: Recorded) -> None:
+            if site.entries.get(entry.id) is not entry:
+                return
+            domain = outcome.job.domain
+            if any(one["state"] == QUEUED and is_part(one, domain) for one in done.sidecar["recipients"]):
+                site.defer(entry, self.now, pause)
+                self._tell(site, entry.id, "deferred", verdicts[-1].response)
+            else:
+                self._leave(site, entry.id, "bounced" if BOUNCED in states else "delivered")
+        by_address = {verdict.address: verdict for verdict in verdicts}
+        self._record(entry.id, Record(lambda one: by_address.get(one["address"]), attempts, self.now.wall + pause), recorded)
+
+    def _record(self, id: str, record: Record, then: Callable[[Recorded], None]) -> None:
+        """Change a sidecar, with the notices that go before; tried until the
+        disk takes it, because a delivery not written down would happen twice."""
+        def written(done: Any) -> None:
+            if isinstance(done, Corrupt):
+                return self._set_aside(id, str(done))
+            if not isinstance(done, Recorded):
+                self.log.write("qmgr", "%s: cannot be recorded, trying again: %s" % (id, printable(str(done))), "error")
+                return self.later(RETRY_DISK_S, lambda: self._record(id, record, then))
+            for notice in done.notices:
+                self.accept(notice)
+            for remark in done.remarks:
+                self.log.write("bounce", remark)
+            then(done)
+            if done.is_finished:
+                self._remove(id)
+        cfg, ids = self.cfg, self.ids
+        self.work(id, Task(lambda spool: write_record(spool, id, record, cfg, ids)), written)
+
+    def _remove(self, id: str, then: Callable[[], None] = lambda: None) -> None:
+        """Nothing of the message is left to do: it may leave the spool."""
+        def removed(error: Optional[Exception]) -> None:
+            if error is not None:
+                self.log.write("qmgr", "%s: cannot be removed, trying again: %s" % (id, printable(str(error))), "error")
+                return self.later(RETRY_DISK_S, lambda: self._remove(id, then))
+            if self.is_loading:
+                self.gone.add(id)
+            then()
+            self.log.write("qmgr", "%s: removed" % id)
+        self.work(id, Remove(id), removed)
+
+    def _leave(self, site: Site, id: str, kind: str) -> None:
+        site.drop(id)
+        self._tell(site, id, kind)
+
+    def _tell(self, site: Site, id: str, kind: str, error: str = "") -> None:
+        for watch in self.watches:
+            watch.settle(site.name, id, kind, error)
+
+    def end(self, site: Site, entry: Entry, state: str, status: str = "", error: str = "") -> None:
+        """End a site's part of a message: EXPIRED, or BOUNCED or DELETED by an
+        operator.  A message whose last answer names a fault of its own
+        (5.3.4, 5.6.7) expires with that, not as a timeout."""
+        attempts = site.start(entry)
+        domain = "" if site.cfg.is_notices else site.name
+
+        def judge(one: Mapping[str, Any]) -> Optional[Verdict]:
+            if not is_part(one, domain):
+                return None
+            if state == EXPIRED and (one["last_status"][:2] == "5." or not error):
+                own = one["last_status"] if one["last_status"][:2] == "5." else status
+                return Verdict(one["address"], state, own, one["last_response"], one["last_remote"])
+            return Verdict(one["address"], state, status, error, "")
+
+        def ended(done: Recorded) -> None:
+            for verdict in done.verdicts:
+                if state != DELETED:
+                    self._log_delivery(entry.id, verdict.address, "none", self.now.wall - entry.received, 0.0, verdict.status,
+                                       state, verdict.response)
+            if state != DELETED:
+                site.counters[COUNTERS[state]] += 1
+            if site.entries.get(entry.id) is entry:
+                self._leave(site, entry.id, state)
+        self._record(entry.id, Record(judge, attempts, None), ended)
+
+    # -- commands
+
+    def flush(self, what: str) -> bool:
+        """ETRN, --flush and SIGUSR1 meet here.  False when a flush was under way already."""
+        if self.is_loading:
+            self.early.add(what)
+        return self.flush_sites(self.scheduler.matching(what))
+
+    def flush_sites(self, sites: Iterable[Site]) -> bool:
+        return all([site.flush(self.now) for site in sites if not site.is_held])
+
+    def watch(self, sites: Iterable[Site]) -> Watch:
+        watch = Watch(sites)
+        self.watches.append(watch)
+        return watch
+
+    def on_client(self, address: str) -> None:
+        """Somebody connected.  A primary that does so is back."""
+        for name in self.callers.get(address, ()):
+            site = self.scheduler.sites.get(name)
+            if site is not None and site.entries and site.state is not Primary.UP:
+                site.trigger(self.now)
+
+    def may_know(self, address: str, sites: Iterable[Site]) -> bool:
+        """Whether a client may be told how much waits: one of ours, or the primary itself."""
+        return self.cfg.is_trusted(address) or all(site.name in self.callers.get(address, ()) for site in sites)
+
+    def hold(self, what: str, on: bool, done: Done) -> int:
+        """An ID, a domain (later mail for it too), or all.  Returns the number
+        of messages meant; `done` is called when it is on stable storage."""
+        holding = self.scheduler.holding(what)
+        if holding:
+            for site in holding:
+                site.hold(site.entries[what], on)
+            self._write_hold(what, done)
+            return 1
+        count = 0
+        names = [what] if what not in ("all",) and not what.startswith("@") else []
+        sites = self.scheduler.matching(what) or [self.scheduler.site(name, self.now) for name in names]
+        for site in sites:
+            count += len(site.entries)
+            for entry in site.hold_all(on):
+                self._write_hold(entry.id, self._log_failure)
+        self.save_state(done)
+        return count
+
+    def _write_hold(self, id: str, done: Done) -> None:
+        held = sorted(site.name for site in self.scheduler.holding(id) if site.entries[id].hold)
+
+        def change(sidecar: Dict[str, Any]) -> None:
+            sidecar["held"] = held
+        self.work(id, Task(lambda spool: spool.update(id, change)), done)
+
+    def _log_failure(self, result: Any) -> None:
+        if isinstance(result, Exception):
+            self.log.write("qmgr", "cannot be recorded: %s" % printable(str(result)), "error")
+
+    # -- state.json
+
+    def save_state(self, then: Callable[[Any], None] = lambda result: None) -> None:
+        self.is_dirty = False
+        sites = {site.name: {"primary": site.state.value, "since": site.since, "last_error": site.last_error,
+                             "held": site.is_held, "size_limit": site.size_limit, "route": [list(hop) for hop in site.route],
+                             "route_seen": site.route_seen, "counters": dict(site.counters)}
+                 for site in self.scheduler.sites.values()}
+        state = {"format": FORMAT, "saved": self.now.wall, "sites": sites}
+
+        def saved(result: Any) -> None:
+            self._log_failure(result)
+            then(result)
+        self.committers.submit(Task(lambda spool: spool.save_state(state)), saved)
+
+    def load_state(self) -> None:
+        """What was known before the restart.  The primaries' states are not:
+        nobody looked meanwhile, so none counts as steadily up."""
+        for name, known in self.spool.load_state().get("sites", {}).items():
+            try:
+                route = [Endpoint(str(host), int(port)) for host, port in known["route"]]
+                seen, limit, held = float(known["route_seen"]), int(known["size_limit"]), bool(known["held"])
+                counters = {key: int(known["counters"].get(key, 0)) for key in COUNTERS.values()}
+            except (TypeError, ValueError, KeyError, AttributeError):
+                continue                # written by hand, or by another version: only knowledge is lost
+            if not held and not self.scheduler.is_served(name):
+                continue
+            site = self.scheduler.site(name, self.now)
+            site.route, site.route_seen, site.size_limit, site.is_held = route, seen, limit, held
+            site.counters.update(counters)
+            self._on_route(name, [hop.host for hop in route])
+
+    def _on_route(self, name: str, hosts: Iterable[str]) -> None:
+        """Remember a site's hosts as callers that may be back."""
+        for its in self.callers.values():
+            its.discard(name)
+        for host in hosts:
+            self.callers.setdefault(host, set()).add(name)
+        self.callers = {host: names for host, names in self.callers.items() if names}
+
+    # -- changes and the end
+
+    def reconfigure(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.scheduler.reconfigure(cfg, self.now)
+        self.load()
+
+    def stop(self) -> None:
+        """No new connections; those open end after the message they are at."""
+        self.is_stopping = True
+        for courier in self.couriers:
+            courier.leave()
+
+    def cut(self) -> None:
+        for courier in self.couriers:
+            courier.cut()
+
+
+# == 13. CONTROL ===============================================================
+# What others may ask of the queue: ETRN from the network, commands from the
+# control socket.  A command is a generator of JSON objects; None in between
+# means "nothing to say now, come back later"; the last one has "exit".
+
+def answer_etrn(manager: Manager, what: str, address: str, name: str) -> Reply:
+    """RFC 1985 5.3, with the replies of our manual: one line, never 251."""
+    scheduler = manager.scheduler
+    sites = [site for site in scheduler.matching(what) if not site.cfg.is_notices]
+    count = sum(len(site.entries) - site.count[State.HOLD] for site in sites)
+    if not scheduler.serves(what):
+        reply = Reply(459, "4.7.1", "Node %s not allowed: not served here" % what)
+    elif not may_etrn(scheduler, what, address):
+        reply = Reply(459, "4.7.1", "Node %s not allowed: not from your address" % what)
+    elif manager.load_error or (sites and all(site.is_held for site in sites)):
+        reply = Reply(458, "4.0.0", "Unable to queue messages for node %s" % what)
+    else:
+        fresh = manager.flush(what)
+        if count and fresh and manager.may_know(address, sites):
+            reply = Reply(253, "2.0.0", "OK, %d pending messages for node %s started" % (count, what))
+        else:
+            reply = Reply(250, "2.0.0", "OK, queuing for node %s started" % what)
+    manager.log.write("flush", "etrn: site=%s, client=%s, messages=%d, reply=%d" % (
+        what, format_peer(address, name), count, reply.code))
+    return reply
+
+
+def may_etrn(scheduler: Scheduler, what: str, address: str) -> bool:
+    """Whether the `etrn` option lets this client ask; `@name` is as the strictest of the domains it means."""
+    if what[:1] == "@":
+        cfgs = [cfg for name, cfg in scheduler.cfg.domains.items() if is_below(name.lstrip("."), what[1:])]
+        cfgs = cfgs or [scheduler.config_of(what[1:])]
+    else:
+        cfgs = [scheduler.config_of(what)]
+    return all(cfg.etrn == "any" or (cfg.etrn != "none" and is_within(address, cfg.etrn)) for cfg in cfgs)   # type: ignore[arg-type]
+
+
+Answers = Iterator[Optional[Dict[str, Any]]]
+
+
+def collect_status(manager: Manager, connections: int, started: Optional[float]) -> Dict[str, Any]:
+    """`started`: monotonic, None where no relay runs."""
+    scheduler, now = manager.scheduler, manager.now
+    messages, octets, held = scheduler.messages()
+    domains = {}
+    for name in [name for name in manager.cfg.domains if name[0] != "."]:
+        scheduler.site(name, now)
+    for site in sorted(scheduler.sites.values(), key=lambda site: site.name):
+        if site.cfg.is_notices and not site.entries:
+            continue
+        probing = bool(site.entries) and site.state is not Primary.UP
+        domains[site.name] = dict(
+            primary=site.state.value, since=site.since, queued=len(site.entries), bytes=site.octets, oldest=site.oldest(),
+            last_error=site.last_error, next_probe=to_wall(site.next_probe, now) if probing else None,
+            held=site.is_held, **site.counters)
+    return {"version": __version__, "pid": os.getpid() if started is not None else None,
+            "uptime": round(now.mono - started, 3) if started is not None else None, "connections": connections,
+            "spool": {"messages": messages, "bytes": octets, "free": manager.spool.free(), "held": held,
+                      "corrupt": manager.spool.corrupt_count, "sick": manager.spool.sick or None,
+                      "loading": manager.is_loading},
+            "domains": domains}
+
+
+def to_wall(mono: float, now: Now) -> Time:
+    return round(now.wall + mono - now.mono, 3)
+
+
+def run_command(manager: Manager, request: Mapping[str, Any], connections: int = 0, started: Optional[float] = None) -> Answers:
+    """Any request of the control socket.  What is wrong with it is said in an answer."""
+    command, what = str(request.get("command")), str(request.get("what", "all"))
+    while manager.is_loading and (started is None or command not in ("status", "flush")):
+        yield None                      # what is asked about may not have been read yet
+    if command == "status":
+        yield dict(collect_status(manager, connections, started), exit=EX_OK)
+    elif command not in ("list", "flush", "hold", "release", "delete", "bounce"):
+        yield {"error": "unknown command", "exit": EX_USAGE}
+    elif what != "all" and not manager.scheduler.holding(what) and not (
+            manager.scheduler.serves(what) or manager.scheduler.matching(what)):
+        yield {"error": "%s: no such domain or message here" % printable(what, 100), "exit": EX_MISSING}
+    elif command == "list":
+        yield from list_entries(manager, what)
+    elif command == "flush":
+        yield from flush_and_watch(manager, what, bool(request.get("wait", True)))
+    elif command in ("hold", "release"):
+        yield from change_hold(manager, what, command == "hold")
+    else:
+        yield from end_entries(manager, what, command)
+
+
+def list_entries(manager: Manager, what: str) -> Answers:
+    """The part of the queue's state that is not in the sidecars, in slices."""
+    for site in manager.scheduler.matching(what):
+        entries = list(site.entries.values())
+        for start in range(0, len(entries), LOAD_BATCH):
+            rows = []
+            for entry in entries[start:start + LOAD_BATCH]:
+                if site.entries.get(entry.id) is not entry:
+                    continue
+                due: Optional[float] = manager.now.mono
+                state = "queued"
+                if entry.state is State.HOLD:
+                    due, state = None, "held"
+                elif entry.state is State.DELIVERING:
+                    state = "delivering"
+                elif entry.state is State.DEFERRED:
+                    due = max(entry.due, site.next_probe if site.state is Primary.DOWN else 0.0)
+                elif site.state is Primary.DOWN:
+                    due = site.next_probe
+                rows.append([entry.id, state, due if due is None else to_wall(due, manager.now), entry.expires,
+                             site.failures - entry.base])
+            yield {"site": site.name, "notices": site.cfg.is_notices,
+                   "error": site.last_error if site.state is Primary.DOWN else "", "rows": rows}
+            yield None
+    yield {"exit": EX_OK}
+
+
+def flush_and_watch(manager: Manager, what: str, wait: bool) -> Answers:
+    """Deliver now.  With `wait` until each message queued at the start has left or failed once."""
+    sites = manager.scheduler.matching(what) or manager.scheduler.holding(what)
+    if sites and all(site.is_held for site in sites):
+        yield {"error": "the queue for %s is held" % what, "exit": EX_TEMPFAIL}
+        return
+    watch = manager.watch(sites)
+    try:
+        manager.flush_sites(sites)
+        manager.log.write("flush", "command: site=%s, messages=%d" % (what, watch.total))
+        last = -1
+        while wait and watch.left:
+            if len(watch.left) != last:
+                last = len(watch.left)
+                yield {"total": watch.total, "left": last}
+            yield None
+    finally:
+        manager.watches.remove(watch)
+    counts = watch.counts
+    waiting = counts["deferred"] + len(watch.left)
+    down = watch.error and any(site.state is Primary.DOWN for site in sites)
+    yield dict(counts, queued=watch.total, waiting=waiting, reason=watch.error,
+               exit=EX_OK if not waiting or not wait else EX_UNAVAILABLE if down else EX_TEMPFAIL)
+
+
+def change_hold(manager: Manager, what: str, on: bool) -> Answers:
+    done: List[Any] = []
+    count = manager.hold(what, on, done.append)
+    while not done:
+        yield None
+    if isinstance(done[0], Exception):
+        yield {"error": "cannot be recorded: %s" % printable(str(done[0])), "exit": EX_TEMPFAIL}
+    else:
+        manager.log.write("qmgr", "%s: %s by command, %d messages" % (what, "held" if on else "released", count))
+        yield {"count": count, "exit": EX_OK}
+
+
+def end_entries(manager: Manager, what: str, command: str) -> Answers:
+    """--delete and --bounce.  What is being sent at this moment is left alone and counted."""
+    sites = manager.scheduler.holding(what)
+    pairs = [(site, site.entries[what]) for site in sites] if sites else [
+        (site, entry) for site in manager.scheduler.matching(what) for entry in list(site.entries.values())]
+    busy = [entry for _, entry in pairs if entry.state is State.DELIVERING]
+    watch = manager.watch(site for site, _ in pairs)
+    watch.left = {(site.name, entry.id) for site, entry in pairs if entry.state is not State.DELIVERING}
+    count = len(watch.left)
+    for site, entry in pairs:
+        if entry.state is not State.DELIVERING:
+            manager.log.write("qmgr", "%s: %s by command" % (entry.id, "deleted" if command == "delete" else "bounced"))
+            if command == "delete":
+                manager.end(site, entry, DELETED)
+            else:
+                manager.end(site, entry, BOUNCED, "5.0.0", "Returned by the postmaster of the backup mail server")
+    while watch.left:
+        yield None
+    manager.watches.remove(watch)
+    yield {"count": count, "busy": len(busy), "exit": EX_TEMPFAIL if busy else EX_OK}
+
+
+# == 14. STATUS ================================================================
+# Values in, text for people out.  Pure.
+
+def format_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns padded to their widest cell; those in `right` are flush right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) if column in right else cell.ljust(width)
+                 for column, (cell, width) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def format_status(status: Mapping[str, Any], now: Time) -> str:
+    spool = status["spool"]
+    if status["pid"] is None:
+        out = ["etrn_relay %s: not running" % status["version"]]
+    else:
+        out = ["etrn_relay %s: running for %s, process %d, %d connections" % (
+            status["version"], format_duration(status["uptime"]), status["pid"], status["connections"])]
+    out.append("spool: %d messages, %s, %d held, %d corrupt, %s free%s%s" % (
+        spool["messages"], format_size(spool["bytes"]), spool["held"], spool["corrupt"], format_size(spool["free"]),
+        "; SICK: %s" % spool["sick"] if spool["sick"] else "", "; still being read" if spool["loading"] else ""))
+    rows = [("DOMAIN", "PRIMARY", "SINCE", "QUEUED", "SIZE", "OLDEST", "NEXT TRY", "ACCEPTED", "DELIVERED", "BOUNCED", "EXPIRED")]
+    errors = []
+    for name, one in status["domains"].items():
+        rows.append((
+            name, one["primary"] + (" (held)" if one["held"] else ""), format_duration(now - one["since"]), str(one["queued"]),
+            format_size(one["bytes"]), format_duration(now - one["oldest"]) if one["oldest"] else "-",
+            "in " + format_duration(one["next_probe"] - now) if one["next_probe"] else "-",
+            str(one["accepted"]), str(one["delivered"]), str(one["bounced"]), str(one["expired"])))
+        if one["last_error"]:
+            errors.append("%s: %s" % (name, printable(one["last_error"])))
+    text = "\n".join(out) + "\n"
+    if len(rows) > 1:
+        text += "\n" + format_table(rows, right=(3, 4, 7, 8, 9, 10))
+    return text + "".join("\n" + line for line in errors) + ("\n" if errors else "")
+
+
+def format_queue(rows: Sequence[Mapping[str, Any]], now: Time) -> str:
+    """The list of contract --queue --json, for people."""
+    if not rows:
+        return "The queue is empty.\n"
+    out = [("ID", "AGE", "SIZE", "STATE", "NEXT TRY", "SENDER", "RECIPIENTS")]
+    for row in rows:
+        people = [printable(one["address"], 60) for one in row["recipients"]]
+        due = row["next_attempt"]
+        out.append((row["id"], format_duration(now - row["received"]), format_size(row["size"]), row["state"],
+                    "-" if due is None or row["state"] == "delivering" else "in " + format_duration(due - now) if due > now else "now",
+                    "<%s>" % printable(row["sender"], 60), ", ".join(people[:3]) + (" +%d" % (len(people) - 3) if len(people) > 3 else "")))
+    text = format_table(out, right=(2,))
+    sums: Dict[str, Tuple[int, int, str]] = {}
+    for row in rows:
+        count, octets, _ = sums.get(row["domain"], (0, 0, ""))
+        last = next((one["last_response"] for one in row["recipients"] if one["last_response"]), "")
+        sums[row["domain"]] = (count + 1, octets + row["size"], last)
+    for name, (count, octets, last) in sums.items():
+        text += "\n%s: %d messages, %s%s" % (name, count, format_size(octets), "; " + printable(last) if last else "")
+    return text + "\n"
+
+
+def format_envelope(sidecar: Mapping[str, Any], header: bytes, now: Time) -> str:
+    """What --show says of one message."""
+    client = sidecar["client"]
+    out = ["%-12s %s" % ("ID", sidecar["id"]),
+           "%-12s %s, %s ago" % ("received", email.utils.formatdate(sidecar["received"], localtime=True),
+                                 format_duration(now - sidecar["received"])),
+           "%-12s %s%s%s" % ("client", printable(client["address"] or "none (made here)"),
+                             ", HELO " + printable(client["helo"]) if client["helo"] else "", ", " + client["tls"] if client["tls"] else ""),
+           "%-12s %d octets, SHA-256 %s" % ("size", sidecar["size"], sidecar["sha256"]),
+           "%-12s <%s>" % ("sender", printable(sidecar["sender"]))]
+    if sidecar["held"]:
+        out.append("%-12s %s" % ("held for", ", ".join(sidecar["held"])))
+    for one in sidecar["recipients"]:
+        out.append("%-12s <%s>: %s, %d attempts, expires %s" % (
+            "recipient", printable(one["address"]), one["state"], one["attempts"],
+            email.utils.formatdate(one["expires"], localtime=True)))
+        if one["last_attempt"]:
+            out.append("%-12s %s, %s" % ("", email.utils.formatdate(one["last_attempt"], localtime=True), printable(one["last_response"])))
+        elif one["last_response"]:
+            out.append("%-12s %s" % ("", printable(one["last_response"])))
+    lines = header.decode("utf-8", "replace").split("\r\n")
+    return "\n".join(out) + "\n\n" + "\n".join(printable(line.expandtabs(), 2000) for line in lines)
+
+
+def format_progress(total: int, left: int, width: int = 40) -> str:
+    done = (total - left) * width // total if total else width
+    return "[%s%s] %d of %d" % ("#" * done, "." * (width - done), total - left, total)
+
+
+def format_mbox(sidecar: Mapping[str, Any], message: bytes) -> bytes:
+    """One message as mboxrd: LF line ends, From_ lines quoted reversibly.  The envelope goes in front of the header."""
+    date = time.strftime("%a %b %e %H:%M:%S %Y", time.gmtime(sidecar["received"]))
+    sender = re.sub(r"\s", "_", sidecar["sender"]) or "MAILER-DAEMON"
+    head = ["From %s %s" % (sender, date), "X-Envelope-From: <%s>" % sidecar["sender"]]
+    head += ["X-Envelope-To: <%s>" % one["address"] for one in sidecar["recipients"] if one["state"] == QUEUED]
+    body = re.sub(rb"^(>*From )", rb">\1", message.replace(b"\r\n", b"\n"), flags=re.M)
+    return "\n".join(head).encode("utf-8") + b"\n" + body + (b"\n" if body.endswith(b"\n") else b"\n\n")
+
+
+# == 15. SERVER ================================================================
+# The selectors loop: listeners, clients, control socket, timers, reports of
+# threads.  The only select().  Sockets, sessions and the queue's index belong to
+# this thread, and it never waits for a disk or a peer.
+
+class Connection:
+    """One SMTP client: its socket, its session, and the message on its way to the spool."""
+    __slots__ = ("sock", "session", "network", "out", "draft", "commit", "last", "data_since", "is_closing", "is_ended",
+                 "is_reading", "is_writing")
+
+    def __init__(self, sock: socket.socket, session: Session, network: str, now: float) -> None:
+        self.sock = sock
+        self.session = session
+        self.network = network          # what counts as one client; empty for trusted ones
+        self.out = bytearray()          # replies not yet sent
+        self.draft: Optional[Draft] = None
+        self.commit: Optional[Transaction] = None       # waits for the draft's last block to be written
+        self.last = now                 # monotonic, of the last progress
+        self.data_since = 0.0
+        self.is_closing = False         # everything is said; what still comes is thrown away
+        self.is_ended = False           # the client sends no more
+        self.is_reading = True          # as the selector knows
+        self.is_writing = False
+
+
+class Controller:
+    """One client of the control socket."""
+    __slots__ = ("sock", "data", "out", "answers")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.data = b""
+        self.out = bytearray()
+        self.answers: Optional[Answers] = None
+
+
+class Server:
+    """The relay.  run() serves until stop(); a command without a running relay
+    uses the same loop without listeners, see run_offline()."""
+
+    def __init__(self, cfg: Config, spool: Spool, log: Log) -> None:
+        self.cfg = cfg
+        self.spool = spool
+        self.log = log
+        self.now = Now(time.monotonic(), time.time())
+        self.started: Optional[float] = None
+        self.selector = selectors.DefaultSelector()
+        self.reports: Deque[Any] = collections.deque()
+        self.is_woken = False
+        self.wake_reader, self.wake_writer = socket.socketpair()
+        for sock in (self.wake_reader, self.wake_writer):
+            sock.setblocking(False)
+        self.selector.register(self.wake_reader, selectors.EVENT_READ, self._on_wake)
+        self.manager = Manager(cfg, spool, log, self.post, self.now)
+        self.manager.on_size_limit = self._set_size_limit
+        self.door = Door(cfg, 0)
+        self.listeners: Dict[Endpoint, socket.socket] = {}
+        self.control: Optional[socket.socket] = None
+        self.connections: Set[Connection] = set()
+        self.controllers: Set[Controller] = set()
+        self.clients: Dict[str, int] = {}       # connections per network
+        self.most = cfg.max_connections
+        self.reserve = -1               # a descriptor to give away when there are no more
+        self.space = (0.0, 0)           # when free space was asked (monotonic), and the answer
+        self.is_sick = False
+        self.is_healing = False
+        self.stopping: Optional[float] = None   # monotonic, when told to stop
+        self.is_cut = False
+        self.signals: Deque[int] = collections.deque()
+        self.next_sweep = self.now.mono
+        self.offline: Optional[Callable[[], bool]] = None       # a command's own loop: True when it is done
+        self._set_size_limit()
+
+    # -- from other threads and from signal handlers
+
+    def post(self, report: Any) -> None:
+        """Hand something to the loop."""
+        self.reports.append(report)
+        if not self.is_woken:
+            self.is_woken = True
+            try:
+                self.wake_writer.send(b"\0")
+            except OSError:
+                pass                    # full, so it will wake; or closed, so nobody is there
+
+    def stop(self) -> None:
+        self.post(signal.SIGTERM)
+
+    # -- opening
+
+    def listen(self) -> None:
+        """Bind what the configuration names.  Raises OSError with the address in
+        it.  A machine without IPv6 serves the default addresses all the same."""
+        default = KINDS["listen"](next(o.default for o in OPTIONS if o.name == "listen" and o.section == "relay"))
+        for where in self.cfg.listen:
+            if where in self.listeners:
+                continue
+            try:
+                self.listeners[where] = self._bind(where)
+            except OSError as error:
+                if self.cfg.listen == default and ":" in where.host and self.listeners:
+                    self.log.write("master", "no IPv6 here: %s: %s" % (where, error.strerror), "warning")
+                    continue
+                raise OSError(error.errno, "cannot listen on %s: %s" % (str(where), error.strerror)) from None
+        for where in [where for where in self.listeners if where not in self.cfg.listen]:
+            sock = self.listeners.pop(where)
+            self.selector.unregister(sock)
+            sock.close()
+        self.manager.listeners = tuple(Endpoint(*sock.getsockname()[:2]) for sock in self.listeners.values())
+
+    def _bind(self, where: Endpoint) -> socket.socket:
+        sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if ":" in where.host:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setblocking(False)
+            sock.bind((where.host, where.port))
+            sock.listen(LISTEN_BACKLOG)
+        except OSError:
+            sock.close()
+            raise
+        self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_accept(sock))
+        return sock
+
+    def open_control(self) -> None:
+        """The socket commands come through; only the spool's owner may connect."""
+        path = os.path.join(self.spool.path, "control")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.spool.remove_control()
+            mask = os.umask(0o177)
+            try:
+                sock.bind(short_path(path, self.spool.directory))
+            finally:
+                os.umask(mask)
+            sock.listen(16)
+            sock.setblocking(False)
+        except OSError as error:
+            sock.close()
+            self.log.write("master", "no control socket, commands will not work: %s" % error, "warning")
+            return
+        self.control = sock
+        self.selector.register(sock, selectors.EVENT_READ, self._on_control)
+
+    # -- the loop
+
+    def run(self) -> None:
+        """Serve until told to stop.  listen() came before."""
+        self.started = self.now.mono
+        self._reserve_files()
+        self.open_control()
+        self.manager.load_state()
+        self._set_size_limit()
+        self.manager.load()
+        self.log.write("master", "started: version %s, process %d, listening on %s, spool %s" % (
+            __version__, os.getpid(), " ".join(map(str, self.manager.listeners)), printable(self.spool.path)))
+        self.log.flush()
+        self._loop()
+
+    def _loop(self) -> None:
+        while not self._is_over():
+            self._turn(self._pause())
+        self._close()
+
+    def _turn(self, pause: float) -> None:
+        """One round: wait, then read the clock once and do all there is."""
+        events = self.selector.select(pause)
+        self.now = Now(time.monotonic(), time.time())
+        self.manager.now = self.now
+        for key, mask in events:
+            self._guard(key.data, mask)
+        while self.signals:
+            self._guard(self._on_signal, self.signals.popleft())
+        self.is_woken = False           # before the reports are read: what comes later wakes again
+        while self.reports:
+            self._guard(self._on_report, self.reports.popleft())
+        self._guard(self.manager.tick, self.now)
+        for controller in [one for one in self.controllers if one.answers is not None]:
+            self._guard(self._answer, controller)
+        if self.now.mono >= self.next_sweep:
+            self.next_sweep = self.now.mono + SWEEP_S
+            self._guard(self._sweep)
+        self.log.flush()
+
+    def _guard(self, step: Callable[..., Any], *arguments: Any) -> None:
+        """A bug costs the step it is in, never the relay."""
+        try:
+            step(*arguments)
+        except Exception as error:
+            self.log.bug(error)
+
+    def _pause(self) -> float:
+        if self.reports or self.signals:
+            return 0.0
+        at = self.manager.wake(self.now)
+        if self.connections or self.is_sick or self.stopping is not None:
+            at = min(at, self.next_sweep)
+        if any(one.answers is not None for one in self.controllers) or self.offline is not None:
+            at = min(at, self.now.mono + COMMAND_POLL_S)
+        return max(0.0, at - self.now.mono)
+
+    def _on_wake(self, mask: int) -> None:
+        try:
+            self.wake_reader.recv(4096)
+        except BlockingIOError:
+            pass
+
+    def _on_report(self, report: Any) -> None:
+        if isinstance(report, int):
+            self._on_signal(report)
+        else:
+            self.manager.handle(report, self.now)
+
+    def _on_signal(self, number: int) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self._begin_stop()
+        elif number == signal.SIGHUP:
+            self._reload()
+        elif number == signal.SIGUSR1:
+            self.log.write("flush", "signal: site=all, messages=%d" % self.manager.scheduler.messages()[0])
+            self.manager.flush("all")
+
+    def _reload(self) -> None:
+        """SIGHUP.  A bad file is refused and the old configuration stays."""
+        try:
+            self.log.reopen()
+            cfg = read_config(self.cfg.file)
+        except (ConfigError, OSError) as error:
+            self.log.write("master", "not reloaded, the old configuration stays: %s" % printable(str(error)), "error")
+            return
+        for name in ("spool", "user", "log"):
+            if getattr(cfg, name) != getattr(self.cfg, name):
+                self.log.write("master", "%s changes at the next start" % name, "warning")
+        cfg = dataclasses.replace(cfg, spool=self.cfg.spool, user=self.cfg.user, log=self.cfg.log)
+        old, self.cfg = self.cfg, cfg
+        try:
+            self.listen()
+        except OSError as error:
+            self.log.write("master", "%s; the old addresses stay" % error.strerror, "error")
+            self.cfg = cfg = dataclasses.replace(cfg, listen=old.listen)
+        self.log.level = LEVELS[cfg.log_level]
+        self.door = Door(cfg, 0)        # sessions under way keep the old one to their end
+        self.manager.reconfigure(cfg)
+        self._set_size_limit()
+        self.log.write("master", "configuration reread")
+
+    def _set_size_limit(self) -> None:
+        """SIZE: ours, or the smallest known of all primaries."""
+        known = [self.cfg.max_message_size] + [
+            site.size_limit for site in self.manager.scheduler.sites.values() if self.manager.scheduler.is_served(site.name)]
+        self.door.size_limit = min((limit for limit in known if limit), default=0)
+
+    def _reserve_files(self) -> None:
+        """As many descriptors as we may have, and one in reserve: without it, a
+        full table would leave a waiting client in the backlog and spin the loop."""
+        try:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            wanted = self.cfg.max_connections + RESERVED_FILES
+            if soft < wanted:
+                soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            self.most = min(self.cfg.max_connections, max(10, soft - RESERVED_FILES))
+        except (OSError, ValueError):
+            self.most = self.cfg.max_connections
+        self.reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    # -- stopping
+
+    def _begin_stop(self) -> None:
+        if self.stopping is not None:
+            return
+        self.stopping = self.now.mono
+        self.log.write("master", "stopping")
+        for sock in list(self.listeners.values()):
+            self.selector.unregister(sock)
+            sock.close()
+        self.listeners.clear()
+        for connection in list(self.connections):
+            if connection.session.is_idle:
+                self._shut(connection, self._going())
+        self.manager.stop()
+
+    def _going(self) -> Reply:
+        return Reply(421, "4.3.2", "%s Service shutting down" % self.cfg.hostname)
+
+    def _is_over(self) -> bool:
+        """Everything that was acknowledged is safe at any time; the waiting here
+        is for sessions in mid-message and for what is being sent."""
+        if self.offline is not None:
+            return self.offline()
+        if self.stopping is None:
+            return False
+        waited = self.now.mono - self.stopping
+        if waited > STOP_S / 2 and not self.is_cut:
+            self.is_cut = True
+            self.manager.cut()
+            for connection in list(self.connections):
+                if connection.session.waiting is None:
+                    self._shut(connection, self._going())
+        is_quiet = not self.connections and not self.manager.couriers and not self.manager.chains and not self.reports
+        return is_quiet or waited > STOP_S
+
+    def _close(self) -> None:
+        self.manager.save_state()
+        self.manager.committers.stop()
+        while self.reports:
+            self._guard(self._on_report, self.reports.popleft())
+        for connection in list(self.connections):
+            self._drop(connection)
+        for sock in [one.sock for one in self.controllers] + [self.wake_reader, self.wake_writer] + list(self.listeners.values()):
+            sock.close()
+        if self.control is not None:
+            self.control.close()
+            self.spool.remove_control()
+        if self.reserve >= 0:
+            os.close(self.reserve)
+        self.selector.close()
+        if self.started is not None:
+            self.log.write("master", "stopped")
+        self.log.flush()
+
+    # -- SMTP clients
+
+    def _on_accept(self, listener: socket.socket) -> None:
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                sock, where = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self.reserve >= 0:
+                    self._turn_away(listener)
+                    continue
+                return                  # gone again before we looked
+            sock.setblocking(False)
+            self._welcome(sock, str(where[0]))
+
+    def _turn_away(self, listener: socket.socket) -> None:
+        """No descriptor is left: the reserve is lent to tell one client so."""
+        os.close(self.reserve)
+        try:
+            sock, _ = listener.accept()
+            self._refuse(sock, "too many connections")
+        except OSError:
+            pass
+        self.reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _refuse(self, sock: socket.socket, why: str) -> None:
+        try:
+            sock.setblocking(False)
+            sock.send(Reply(421, "4.7.0", "%s Error: %s" % (self.cfg.hostname, why)).wire())
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+        sock.close()
+
+    def _welcome(self, sock: socket.socket, address: str) -> None:
+        if address.startswith("::ffff:") and "." in address:
+            address = address[7:]
+        self.manager.on_client(address)
+        network = "" if self.cfg.is_trusted(address) else client_network(address)
+        most = self.cfg.max_connections_per_client
+        if len(self.connections) >= self.most or (network and most and self.clients.get(network, 0) >= most):
+            self.log.write("smtpd", "NOQUEUE: reject: CONNECT from %s: 421 4.7.0 too many connections" % format_peer(address))
+            return self._refuse(sock, "too many connections")
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError:
+            pass
+        connection = Connection(sock, Session(self.door, address), network, self.now.mono)
+        self.connections.add(connection)
+        if network:
+            self.clients[network] = self.clients.get(network, 0) + 1
+        self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_client(connection, mask))
+        self.log.write("smtpd", "connect from %s" % format_peer(address), "debug")
+        self._act(connection, connection.session.greet())
+
+    def _on_client(self, connection: Connection, mask: int) -> None:
+        try:
+            if mask & selectors.EVENT_WRITE:
+                self._send(connection)
+            if mask & selectors.EVENT_READ and connection in self.connections:
+                self._receive(connection)
+        except Exception as error:
+            self.log.bug(error)
+            self._shut(connection, Reply(421, "4.3.0", "%s Internal error" % self.cfg.hostname))
+
+    def _receive(self, connection: Connection) -> None:
+        try:
+            data = connection.sock.recv(RECEIVE_OCTETS)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            return self._drop(connection)
+        if not data:
+            connection.is_ended = True
+            return self._look(connection)
+        if connection.is_closing:
+            return                      # lingering: thrown away, so that our last reply is not lost to a reset
+        actions = connection.session.receive(data)
+        if actions or connection.session.mode is not Mode.COMMAND:
+            connection.last = self.now.mono     # progress is a command or data, not one more octet of a line
+        self._act(connection, actions)
+
+    def _act(self, connection: Connection, actions: List[Action]) -> None:
+        """Carry out what the session wants, in its order."""
+        todo = collections.deque(actions)
+        while todo:
+            action = todo.popleft()
+            if isinstance(action, Send):
+                connection.out += action.data
+            elif isinstance(action, Body):
+                self._keep(connection, action.data)
+            elif isinstance(action, Discard):
+                self._discard(connection)
+            elif isinstance(action, Note):
+                self.log.write("smtpd", action.text)
+            elif isinstance(action, Close):
+                connection.is_closing = True
+            else:
+                answer = self._ask(connection, action)
+                if answer is not WAIT:
+                    todo.extendleft(reversed(connection.session.resume(answer)))
+        self._send(connection)
+
+    def _send(self, connection: Connection) -> None:
+        if connection.out:
+            try:
+                sent = connection.sock.send(connection.out)
+                del connection.out[:sent]
+                if sent:
+                    connection.last = self.now.mono
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError:
+                return self._drop(connection)
+        self._look(connection)
+
+    def _look(self, connection: Connection) -> None:
+        """Close what is over, and tell the selector what else to look for."""
+        if connection not in self.connections:
+            return
+        session = connection.session
+        if not connection.out and session.waiting is None and (connection.is_ended or connection.is_closing):
+            if connection.is_ended:
+                return self._drop(connection)
+            try:
+                connection.sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                return self._drop(connection)
+        draft = connection.draft
+        reading = not connection.is_ended and len(connection.out) < OUTPUT_MAX and len(session.buffer) < RECEIVE_OCTETS and (
+            draft is None or draft.pending < UNWRITTEN_MAX)
+        writing = bool(connection.out)
+        if (reading, writing) != (connection.is_reading, connection.is_writing):
+            was = connection.is_reading or connection.is_writing
+            connection.is_reading, connection.is_writing = reading, writing
+            mask = selectors.EVENT_READ * reading | selectors.EVENT_WRITE * writing
+            handler = lambda mask: self._on_client(connection, mask)        # noqa: E731
+            if mask and was:
+                self.selector.modify(connection.sock, mask, handler)
+            elif mask:
+                self.selector.register(connection.sock, mask, handler)
+            else:
+                self.selector.unregister(connection.sock)
+
+    def _shut(self, connection: Connection, reply: Reply) -> None:
+        """End a session from our side."""
+        if not connection.is_closing:
+            self._discard(connection)
+            connection.session.waiting = None
+            self._act(connection, connection.session.shut(reply))
+
+    def _drop(self, connection: Connection) -> None:
+        if connection not in self.connections:
+            return
+        self.connections.discard(connection)
+        if connection.network:
+            self.clients[connection.network] -= 1
+            if not self.clients[connection.network]:
+                del self.clients[connection.network]
+        self._discard(connection)
+        if connection.is_reading or connection.is_writing:
+            self.selector.unregister(connection.sock)
+        connection.sock.close()
+        self.log.write("smtpd", "disconnect from %s" % format_peer(connection.session.address), "debug")
+
+    # -- questions of a session
+
+    def _ask(self, connection: Connection, question: Ask) -> Any:
+        if question.what == "mail":
+            return self._may_mail(question.value)
+        if question.what == "rcpt":
+            return None
+        if question.what == "etrn":
+            session = connection.session
+            return answer_etrn(self.manager, question.value, session.address, session.name)
+        return self._commit(connection, question.value)
+
+    def _may_mail(self, transaction: Transaction) -> Optional[Reply]:
+        if self.stopping is not None:
+            return self._going()
+        if self.spool.sick:
+            return disk_reply(None)
+        if self.now.mono - self.space[0] >= SPACE_CHECK_S:
+            self.space = (self.now.mono, self.spool.free())
+        if self.space[1] < self.cfg.min_free_space + transaction.size:
+            return Reply(452, "4.3.1", "Insufficient system storage")
+        return None
+
+    # -- the message on its way to the spool
+
+    def _draft(self, connection: Connection, transaction: Transaction) -> Draft:
+        if connection.draft is None:
+            session = connection.session
+            id = self.manager.ids.new()
+            connection.draft = Draft(id, format_received(session, transaction, id, self.now.wall))
+            self.log.write("smtpd", "%s: client=%s" % (id, format_peer(session.address, session.name)))
+        return connection.draft
+
+    def _keep(self, connection: Connection, data: bytes) -> None:
+        assert connection.session.transaction is not None
+        draft = self._draft(connection, connection.session.transaction)
+        if draft.error is None:
+            draft.blocks.append(data)
+            draft.pending += len(data)
+            self._spill(connection, draft)
+
+    def _spill(self, connection: Connection, draft: Draft) -> None:
+        """Hand a large part of a body to a committer, one part at a time."""
+        if draft.pending < SPILL_OCTETS or draft.busy:
+            return
+        blocks = draft.take()
+        draft.busy = True
+
+        def written(result: Any) -> None:
+            draft.busy = False
+            if isinstance(result, Exception) and draft.error is None:
+                draft.error = OSError(errno.EIO, str(result))
+            if connection.draft is not draft:
+                return self._burn(draft)
+            if draft.error is not None:
+                draft.take()
+            if connection.commit is not None:
+                transaction, connection.commit = connection.commit, None
+                self._submit(connection, draft, transaction)
+            else:
+                self._spill(connection, draft)
+            self._look(connection)
+        self.manager.committers.submit(Task(lambda spool: spool.append(draft, blocks)), written)
+
+    def _discard(self, connection: Connection) -> None:
+        draft, connection.draft, connection.commit = connection.draft, None, None
+        if draft is not None and not draft.busy:
+            self._burn(draft)
+
+    def _burn(self, draft: Draft) -> None:
+        if draft.fd >= 0:
+            self.manager.committers.submit(Task(lambda spool: spool.discard(draft)), lambda result: None)
+
+    def _commit(self, connection: Connection, transaction: Transaction) -> Any:
+        draft = self._draft(connection, transaction)
+        if draft.busy:
+            connection.commit = transaction
+        else:
+            self._submit(connection, draft, transaction)
+        return WAIT
+
+    def _submit(self, connection: Connection, draft: Draft, transaction: Transaction) -> None:
+        """The end of the data is here: 250 waits until all of it is on stable storage."""
+        session = connection.session
+        recipients: Dict[str, Tuple[str, str, str, str, Time]] = {}
+        for one in transaction.recipients:      # a recipient named twice gets it once
+            expires = self.now.wall + self.manager.scheduler.config_of(one.path.domain).lifetime
+            recipients.setdefault(one.address, (one.address, one.path.domain, one.notify, one.orcpt, expires))
+        sidecar = make_sidecar(
+            draft.id, "mail", transaction.sender, recipients.values(), self.now.wall,
+            {"address": session.address, "helo": session.helo, "tls": session.tls},
+            transaction.body, transaction.smtputf8, transaction.ret, transaction.envid)
+        draft.busy = True
+
+        def committed(error: Optional[Exception]) -> None:
+            if error is None:
+                self.manager.accept(sidecar)
+                reply = Reply(250, "2.0.0", "Ok: queued as %s" % draft.id)
+            else:
+                self.log.write("smtpd", "%s: cannot be kept: %s" % (draft.id, printable(str(error))), "error")
+                reply = disk_reply(error if isinstance(error, OSError) else None)
+            if connection.draft is draft:       # else the client has left; the message is queued all the same
+                connection.draft = None
+                connection.last = self.now.mono
+                self._act(connection, session.resume(reply))
+        self.manager.committers.submit(Commit(draft, draft.take(), sidecar), committed)
+
+    # -- once a second
+
+    def _sweep(self) -> None:
+        self._check_spool()
+        limit = self.cfg.command_timeout
+        if len(self.connections) > self.most * STRESS_SHARE:
+            limit = min(limit, STRESS_TIMEOUT_S)
+        for connection in list(self.connections):
+            session = connection.session
+            idle = self.now.mono - connection.last
+            if connection.is_closing:
+                if idle > LINGER_S:
+                    self._drop(connection)
+                continue
+            in_data = session.mode in (Mode.DATA, Mode.CHUNK)
+            if not in_data:
+                connection.data_since = 0.0
+            elif not connection.data_since:
+                connection.data_since = self.now.mono
+            if session.waiting is not None:
+                continue                # it is our turn
+            transaction = session.transaction
+            took = self.now.mono - connection.data_since if connection.data_since else 0.0
+            slow = took > limit and transaction is not None and transaction.octets < took * DATA_RATE_MIN
+            if idle > limit or slow:
+                self.log.write("smtpd", "timeout after %s from %s" % (
+                    "DATA" if in_data else session.stage.name, format_peer(session.address, session.name)))
+                self._shut(connection, Reply(421, "4.4.2", "%s Error: timeout exceeded" % self.cfg.hostname))
+
+    def _check_spool(self) -> None:
+        """A sick spool is tried with a probe file until it is well."""
+        if bool(self.spool.sick) != self.is_sick:
+            self.is_sick = bool(self.spool.sick)
+            if self.is_sick:
+                self.log.write("master", "the spool is sick: %s; no new mail is taken, delivery goes on" % self.spool.sick, "error")
+            else:
+                self.log.write("master", "the spool is well again")
+        if not self.is_sick or self.is_healing:
+            return
+        self.is_healing = True
+
+        def healed(result: Any) -> None:
+            def again() -> None:
+                self.is_healing = False
+            self.manager.later(RETRY_DISK_S if result is not True else 0.0, again)
+        self.manager.committers.submit(Task(lambda spool: spool.heal()), healed)
+
+    # -- commands
+
+    def _on_control(self, mask: int) -> None:
+        assert self.control is not None
+        try:
+            sock, _ = self.control.accept()
+        except OSError:
+            return
+        sock.setblocking(False)
+        controller = Controller(sock)
+        self.controllers.add(controller)
+        self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_controller(controller, mask))
+
+    def _on_controller(self, controller: Controller, mask: int) -> None:
+        if mask & selectors.EVENT_WRITE:
+            return self._answer(controller)
+        try:
+            data = controller.sock.recv(4096)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        controller.data += data
+        if not data or len(controller.data) > 65536:
+            return self._end_controller(controller)
+        if controller.answers is None and b"\n" in controller.data:
+            try:
+                request = json.loads(controller.data)
+                controller.answers = self.command(request if isinstance(request, dict) else {})
+            except (ValueError, RecursionError):
+                return self._end_controller(controller)
+            self._answer(controller)
+
+    def command(self, request: Mapping[str, Any]) -> Answers:
+        return run_command(self.manager, request, len(self.connections), self.started)
+
+    def _answer(self, controller: Controller) -> None:
+        """Let a command go on as far as it can, and send what it says."""
+        is_over = False
+        while controller.answers is not None and len(controller.out) < OUTPUT_MAX:
+            answer = next(controller.answers, {})
+            if answer is None:
+                break
+            if answer:
+                controller.out += json.dumps(answer, separators=(",", ":")).encode("ascii") + b"\n"
+            if not answer or "exit" in answer:
+                controller.answers, is_over = None, True
+        try:
+            if controller.out:
+                del controller.out[:controller.sock.send(controller.out)]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError:
+            return self._end_controller(controller)
+        if controller.out:
+            self.selector.modify(controller.sock, selectors.EVENT_READ | selectors.EVENT_WRITE,
+                                 lambda mask: self._on_controller(controller, mask))
+        elif is_over or controller.answers is None:
+            self._end_controller(controller)
+
+    def _end_controller(self, controller: Controller) -> None:
+        if controller in self.controllers:
+            self.controllers.discard(controller)
+            self.selector.unregister(controller.sock)
+            controller.sock.close()
+            if controller.answers is not None:
+                controller.answers.close()      # type: ignore[attr-defined]
+
+    # -- without a running relay
+
+    def run_offline(self, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
+        """A command on a spool that no relay holds; the caller has its lock.
+        Connections are made for --flush alone, to the sites it means."""
+        flushed = request.get("command") == "flush"
+        self.manager.load_state()
+        self.manager.load()
+        self.manager.may_connect = lambda site: flushed and bool(self.manager.watches) and any(
+            site.name == name for watch in self.manager.watches for name, _ in watch.left)
+        answers = self.command(request)
+        last: Dict[str, Any] = {}
+        while "exit" not in last:
+            answer = next(answers)
+            if answer is not None:
+                last = answer
+                yield answer
+            else:
+                self._turn(min(self._pause(), COMMAND_POLL_S))
+        self.manager.stop()
+        end = self.now.mono + STOP_S
+        while (self.manager.couriers or self.manager.chains) and self.now.mono < end:
+            self._turn(COMMAND_POLL_S)
+        self._close()
+
+
+WAIT = object()                 # the answer to a question comes later
+
+
+def short_path(path: str, directory: int) -> str:
+    """A Unix socket's path has about a hundred octets; a longer one goes by the open directory."""
+    if len(os.fsencode(path)) < 100:
+        return path
+    return "/proc/self/fd/%d/%s" % (directory, os.path.basename(path))
+
+
+def read_config(file: str) -> Config:
+    """Raises ConfigError; OSError when it cannot be read."""
+    with open(file, "rb") as stream:
+        data = stream.read()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(file, data[:error.start].count(b"\n") + 1, "not UTF-8") from None
+    return parse_config(text, file, fully_qualified_name())
+
+
+def fully_qualified_name() -> str:
+    try:
+        return parse_domain(socket.getfqdn())
+    except ValueError:
+        return "localhost"
+
+
+# == 16. MAIN ==================================================================
+# Arguments, commands, signals, exit status.
+
+class Usage(Exception):
+    """Something is wrong with the command line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Exit status 64 instead of argparse's 2, and our own help page."""
+
+    def error(self, message: str) -> Any:
+        raise Usage(message)
+
+    def format_help(self) -> str:
+        return (__doc__ or "").partition("\nQUEUE\n")[0].rstrip() + "\n"
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="etrn_relay.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE")
+    parser.add_argument("-h", "--help", action="store_true")
+    for option in ("--version", "--json", "--no-wait", "--raw", "--yes"):
+        parser.add_argument(option, action="store_true")
+    commands = parser.add_mutually_exclusive_group()
+    for name in ("check", "demo", "status"):
+        commands.add_argument("--" + name, action="store_true")
+    commands.add_argument("--queue", nargs="?", const="all", metavar="DOMAIN")
+    commands.add_argument("--show", metavar="ID")
+    commands.add_argument("--export", metavar="DOMAIN")
+    commands.add_argument("--flush", metavar="DOMAIN|@DOMAIN|all")
+    for name in ENDINGS:
+        commands.add_argument("--" + name, metavar="ID|DOMAIN|all")
+    given = parser.parse_args(argv)
+    if given.json and not (given.check or given.status or given.queue or given.show or given.flush):
+        raise Usage("--json goes with --check, --flush, --queue, --show or --status")
+    return given
+
+
+ENDINGS = {"hold": "held", "release": "released", "delete": "deleted", "bounce": "returned to their senders"}
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Returns the exit status."""
+    try:
+        given = parse_arguments(sys.argv[1:] if argv is None else argv)
+    except Usage as error:
+        print("etrn_relay.py: %s\nTry --help." % error, file=sys.stderr)
+        return EX_USAGE
+    try:
+        if given.help:
+            print(Parser().format_help(), end="")
+            return EX_OK
+        if given.version:
+            print("etrn_relay %s" % __version__)
+            return EX_OK
+        if given.demo:
+            return Demo(print).play()
+        cfg = read_config(find_config(given.config))
+        return run_given(given, cfg)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EX_CONFIG
+    except Usage as error:
+        print("etrn_relay.py: %s" % error, file=sys.stderr)
+        return EX_USAGE
+    except SpoolBusy as error:
+        print("etrn_relay.py: %s" % error, file=sys.stderr)
+        return EX_TEMPFAIL
+    except BrokenPipeError:             # the reader of our output has left
+        sys.stderr.close()
+        return EX_OK
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except OSError as error:
+        print("etrn_relay.py: %s" % describe(error), file=sys.stderr)
+        return EX_CONFIG
+
+
+def describe(error: OSError) -> str:
+    return "%s: %s" % (error.filename, error.strerror) if error.filename and error.strerror else error.strerror or str(error)
+
+
+def find_config(given: Optional[str]) -> str:
+    """--config, $ETRN_RELAY_CONFIG, ./etrn.conf, /etc/etrn.conf."""
+    if given or os.environ.get("ETRN_RELAY_CONFIG"):
+        return given or os.environ["ETRN_RELAY_CONFIG"]
+    return "etrn.conf" if os.path.exists("etrn.conf") else "/etc/etrn.conf"
+
+
+def run_given(given: argparse.Namespace, cfg: Config) -> int:
+    if given.check:
+        return check(cfg, given.json)
+    if given.status:
+        return show_status(cfg, given.json)
+    if given.queue:
+        return show_queue(cfg, parse_what(given.queue), given.json)
+    if given.show:
+        return show_message(cfg, given.show.upper(), given.json, given.raw)
+    if given.export:
+        return export(cfg, parse_what(given.export))
+    if given.flush:
+        return flush(cfg, parse_what(given.flush), not given.no_wait, given.json)
+    for name in ENDINGS:
+        if getattr(given, name):
+            return change_queue(cfg, name, parse_what(getattr(given, name)), given.yes)
+    return serve(cfg)
+
+
+def parse_what(text: str) -> str:
+    """all, an ID in upper case, a domain, or @domain.  Raises Usage."""
+    if text.lower() == "all" or _ID.fullmatch(text.upper()):
+        return text.lower() if text.lower() == "all" else text.upper()
+    try:
+        return text[:1].replace("@", "@") + parse_domain(text[1:]) if text[:1] == "@" else parse_domain(text)
+    except ValueError:
+        raise Usage("'%s' is neither a domain, a queue ID, nor all" % printable(text, 100)) from None
+
+
+def serve(cfg: Config) -> int:
+    """Run the relay in the foreground."""
+    log = Log(cfg.log, cfg.log_level, cfg.hostname)
+    spool = Spool(cfg.spool)
+    spool.open()
+    server = Server(cfg, spool, log)
+    try:
+        server.listen()
+    except OSError as error:
+        hint = "  (ports below 1024 need root)" if error.errno == errno.EACCES else ""
+        print("etrn_relay.py: %s%s" % (error.strerror, hint), file=sys.stderr)
+        return EX_TEMPFAIL if error.errno == errno.EADDRINUSE else EX_CONFIG
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: server.signals.append(number))
+    signal.set_wakeup_fd(server.wake_writer.fileno(), warn_on_full_buffer=False)
+    try:
+        server.run()
+    finally:
+        signal.set_wakeup_fd(-1)
+        spool.close()
+    return EX_OK
+
+
+# -- commands
+
+def ask_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
+    """The answers to a command: of the running relay, or, where none runs, of
+    the spool itself under its lock.  The last one has "exit"."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    directory = -1
+    try:
+        directory = os.open(cfg.spool, os.O_RDONLY | os.O_CLOEXEC)
+        sock.connect(short_path(os.path.join(cfg.spool, "control"), directory))
+        sock.sendall(json.dumps(request).encode("ascii") + b"\n")
+    except PermissionError as error:
+        yield {"error": "may not talk to the relay: %s" % describe(error), "exit": EX_UNAVAILABLE}
+        return
+    except OSError:
+        yield from ask_spool(cfg, request)
+        return
+    finally:
+        if directory >= 0:
+            os.close(directory)
+    with sock, sock.makefile("rb") as lines:
+        for line in lines:
+            answer = json.loads(line)
+            yield answer
+            if "exit" in answer:
+                return
+    yield {"error": "the relay broke off", "exit": EX_UNAVAILABLE}
+
+
+def ask_spool(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
+    """Where no relay runs.  A spool that does not exist yet is an empty one."""
+    if not os.path.isdir(cfg.spool):
+        with tempfile.TemporaryDirectory(prefix="etrn-empty-") as folder:
+            yield from ask_spool(dataclasses.replace(cfg, spool=folder), request)
+        return
+    spool = Spool(cfg.spool)
+    spool.open()
+    try:
+        log = Log(cfg.log, "warning" if cfg.log == "stderr" else cfg.log_level, cfg.hostname)
+        yield from Server(cfg, spool, log).run_offline(request)
+    finally:
+        spool.close()
+
+
+def say_error(answer: Mapping[str, Any], as_json: bool = False) -> int:
+    if answer.get("error"):
+        print("etrn_relay.py: %s" % answer["error"], file=sys.stderr)
+    return int(answer["exit"])
+
+
+def last_answer(cfg: Config, request: Mapping[str, Any]) -> Dict[str, Any]:
+    answer: Dict[str, Any] = {}
+    for answer in ask_relay(cfg, request):
+        pass
+    return answer
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=True))
+
+
+def show_status(cfg: Config, as_json: bool) -> int:
+    answer = last_answer(cfg, {"command": "status"})
+    code = say_error(answer)
+    if "spool" in answer:
+        del answer["exit"]
+        if as_json:
+            print_json(answer)
+        else:
+            print(format_status(answer, time.time()), end="")
+    return code
+
+
+def show_queue(cfg: Config, what: str, as_json: bool) -> int:
+    rows: List[Dict[str, Any]] = []
+    spool = Spool(cfg.spool)
+    answer: Dict[str, Any] = {}
+    for answer in ask_relay(cfg, {"command": "list", "what": what}):
+        for id, state, due, expires, failures in answer.get("rows", ()):
+            try:
+                sidecar = spool.read_sidecar(id)
+            except (Corrupt, OSError):
+                continue                # delivered since
+            rows += queue_rows(sidecar, answer, state, due, expires, failures)
+    code = say_error(answer)
+    if code == EX_OK:
+        rows.sort(key=lambda row: (row["received"], row["id"]))
+        if as_json:
+            print_json(rows)
+        else:
+            print(format_queue(rows, time.time()), end="")
+    return code
+
+
+def queue_rows(sidecar: Mapping[str, Any], site: Mapping[str, Any], state: str, due: Optional[Time], expires: Time,
+               failures: int) -> Iterator[Dict[str, Any]]:
+    """A message as --queue lists it: the sidecar, and what the relay knows since.  Attempts
+    to reach a primary that is down are counted there, not written to each sidecar."""
+    mine = [one for one in sidecar["recipients"]
+            if one["state"] == QUEUED and (site["notices"] or one["domain"] == site["site"])]
+    recipients = [{"address": one["address"], "attempts": one["attempts"] + failures,
+                   "last_response": site["error"] if site["error"] and (failures or not one["last_response"])
+                   else one["last_response"]} for one in mine]
+    if recipients:
+        yield {"id": sidecar["id"], "domain": mine[0]["domain"], "state": state, "sender": sidecar["sender"],
+               "size": sidecar["size"], "received": sidecar["received"], "expires": expires, "next_attempt": due,
+               "client": sidecar["client"], "recipients": recipients}
+
+
+def show_message(cfg: Config, id: str, as_json: bool, raw: bool) -> int:
+    spool = Spool(cfg.spool)
+    try:
+        if not _ID.fullmatch(id):
+            raise Corrupt("no such message")
+        sidecar = spool.read_sidecar(id)
+        if raw:
+            message = spool.read_message(id, sidecar)
+            for block in message.blocks():
+                sys.stdout.buffer.write(block)
+            message.close()
+            sys.stdout.buffer.flush()
+        elif as_json:
+            print_json(dict(sidecar, header=spool.read_header(id).decode("utf-8", "replace")))
+        else:
+            print(format_envelope(sidecar, spool.read_header(id), time.time()), end="")
+    except Corrupt as error:
+        print("etrn_relay.py: %s: %s" % (printable(id, 40), error), file=sys.stderr)
+        return EX_MISSING
+    return EX_OK
+
+
+def export(cfg: Config, what: str) -> int:
+    """The queued messages of a domain as mbox on standard output; they stay queued."""
+    spool = Spool(cfg.spool)
+    count = 0
+    for id in sorted(spool.names()) if os.path.isdir(cfg.spool) else []:
+        try:
+            sidecar = spool.read_sidecar(id)
+            if any(one["state"] == QUEUED and what in (one["domain"], "all") for one in sidecar["recipients"]):
+                message = spool.read_message(id, sidecar)
+                sys.stdout.buffer.write(format_mbox(sidecar, b"".join(message.blocks())))
+                message.close()
+                count += 1
+        except (Corrupt, OSError) as error:
+            if spool.has_sidecar(id):
+                print("etrn_relay.py: %s: left out: %s" % (id, error), file=sys.stderr)
+    sys.stdout.buffer.flush()
+    if not count and what != "all" and cfg.domain(what) is None:
+        print("etrn_relay.py: %s: no such domain here" % what, file=sys.stderr)
+        return EX_MISSING
+    return EX_OK
+
+
+def flush(cfg: Config, what: str, wait: bool, as_json: bool) -> int:
+    is_terminal = sys.stdout.isatty() and not as_json
+    answer: Dict[str, Any] = {}
+    for answer in ask_relay(cfg, {"command": "flush", "what": what, "wait": wait}):
+        if is_terminal and "left" in answer:
+            print("\r" + format_progress(answer["total"], answer["left"]), end="", flush=True)
+    if is_terminal and answer.get("queued") and wait:
+        print("\r" + format_progress(answer["queued"], answer["waiting"]))
+    code = say_error(answer)
+    if as_json:
+        print_json({key: value for key, value in answer.items() if key != "exit"})
+    elif "queued" in answer and not answer["queued"]:
+        print("%s: nothing is queued" % what)
+    elif "queued" in answer and not wait:
+        print("%s: delivery of %d messages started" % (what, answer["queued"]))
+    elif "queued" in answer:
+        print("%s: %d delivered, %d returned, %d still waiting%s" % (
+            what, answer["delivered"], answer["bounced"] + answer["expired"], answer["waiting"],
+            ": " + printable(answer["reason"]) if answer["waiting"] and answer["reason"] else ""))
+    return code
+
+
+def change_queue(cfg: Config, command: str, what: str, yes: bool) -> int:
+    """--hold, --release, --delete, --bounce."""
+    if what == "all" and command in ("delete", "bounce") and not yes:
+        if not sys.stdin.isatty():
+            raise Usage("--%s all needs --yes" % command)
+        if input("Really %s all queued mail? [y/N] " % command).strip().lower() not in ("y", "yes"):
+            return EX_OK
+    answer = last_answer(cfg, {"command": command, "what": what})
+    code = say_error(answer)
+    if "count" in answer:
+        print("%s: %d messages %s%s" % (what, answer["count"], ENDINGS[command], "; %d are being delivered at this moment"
+                                        % answer["busy"] if answer.get("busy") else ""))
+    return code
+
+
+# -- --check
+
+class Finding(NamedTuple):
+    level: str                  # ok, warning or error
+    what: str
+    text: str
+
+
+VOLATILE = {"tmpfs": "is lost at a power cut", "ramfs": "is lost at a power cut", "vfat": "renames are not atomic",
+            "exfat": "renames are not atomic", "msdos": "renames are not atomic", "nfs": "errors may show too late",
+            "nfs4": "errors may show too late", "cifs": "errors may show too late"}
+
+
+def check(cfg: Config, as_json: bool) -> int:
+    """Look at DNS, ports and spool; say what is wrong.  Nothing is changed."""
+    findings = [Finding("ok", "config", "%s: %d domains" % (cfg.file, len(cfg.domains)))]
+    if not cfg.domains:
+        findings.append(Finding("warning", "config", "no domain is served: all mail will be refused"))
+    findings += check_spool(cfg)
+    findings += check_ports(cfg)
+    resolver = Resolver(cfg.nameservers)
+    for name, one in cfg.domains.items():
+        if name[0] != ".":
+            findings += check_domain(cfg, one, resolver)
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        for finding in findings:
+            print("%-8s %s: %s" % (finding.level, finding.what, printable(finding.text)))
+    return EX_CONFIG if any(finding.level == "error" for finding in findings) else EX_OK
+
+
+def check_spool(cfg: Config) -> List[Finding]:
+    folder = cfg.spool
+    while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    out = []
+    if not os.access(folder, os.W_OK | os.X_OK):
+        out.append(Finding("error", "spool", "%s cannot be written" % folder))
+    kind = file_system(folder)
+    if kind in VOLATILE:
+        out.append(Finding("warning", "spool", "%s is on %s: mail there %s" % (cfg.spool, kind, VOLATILE[kind])))
+    free = Spool(folder).free()
+    level = "warning" if free < 2 * cfg.min_free_space else "ok"
+    out.append(Finding(level, "spool", "%s: %s free%s" % (
+        cfg.spool, format_size(free), ", mail is refused below %s" % format_size(cfg.min_free_space) if level != "ok" else "")))
+    return out
+
+
+def file_system(folder: str) -> str:
+    """The type of the file system a folder is on, where /proc tells."""
+    best, kind = "", ""
+    try:
+        with open("/proc/mounts", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                _, point, its, *_ = line.split()
+                if (os.path.realpath(folder) + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best):
+                    best, kind = point, its
+    except (OSError, ValueError):
+        pass
+    return kind
+
+
+def check_ports(cfg: Config) -> List[Finding]:
+    out = []
+    for where in cfg.listen:
+        sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
+        with sock:
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if ":" in where.host:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind((where.host, where.port))
+                sock.listen(1)
+                out.append(Finding("ok", "port", "%s is free" % str(where)))
+            except OSError as error:
+                ours = error.errno == errno.EADDRINUSE and is_running(cfg)
+                out.append(Finding("ok" if ours else "error", "port", "%s: %s" % (
+                    where, "in use by the running relay" if ours else error.strerror)))
+    return out
+
+
+def is_running(cfg: Config) -> bool:
+    directory = -1
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            directory = os.open(cfg.spool, os.O_RDONLY | os.O_CLOEXEC)
+            sock.connect(short_path(os.path.join(cfg.spool, "control"), directory))
+            return True
+        except OSError:
+            return False
+        finally:
+            if directory >= 0:
+                os.close(directory)
+
+
+def check_domain(cfg: Config, one: DomainConfig, resolver: Resolver) -> List[Finding]:
+    """The MX records must name this host, and a better one; the primary must be found."""
+    out = []
+    try:
+        records: List[Tuple[int, str]] = resolver.query(one.name, MX)
+        ours = [preference for preference, host in records if host == cfg.hostname]
+        best = min(records, default=(0, ""))[0]
+        if not ours:
+            out.append(Finding("warning", one.name, "its MX records do not name %s: no mail will come here" % cfg.hostname))
+        elif min(ours) <= best and all(host == cfg.hostname for preference, host in records if preference <= min(ours)):
+            out.append(Finding("warning", one.name, "its MX records name no better host than %s" % cfg.hostname))
+        else:
+            out.append(Finding("ok", one.name, "MX: %s" % ", ".join("%d %s" % record for record in sorted(records))))
+    except DnsError as error:
+        out.append(Finding("warning", one.name, str(error)))
+    plan = Plan(one.name, one, one.primary, cfg.hostname, resolver, cfg.listen, ())
+    try:
+        hops, _ = find_route(plan)
+        out.append(Finding("ok", one.name, "primary: %s" % ", ".join(map(str, hops))))
+    except PeerError as error:
+        out.append(Finding("error", one.name, str(error)))
+    return out
+
+
+# -- --demo
+
+class DemoHandler(socketserver.StreamRequestHandler):
+    """As much of an SMTP server as a demonstration of a primary needs."""
+
+    def handle(self) -> None:
+        self.say("220 mail.example.com the primary is back")
+        for line in self.rfile:
+            verb = line[:4].upper()
+            if verb == b"EHLO":
+                self.say("250-mail.example.com\r\n250 PIPELINING")
+            elif verb == b"DATA":
+                self.say("354 go on")
+                message = b"".join(iter(self.rfile.readline, b".\r\n"))
+                self.server.messages.append(message)        # type: ignore[attr-defined]
+                self.say("250 2.0.0 taken")
+            else:
+                self.say("221 bye" if verb == b"QUIT" else "250 ok")
+
+    def say(self, text: str) -> None:
+        self.wfile.write(text.encode("ascii") + b"\r\n")
+
+
+class DemoPrimary(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        self.messages: List[bytes] = []
+        self.open: List[socket.socket] = []
+        super().__init__(("127.0.0.1", port), DemoHandler)
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.open.append(request)
+        super().process_request(request, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection cut by close()."""
+
+    def close(self) -> None:
+        """As abruptly as a power cut."""
+        self.shutdown()
+        self.server_close()
+        for sock in self.open:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass                    # it had ended before
+
+
+DEMO_CONFIG = """\
+[relay]
+hostname = backup.example.net
+listen = 127.0.0.1:0
+log = relay.log
+min_free_space = 0
+[domain example.com]
+primary = 127.0.0.1:%d
+probe_interval = 1s
+"""
+DEMO_WAIT_S = 8.0               # for each step; the whole demonstration takes under 20 seconds
+
+
+class Demo:
+    """A whole outage with real SMTP on loopback, in a temporary spool of which nothing remains."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say_line = say
+        self.began = time.monotonic()
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            self.port = sock.getsockname()[1]       # where the primary will be
+
+    def say(self, text: str) -> None:
+        first, *rest = text.rstrip("\n").split("\n")
+        self.say_line("%5.1f s  %s" % (time.monotonic() - self.began, first))
+        for line in rest:
+            self.say_line("         %s" % line)
+
+    def play(self) -> int:
+        with tempfile.TemporaryDirectory(prefix="etrn-demo-") as folder:
+            cfg = parse_config(DEMO_CONFIG % self.port, os.path.join(folder, "demo.conf"))
+            spool = Spool(cfg.spool)
+            spool.open()
+            server = Server(cfg, spool, Log(cfg.log, cfg.log_level, cfg.hostname))
+            server.listen()
+            relay = threading.Thread(target=server.run, name="relay")
+            relay.start()
+            try:
+                return self._play(cfg, server.manager.listeners[0])
+            finally:
+                server.stop()
+                relay.join()
+                spool.close()
+
+    def _play(self, cfg: Config, relay: Endpoint) -> int:
+        self.say("The relay is up on %s, as backup MX for example.com." % str(relay))
+        self.say("The primary is down: nothing answers on 127.0.0.1:%d.  Five messages come in:" % self.port)
+        for number in range(1, 6):
+            self.say("  sender%d@example.org: %s" % (number, self.send(relay, number)))
+        self.wait(lambda: self.status(cfg)["primary"] == "down")
+        rows: List[Dict[str, Any]] = []
+        for answer in ask_relay(cfg, {"command": "list", "what": "all"}):
+            for id, state, due, expires, failures in answer.get("rows", ()):
+                rows += queue_rows(Spool(cfg.spool).read_sidecar(id), answer, state, due, expires, failures)
+        self.say("They are safe on disk.  --queue shows:\n" + format_queue(sorted(rows, key=lambda row: str(row["id"])), time.time()))
+        self.say("The primary comes back.  Nobody tells the relay.")
+        since = time.monotonic()
+        primary = DemoPrimary(self.port)
+        back = self.wait(lambda: len(primary.messages) == 5)
+        self.say("The primary has %d of 5 messages, %.1f s after its return." % (len(primary.messages), time.monotonic() - since))
+        primary.close()
+        self.say("The primary goes down again, and one more message comes in:")
+        self.say("  sender6@example.org: %s" % self.send(relay, 6))
+        self.wait(lambda: self.status(cfg)["primary"] == "down")
+        self.say("The primary comes back and asks for its mail:")
+        primary = DemoPrimary(self.port)
+        with smtplib.SMTP(relay.host, relay.port, "mail.example.com", DEMO_WAIT_S) as client:
+            client.ehlo()
+            code, text = client.docmd("ETRN", "example.com")
+            self.say("  ETRN example.com\n  %d %s" % (code, text.decode("ascii")))
+        asked = self.wait(lambda: len(primary.messages) == 1)
+        self.say("The primary has it." if asked else "The primary did not get it.")
+        primary.close()
+        self.say("The queue is empty: %d messages.  Nothing was lost." % self.status(cfg)["queued"] if back and asked
+                 else "Something went wrong.")
+        return EX_OK if back and asked else EX_TEMPFAIL
+
+    def send(self, relay: Endpoint, number: int) -> str:
+        with smtplib.SMTP(relay.host, relay.port, "sender.example.org", DEMO_WAIT_S) as client:
+            client.ehlo()
+            client.docmd("MAIL", "FROM:<sender%d@example.org>" % number)
+            client.docmd("RCPT", "TO:<user@example.com>")
+            code, text = client.data(b"Subject: message %d\r\n\r\nHello.\r\n" % number)
+        return "%d %s" % (code, text.decode("ascii"))
+
+    @staticmethod
+    def status(cfg: Config) -> Dict[str, Any]:
+        one: Dict[str, Any] = last_answer(cfg, {"command": "status"})["domains"]["example.com"]
+        return one
+
+    @staticmethod
+    def wait(is_so: Callable[[], bool]) -> bool:
+        end = time.monotonic() + DEMO_WAIT_S
+        while not is_so() and time.monotonic() < end:
+            time.sleep(0.05)
+        return is_so()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
