@@ -138,8 +138,24 @@ import tempfile
 import threading
 import time
 import traceback
-from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                    Sequence, Set, TextIO, Tuple, Union)
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    FrozenSet,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    TextIO,
+    Tuple,
+    Union,
+)
 
 try:
     import syslog
@@ -208,6 +224,7 @@ PROBE_FIRST_S = 1.0             # pause after the first failure; most outages ar
 TRIGGER_S = 1.0                 # a flood of ETRNs costs one probe a second
 MESSAGES_PER_CONNECTION = 20    # so many waiting messages justify one connection more
 NOTICE_CONNECTIONS = 2          # to a smarthost or a sender's server
+NOTICE_LIFETIME_S = 432000.0    # 5 days at least, as Postfix keeps bounces, however short `lifetime` is
 NOTICE_PROBE_S = 300.0          # longest pause between attempts to reach one of those
 VERDICTS = 20                   # the last answers looked at: mostly 4xx halves the connections
 ATTEMPTS_MIN = 3                # failed attempts that must stand behind an expiry; a jump of the clock is none
@@ -686,7 +703,8 @@ OPTIONS: Tuple[Option, ...] = (
     Option("relay", "command_timeout", "duration", "5m", 1, 3600, "Idle time before 421."),
     Option("relay", "trusted_clients", "networks", "", 0, 0, "Networks free of the per-client limits."),
     Option("relay", "bare_newline", "newline", "normalize", 0, 0, "Stray CR and LF in mail: normalize, or reject (550)."),
-    Option("relay", "greet_pause", "duration", "0", 0, 60, "Wait before the banner; who speaks first is turned away.", ("0", "0s")),
+    Option("relay", "greet_pause", "duration", "0", 0, 60, "Wait before the banner; who speaks first is turned away.",
+           ("0", "0s")),
     Option("relay", "odmr_listen", "listen", "", 0, 0, "Addresses for on-demand relay (ATRN), usually port 366.", LATER),
     Option("tls", "certificate", "path", "", 0, 0, "PEM files; with both, STARTTLS is offered.", LATER),
     Option("tls", "key", "path", "", 0, 0, "", LATER),
@@ -1328,7 +1346,7 @@ class Spool:
                 self._unlink(temporary)
             except OSError:
                 pass
-            raise self._note(error)
+            raise self._note(error) from None
 
     def remove(self, ids: Sequence[str]) -> List[Optional[OSError]]:
         """Messages that are finished.  The sidecars leave first and durably (S6),
@@ -2249,7 +2267,8 @@ class State(enum.Enum):
 class Entry:
     """One message as far as one site is concerned; a message to two served
     domains has two.  Small, because a hundred thousand may wait."""
-    __slots__ = ("id", "size", "received", "expires", "due", "attempts", "tries", "base", "deferrals", "state", "round", "again", "hold")
+    __slots__ = ("id", "size", "received", "expires", "due", "attempts", "tries", "base", "deferrals", "state", "round",
+                 "again", "hold")
 
     def __init__(self, id: str, size: int, received: Time, expires: Time, attempts: int = 0) -> None:
         self.id = id
@@ -2285,7 +2304,7 @@ class Site:
         self.deferred: List[Tuple[float, str]] = []
         self.aging: List[Tuple[Time, str]] = []
         self.overdue: List[str] = []
-        self.count = {state: 0 for state in State}
+        self.count = dict.fromkeys(State, 0)
         self.octets = 0
         self.is_held = False            # --hold DOMAIN: later mail too
         self.opening = 0                # connections not yet greeted
@@ -2300,12 +2319,19 @@ class Site:
         self.round = 0                  # number of the present flush
         self.round_left = 0             # its messages not yet tried
         self.again = False              # a flush came while a connection was opening
-        self.counters = {name: 0 for name in COUNTERS.values()}
+        self.counters = dict.fromkeys(COUNTERS.values(), 0)
         self.size_limit = 0             # the primary's SIZE, 0 when not known
         self.route: List[Endpoint] = [] # where the last connection led, best first
         self.route_seen = 0.0           # wall
 
     # -- entries
+
+    @property
+    def label(self) -> str:
+        """For the log and for people."""
+        if not self.cfg.is_notices:
+            return self.name
+        return "notices to %s" % str(self.name[len(NOTICES):] or self.cfg.primary[0])
 
     def _set(self, entry: Entry, state: State) -> None:
         self.count[entry.state] -= 1
@@ -2627,7 +2653,8 @@ class Scheduler:
         route = self.cfg.bounces_route
         return dataclasses.replace(
             self.cfg.defaults, name=name, primary=(route,) if isinstance(route, Endpoint) else route, recovery_grace=0.0,
-            connections=NOTICE_CONNECTIONS, probe_interval=NOTICE_PROBE_S, etrn="none", is_notices=True)
+            lifetime=max(self.cfg.defaults.lifetime, NOTICE_LIFETIME_S), connections=NOTICE_CONNECTIONS,
+            probe_interval=NOTICE_PROBE_S, etrn="none", is_notices=True)
 
     def is_served(self, name: str) -> bool:
         return self.cfg.domain(name) is not None
@@ -2926,13 +2953,13 @@ _SUBJECTS = {"failed": "Undelivered Mail Returned to Sender", "delayed": "Delaye
              "relayed": "Mail relayed"}
 
 
-def format_notice(hostname: str, sidecar: Mapping[str, Any], reports: Sequence[Report], original: bytes, full: bool,
-                  now: Time, boundary: str, message_id: str) -> bytes:
-    """The message; `original` is its header, or all of it when `full`."""
+def format_notice(hostname: str, target: str, sidecar: Mapping[str, Any], reports: Sequence[Report], original: bytes,
+                  full: bool, now: Time, boundary: str, message_id: str) -> bytes:
+    """The message to `target`; `original` is the header of what could not be delivered, or all of it when `full`."""
     action = reports[0].action
     boundary = "%s/%s" % (boundary, hostname)
     head = ["From: Mail Delivery System <MAILER-DAEMON@%s>" % hostname,
-            "To: <%s>" % sidecar["sender"], "Subject: %s" % _SUBJECTS[action],
+            "To: <%s>" % target, "Subject: %s" % _SUBJECTS[action],
             "Date: %s" % email.utils.formatdate(now, localtime=True), "Message-ID: <%s@%s>" % (message_id, hostname),
             "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
             'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary, "",
@@ -2979,7 +3006,10 @@ def _explain(hostname: str, sidecar: Mapping[str, Any], reports: Sequence[Report
     """For a reader who does not know what SMTP is."""
     action = reports[0].action
     since = email.utils.formatdate(sidecar["received"], localtime=True)
-    if action == "failed":
+    if not sidecar["sender"]:
+        out = ["For the postmaster: a message of %s," % since,
+               "which has no sender who could be told, could not be delivered to:"]
+    elif action == "failed":
         out = ["Your message of %s" % since, "could not be delivered to:"]
     elif action == "delayed":
         out = ["Your message of %s" % since, "has not been delivered yet to the addresses below.  You need not send it",
@@ -3420,7 +3450,8 @@ class Courier(threading.Thread):
         parcel = Parcel(job, sidecar, message, wanted)
         limit = self._size_limit()
         if limit and sidecar["size"] > limit:
-            self._fail_parcel(parcel, "5.3.4", "message of %d octets exceeds the primary's limit of %d" % (sidecar["size"], limit))
+            self._fail_parcel(parcel, "5.3.4", "message of %d octets exceeds the primary's limit of %d"
+                              % (sidecar["size"], limit))
         elif sidecar["smtputf8"] and "smtputf8" not in self.client.esmtp_features:
             self._fail_parcel(parcel, "5.6.7", "the primary does not offer SMTPUTF8, which this message needs")
         elif not wanted:
@@ -3653,7 +3684,8 @@ class Record(NamedTuple):
     """A change to a sidecar, made in a committer thread."""
     judge: Callable[[Mapping[str, Any]], Optional[Verdict]]     # for each queued recipient; None leaves it alone
     attempts: int               # to add to those judged
-    next_attempt: Optional[Time]        # None when this was not an attempt
+    last_attempt: Optional[Time]        # None when there was none since the last record
+    next_attempt: Time
 
 
 class Recorded(NamedTuple):
@@ -3707,8 +3739,8 @@ def write_record(spool: Spool, id: str, record: Record, cfg: Config, ids: Ids) -
             continue
         touched.append((one, verdict))
         one["attempts"] += record.attempts
-        if record.next_attempt is not None:
-            one["last_attempt"], one["next_attempt"] = now, record.next_attempt
+        if record.last_attempt is not None:
+            one["last_attempt"], one["next_attempt"] = record.last_attempt, record.next_attempt
         one["last_status"], one["last_response"], one["last_remote"] = verdict.status, verdict.response, verdict.remote
         one["refused_since"] = verdict.refused_since
     failed = [one for one, verdict in touched if verdict.state in (BOUNCED, EXPIRED)]
@@ -3751,7 +3783,7 @@ def send_notice(spool: Spool, sidecar: Dict[str, Any], failed: Sequence[Dict[str
     notice = make_sidecar(id, "notice", "", [(target, path.domain, "", "", now + cfg.defaults.lifetime)], now,
                           {"address": "", "helo": "", "tls": None}, smtputf8=not target.isascii())
     notice["body"] = "8BITMIME" if any(byte > 127 for byte in original) else ""
-    data = format_notice(cfg.hostname, dict(sidecar, sender=target), reports, original, full, now, secrets.token_hex(12), id)
+    data = format_notice(cfg.hostname, target, sidecar, reports, original, full, now, secrets.token_hex(12), id)
     error = spool.commit([(Draft(id), [data], notice)])[0]
     if error is not None:
         raise error
@@ -4008,7 +4040,7 @@ class Manager:
         if not site.cfg.is_notices:
             self._on_route(site.name, [hop.address for hop in report.hops])
         if report.warning and report.warning != site.last_error:
-            self.log.write("primary", "%s: %s" % (site.name, report.warning), "warning")
+            self.log.write("primary", "%s: %s" % (site.label, report.warning), "warning")
 
     def _on_greeted(self, report: Greeted) -> None:
         site = self.couriers[report.courier]
@@ -4021,7 +4053,7 @@ class Manager:
         site.route_seen = self.now.wall
         if was is not Primary.UP:
             after = " after %s" % format_duration(lasted) if lasted is not None else ""
-            self.log.write("primary", "%s: up%s, %d messages waiting" % (site.name, after, len(site.entries)))
+            self.log.write("primary", "%s: up%s, %d messages waiting" % (site.label, after, len(site.entries)))
             self.is_dirty = True
         if site.size_limit != report.size_limit:
             site.size_limit = report.size_limit
@@ -4043,9 +4075,9 @@ class Manager:
         else:
             begins = site.on_failed(self.now, report.error)
         if report.error:
-            self.log.write("smtp", "%s: %s" % (site.name, report.error), "info" if courier.is_greeted else "debug")
+            self.log.write("smtp", "%s: %s" % (site.label, report.error), "info" if courier.is_greeted else "debug")
         if begins:
-            self.log.write("primary", "%s: down: %s, %d messages waiting" % (site.name, report.error, len(site.entries)))
+            self.log.write("primary", "%s: down: %s, %d messages waiting" % (site.label, report.error, len(site.entries)))
             self.is_dirty = True
         if site.state is Primary.DOWN and report.error:
             self._log_waiting(site, report.error)
@@ -4151,7 +4183,8 @@ class Manager:
             else:
                 self._leave(site, entry.id, "bounced" if BOUNCED in states else "delivered")
         by_address = {verdict.address: verdict for verdict in verdicts}
-        self._record(entry.id, Record(lambda one: by_address.get(one["address"]), attempts, self.now.wall + pause), recorded)
+        self._record(entry.id, Record(lambda one: by_address.get(one["address"]), attempts, self.now.wall,
+                                      self.now.wall + pause), recorded)
 
     def _record(self, id: str, record: Record, then: Callable[[Recorded], None]) -> None:
         """Change a sidecar, with the notices that go before; tried until the
@@ -4216,7 +4249,8 @@ class Manager:
                 site.counters[COUNTERS[state]] += 1
             if site.entries.get(entry.id) is entry:
                 self._leave(site, entry.id, state)
-        self._record(entry.id, Record(judge, attempts, None), ended)
+        last = self.now.wall + site.last_start - self.now.mono if attempts else None
+        self._record(entry.id, Record(judge, attempts, last, 0.0), ended)
 
     # -- commands
 
@@ -4227,7 +4261,8 @@ class Manager:
         return self.flush_sites(self.scheduler.matching(what))
 
     def flush_sites(self, sites: Iterable[Site]) -> bool:
-        return all([site.flush(self.now) for site in sites if not site.is_held])
+        fresh = [site.flush(self.now) for site in sites if not site.is_held]     # each of them, whatever another says
+        return all(fresh)
 
     def watch(self, sites: Iterable[Site]) -> Watch:
         watch = Watch(sites)
@@ -4555,10 +4590,15 @@ def format_queue(rows: Sequence[Mapping[str, Any]], now: Time) -> str:
     out = [("ID", "AGE", "SIZE", "STATE", "NEXT TRY", "SENDER", "RECIPIENTS")]
     for row in rows:
         people = [printable(one["address"], 60) for one in row["recipients"]]
+        if len(people) > 3:
+            people[3:] = ["and %d more" % (len(people) - 3)]
         due = row["next_attempt"]
-        out.append((row["id"], format_duration(now - row["received"]), format_size(row["size"]), row["state"],
-                    "-" if due is None or row["state"] == "delivering" else "in " + format_duration(due - now) if due > now else "now",
-                    "<%s>" % printable(row["sender"], 60), ", ".join(people[:3]) + (" +%d" % (len(people) - 3) if len(people) > 3 else "")))
+        if due is None or row["state"] == "delivering":
+            next_try = "-"
+        else:
+            next_try = "in " + format_duration(due - now) if due > now else "now"
+        out.append((row["id"], format_duration(now - row["received"]), format_size(row["size"]), row["state"], next_try,
+                    "<%s>" % printable(row["sender"], 60), ", ".join(people)))
     text = format_table(out, right=(2,))
     sums: Dict[str, Tuple[int, int, str]] = {}
     for row in rows:
@@ -4577,7 +4617,8 @@ def format_envelope(sidecar: Mapping[str, Any], header: bytes, now: Time) -> str
            "%-12s %s, %s ago" % ("received", email.utils.formatdate(sidecar["received"], localtime=True),
                                  format_duration(now - sidecar["received"])),
            "%-12s %s%s%s" % ("client", printable(client["address"] or "none (made here)"),
-                             ", HELO " + printable(client["helo"]) if client["helo"] else "", ", " + client["tls"] if client["tls"] else ""),
+                             ", HELO " + printable(client["helo"]) if client["helo"] else "",
+                             ", " + client["tls"] if client["tls"] else ""),
            "%-12s %d octets, SHA-256 %s" % ("size", sidecar["size"], sidecar["sha256"]),
            "%-12s <%s>" % ("sender", printable(sidecar["sender"]))]
     if sidecar["held"]:
@@ -4587,7 +4628,8 @@ def format_envelope(sidecar: Mapping[str, Any], header: bytes, now: Time) -> str
             "recipient", printable(one["address"]), one["state"], one["attempts"],
             email.utils.formatdate(one["expires"], localtime=True)))
         if one["last_attempt"]:
-            out.append("%-12s %s, %s" % ("", email.utils.formatdate(one["last_attempt"], localtime=True), printable(one["last_response"])))
+            out.append("%-12s %s, %s" % ("", email.utils.formatdate(one["last_attempt"], localtime=True),
+                                         printable(one["last_response"])))
         elif one["last_response"]:
             out.append("%-12s %s" % ("", printable(one["last_response"])))
     lines = header.decode("utf-8", "replace").split("\r\n")
@@ -5238,7 +5280,8 @@ class Server:
         if bool(self.spool.sick) != self.is_sick:
             self.is_sick = bool(self.spool.sick)
             if self.is_sick:
-                self.log.write("master", "the spool is sick: %s; no new mail is taken, delivery goes on" % self.spool.sick, "error")
+                self.log.write("master", "the spool is sick: %s; no new mail is taken, delivery goes on" % self.spool.sick,
+                               "error")
             else:
                 self.log.write("master", "the spool is well again")
         if not self.is_sick or self.is_healing:
@@ -5565,10 +5608,7 @@ def say_error(answer: Mapping[str, Any], as_json: bool = False) -> int:
 
 
 def last_answer(cfg: Config, request: Mapping[str, Any]) -> Dict[str, Any]:
-    answer: Dict[str, Any] = {}
-    for answer in ask_relay(cfg, request):
-        pass
-    return answer
+    return list(ask_relay(cfg, request))[-1]
 
 
 def print_json(value: Any) -> None:
@@ -5627,7 +5667,7 @@ def show_message(cfg: Config, id: str, as_json: bool, raw: bool) -> int:
     spool = Spool(cfg.spool)
     try:
         if not _ID.fullmatch(id):
-            raise Corrupt("no such message")
+            raise Usage("'%s' is not a queue ID" % printable(id, 40))
         sidecar = spool.read_sidecar(id)
         if raw:
             message = spool.read_message(id, sidecar)
@@ -5640,7 +5680,8 @@ def show_message(cfg: Config, id: str, as_json: bool, raw: bool) -> int:
         else:
             print(format_envelope(sidecar, spool.read_header(id), time.time()), end="")
     except Corrupt as error:
-        print("etrn_relay.py: %s: %s" % (printable(id, 40), error), file=sys.stderr)
+        why = str(error) if spool.has_sidecar(id) else "no such message"
+        print("etrn_relay.py: %s: %s" % (printable(id, 40), why), file=sys.stderr)
         return EX_MISSING
     return EX_OK
 
@@ -5930,7 +5971,8 @@ class Demo:
         for answer in ask_relay(cfg, {"command": "list", "what": "all"}):
             for id, state, due, expires, failures in answer.get("rows", ()):
                 rows += queue_rows(Spool(cfg.spool).read_sidecar(id), answer, state, due, expires, failures)
-        self.say("They are safe on disk.  --queue shows:\n" + format_queue(sorted(rows, key=lambda row: str(row["id"])), time.time()))
+        rows.sort(key=lambda row: str(row["id"]))
+        self.say("They are safe on disk.  --queue shows:\n" + format_queue(rows, time.time()))
         self.say("The primary comes back.  Nobody tells the relay.")
         since = time.monotonic()
         primary = DemoPrimary(self.port)
