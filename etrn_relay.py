@@ -138,29 +138,17 @@ import tempfile
 import threading
 import time
 import traceback
-from typing import (
-    Any,
-    Callable,
-    Deque,
-    Dict,
-    FrozenSet,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    TextIO,
-    Tuple,
-    Union,
-)
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+                    Sequence, Set, TextIO, Tuple, Type, Union)
 
-try:
+try:                            # slim routers leave some modules out; what needs them is refused there, the rest works
     import syslog
-except ImportError:             # a slim router's Python: `log = syslog` is refused there, the rest works
+except ImportError:
     syslog = None               # type: ignore[assignment]
+try:
+    import ssl
+except ImportError:
+    ssl = None                  # type: ignore[assignment]
 
 __version__ = "0.1-dev"
 
@@ -186,6 +174,8 @@ OUTPUT_MAX = 65536              # octets of replies a client may leave unread be
 SPILL_OCTETS = 131072           # of a body in memory before it is handed to a committer
 UNWRITTEN_MAX = 524288          # octets of one body in memory, then the client waits for the disk
 LISTEN_BACKLOG = 512            # connections the kernel may keep for us between two turns
+HANDSHAKE_S = 30.0              # for a client's side of a TLS handshake
+CERTIFICATE_CHECK_S = 10.0      # how often the certificate's files are looked at for a renewal
 LINGER_S = 2.0                  # for a client to read our last reply before the connection is reset
 STRESS_SHARE = 0.8              # of max_connections in use ...
 STRESS_TIMEOUT_S = 10.0         # ... and idle clients are given so long; Postfix's stress mode
@@ -706,11 +696,11 @@ OPTIONS: Tuple[Option, ...] = (
     Option("relay", "greet_pause", "duration", "0", 0, 60, "Wait before the banner; who speaks first is turned away.",
            ("0", "0s")),
     Option("relay", "odmr_listen", "listen", "", 0, 0, "Addresses for on-demand relay (ATRN), usually port 366.", LATER),
-    Option("tls", "certificate", "path", "", 0, 0, "PEM files; with both, STARTTLS is offered.", LATER),
-    Option("tls", "key", "path", "", 0, 0, "", LATER),
+    Option("tls", "certificate", "path", "", 0, 0, "PEM files; with both, STARTTLS is offered.\nReread when they change."),
+    Option("tls", "key", "path", "", 0, 0, ""),
     Option("bounces", "route", "route", "mx", 0, 0, "How notices to senders leave: mx, or a smarthost host[:port]."),
-    Option("bounces", "username", "text", "", 0, 0, "AUTH at the smarthost, over TLS only.", LATER),
-    Option("bounces", "password", "text", "", 0, 0, "The password, or file:PATH.", LATER),
+    Option("bounces", "username", "text", "", 0, 0, "AUTH at the smarthost, over TLS only."),
+    Option("bounces", "password", "text", "", 0, 0, "The password, or file:PATH."),
     Option("bounces", "postmaster", "address", "", 0, 0, "Gets notices that could not be delivered."),
     Option("status", "listen", "endpoint", "", 0, 0, "Address of the status page, /metrics, /healthz, /status.json.", LATER),
     Option("status", "token", "text", "", 0, 0, "Asked as bearer token or basic-auth password when set.", LATER),
@@ -735,7 +725,7 @@ OPTIONS: Tuple[Option, ...] = (
     Option("domain", "etrn", "etrn", "any", 0, 0, "Who may ask to flush: any, none, or networks."),
     Option("domain", "username", "text", "", 0, 0, "For ATRN and authenticated ETRN.", LATER),
     Option("domain", "password", "text", "", 0, 0, "", LATER),
-    Option("domain", "tls", "tls", "may", 0, 0, "Towards the primary: none, may, require, verify, or sha256:HEX.", ("none",)),
+    Option("domain", "tls", "tls", "may", 0, 0, "Towards the primary: none, may, require, verify, or sha256:HEX."),
     Option("domain", "connections", "count", "10", 1, 100, "Most delivery connections to the primary at once."),
     Option("domain", "probe_interval", "duration", "5s", 1, 3600, "How often a down primary is tried while mail waits."),
     Option("domain", "retry_interval", "duration", "5m", 1, 86400, "First pause after a 4xx for one message; it doubles ..."),
@@ -940,6 +930,14 @@ def _build_config(values: Dict[str, Dict[str, Any]], domains: Dict[str, Dict[str
     flat["spool"] = os.path.join(folder, flat["spool"] or "spool")
     if flat["log"] not in ("stderr", "syslog"):
         flat["log"] = os.path.join(folder, flat["log"])
+    for one, other in (("tls_certificate", "tls_key"), ("tls_key", "tls_certificate"), ("bounces_username", "bounces_password")):
+        if flat[one] and not flat[other]:
+            section, _, name = one.partition("_")
+            raise ConfigError(file, lines.keys.get((section, name), 0), "%s needs %s beside it" % (name, other.partition("_")[2]))
+    for name in ("tls_certificate", "tls_key"):
+        flat[name] = flat[name] and os.path.join(folder, flat[name])
+    if flat["bounces_password"].startswith("file:"):
+        flat["bounces_password"] = "file:" + os.path.join(folder, flat["bounces_password"][5:])
     defaults = {option.name: _default(option) for option in OPTIONS if option.section == "domain"}
     defaults.update({key: value for key, value in values["defaults"].items() if value is not None})
     served: Dict[str, DomainConfig] = {}
@@ -1779,7 +1777,8 @@ class Mode(enum.Enum):
     COMMAND = 1
     DATA = 2
     CHUNK = 3
-    CLOSED = 4
+    TLS = 4                     # the handshake is the server's
+    CLOSED = 5
 
 
 class Stage(enum.Enum):
@@ -1796,6 +1795,7 @@ class Door:
     """What the server lets sessions know: replaced at SIGHUP, read by all."""
     cfg: Config
     size_limit: int                 # octets, 0 for none
+    has_tls: bool = False
 
 
 def too_big(limit: int) -> Reply:
@@ -1818,7 +1818,8 @@ class Session:
         self.name = name
         self.helo = ""
         self.esmtp = False
-        self.tls: Optional[str] = None
+        self.tls: Optional[str] = None  # protocol version, TLSv1.3
+        self.cipher = ""
         self.stage = Stage.START
         self.mode = Mode.COMMAND
         self.transaction: Optional[Transaction] = None
@@ -1902,6 +1903,8 @@ class Session:
             else:
                 self._command(line[:-1] if line.endswith(b"\r") else line)
         del self.buffer[:position]
+        if self.mode is Mode.TLS and self.waiting is None:
+            self._begin_tls()
         if position or self.mode is not Mode.COMMAND or self.waiting is not None:
             return True
         if len(self.buffer) >= COMMAND_MAX or self.skipping:
@@ -2026,7 +2029,8 @@ class Session:
         self.send(Reply(250, "", "\n".join(self.extensions())))
 
     def extensions(self) -> List[str]:
-        return [self.cfg.hostname, "PIPELINING", "SIZE %d" % self.door.size_limit, "ETRN", "8BITMIME", "SMTPUTF8",
+        tls = ["STARTTLS"] if self.door.has_tls and not self.tls else []
+        return [self.cfg.hostname, *tls, "PIPELINING", "SIZE %d" % self.door.size_limit, "ETRN", "8BITMIME", "SMTPUTF8",
                 "ENHANCEDSTATUSCODES", "DSN", "CHUNKING", "LIMITS RCPTMAX=%d" % self.cfg.max_recipients]
 
     def do_mail(self, text: str) -> None:
@@ -2181,10 +2185,37 @@ class Session:
         raise Refuse(502, "5.5.1", "EXPN not implemented")
 
     def do_help(self, text: str) -> None:
-        self.send(Reply(214, "2.0.0", "EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY HELP QUIT ETRN"))
+        self.send(Reply(214, "2.0.0", "EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY HELP QUIT ETRN STARTTLS"))
 
     def do_quit(self, text: str) -> None:
         self.send(Reply(221, "2.0.0", "Bye"), close=True)
+
+    def do_starttls(self, text: str) -> None:
+        """RFC 3207 4.  What came behind the command in the clear would seem to
+        come from within TLS later: such a client is turned away."""
+        if not self.door.has_tls:
+            raise Refuse(502, "5.5.1", "STARTTLS not offered")
+        if text:
+            raise Refuse(501, "5.5.4", "Syntax: STARTTLS")
+        if self.tls:
+            raise Refuse(503, "5.5.1", "TLS is active already")
+        self.mode = Mode.TLS
+
+    def _begin_tls(self) -> None:
+        """The command was the last of what was read, or was not."""
+        if self.buffer:
+            self.out.append(Note("NOQUEUE: reject: STARTTLS from %s: 501 5.5.1 data behind STARTTLS in the clear"
+                                 % format_peer(self.address, self.name)))
+            return self.send(Reply(501, "5.5.1", "Data behind STARTTLS"), close=True)
+        self.send(Reply(220, "2.0.0", "Ready to start TLS"))
+        self.ask("starttls", None, self._on_tls)
+
+    def _on_tls(self, agreed: Tuple[str, str]) -> None:
+        """All that was said before is forgotten, but the errors: RFC 3207 4.2."""
+        self.tls, self.cipher = agreed
+        self.helo, self.esmtp, self.stage, self.transaction = "", False, Stage.START, None
+        self.buffer.clear()
+        self.mode = Mode.COMMAND
 
     def do_etrn(self, text: str) -> None:
         """RFC 1985 5.2; always one line, fetchmail reads no more."""
@@ -2213,6 +2244,7 @@ COMMANDS: Dict[bytes, Tuple[Callable[[Session, str], None], FrozenSet[Stage]]] =
     b"EXPN": (Session.do_expn, ANY),
     b"HELP": (Session.do_help, ANY),
     b"QUIT": (Session.do_quit, ANY),
+    b"STARTTLS": (Session.do_starttls, frozenset({Stage.START, Stage.READY})),
     b"ETRN": (Session.do_etrn, frozenset({Stage.READY})),   # not within a transaction, RFC 1985 5
 }
 
@@ -2227,7 +2259,7 @@ def format_received(session: Session, transaction: Transaction, id: str, now: Ti
         protocol = ("UTF8SMTP" if transaction.smtputf8 else "ESMTP") + ("S" if session.tls else "")
     lines = ["Received: from %s (%s [%s])" % (helo, session.name, address)]
     if session.tls:
-        lines.append("\t(using %s)" % session.tls)
+        lines.append("\t(using %s with cipher %s)" % (session.tls, session.cipher))
     lines.append("\tby %s (etrn_relay) with %s id %s" % (session.cfg.hostname, protocol, id))
     if len(transaction.recipients) == 1 and transaction.recipients[0].address.isascii():
         lines.append("\tfor <%s>" % transaction.recipients[0].address)
@@ -3071,6 +3103,7 @@ class Plan(NamedTuple):
     resolver: Resolver
     listeners: Tuple[Endpoint, ...]     # ours, as bound
     last_route: Tuple[Endpoint, ...]    # used when the DNS fails
+    login: Optional[Tuple[str, str]] = None     # at a smarthost
 
 
 class Job(NamedTuple):
@@ -3213,6 +3246,25 @@ def _mx_hops(plan: Plan, domain: str) -> List[Hop]:
     return hops
 
 
+class TlsError(PeerError):
+    """STARTTLS was offered but did not come about."""
+
+
+WANTS: Tuple[Type[BaseException], ...] = (BlockingIOError, InterruptedError)      # a socket has nothing for us now
+if ssl is not None:
+    WANTS += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+def client_context(policy: str) -> "ssl.SSLContext":
+    """Certificates are verified only where the option says so: as between mail
+    servers everywhere, opportunistic TLS is against listeners, not against liars."""
+    context = ssl.create_default_context()
+    if policy != "verify":
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 class Client(smtplib.SMTP):
     """smtplib's client with a total deadline and a bounded size for each reply,
     which is read strictly: smtplib takes garbage for codes like -1 and waits
@@ -3298,11 +3350,52 @@ class Client(smtplib.SMTP):
             self.pending += data
 
     def is_silent(self) -> bool:
-        """Whether an idle connection is still of use: neither closed nor saying 421."""
+        """Whether an idle connection is still of use: neither closed nor saying
+        421.  TLS has traffic of its own, so that readable is not enough."""
         assert self.sock is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.sock, selectors.EVENT_READ)
-            return not self.pending and not selector.select(0)
+        try:
+            self.sock.settimeout(0)
+            self.pending += self.sock.recv(1024)
+        except WANTS:
+            return not self.pending
+        except OSError:
+            pass
+        return False
+
+    def secure(self, policy: str) -> None:
+        """STARTTLS as the `tls` option says.  Raises PeerError: temporary in any
+        case.  TlsError: the same, but `may` allows a new connection in the clear."""
+        if policy == "none" or ssl is None:
+            if policy not in ("none", "may"):
+                raise PeerError("tls = %s, but this Python has no ssl module" % policy)
+            return
+        if "starttls" not in self.esmtp_features:
+            if policy != "may":
+                raise PeerError("%s does not offer STARTTLS, and tls = %s" % (self._host, policy.partition(":")[0]))
+            return
+        self.wait(COMMAND_S)
+        try:
+            code, text = self.docmd("STARTTLS")
+            if code != 220:
+                raise TlsError("%s answers STARTTLS with %s" % (self._host, reply_text(code, text)))
+            if self.pending:            # a forged reply waiting to be taken for one from within TLS
+                raise TlsError("%s sends data behind its STARTTLS reply" % self._host)
+            assert self.sock is not None
+            self.sock.settimeout(CONNECT_S)
+            self.sock = client_context(policy).wrap_socket(self.sock, server_hostname=self._host)
+        except (OSError, ValueError) as error:
+            raise TlsError("TLS with %s failed: %s" % (self._host, printable(str(error), 200))) from None
+        self.check_pin(policy)
+        self.helo_resp = self.ehlo_resp = None
+        self.esmtp_features = {}
+        self.hello()                    # what was offered in the clear does not count, RFC 3207 4.2
+
+    def check_pin(self, policy: str) -> None:
+        if policy.startswith("sha256:"):
+            assert isinstance(self.sock, ssl.SSLSocket)
+            found = hashlib.sha256(self.sock.getpeercert(binary_form=True) or b"").hexdigest()
+            if found != policy[7:]:
+                raise PeerError("the certificate of %s is not the pinned one: sha256:%s" % (self._host, found))
 
 
 def reply_text(code: int, text: bytes) -> str:
@@ -3403,18 +3496,41 @@ class Courier(threading.Thread):
         problem: Optional[PeerError] = None
         for hop in hops:
             try:
-                self.client.open(hop)
-                self.client.hello()
+                try:
+                    self._greet(hop, self.plan.cfg.tls)
+                except TlsError:
+                    if self.plan.cfg.tls != "may" or self.plan.login:
+                        raise
+                    self._greet(hop, "none")        # a new connection, in the clear
                 self.hop = hop
                 return
             except PeerError as error:
                 problem = problem or error
             except (smtplib.SMTPException, OSError, ValueError) as error:
-                problem = problem or PeerError("%s: %s" % (hop, printable(str(error))))
-            self.client.close()
-            self.client = Client(self.plan.hostname)
+                problem = problem or PeerError("%s: %s" % (str(hop), printable(str(error))))
+        self.client.close()
         assert problem is not None
         raise problem
+
+    def _greet(self, hop: Hop, policy: str) -> None:
+        self.client.close()
+        self.client = Client(self.plan.hostname)
+        self.client.open(hop)
+        self.client.hello()
+        self.client.secure("require" if self.plan.login and policy == "may" else policy)
+        if self.plan.login:
+            self._log_in(*self.plan.login)
+
+    def _log_in(self, username: str, password: str) -> None:
+        """AUTH at a smarthost, RFC 4954.  Whatever it answers says nothing about the mail."""
+        if password.startswith("file:"):
+            with open(password[5:], encoding="utf-8") as file:
+                password = file.read().strip()
+        self.client.wait(COMMAND_S)
+        try:
+            self.client.login(username, password)
+        except smtplib.SMTPException as error:
+            raise PeerError("AUTH at %s failed: %s" % (self.plan.site, printable(str(error), 200))) from None
 
     def _size_limit(self) -> int:
         value = self.client.esmtp_features.get("size", "")
@@ -4016,8 +4132,7 @@ class Manager:
 
     def _connect(self, site: Site) -> None:
         site.on_started(self.now)
-        plan = Plan(site.name, site.cfg, site.cfg.primary, self.cfg.hostname, Resolver(self.cfg.nameservers), self.listeners,
-                    self._last_route(site))
+        plan = self.plan(site)
         courier = Courier(self.spool, plan, self.post)
         self.couriers[courier] = site
         try:
@@ -4025,8 +4140,11 @@ class Manager:
         except RuntimeError as error:           # no more threads
             self._on_finished(Finished(courier, str(error)))
 
-    def _last_route(self, site: Site) -> Tuple[Endpoint, ...]:
-        return tuple(site.route) if self.now.wall - site.route_seen < site.cfg.lifetime else ()
+    def plan(self, site: Site) -> Plan:
+        known = tuple(site.route) if self.now.wall - site.route_seen < site.cfg.lifetime else ()
+        login = (self.cfg.bounces_username, self.cfg.bounces_password) if site.name == NOTICES else None
+        return Plan(site.name, site.cfg, site.cfg.primary, self.cfg.hostname, Resolver(self.cfg.nameservers), self.listeners,
+                    known, login if login and login[0] else None)
 
     def _feed(self, courier: Courier, site: Site) -> None:
         if not courier.is_greeted or courier.is_leaving or len(courier.jobs) >= JOBS_REFILL or not site.count[State.ACTIVE]:
@@ -4659,7 +4777,7 @@ def format_mbox(sidecar: Mapping[str, Any], message: bytes) -> bytes:
 class Connection:
     """One SMTP client: its socket, its session, and the message on its way to the spool."""
     __slots__ = ("sock", "session", "network", "out", "draft", "commit", "last", "data_since", "is_closing", "is_ended",
-                 "is_reading", "is_writing")
+                 "is_reading", "is_writing", "tls")
 
     def __init__(self, sock: socket.socket, session: Session, network: str, now: float) -> None:
         self.sock = sock
@@ -4674,6 +4792,52 @@ class Connection:
         self.is_ended = False           # the client sends no more
         self.is_reading = True          # as the selector knows
         self.is_writing = False
+        self.tls = Tls.NONE
+
+
+class Tls(enum.Enum):
+    """How far STARTTLS has come with a client."""
+    NONE = 0
+    ASKED = 1                   # our 220 must go out in the clear first
+    HANDSHAKE = 2
+    READY = 3
+
+
+class Certificate:
+    """What STARTTLS needs; read again when the files change on disk."""
+
+    def __init__(self, certificate: str, key: str) -> None:
+        """Raises OSError, ssl.SSLError among them."""
+        self.files = (certificate, key)
+        self.stamp = self._stamp()
+        self.context = self._load()
+        self.checked = time.monotonic()
+
+    def _stamp(self) -> Tuple[Any, ...]:
+        return tuple((found.st_mtime_ns, found.st_size, found.st_ino) for found in map(os.stat, self.files))
+
+    def _load(self) -> "ssl.SSLContext":
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0) | ssl.OP_NO_COMPRESSION
+        context.load_cert_chain(*self.files)
+        return context
+
+    def renew(self, now: float) -> str:
+        """Look for new files now and then.  Returns what to log, or nothing;
+        files that cannot be read leave the old certificate in use."""
+        if now - self.checked < CERTIFICATE_CHECK_S:
+            return ""
+        self.checked = now
+        try:
+            stamp = self._stamp()
+            if stamp == self.stamp:
+                return ""
+            self.context = self._load()
+            self.stamp = stamp
+            return "certificate renewed"
+        except (OSError, ValueError) as error:
+            return "the certificate cannot be read, the old one stays: %s" % printable(str(error))
 
 
 class Controller:
@@ -4706,6 +4870,7 @@ class Server:
         self.selector.register(self.wake_reader, selectors.EVENT_READ, self._on_wake)
         self.manager = Manager(cfg, spool, log, self.post, self.now)
         self.manager.on_size_limit = self._set_size_limit
+        self.certificate: Optional[Certificate] = None
         self.door = Door(cfg, 0)
         self.listeners: Dict[Endpoint, socket.socket] = {}
         self.control: Optional[socket.socket] = None
@@ -4775,6 +4940,18 @@ class Server:
             raise
         self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_accept(sock))
         return sock
+
+    def load_certificate(self) -> None:
+        """Raises OSError when it is configured but of no use."""
+        self.certificate = None
+        if self.cfg.tls_certificate and ssl is None:
+            self.log.write("master", "this Python has no ssl module: STARTTLS is not offered", "warning")
+        elif self.cfg.tls_certificate:
+            try:
+                self.certificate = Certificate(self.cfg.tls_certificate, self.cfg.tls_key)
+            except (OSError, ValueError) as error:
+                raise OSError(0, "certificate %s: %s" % (self.cfg.tls_certificate, error)) from None
+        self.door.has_tls = self.certificate is not None
 
     def open_control(self) -> None:
         """The socket commands come through; only the spool's owner may connect."""
@@ -4893,7 +5070,11 @@ class Server:
             self.log.write("master", "%s; the old addresses stay" % error.strerror, "error")
             self.cfg = cfg = dataclasses.replace(cfg, listen=old.listen)
         self.log.level = LEVELS[cfg.log_level]
-        self.door = Door(cfg, 0)        # sessions under way keep the old one to their end
+        self.door = Door(cfg, 0, self.door.has_tls)     # sessions under way keep the old one to their end
+        try:
+            self.load_certificate()
+        except OSError as error:
+            self.log.write("master", "%s; STARTTLS is not offered" % error.strerror, "error")
         self.manager.reconfigure(cfg)
         self._set_size_limit()
         self.log.write("master", "configuration reread")
@@ -5031,6 +5212,8 @@ class Server:
 
     def _on_client(self, connection: Connection, mask: int) -> None:
         try:
+            if connection.tls is Tls.HANDSHAKE:
+                return self._handshake(connection)
             if mask & selectors.EVENT_WRITE:
                 self._send(connection)
             if mask & selectors.EVENT_READ and connection in self.connections:
@@ -5039,10 +5222,38 @@ class Server:
             self.log.bug(error)
             self._shut(connection, Reply(421, "4.3.0", "%s Internal error" % self.cfg.hostname))
 
+    def _handshake(self, connection: Connection) -> None:
+        """As far as it goes without waiting."""
+        if connection.tls is Tls.ASKED:
+            assert self.certificate is not None
+            connection.tls = Tls.HANDSHAKE
+            self._watch(connection, False, False)
+            remark = self.certificate.renew(self.now.mono)
+            if remark:
+                self.log.write("master", remark, "warning" if "cannot" in remark else "info")
+            connection.sock = self.certificate.context.wrap_socket(
+                connection.sock, server_side=True, do_handshake_on_connect=False)
+        assert isinstance(connection.sock, ssl.SSLSocket)
+        try:
+            connection.sock.do_handshake()
+        except ssl.SSLWantReadError:
+            return self._watch(connection, True, False)
+        except ssl.SSLWantWriteError:
+            return self._watch(connection, False, True)
+        except (OSError, ValueError) as error:
+            self.log.write("smtpd", "TLS handshake failed from %s: %s" % (
+                format_peer(connection.session.address), printable(str(error), 200)))
+            return self._drop(connection)
+        connection.tls = Tls.READY
+        connection.last = self.now.mono
+        cipher = connection.sock.cipher()
+        agreed = (connection.sock.version() or "TLS", cipher[0] if cipher else "unknown")
+        self._act(connection, connection.session.resume(agreed))
+
     def _receive(self, connection: Connection) -> None:
         try:
-            data = connection.sock.recv(RECEIVE_OCTETS)
-        except (BlockingIOError, InterruptedError):
+            data = connection.sock.recv(RECEIVE_OCTETS)     # a TLS record is smaller: none is left in its layer
+        except WANTS:
             return
         except OSError:
             return self._drop(connection)
@@ -5084,7 +5295,7 @@ class Server:
                 del connection.out[:sent]
                 if sent:
                     connection.last = self.now.mono
-            except (BlockingIOError, InterruptedError):
+            except WANTS:
                 pass
             except OSError:
                 return self._drop(connection)
@@ -5092,12 +5303,22 @@ class Server:
 
     def _look(self, connection: Connection) -> None:
         """Close what is over, and tell the selector what else to look for."""
-        if connection not in self.connections:
+        if connection not in self.connections or connection.tls is Tls.HANDSHAKE:
             return
         session = connection.session
+        if connection.tls is Tls.ASKED:         # nothing is read before the handshake
+            if connection.out:
+                return self._watch(connection, False, True)
+            return self._handshake(connection)
         if not connection.out and session.waiting is None and (connection.is_ended or connection.is_closing):
             if connection.is_ended:
                 return self._drop(connection)
+            try:
+                if connection.tls is Tls.READY:
+                    connection.tls = Tls.NONE
+                    connection.sock.unwrap()        # type: ignore[attr-defined]
+            except (OSError, ValueError):
+                pass                    # our close_notify is sent; theirs is not waited for
             try:
                 connection.sock.shutdown(socket.SHUT_WR)
             except OSError:
@@ -5105,18 +5326,22 @@ class Server:
         draft = connection.draft
         reading = not connection.is_ended and len(connection.out) < OUTPUT_MAX and len(session.buffer) < RECEIVE_OCTETS and (
             draft is None or draft.pending < UNWRITTEN_MAX)
-        writing = bool(connection.out)
-        if (reading, writing) != (connection.is_reading, connection.is_writing):
-            was = connection.is_reading or connection.is_writing
-            connection.is_reading, connection.is_writing = reading, writing
-            mask = selectors.EVENT_READ * reading | selectors.EVENT_WRITE * writing
-            handler = lambda mask: self._on_client(connection, mask)        # noqa: E731
-            if mask and was:
-                self.selector.modify(connection.sock, mask, handler)
-            elif mask:
-                self.selector.register(connection.sock, mask, handler)
-            else:
-                self.selector.unregister(connection.sock)
+        self._watch(connection, reading, bool(connection.out))
+
+    def _watch(self, connection: Connection, reading: bool, writing: bool) -> None:
+        """Have the selector look for this, and nothing else."""
+        if (reading, writing) == (connection.is_reading, connection.is_writing):
+            return
+        was = connection.is_reading or connection.is_writing
+        connection.is_reading, connection.is_writing = reading, writing
+        mask = selectors.EVENT_READ * reading | selectors.EVENT_WRITE * writing
+        handler = lambda mask: self._on_client(connection, mask)        # noqa: E731
+        if mask and was:
+            self.selector.modify(connection.sock, mask, handler)
+        elif mask:
+            self.selector.register(connection.sock, mask, handler)
+        else:
+            self.selector.unregister(connection.sock)
 
     def _shut(self, connection: Connection, reply: Reply) -> None:
         """End a session from our side."""
@@ -5134,8 +5359,7 @@ class Server:
             if not self.clients[connection.network]:
                 del self.clients[connection.network]
         self._discard(connection)
-        if connection.is_reading or connection.is_writing:
-            self.selector.unregister(connection.sock)
+        self._watch(connection, False, False)
         connection.sock.close()
         self.log.write("smtpd", "disconnect from %s" % format_peer(connection.session.address), "debug")
 
@@ -5146,6 +5370,9 @@ class Server:
             return self._may_mail(question.value)
         if question.what == "rcpt":
             return None
+        if question.what == "starttls":
+            connection.tls = Tls.ASKED
+            return WAIT
         if question.what == "etrn":
             session = connection.session
             return answer_etrn(self.manager, question.value, session.address, session.name)
@@ -5265,6 +5492,10 @@ class Server:
                 connection.data_since = 0.0
             elif not connection.data_since:
                 connection.data_since = self.now.mono
+            if connection.tls is Tls.HANDSHAKE:
+                if idle > min(limit, HANDSHAKE_S):
+                    self._drop(connection)
+                continue
             if session.waiting is not None:
                 continue                # it is our turn
             transaction = session.transaction
@@ -5542,6 +5773,7 @@ def serve(cfg: Config) -> int:
     server = Server(cfg, spool, log)
     try:
         server.listen()
+        server.load_certificate()
     except OSError as error:
         hint = "  (ports below 1024 need root)" if error.errno == errno.EACCES else ""
         print("etrn_relay.py: %s%s" % (error.strerror, hint), file=sys.stderr)
