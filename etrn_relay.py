@@ -117,27 +117,32 @@ import email.utils
 import enum
 import errno
 import fcntl
+import functools
 import hashlib
 import heapq
 import ipaddress
 import json
 import os
+import pwd
 import queue
 import random
 import re
 import resource
 import secrets
 import selectors
+import shlex
 import signal
 import smtplib
 import socket
 import socketserver
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
+import urllib.request
 from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
                     Sequence, Set, TextIO, Tuple, Type, Union)
 
@@ -217,8 +222,31 @@ NOTICE_CONNECTIONS = 2          # to a smarthost or a sender's server
 NOTICE_LIFETIME_S = 432000.0    # 5 days at least, as Postfix keeps bounces, however short `lifetime` is
 NOTICE_PROBE_S = 300.0          # longest pause between attempts to reach one of those
 VERDICTS = 20                   # the last answers looked at: mostly 4xx halves the connections
+ALERT_S = 30.0                  # for an alert's command or web hook
+ALERT_EXPIRY_S = 86400.0        # so long before mail expires its operator is told
+REFUSED_ROW = 3                 # messages refused in a row that make a returned primary `rejecting`; contract 5
+CANARIES_DEFERRED = 3           # 4xx to so many canaries in a row is greylisting: the rest goes by one connection
+EARLY_PAUSES_S = (60.0, 300.0)  # after the first and the second 4xx or kept 5xx of a returned primary
+STAGGER_S = 0.25                # before a host's next address is tried beside one that does not answer, RFC 8305 5
+HOST_STAGGER_S = 4.0            # ... and before the next host is, which may be far away but is there
 ATTEMPTS_MIN = 3                # failed attempts that must stand behind an expiry; a jump of the clock is none
 CLOCK_JUMP_S = 60.0             # wall and monotonic clock drifting apart by more at once is a jump
+
+CUT_THROUGH_S = 30.0            # a client waits so long at most for the primary's own verdict; contract 5
+CALL_AHEAD_S = 5.0              # a client waits so long at most for the primary's word on a recipient
+INQUIRERS_MAX = 4               # connections for such questions to one primary
+LINES_MAX = 100                 # connections to all primaries together, each a thread; and as many for questions
+QUESTIONS_PER_INQUIRER = 4      # so many unanswered ones justify another connection
+INQUIRER_IDLE_S = 10.0          # such a connection waits so long for another question
+GOOD_S = 31 * 86400.0           # a recipient the primary took is known so long; contract 5
+BAD_S = 3 * 86400.0
+ACCEPT_ALL_S = 86400.0          # a primary that takes any local part is not asked for a day
+RECIPIENTS_MAX = 50000          # remembered; when there are more, the bad and the oldest go first
+KNOWN_UP_S = 60.0               # word from the primary within so long means that it is up
+PERSISTENCE_S = 300.0           # while_up = defer: the third try so long after the first is taken
+PERSISTENCE_TRIES = 3
+PERSISTENCE_MAX = 50000         # clients, senders and recipients remembered for that, a day long
+FILE_CHECK_S = 10.0             # how often a file of recipients is looked at for changes
 
 # -- names
 DNS_TRY_S = 3.0                 # for one answer from one server, then the next server is asked
@@ -447,6 +475,11 @@ def client_network(address: str) -> str:
     if ":" not in address:
         return address
     return ipaddress.IPv6Address(address.partition("%")[0]).packed[:8].hex()
+
+
+def greylist_network(address: str) -> str:
+    """What counts as the same sender's hosts: an IPv4 /24, or an IPv6 /64."""
+    return client_network(address) if ":" in address else address.rpartition(".")[0]
 
 
 def format_peer(address: str, name: str = "unknown") -> str:
@@ -678,7 +711,7 @@ OPTIONS: Tuple[Option, ...] = (
            "Default: the machine's full name"),
     Option("relay", "listen", "listen", "0.0.0.0:25, [::]:25", 0, 0, "Addresses to serve SMTP on; a bare port means all."),
     Option("relay", "spool", "path", "", 0, 0, "The directory that holds all state.  Default: spool, beside this file"),
-    Option("relay", "user", "text", "", 0, 0, "Account to become once ports are bound.", LATER),
+    Option("relay", "user", "text", "", 0, 0, "Account to become once ports are bound."),
     Option("relay", "domains", "domains", "", 0, 0, "Domains that need no section of their own (all defaults)."),
     Option("relay", "nameservers", "nameservers", "/etc/resolv.conf", 0, 0, "DNS servers: address or address:port."),
     Option("relay", "log", "path", "stderr", 0, 0, "stderr, syslog, or a file (reopened on SIGHUP)."),
@@ -689,12 +722,11 @@ OPTIONS: Tuple[Option, ...] = (
            "Below it new mail gets 452 4.3.1; queued mail still leaves."),
     Option("relay", "max_connections", "count", "1000", 1, 100000, "Clients at once; more get 421."),
     Option("relay", "max_connections_per_client", "count", "50", 0, 100000, "For an IPv4 address or IPv6 /64; 0 = no limit."),
-    Option("relay", "max_message_rate", "count", "0", 0, 1000000, "Messages a minute from one client; 0 = no limit.", ("0",)),
+    Option("relay", "max_message_rate", "count", "0", 0, 1000000, "Messages a minute from one client; 0 = no limit."),
     Option("relay", "command_timeout", "duration", "5m", 1, 3600, "Idle time before 421."),
     Option("relay", "trusted_clients", "networks", "", 0, 0, "Networks free of the per-client limits."),
     Option("relay", "bare_newline", "newline", "normalize", 0, 0, "Stray CR and LF in mail: normalize, or reject (550)."),
-    Option("relay", "greet_pause", "duration", "0", 0, 60, "Wait before the banner; who speaks first is turned away.",
-           ("0", "0s")),
+    Option("relay", "greet_pause", "duration", "0", 0, 60, "Wait before the banner; who speaks first is turned away."),
     Option("relay", "odmr_listen", "listen", "", 0, 0, "Addresses for on-demand relay (ATRN), usually port 366.", LATER),
     Option("tls", "certificate", "path", "", 0, 0, "PEM files; with both, STARTTLS is offered.\nReread when they change."),
     Option("tls", "key", "path", "", 0, 0, ""),
@@ -704,24 +736,20 @@ OPTIONS: Tuple[Option, ...] = (
     Option("bounces", "postmaster", "address", "", 0, 0, "Gets notices that could not be delivered."),
     Option("status", "listen", "endpoint", "", 0, 0, "Address of the status page, /metrics, /healthz, /status.json.", LATER),
     Option("status", "token", "text", "", 0, 0, "Asked as bearer token or basic-auth password when set.", LATER),
-    Option("alerts", "command", "text", "", 0, 0, "Run when a primary goes down, comes back, or rejects.", LATER),
-    Option("alerts", "webhook", "text", "", 0, 0, "Gets the same as a JSON POST.", LATER),
-    Option("alerts", "mail", "address", "", 0, 0, "Gets the same as mail.", LATER),
-    Option("alerts", "mail_route", "route", "mx", 0, 0, "How that mail leaves: mx, or host[:port].", LATER),
-    Option("alerts", "after", "duration", "5m", 0, WEEK_S, "A primary must be down so long before the first alert.", LATER),
+    Option("alerts", "command", "text", "", 0, 0, "Run when a primary goes down, comes back, or rejects."),
+    Option("alerts", "webhook", "text", "", 0, 0, "Gets the same as a JSON POST."),
+    Option("alerts", "mail", "address", "", 0, 0, "Gets the same as mail."),
+    Option("alerts", "mail_route", "route", "mx", 0, 0, "How that mail leaves: mx, or host[:port]."),
+    Option("alerts", "after", "duration", "5m", 0, WEEK_S, "A primary must be down so long before the first alert."),
     Option("domain", "primary", "primary", "mx", 0, 0, "Where this domain's mail goes: mx, or hosts to try in order,\n"
            "like mail.example.org:25, [192.0.2.7]:2525", ("*", "!atrn", "!etrn")),
     Option("domain", "lifetime", "duration", "7d", 1, YEAR_S, "How long mail is kept before the sender is told."),
-    Option("domain", "delay_notice", "optional duration", "off", 0, YEAR_S, "Age at which the sender is told of the delay.",
-           ("off", "no", "none", "0")),
-    Option("domain", "recipients", "recipients", "verify", 0, 0, "any, verify (ask the primary), file:PATH, or addresses.",
-           ("any",)),
-    Option("domain", "while_up", "while up", "relay", 0, 0, "relay, or defer mail while the primary is known to be up.",
-           ("relay",)),
-    Option("domain", "unknown_recipients", "unknown", "accept", 0, 0, "While the primary cannot be asked: accept or defer.",
-           ("accept",)),
-    Option("domain", "cutthrough", "flag", "yes", 0, 0, "While the primary is up, answer with its own verdict.",
-           ("no", "off", "false", "0")),
+    Option("domain", "delay_notice", "optional duration", "off", 0, YEAR_S, "Age at which the sender is told of the delay."),
+    Option("domain", "recipients", "recipients", "verify", 0, 0, "any, verify (ask the primary, and remember),\n"
+           "file:PATH with an address a line, or addresses."),
+    Option("domain", "while_up", "while up", "relay", 0, 0, "relay, or defer mail while the primary is known to be up."),
+    Option("domain", "unknown_recipients", "unknown", "accept", 0, 0, "While the primary cannot be asked: accept or defer."),
+    Option("domain", "cutthrough", "flag", "yes", 0, 0, "While the primary is up, answer with its own verdict."),
     Option("domain", "etrn", "etrn", "any", 0, 0, "Who may ask to flush: any, none, or networks."),
     Option("domain", "username", "text", "", 0, 0, "For ATRN and authenticated ETRN.", LATER),
     Option("domain", "password", "text", "", 0, 0, "", LATER),
@@ -732,9 +760,8 @@ OPTIONS: Tuple[Option, ...] = (
     Option("domain", "max_retry_interval", "duration", "1h", 1, WEEK_S, "... up to this."),
     Option("domain", "recovery_grace", "duration", "1h", 0, WEEK_S,
            "So long after an outage 5xx answers are kept and tried again."),
-    Option("domain", "xclient", "flag", "no", 0, 0, "Hand the original client to a primary that offers XCLIENT.",
-           ("no", "off", "false", "0")),
-    Option("domain", "max_queue_size", "size", "", 0, INF, "Octets this domain may hold; more get 452 4.2.2.", LATER),
+    Option("domain", "xclient", "flag", "no", 0, 0, "Hand the original client to a primary that offers XCLIENT."),
+    Option("domain", "max_queue_size", "size", "", 0, INF, "Octets this domain may hold; more get 452 4.2.2."),
 )
 
 
@@ -944,7 +971,10 @@ def _build_config(values: Dict[str, Dict[str, Any]], domains: Dict[str, Dict[str
     for name in list(plain) + list(domains):
         own = {key: value for key, value in domains.get(name, {}).items() if value is not None}
         served[name] = DomainConfig(name, **{**defaults, **own})
-    for cfg in served.values():
+    for name, cfg in served.items():
+        if isinstance(cfg.recipients, str) and cfg.recipients.startswith("file:"):
+            path = os.path.join(folder, cfg.recipients[5:].strip())
+            served[name] = dataclasses.replace(cfg, recipients="file:" + path)
         if cfg.max_retry_interval < cfg.retry_interval:
             line = lines.keys.get(("domain " + cfg.name, "max_retry_interval"), lines.sections.get("domain " + cfg.name, 0))
             raise ConfigError(file, line, "max_retry_interval is smaller than retry_interval")
@@ -1114,6 +1144,7 @@ class Spool:
         self.lock_fd = -1
         self.sick = ""                  # why no new mail is taken, or empty
         self.corrupt_count = 0
+        self.state_lock = threading.Lock()
 
     # -- opening
 
@@ -1474,18 +1505,22 @@ class Spool:
 
     # -- what is known of the primaries
 
-    def load_state(self) -> Dict[str, Any]:
+    def load_state(self, name: str = "state.json") -> Dict[str, Any]:
         """An unreadable state file costs only what was learned."""
         try:
-            with open(os.path.join(self.path, "state.json"), "rb") as file:
+            with open(os.path.join(self.path, name), "rb") as file:
                 state = json.loads(file.read())
             return state if isinstance(state, dict) else {}
         except (OSError, ValueError):
             return {}
 
-    def save_state(self, state: Mapping[str, Any]) -> None:
-        self._replace(os.path.join(self.path, "state.json"), os.path.join(self.path, "state.new"),
-                      json.dumps(state, indent=1, sort_keys=True).encode("ascii") + b"\n")
+    def save_state(self, state: Mapping[str, Any], recipients: Optional[Mapping[str, Any]] = None) -> None:
+        """In one committer at a time; what is older than the last save is not written."""
+        with self.state_lock:
+            for name, values in (("state", state), ("recipients", recipients)):
+                if values is not None:
+                    self._replace(os.path.join(self.path, name + ".json"), os.path.join(self.path, name + ".new"),
+                                  json.dumps(values, indent=1, sort_keys=True).encode("ascii") + b"\n")
 
 
 class Message:
@@ -2272,7 +2307,7 @@ def format_received(session: Session, transaction: Transaction, id: str, now: Ti
 # When is a message due, how many connections may a primary have, what is its
 # state.  Pure: time is an argument, nothing is sent or read here.
 
-NOTICES = "notice:"             # begins the name of a site that is not a domain of ours
+NOTICES, ALERTS = "notice:", "alert:"   # begin the names of sites that are not domains of ours
 
 
 class Now(NamedTuple):
@@ -2353,6 +2388,13 @@ class Site:
         self.again = False              # a flush came while a connection was opening
         self.counters = dict.fromkeys(COUNTERS.values(), 0)
         self.size_limit = 0             # the primary's SIZE, 0 when not known
+        self.recovered = 0.0            # wall, end of the last outage that we saw
+        self.rejected_since = 0.0       # wall, when it last began to reject
+        self.refused = 0                # messages in a row that were refused
+        self.refused_good = 0           # ... and whose recipients were known to be good
+        self.canaries = 0               # canaries in a row that were answered 4xx
+        self.delays: List[Tuple[Time, str]] = []            # heap: when a sender is told of the delay
+        self.last_heard = -INF          # monotonic, when it last answered anything well
         self.route: List[Endpoint] = [] # where the last connection led, best first
         self.route_seen = 0.0           # wall
 
@@ -2363,7 +2405,8 @@ class Site:
         """For the log and for people."""
         if not self.cfg.is_notices:
             return self.name
-        return "notices to %s" % str(self.name[len(NOTICES):] or self.cfg.primary[0])
+        kind, _, domain = self.name.partition(":")
+        return "%ss to %s" % (kind, domain or str(self.cfg.primary[0]))
 
     def _set(self, entry: Entry, state: State) -> None:
         self.count[entry.state] -= 1
@@ -2390,9 +2433,13 @@ class Site:
         else:
             heapq.heappush(self.active, (entry.received, entry.id))
         heapq.heappush(self.aging, (entry.expires, entry.id))
+        if self.cfg.delay_notice and not self.cfg.is_notices:
+            heapq.heappush(self.delays, (entry.received + self.cfg.delay_notice, entry.id))
         if len(self.aging) > 2 * len(self.entries) + 1000:      # most of what it names has left long ago
             self.aging = [(other.expires, other.id) for other in self.entries.values()]
             heapq.heapify(self.aging)
+            self.delays = [one for one in self.delays if one[1] in self.entries]
+            heapq.heapify(self.delays)
 
     def drop(self, id: str) -> None:
         entry = self.entries.pop(id)
@@ -2426,11 +2473,12 @@ class Site:
                 return []
             most = 1
         self._wake(now)
+        if self.state is Primary.REJECTING and not self.count[State.ACTIVE]:
+            self._wake_one()            # one is tried every probe_interval, whichever is due first
         out: List[Entry] = []
         while self.active and len(out) < most:
-            received, id = heapq.heappop(self.active)
-            entry = self.entries.get(id)
-            if entry is not None and entry.state is State.ACTIVE and entry.received == received:
+            entry = self.entries.get(heapq.heappop(self.active)[1])
+            if entry is not None and entry.state is State.ACTIVE:
                 entry.again = False
                 self._set(entry, State.DELIVERING)
                 out.append(entry)
@@ -2449,6 +2497,13 @@ class Site:
         self._set(entry, State.DELIVERING)
         new, entry.base = self.failures - entry.base, self.failures
         return new
+
+    def _wake_one(self) -> None:
+        while self.deferred and not self.count[State.ACTIVE]:
+            due, id = heapq.heappop(self.deferred)
+            entry = self.entries.get(id)
+            if entry is not None and entry.state is State.DEFERRED and entry.due == due:
+                self._set(entry, State.ACTIVE)
 
     def give_back(self, entry: Entry) -> None:
         """Taken but not tried."""
@@ -2486,9 +2541,13 @@ class Site:
             self._leave_round(entry)
             self._set(entry, State.HOLD if held else State.ACTIVE)
 
-    def pause(self, attempts: int) -> float:
-        """Seconds after the nth 4xx for one message, n from 1; RFC 5321 4.5.4.1."""
-        return min(self.cfg.retry_interval * 2.0 ** min(attempts - 1, 30), self.cfg.max_retry_interval)
+    def pause(self, attempts: int, now: Now) -> float:
+        """Seconds after the nth 4xx for one message, n from 1; RFC 5321 4.5.4.1.
+        Sooner after an outage: greylisting passes within minutes."""
+        usual = min(self.cfg.retry_interval * 2.0 ** min(attempts - 1, 30), self.cfg.max_retry_interval)
+        if self.is_recovering(now) and attempts <= len(EARLY_PAUSES_S):
+            return min(usual, EARLY_PAUSES_S[attempts - 1])
+        return usual
 
     # -- flush
 
@@ -2531,7 +2590,7 @@ class Site:
         """Whether to open a connection now; they open one after the other."""
         self._wake(now)
         waiting = self.count[State.ACTIVE]
-        if not waiting:
+        if not waiting and not (self.state is Primary.REJECTING and self.count[State.DEFERRED]):
             return False
         if self.state is Primary.UP and self.is_proven:
             target = min(self.limit, 1 + waiting // MESSAGES_PER_CONNECTION)
@@ -2542,7 +2601,8 @@ class Site:
     def wake(self, now: Now) -> Optional[float]:
         """The monotonic time at which wanted() or take() may change by itself."""
         times = [self.deferred[0][0]] if self.deferred else []
-        if self.count[State.ACTIVE] and self.next_probe > now.mono:
+        tried = self.count[State.ACTIVE] or (self.state is Primary.REJECTING and self.deferred)
+        if tried and self.next_probe > now.mono:
             times.append(self.next_probe)
         return min(times, default=None)
 
@@ -2560,14 +2620,67 @@ class Site:
         self.opening -= 1
         self.open += 1
         self.again = False
+        if not self.is_proven:
+            self.next_probe = now.mono          # for the canary
+        return self.on_heard(now)
+
+    def on_refused(self, now: Now, was_good: bool) -> bool:
+        """A message was answered 5xx, all of its recipients.  `was_good`: they
+        were known to be good, and not the message was refused.  True when
+        this makes the primary `rejecting`: it is there, but not itself."""
+        self.refused = self.refused + 1 if self.is_recovering(now) else 0
+        self.refused_good = self.refused_good + 1 if was_good else 0
+        if self.state is Primary.REJECTING:
+            self.next_probe = now.mono + self.cfg.probe_interval
+            return False
+        if max(self.refused, self.refused_good) < REFUSED_ROW:
+            return False
+        self.state, self.since = Primary.REJECTING, now.wall
+        self.is_proven, self.limit = False, 1
+        self.next_probe = now.mono + self.cfg.probe_interval
+        return True
+
+    def on_heard(self, now: Now) -> Optional[float]:
+        """It greeted, a courier or somebody with a question."""
         self.last_error = ""
-        if self.state is Primary.UP:
+        self.last_heard = now.mono
+        if self.state in (Primary.UP, Primary.REJECTING):
             return None
-        lasted = now.wall - self.since if self.state is Primary.DOWN else None
+        lasted = None
+        if self.state is Primary.DOWN:
+            lasted, self.recovered = now.wall - self.since, now.wall
         self.state, self.since = Primary.UP, now.wall
         self.next_probe = now.mono
         self.release_all()
         return lasted
+
+    def on_unheard(self, now: Now, error: str) -> bool:
+        """Somebody with a question did not reach it.  True when this begins an outage."""
+        return not self.open and self._down(now, error)
+
+    def is_known_up(self, now: Now) -> bool:
+        return self.state is Primary.UP and now.mono - self.last_heard <= KNOWN_UP_S
+
+    def may_ask(self, now: Now) -> bool:
+        """Whether a question to the primary is worth the waiting.  While mail
+        waits for a primary that is down, it is being tried all the time."""
+        if self.state is Primary.REJECTING:
+            return False                # what it says now says nothing
+        return self.state is not Primary.DOWN or (not self.entries and now.mono - self.last_start >= self.cfg.probe_interval)
+
+    def is_recovering(self, now: Now) -> bool:
+        """Whether an outage ended less than `recovery_grace` ago."""
+        return now.wall - self.recovered < self.cfg.recovery_grace
+
+    def may_cut_through(self, now: Now) -> bool:
+        """Whether the primary's verdict on a new message is worth the waiting, and may be believed."""
+        return (self.cfg.cutthrough and not self.cfg.is_notices and not self.is_held and not self.is_recovering(now)
+                and self.state in (Primary.UP, Primary.UNKNOWN))
+
+    def urge(self, entry: Entry) -> None:
+        """Somebody waits for this one: before all others."""
+        if entry.state is State.ACTIVE:
+            heapq.heappush(self.active, (-entry.received, entry.id))
 
     def on_failed(self, now: Now, error: str) -> bool:
         """A connection did not come about.  True when this begins an outage."""
@@ -2605,23 +2718,33 @@ class Site:
         self.quick += 1
         return begins
 
-    def on_taken(self) -> bool:
-        """A message was taken.  True when that proved the primary."""
+    def on_taken(self, now: Now) -> bool:
+        """A message was taken.  True when that healed a `rejecting` primary."""
+        self.last_heard = now.mono
         self.verdicts.append(False)
-        self.quick = 0
+        self.quick = self.refused = self.refused_good = self.canaries = 0
+        healed = self.state is Primary.REJECTING
+        if healed:
+            self.rejected_since = self.since
+            self.state, self.since, self.recovered, self.last_error = Primary.UP, now.wall, now.wall, ""
         if self.is_proven:
             self.limit = min(self.cfg.connections, self.limit + 1)
-            return False
-        self.is_proven = True
-        self.release_all()              # what it put off before it was quite there
-        return True
+        else:
+            self.is_proven = True
+            self.release_all()          # what it put off before it was quite there
+        return healed
 
     def on_deferred(self, now: Now) -> None:
-        """A message was answered 4xx."""
+        """A message was answered 4xx, or a 5xx that is not believed yet."""
         self.verdicts.append(True)
-        if not self.is_proven:          # still starting: the next canary in a moment, not the whole queue now
+        if self.state is Primary.REJECTING:
+            self.next_probe = now.mono + self.cfg.probe_interval
+        elif not self.is_proven:        # still starting: the next canary in a moment, not the whole queue now
             self.quick += 1
+            self.canaries += 1
             self.next_probe = now.mono + self._probe_pause()
+            if self.canaries >= CANARIES_DEFERRED:
+                self.is_proven, self.limit = True, 1        # it greylists: all must be offered once
         elif len(self.verdicts) == VERDICTS and sum(self.verdicts) * 2 > VERDICTS:
             self.slow_down(now)
 
@@ -2633,11 +2756,13 @@ class Site:
 
     # -- time
 
-    def is_final(self, now: Now, refused_since: Optional[Time]) -> bool:
+    def is_final(self, now: Now, refused_since: Optional[Time], was_good: bool) -> bool:
         """Whether a 5xx is believed: only of a primary steadily up for
-        `recovery_grace`, or when the first one is that long ago."""
+        `recovery_grace`, for a recipient not known to be good; or when the first one is that long ago."""
         grace = self.cfg.recovery_grace
-        if self.state is Primary.UP and now.wall - self.since >= grace:
+        if self.state is Primary.REJECTING:
+            return False
+        if self.state is Primary.UP and now.wall - self.since >= grace and not was_good:
             return True
         return refused_since is not None and now.wall - refused_since >= grace
 
@@ -2661,9 +2786,120 @@ class Site:
         self.overdue = later
         return out
 
+    def next_expiry(self) -> Optional[Time]:
+        """When the next message will have waited for too long."""
+        while self.aging:
+            expires, id = self.aging[0]
+            entry = self.entries.get(id)
+            if entry is not None and entry.expires == expires:
+                return expires
+            heapq.heappop(self.aging)
+        return None
+
+    def delayed(self, now: Now) -> List[Entry]:
+        """Messages that have become old enough for a notice of the delay."""
+        out = []
+        while self.delays and self.delays[0][0] <= now.wall:
+            entry = self.entries.get(heapq.heappop(self.delays)[1])
+            if entry is not None:
+                out.append(entry)
+        return out
+
     def on_clock_jump(self) -> None:
         for entry in self.entries.values():
             entry.attempts, entry.tries, entry.base = self.attempts(entry), 0, self.failures
+
+
+class Memory:
+    """What is known of recipients: whether the primary takes them, and until
+    when that holds.  Addresses in lower case; RFC 5321 2.4 leaves the case of a local part to
+    its host, but no host in use tells them apart."""
+
+    def __init__(self) -> None:
+        self.known: Dict[str, Tuple[bool, Time]] = {}       # address: (good, until)
+        self.accept_all: Dict[str, Tuple[bool, Time]] = {}  # domain: (takes any local part, until)
+        self.is_dirty = False
+
+    def learn(self, address: str, is_good: bool, now: Time) -> None:
+        self.known[address.lower()] = (is_good, now + (GOOD_S if is_good else BAD_S))
+        self.is_dirty = True
+        if len(self.known) > RECIPIENTS_MAX:
+            kept = sorted(self.known.items(), key=lambda item: item[1])[-RECIPIENTS_MAX * 9 // 10:]
+            self.known = dict(kept)
+
+    def is_good(self, address: str, now: Time) -> bool:
+        """Whether this very recipient was taken before."""
+        is_good, until = self.known.get(address.lower(), (False, 0.0))
+        return is_good and until > now
+
+    def forget_bad(self, domain: str, since: Time) -> None:
+        """What a primary that was not itself said since then."""
+        end = "@" + domain
+        self.known = {address: one for address, one in self.known.items()
+                      if one[0] or not address.endswith(end) or one[1] - BAD_S < since}
+        self.is_dirty = True
+
+    def learn_accept_all(self, domain: str, takes_all: bool, now: Time) -> None:
+        self.accept_all[domain] = (takes_all, now + ACCEPT_ALL_S)
+        self.is_dirty = True
+        if len(self.accept_all) > RECIPIENTS_MAX:       # all subdomains of a wildcard
+            del self.accept_all[next(iter(self.accept_all))]
+
+    def knows(self, address: str, now: Time) -> Optional[bool]:
+        """Good, bad, or None when nothing is known."""
+        address = address.lower()
+        is_good, until = self.known.get(address, (False, 0.0))
+        if until > now:
+            return is_good
+        return True if self.takes_all(address.rpartition("@")[2], now) else None
+
+    def takes_all(self, domain: str, now: Time) -> Optional[bool]:
+        takes_all, until = self.accept_all.get(domain, (False, 0.0))
+        return takes_all if until > now else None
+
+    def to_values(self, now: Time) -> Dict[str, Any]:
+        self.is_dirty = False
+        return {"format": 1, "recipients": {address: list(one) for address, one in self.known.items() if one[1] > now},
+                "accept_all": {domain: list(one) for domain, one in self.accept_all.items() if one[1] > now}}
+
+    def from_values(self, values: Mapping[str, Any]) -> None:
+        """What does not make sense is forgotten."""
+        for name, known in (("recipients", self.known), ("accept_all", self.accept_all)):
+            found = values.get(name)
+            for key, one in found.items() if isinstance(found, dict) else ():
+                if isinstance(one, list) and len(one) == 2 and isinstance(one[0], bool) and isinstance(one[1], (int, float)):
+                    known[key] = (one[0], float(one[1]))
+
+
+class Persistence:
+    """while_up = defer: who comes back is no spammer.  Counts the tries of a client network, sender and recipient."""
+
+    def __init__(self) -> None:
+        self.tries: Dict[Tuple[str, str, str], Tuple[Time, int]] = {}       # (first try, number)
+
+    def is_taken(self, address: str, sender: str, recipient: str, now: Time) -> bool:
+        key = (greylist_network(address), sender.lower(), recipient.lower())
+        first, count = self.tries.pop(key, (now, 0))
+        if now - first > 86400.0:
+            first, count = now, 0
+        self.tries[key] = (first, count + 1)        # at the end: the oldest are first
+        if len(self.tries) > PERSISTENCE_MAX:
+            del self.tries[next(iter(self.tries))]
+        return count + 1 >= PERSISTENCE_TRIES and now - first >= PERSISTENCE_S
+
+
+class Rate:
+    """max_message_rate: messages a minute from one client network."""
+
+    def __init__(self) -> None:
+        self.minute = 0
+        self.counts: Dict[str, int] = {}
+
+    def is_over(self, network: str, most: int, now: Now) -> bool:
+        if int(now.mono // 60) != self.minute:
+            self.minute, self.counts = int(now.mono // 60), {}
+        self.counts[network] = self.counts.get(network, 0) + 1
+        return self.counts[network] > most
 
 
 class Scheduler:
@@ -2680,9 +2916,9 @@ class Scheduler:
         return site
 
     def config_of(self, name: str) -> DomainConfig:
-        if not name.startswith(NOTICES):
+        if not name.startswith((NOTICES, ALERTS)):
             return self.cfg.domain(name) or self.cfg.defaults
-        route = self.cfg.bounces_route
+        route = self.cfg.bounces_route if name.startswith(NOTICES) else self.cfg.alerts_mail_route
         return dataclasses.replace(
             self.cfg.defaults, name=name, primary=(route,) if isinstance(route, Endpoint) else route, recovery_grace=0.0,
             lifetime=max(self.cfg.defaults.lifetime, NOTICE_LIFETIME_S), connections=NOTICE_CONNECTIONS,
@@ -2692,11 +2928,14 @@ class Scheduler:
         return self.cfg.domain(name) is not None
 
     def site_of(self, kind: str, domain: str) -> str:
-        """The site that delivers a recipient.  Notices to domains not served go
-        by [bounces] route: to the smarthost, or each domain on its own."""
-        if kind != "notice" or self.is_served(domain):
+        """The site that delivers a recipient.  Our own mail to domains not
+        served goes by [bounces] route or [alerts] mail_route: to a smarthost, or each domain on its own."""
+        if kind == "mail" or (kind == "notice" and self.is_served(domain)):
             return domain
-        return NOTICES if isinstance(self.cfg.bounces_route, Endpoint) else NOTICES + domain
+        route, prefix = (self.cfg.bounces_route, NOTICES) if kind == "notice" else (self.cfg.alerts_mail_route, ALERTS)
+        if isinstance(route, Endpoint):
+            return prefix
+        return domain if self.is_served(domain) else prefix + domain
 
     def reconfigure(self, cfg: Config, now: Now) -> None:
         """SIGHUP.  A longer or shorter lifetime holds for queued mail too."""
@@ -2707,10 +2946,14 @@ class Scheduler:
             site.next_probe = min(site.next_probe, now.mono + site.cfg.probe_interval)
             site.aging.clear()
             site.overdue.clear()
+            site.delays.clear()
             for entry in site.entries.values():
                 entry.expires = entry.received + site.cfg.lifetime
                 site.aging.append((entry.expires, entry.id))
+                if site.cfg.delay_notice and not site.cfg.is_notices:
+                    site.delays.append((entry.received + site.cfg.delay_notice, entry.id))
             heapq.heapify(site.aging)
+            heapq.heapify(site.delays)
 
     def matching(self, what: str) -> List[Site]:
         """Sites that `example.org`, `@example.org` or `all` means."""
@@ -2718,7 +2961,7 @@ class Scheduler:
             return list(self.sites.values())
         if what[:1] == "@":
             return [site for name, site in self.sites.items() if is_below(name, what[1:])]
-        return [self.sites[name] for name in (what, NOTICES + what) if name in self.sites]
+        return [self.sites[name] for name in (what, NOTICES + what, ALERTS + what) if name in self.sites]
 
     def serves(self, what: str) -> bool:
         """Whether ETRN or a command may name it: served, or for `@name` anything below it served."""
@@ -3119,6 +3362,9 @@ class Result(NamedTuple):
     response: str               # as the peer said it, or our words
     remote: str                 # host that said it
     refused_since: Optional[Time]       # from the sidecar
+    is_good: Optional[bool] = None      # what RCPT's answer says of the recipient itself
+    is_content: bool = False    # the message was judged, not the envelope
+    is_told: bool = True        # the next host took over the duty to report success, RFC 3461 5.2
 
 
 class Settled(Exception):
@@ -3135,10 +3381,11 @@ class Outcome(NamedTuple):
     relay: str
     seconds: float
     fault: Optional[Exception] = None
+    wants_report: bool = False  # NOTIFY=SUCCESS, and the next host does not see to it
 
 
 class Routed(NamedTuple):
-    courier: "Courier"
+    line: "Line"
     hops: Tuple[Hop, ...]
     warning: str
 
@@ -3210,7 +3457,7 @@ def _mx_route(plan: Plan) -> List[Hop]:
     """RFC 5321 5.1.  Neither this host nor anything of equal or higher
     preference; equal ones in random order.  Notices, whose targets strangers
     choose, go to public addresses only."""
-    domain = plan.site[len(NOTICES):] if plan.cfg.is_notices else plan.site
+    domain = plan.site.partition(":")[2] if plan.cfg.is_notices else plan.site
     if domain.startswith("["):
         hops = [Hop(domain, parse_literal(domain), SMTP_PORT)]
     else:
@@ -3246,6 +3493,51 @@ def _mx_hops(plan: Plan, domain: str) -> List[Hop]:
     return hops
 
 
+def connect_each(hops: Sequence[Hop]) -> Iterator[Tuple[Hop, Union[socket.socket, OSError]]]:
+    """Hosts in order, each with a connected socket or the reason why not.  One
+    that does not answer is not waited for: the next is tried beside it after a
+    moment (RFC 8305 5), so that a dead address family or a dead first host costs nothing."""
+    waiting = list(hops)
+    trying: Dict[socket.socket, Hop] = {}
+    end = 0.0
+    with selectors.DefaultSelector() as selector:
+        try:
+            while waiting or trying:
+                if waiting:
+                    hop = waiting.pop(0)
+                    end = time.monotonic() + CONNECT_S
+                    sock = socket.socket(socket.AF_INET6 if ":" in hop.address else socket.AF_INET, socket.SOCK_STREAM)
+                    sock.setblocking(False)
+                    code = sock.connect_ex((hop.address, hop.port))
+                    if code in (0, errno.EINPROGRESS):
+                        selector.register(sock, selectors.EVENT_WRITE)
+                        trying[sock] = hop
+                    else:
+                        sock.close()
+                        yield hop, OSError(code, os.strerror(code))
+                        continue
+                pause = end - time.monotonic()
+                if waiting:
+                    pause = STAGGER_S if waiting[0].host == hop.host else HOST_STAGGER_S
+                for key, _ in selector.select(max(0.0, pause)):
+                    sock = key.fileobj          # type: ignore[assignment]
+                    selector.unregister(sock)
+                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if code:
+                        sock.close()
+                        yield trying.pop(sock), OSError(code, os.strerror(code))
+                    else:
+                        sock.setblocking(True)
+                        yield trying.pop(sock), sock
+                if not waiting and time.monotonic() >= end:
+                    for hop in trying.values():
+                        yield hop, OSError(errno.ETIMEDOUT, "Connection timed out")
+                    return
+        finally:
+            for sock in trying:
+                sock.close()
+
+
 class TlsError(PeerError):
     """STARTTLS was offered but did not come about."""
 
@@ -3275,20 +3567,27 @@ class Client(smtplib.SMTP):
         super().__init__(local_hostname=hostname, timeout=CONNECT_S)
         self.pending = b""
         self.end = 0.0                  # monotonic, of the reply being read
+        self.ready: Optional[socket.socket] = None
 
-    def open(self, hop: Hop) -> None:
-        """Connect and be greeted.  A 5xx greeting says nothing about the mail."""
+    def open(self, hop: Hop, sock: socket.socket) -> None:
+        """Be greeted on a connected socket.  A 5xx greeting says nothing about the mail."""
         self._host = hop.host
+        self.ready = sock
         self.wait(CONNECT_S)
         try:
             code, text = self.connect(hop.address, hop.port)
         except OSError as error:
-            raise PeerError("connect to %s: %s" % (hop, error.strerror or error)) from None
+            raise PeerError("connect to %s: %s" % (str(hop), error.strerror or error)) from None
         if code != 220:
             raise PeerError("%s refused to talk to us: %s" % (hop, reply_text(code, text)), code == 421)
         name = text.split(b" ")[0].decode("ascii", "replace").lower()
         if name == self.local_hostname.lower():
             raise PeerError("mail loops back to this host: %s greets with our own name" % str(hop))
+
+    def _get_socket(self, host: Any, port: Any, timeout: Any) -> socket.socket:
+        """smtplib's own hook for how a connection is made."""
+        assert self.ready is not None
+        return self.ready
 
     def hello(self) -> None:
         self.wait(COMMAND_S)
@@ -3434,31 +3733,16 @@ class Leg:
         self.accepted: List[Dict[str, Any]] = []
 
 
-class Courier(threading.Thread):
-    """One connection to a primary.  The loop puts jobs into `inbox`, None for
-    "that was all"; `jobs` are those it has not answered and belongs to the loop."""
+class Line(threading.Thread):
+    """A connection to a primary, in a thread of its own."""
 
-    def __init__(self, spool: Spool, plan: Plan, post: Callable[[Any], None]) -> None:
-        super().__init__(name="courier " + plan.site, daemon=True)
-        self.spool = spool
+    def __init__(self, plan: Plan, post: Callable[[Any], None]) -> None:
+        super().__init__(name="%s %s" % (type(self).__name__, plan.site), daemon=True)
         self.plan = plan
         self.post = post
-        self.inbox: "queue.SimpleQueue[Optional[Job]]" = queue.SimpleQueue()
-        self.jobs: Dict[str, Entry] = {}
-        self.is_greeted = False         # the loop's
-        self.is_leaving = False         # the loop's: None was sent
         self.client = Client(plan.hostname)
         self.hop = Hop("none", "", 0)
-        self.taken = 0                  # messages the peer took on this connection
-        self.legs: Deque[Leg] = collections.deque()
-        self.flight: Deque[Leg] = collections.deque()       # sent, not answered
         self.is_over = False
-        self.pipelining = False
-
-    def leave(self) -> None:
-        """From the loop: end in good order after the messages that are under way."""
-        self.is_leaving = self.is_over = True
-        self.inbox.put(None)
 
     def cut(self) -> None:
         """From the loop, when time is up: what waits for the peer fails now."""
@@ -3468,6 +3752,89 @@ class Courier(threading.Thread):
                 sock.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
+
+    def _connect(self) -> None:
+        """The first host on the route that greets.  Raises PeerError."""
+        self.hop = Hop("none", "", 0)
+        hops, warning = find_route(self.plan)
+        self.post(Routed(self, tuple(hops), warning))
+        problem: Optional[PeerError] = None
+        for hop, sock in connect_each(hops):
+            try:
+                if isinstance(sock, OSError):
+                    raise PeerError("connect to %s: %s" % (str(hop), sock.strerror or sock))
+                try:
+                    self._greet(hop, sock, self.plan.cfg.tls)
+                except TlsError:
+                    if self.plan.cfg.tls != "may" or self.plan.login:
+                        raise
+                    again = socket.create_connection((hop.address, hop.port), CONNECT_S)
+                    self._greet(hop, again, "none")         # in the clear
+                self.hop = hop
+                return
+            except PeerError as error:
+                problem = problem or error
+            except (smtplib.SMTPException, OSError, ValueError) as error:
+                problem = problem or PeerError("%s: %s" % (str(hop), printable(str(error))))
+        self.client.close()
+        assert problem is not None
+        raise problem
+
+    def _greet(self, hop: Hop, sock: socket.socket, policy: str) -> None:
+        self.client.close()
+        self.client = Client(self.plan.hostname)
+        self.client.open(hop, sock)
+        self.client.hello()
+        self.client.secure("require" if self.plan.login and policy == "may" else policy)
+        if self.plan.login:
+            self._log_in(*self.plan.login)
+
+    def _log_in(self, username: str, password: str) -> None:
+        """AUTH at a smarthost, RFC 4954.  Whatever it answers says nothing about the mail."""
+        if password.startswith("file:"):
+            with open(password[5:], encoding="utf-8") as file:
+                password = file.read().strip()
+        self.client.wait(COMMAND_S)
+        try:
+            self.client.login(username, password)
+        except smtplib.SMTPException as error:
+            raise PeerError("AUTH at %s failed: %s" % (self.plan.site, printable(str(error), 200))) from None
+
+    def _command(self, line: bytes, seconds: float) -> Tuple[int, bytes]:
+        if line:
+            self.client.write(line)
+        self.client.wait(seconds)
+        return self.client.getreply()
+
+    def _quit(self) -> None:
+        """Everything was answered before: what QUIT brings is of no interest."""
+        self.client.wait(2.0)
+        try:
+            self.client.docmd("QUIT")
+        except (PeerError, smtplib.SMTPException, OSError):
+            pass
+
+
+class Courier(Line):
+    """Delivers.  The loop puts jobs into `inbox`, None for "that was all";
+    `jobs` are those it has not answered and belongs to the loop."""
+
+    def __init__(self, spool: Spool, plan: Plan, post: Callable[[Any], None]) -> None:
+        super().__init__(plan, post)
+        self.spool = spool
+        self.inbox: "queue.SimpleQueue[Optional[Job]]" = queue.SimpleQueue()
+        self.jobs: Dict[str, Entry] = {}
+        self.is_greeted = False         # the loop's
+        self.is_leaving = False         # the loop's: None was sent
+        self.taken = 0                  # messages the peer took on this connection
+        self.legs: Deque[Leg] = collections.deque()
+        self.flight: Deque[Leg] = collections.deque()       # sent, not answered
+        self.pipelining = False
+
+    def leave(self) -> None:
+        """From the loop: end in good order after the messages that are under way."""
+        self.is_leaving = self.is_over = True
+        self.inbox.put(None)
 
     def run(self) -> None:
         error, bug = "", None
@@ -3486,51 +3853,6 @@ class Courier(threading.Thread):
         except OSError:
             pass
         self.post(Finished(self, error, bug))
-
-    # -- connecting
-
-    def _connect(self) -> None:
-        """The first host on the route that greets.  Raises PeerError."""
-        hops, warning = find_route(self.plan)
-        self.post(Routed(self, tuple(hops), warning))
-        problem: Optional[PeerError] = None
-        for hop in hops:
-            try:
-                try:
-                    self._greet(hop, self.plan.cfg.tls)
-                except TlsError:
-                    if self.plan.cfg.tls != "may" or self.plan.login:
-                        raise
-                    self._greet(hop, "none")        # a new connection, in the clear
-                self.hop = hop
-                return
-            except PeerError as error:
-                problem = problem or error
-            except (smtplib.SMTPException, OSError, ValueError) as error:
-                problem = problem or PeerError("%s: %s" % (str(hop), printable(str(error))))
-        self.client.close()
-        assert problem is not None
-        raise problem
-
-    def _greet(self, hop: Hop, policy: str) -> None:
-        self.client.close()
-        self.client = Client(self.plan.hostname)
-        self.client.open(hop)
-        self.client.hello()
-        self.client.secure("require" if self.plan.login and policy == "may" else policy)
-        if self.plan.login:
-            self._log_in(*self.plan.login)
-
-    def _log_in(self, username: str, password: str) -> None:
-        """AUTH at a smarthost, RFC 4954.  Whatever it answers says nothing about the mail."""
-        if password.startswith("file:"):
-            with open(password[5:], encoding="utf-8") as file:
-                password = file.read().strip()
-        self.client.wait(COMMAND_S)
-        try:
-            self.client.login(username, password)
-        except smtplib.SMTPException as error:
-            raise PeerError("AUTH at %s failed: %s" % (self.plan.site, printable(str(error), 200))) from None
 
     def _size_limit(self) -> int:
         value = self.client.esmtp_features.get("size", "")
@@ -3579,22 +3901,26 @@ class Courier(threading.Thread):
                 self.legs.append(Leg(parcel, group, start + len(group) == len(wanted)))
 
     def _fail_parcel(self, parcel: Parcel, status: str, text: str) -> None:
-        parcel.results = [make_result(one, "deferred", status, text, "") for one in parcel.wanted]
+        parcel.results = [make_deferral(one, status, text) for one in parcel.wanted]
         self._answer(parcel)
 
     def _answer(self, parcel: Parcel) -> None:
         parcel.message.close()
+        wants_report = "dsn" not in self.client.esmtp_features and any("SUCCESS" in one["notify"] for one in parcel.wanted)
         self.post(Outcome(self, parcel.job, tuple(parcel.results), parcel.is_whole, parcel.sidecar["received"],
-                          str(self.hop), time.monotonic() - parcel.started))
+                          str(self.hop), time.monotonic() - parcel.started, None, wants_report))
 
-    def _give(self, leg: Leg, recipients: Iterable[Dict[str, Any]], code: int, text: bytes) -> None:
+    def _give(self, leg: Leg, recipients: Iterable[Dict[str, Any]], code: int, text: bytes,
+              is_good: Optional[bool] = None) -> None:
         """The peer's reply holds for these recipients."""
         kind = {2: "sent", 5: "refused"}.get(code // 100, "deferred")
         if code // 100 == 3:
             text = b"unexpected reply: %d %s" % (code, text)
         status = reply_status(code, text) if code // 100 != 3 else "4.5.0"
         response = reply_text(code, text)
-        leg.parcel.results += [make_result(one, kind, status, response, self.hop.host) for one in recipients]
+        is_told = "dsn" in self.client.esmtp_features
+        leg.parcel.results += [Result(one["address"], kind, status, response, self.hop.host, one["refused_since"], is_good,
+                                      is_content=is_good is True, is_told=is_told) for one in recipients]
 
     def _finish(self, leg: Leg) -> None:
         if any(result.kind == "sent" for result in leg.parcel.results):
@@ -3612,7 +3938,7 @@ class Courier(threading.Thread):
             answered = {result.address for result in parcel.results}
             in_doubt = leg.is_sent
             if in_doubt or not blameless or answered:
-                parcel.results += [make_result(one, "deferred", "4.4.2", error, "") for one in parcel.wanted
+                parcel.results += [make_deferral(one, "4.4.2", error) for one in parcel.wanted
                                    if one["address"] not in answered]
             self._answer(parcel)        # without results: given back
             self.legs = collections.deque(other for other in self.legs if other.parcel is not parcel)
@@ -3640,13 +3966,6 @@ class Courier(threading.Thread):
         leg.parcel.results.clear()
         self._answer(leg.parcel)
 
-    def _quit(self) -> None:
-        self.client.wait(2.0)
-        try:
-            self.client.docmd("QUIT")
-        except (PeerError, smtplib.SMTPException, OSError):
-            pass                        # everything was answered before
-
     def _envelope(self, leg: Leg) -> List[bytes]:
         """MAIL and RCPT commands.  Addresses went through our grammar twice."""
         sidecar, features = leg.parcel.sidecar, self.client.esmtp_features
@@ -3670,8 +3989,30 @@ class Courier(threading.Thread):
             out.append(rcpt)
         return [line.encode("utf-8") + b"\r\n" for line in out]
 
+    def _introduce(self, leg: Leg) -> None:
+        """XCLIENT, else XFORWARD: who the original client was, for the primary's
+        checks.  A primary that does not trust us with it is no reason to wait."""
+        client, features = leg.parcel.sidecar["client"], self.client.esmtp_features
+        if not self.plan.cfg.xclient or not client["address"]:
+            return
+        address = "IPV6:" + client["address"] if ":" in client["address"] else client["address"]
+        helo = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", client["helo"])
+        known = {"NAME": "[UNAVAILABLE]", "ADDR": address, "HELO": helo or "unknown", "PROTO": "ESMTP"}
+        for verb in ("xclient", "xforward"):
+            offered = features.get(verb, "").upper().split()
+            words = ["%s=%s" % (name, value) for name, value in known.items() if name in offered]
+            if not words:
+                continue
+            code, text = self._command(("%s %s\r\n" % (verb.upper(), " ".join(words))).encode("ascii"), COMMAND_S)
+            self._leave_if_told(code, text)
+            if verb == "xclient" and code == 220:
+                self.client.hello()     # the session begins anew
+            return
+
     def _exchange(self, leg: Leg) -> Optional[Leg]:
         """One transaction.  Returns the next when its envelope is on the way already."""
+        if not self.flight:
+            self._introduce(leg)
         envelope = self._envelope(leg)
         if not self.flight:
             self.flight.append(leg)
@@ -3686,7 +4027,7 @@ class Courier(threading.Thread):
             self._command(b"RSET\r\n", COMMAND_S)
             return None
         if code != 354:
-            self._give(leg, leg.accepted, code, text)
+            self._give(leg, leg.accepted, code, text, True)
             self._end_leg(leg)
             self._leave_if_told(code, text)
             self._command(b"RSET\r\n", COMMAND_S)
@@ -3694,7 +4035,7 @@ class Courier(threading.Thread):
         follower = self._send_body(leg)
         self.client.wait(END_OF_DATA_S)
         code, text = self.client.getreply()
-        self._give(leg, leg.accepted, code, text)
+        self._give(leg, leg.accepted, code, text, True)
         self._end_leg(leg)
         self._leave_if_told(code, text)
         return follower
@@ -3702,12 +4043,6 @@ class Courier(threading.Thread):
     def _end_leg(self, leg: Leg) -> None:
         self.flight.popleft()
         self._finish(leg)
-
-    def _command(self, line: bytes, seconds: float) -> Tuple[int, bytes]:
-        if line:
-            self.client.write(line)
-        self.client.wait(seconds)
-        return self.client.getreply()
 
     def _leave_if_told(self, code: int, text: bytes) -> None:
         if code == 421:
@@ -3736,7 +4071,8 @@ class Courier(threading.Thread):
             if code // 100 == 2:
                 leg.accepted.append(one)
             else:
-                self._give(leg, [one], 452 if code == 552 else code, text)      # RFC 5321 4.5.3.1.10
+                code = 452 if code == 552 else code     # RFC 5321 4.5.3.1.10
+                self._give(leg, [one], code, text, False if is_no_such_user(code, text) else None)
         if not leg.accepted and not self.pipelining:
             return 503, b""
         return step(b"DATA\r\n", DATA_S)
@@ -3753,7 +4089,8 @@ class Courier(threading.Thread):
             stuffed = (held + block).replace(b"\r\n.", b"\r\n..")[len(held):]
             held = block[-2:] if len(block) > 1 else (held + block)[-2:]
             ready = stuffed
-        follower = self._next_leg(wait=False) if self.pipelining else None
+        may_follow = self.pipelining and not self.plan.cfg.xclient      # a client is introduced between messages
+        follower = self._next_leg(wait=False) if may_follow else None
         ready += b".\r\n"
         if follower is not None:
             ready += b"".join(self._envelope(follower)) + b"DATA\r\n"
@@ -3762,8 +4099,94 @@ class Courier(threading.Thread):
         return follower
 
 
-def make_result(one: Mapping[str, Any], kind: str, status: str, response: str, remote: str) -> Result:
-    return Result(one["address"], kind, status, response, remote, one["refused_since"])
+def make_deferral(one: Mapping[str, Any], status: str, response: str) -> Result:
+    """Put off for a reason of our own."""
+    return Result(one["address"], "deferred", status, response, "", one["refused_since"])
+
+
+def is_no_such_user(code: int, text: bytes) -> bool:
+    """Whether a refusal of RCPT is about the recipient; others are about us, or the day."""
+    return code in (550, 551, 553) or (code // 100 == 5 and reply_status(code, text).startswith("5.1."))
+
+
+class Answered(NamedTuple):
+    inquirer: "Inquirer"
+    address: str
+    word: str                   # good, bad, or silent
+    text: str                   # the reply, for the client
+
+
+class Heard(NamedTuple):
+    inquirer: "Inquirer"
+    hop: Hop
+
+
+class Unheard(NamedTuple):
+    inquirer: "Inquirer"
+    error: str                  # empty when it ended in good order
+    bug: Optional[BaseException] = None
+
+
+class Inquirer(Line):
+    """Call-ahead: asks the primary whether it takes a recipient, and sends
+    nothing.  The loop puts addresses into `inbox`, an empty one to learn only
+    whether it is there; `open` are those not answered and belongs to the loop."""
+
+    def __init__(self, plan: Plan, post: Callable[[Any], None]) -> None:
+        super().__init__(plan, post)
+        self.inbox: "queue.SimpleQueue[str]" = queue.SimpleQueue()
+        self.open: Set[str] = set()
+        self.stranger = ""              # a local part that cannot exist: whether the primary takes any
+
+    def run(self) -> None:
+        error, bug = "", None
+        try:
+            self._connect()
+            self.post(Heard(self, self.hop))
+            self._answer_all()
+            self._quit()
+        except PeerError as problem:
+            error = str(problem)
+        except Exception as problem:
+            error, bug = "internal error: %r" % problem, problem
+        try:
+            self.client.close()
+        except OSError:
+            pass
+        self.post(Unheard(self, error, bug))
+
+    def _answer_all(self) -> None:
+        while True:
+            try:
+                address = self.inbox.get(timeout=INQUIRER_IDLE_S)
+            except queue.Empty:
+                return
+            if not self.client.is_silent():     # it closed while nobody asked
+                self._connect()
+            word, text = self._ask(address) if address else ("silent", "")
+            self.post(Answered(self, address, word, text))
+
+    def _ask(self, address: str) -> Tuple[str, str]:
+        """Only a real verdict counts: RCPT's own, after an accepted MAIL."""
+        lines = [b"MAIL FROM:<>", b"RCPT TO:<" + address.encode("utf-8") + b">", b"RSET"]
+        if not address.isascii():
+            if "smtputf8" not in self.client.esmtp_features:
+                return "silent", ""
+            lines[0] += b" SMTPUTF8"
+        replies = []
+        if "pipelining" in self.client.esmtp_features:
+            self.client.write(b"\r\n".join(lines) + b"\r\n")
+            lines = [b""] * 3
+        for line in lines:
+            replies.append(self._command(line and line + b"\r\n", CALL_AHEAD_S))
+            if replies[-1][0] == 421:
+                raise PeerError("%s: %s" % (str(self.hop), reply_text(*replies[-1])), True)
+        (mail, _), (code, text), _ = replies
+        if mail // 100 == 2 and code // 100 == 2:
+            return "good", ""
+        if mail // 100 == 2 and is_no_such_user(code, text):
+            return "bad", reply_text(code, text)
+        return "silent", reply_text(code, text)
 
 
 
@@ -3794,6 +4217,7 @@ class Verdict(NamedTuple):
     response: str
     remote: str
     refused_since: Optional[Time] = None
+    is_told: bool = True        # False: the next host will not report success, so we do where it was asked
 
 
 class Record(NamedTuple):
@@ -3860,31 +4284,61 @@ def write_record(spool: Spool, id: str, record: Record, cfg: Config, ids: Ids) -
         one["last_status"], one["last_response"], one["last_remote"] = verdict.status, verdict.response, verdict.remote
         one["refused_since"] = verdict.refused_since
     failed = [one for one, verdict in touched if verdict.state in (BOUNCED, EXPIRED)]
-    notices, remarks = send_notice(spool, sidecar, failed, cfg, ids, now)
+    notices, remarks = send_notice(spool, sidecar, "failed", failed, cfg, ids, now)
+    relayed = [one for one, verdict in touched if verdict.state == DELIVERED and not verdict.is_told]
+    more_notices, more_remarks = send_notice(spool, sidecar, "relayed", relayed, cfg, ids, now)
     for one, verdict in touched:
         one["state"] = verdict.state
     is_finished = all(one["state"] != QUEUED for one in sidecar["recipients"])
     if touched and not is_finished:
         spool.replace_sidecar(id, sidecar)
-    return Recorded(sidecar, tuple(verdict for _, verdict in touched), tuple(notices), tuple(remarks), is_finished)
+    return Recorded(sidecar, tuple(verdict for _, verdict in touched), tuple(notices + more_notices),
+                    tuple(remarks + more_remarks), is_finished)
 
 
-def send_notice(spool: Spool, sidecar: Dict[str, Any], failed: Sequence[Dict[str, Any]], cfg: Config, ids: Ids,
-                now: Time) -> Tuple[List[Dict[str, Any]], List[str]]:
-    """Put the non-delivery notice for these recipients into the spool; raises
-    OSError.  RFC 3461 4.1: NOTIFY=NEVER, or one without FAILURE, asks for none.
-    What cannot be told to the sender goes to [bounces] postmaster, once."""
-    told = [one for one in failed if not one["notify"] or "FAILURE" in one["notify"]]
-    if not told:
-        return [], []
+def write_delay(spool: Spool, id: str, attempts: int, error: str, cfg: Config, ids: Ids) -> Recorded:
+    """In a committer thread: tell the sender, once, that a message waits.
+    `attempts` and `error`: of the connections that failed, which no sidecar knows."""
+    now = time.time()
+    sidecar = spool.read_sidecar(id)
+    fresh = [one for one in sidecar["recipients"] if one["state"] == QUEUED and not one.get("delayed")]
+    told = [dict(one, attempts=one["attempts"] + attempts, last_response=error or one["last_response"],
+                 last_status=one["last_status"] or "4.4.1") for one in fresh]
+    notices, remarks = send_notice(spool, sidecar, "delayed", told, cfg, ids, now)
+    for one in fresh:
+        one["delayed"] = True
+    if fresh:
+        spool.replace_sidecar(id, sidecar)
+    return Recorded(sidecar, (), tuple(notices), tuple(remarks), False)
+
+
+NOTIFY_WORDS = {"failed": "FAILURE", "delayed": "DELAY", "relayed": "SUCCESS"}
+NOTICE_NAMES = {"failed": "non-delivery notification", "delayed": "delay notification",
+                "relayed": "delivery status notification"}
+
+
+def wants_notice(notify: str, action: str) -> bool:
+    """RFC 3461 4.1; without NOTIFY, failures are told, and delays where the operator says so."""
+    return NOTIFY_WORDS[action] in notify if notify else action != "relayed"
+
+
+def send_notice(spool: Spool, sidecar: Dict[str, Any], action: str, recipients: Sequence[Dict[str, Any]], cfg: Config,
+                ids: Ids, now: Time) -> Tuple[List[Dict[str, Any]], List[str]]:
+    """Put a notice about these recipients into the spool; raises OSError.
+    Returns its sidecar, if one was made, and lines for the log.  A failure that
+    cannot be told to a sender is told to [bounces] postmaster, once."""
+    told = [one for one in recipients if wants_notice(one["notify"], action)]
     target = sidecar["sender"]
-    if not target:
-        target = cfg.bounces_postmaster
+    if told and not target and action == "failed":
+        target = "" if sidecar["kind"] == "alert" else cfg.bounces_postmaster
         if not target or any(one["address"] == target for one in told):
             return [], ["%s: double bounce: dropped, nobody to tell" % sidecar["id"]]
-    reports = [Report(one["address"], "failed", one["last_status"], one["last_response"], one["last_remote"], one["orcpt"],
-                      one["attempts"], one["last_attempt"]) for one in told]
-    full = sidecar["ret"] == "FULL" and sidecar["size"] <= NOTICE_FULL_MAX
+    if not told or not target:
+        return [], []
+    reports = [Report(one["address"], action, "2.0.0" if action == "relayed" else one["last_status"], one["last_response"],
+                      one["last_remote"], one["orcpt"], one["attempts"], one["last_attempt"]) for one in told]
+    full = action == "failed" and sidecar["ret"] == "FULL" and sidecar["size"] <= NOTICE_FULL_MAX
+    original = b""
     try:
         if full:
             message = spool.read_message(sidecar["id"], sidecar)
@@ -3893,18 +4347,123 @@ def send_notice(spool: Spool, sidecar: Dict[str, Any], failed: Sequence[Dict[str
         else:
             original = spool.read_header(sidecar["id"])
     except Corrupt:
-        full, original = False, b""
-    path = parse_path("<%s>" % target, "5.1.3")[0]
+        full = False
     id = ids.new()
-    notice = make_sidecar(id, "notice", "", [(target, path.domain, "", "", now + cfg.defaults.lifetime)], now,
-                          {"address": "", "helo": "", "tls": None}, smtputf8=not target.isascii())
-    notice["body"] = "8BITMIME" if any(byte > 127 for byte in original) else ""
     data = format_notice(cfg.hostname, target, sidecar, reports, original, full, now, secrets.token_hex(12), id)
-    error = spool.commit([(Draft(id), [data], notice)])[0]
+    notice = commit_own(spool, id, "notice", target, data, cfg, now)
+    who = "sender" if sidecar["sender"] else "postmaster"
+    return [notice], ["%s: %s %s: %s" % (sidecar["id"], who, NOTICE_NAMES[action], id)]
+
+
+def commit_own(spool: Spool, id: str, kind: str, target: str, data: bytes, cfg: Config, now: Time) -> Dict[str, Any]:
+    """Mail of our own, from the null reverse-path; raises OSError.  Returns its sidecar."""
+    path = parse_path("<%s>" % target, "5.1.3")[0]
+    body = "8BITMIME" if any(byte > 127 for byte in data) else ""
+    sidecar = make_sidecar(id, kind, "", [(target, path.domain, "", "", now + cfg.defaults.lifetime)], now,
+                           {"address": "", "helo": "", "tls": None}, body, not target.isascii())
+    error = spool.commit([(Draft(id), [data], sidecar)])[0]
     if error is not None:
         raise error
-    what = "sender" if sidecar["sender"] else "postmaster"
-    return [notice], ["%s: %s non-delivery notification: %s" % (sidecar["id"], what, id)]
+    return sidecar
+
+
+class Alerts:
+    """Tells people: a program, a web hook, a mail.  A thread of its own waits for the first two."""
+
+    def __init__(self, cfg: Config, log: Log, mail: Callable[[Dict[str, Any]], None]) -> None:
+        self.cfg = cfg
+        self.log = log
+        self.mail = mail
+        self.down: Dict[str, Tuple[float, str]] = {}    # site: (monotonic when to tell, why)
+        self.told: Set[str] = set()                     # sites whose trouble was told
+        self.daily: Dict[str, Time] = {}                # what is told once a day, and when it was
+        self.inbox: "queue.SimpleQueue[Tuple[Config, Dict[str, Any]]]" = queue.SimpleQueue()
+        self.worker: Optional[threading.Thread] = None
+
+    def on_state(self, site: Site, event: str, text: str, now: Now) -> None:
+        """A short outage is not worth an alert, nor then its end."""
+        self.down.pop(site.name, None)
+        if event == "down":
+            self.down[site.name] = (now.mono + self.cfg.alerts_after, text)
+        elif event == "rejecting":
+            self.tell("rejecting", site, text, now)
+        elif site.name in self.told:
+            self.tell("up", site, text, now)
+            self.told.discard(site.name)
+
+    def sweep(self, sites: Iterable[Site], free: int, now: Now) -> None:
+        """Once a second: outages that have lasted, mail that nears its end, a disk that fills."""
+        if not (self.cfg.alerts_command or self.cfg.alerts_webhook or self.cfg.alerts_mail):
+            return
+        for site in sites:
+            at, text = self.down.get(site.name, (INF, ""))
+            if at <= now.mono:
+                del self.down[site.name]
+                self.tell("down", site, text, now)
+            end = site.next_expiry()
+            if end is not None and end - now.wall < ALERT_EXPIRY_S and not site.cfg.is_notices:
+                self.once_a_day("expiring", site, "mail will be returned to its senders in %s, %d messages waiting" % (
+                    format_duration(end - now.wall), len(site.entries)), now)
+        if free < 2 * self.cfg.min_free_space:
+            self.once_a_day("disk", None, "%s left for the spool; below %s mail is refused" % (
+                format_size(free), format_size(self.cfg.min_free_space)), now)
+
+    def once_a_day(self, event: str, site: Optional[Site], text: str, now: Now) -> None:
+        key = "%s %s" % (event, site.name if site else "")
+        if now.wall - self.daily.get(key, 0.0) >= 86400.0:
+            self.daily[key] = now.wall
+            self.tell(event, site, text, now)
+
+    def tell(self, event: str, site: Optional[Site], text: str, now: Now) -> None:
+        if event in ("down", "rejecting") and site:
+            self.told.add(site.name)
+        alert = {"event": event, "domain": site.name if site else "", "text": printable(text), "host": self.cfg.hostname,
+                 "time": now.wall, "waiting": len(site.entries) if site else 0}
+        if self.cfg.alerts_mail:
+            self.mail(alert)
+        if self.cfg.alerts_command or self.cfg.alerts_webhook:
+            if self.worker is None:
+                self.worker = threading.Thread(target=self._work, name="alerts", daemon=True)
+                self.worker.start()
+            self.inbox.put((self.cfg, alert))
+
+    def _work(self) -> None:
+        while True:
+            cfg, alert = self.inbox.get()
+            for tell in (run_alert_command, post_alert):
+                try:
+                    tell(cfg, alert)
+                except Exception as error:      # whatever is wrong with it, the mail goes on
+                    self.on_failure("alert %s: %s" % (tell.__name__, printable(str(error))))
+
+    def on_failure(self, text: str) -> None:
+        """Set by the manager: hands the text to the loop, for the log."""
+
+
+def run_alert_command(cfg: Config, alert: Mapping[str, Any]) -> None:
+    """[alerts] command: its words, no shell; the alert as ETRN_* variables and as JSON on standard input."""
+    if cfg.alerts_command:
+        names = {"ETRN_" + key.upper(): str(value) for key, value in alert.items()}
+        subprocess.run(shlex.split(cfg.alerts_command), input=json.dumps(alert).encode("ascii"), timeout=ALERT_S, check=True,
+                       env={**os.environ, **names}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def post_alert(cfg: Config, alert: Mapping[str, Any]) -> None:
+    """[alerts] webhook: the alert as the JSON body of a POST."""
+    if cfg.alerts_webhook:
+        request = urllib.request.Request(cfg.alerts_webhook, json.dumps(alert).encode("ascii"),
+                                         {"Content-Type": "application/json"}, method="POST")
+        with urllib.request.urlopen(request, timeout=ALERT_S) as answer:
+            answer.read(4096)
+
+
+def format_alert(cfg: Config, alert: Mapping[str, Any], id: str) -> bytes:
+    about = " ".join(filter(None, (alert["domain"], alert["text"])))
+    lines = ["From: etrn_relay <MAILER-DAEMON@%s>" % cfg.hostname, "To: <%s>" % cfg.alerts_mail,
+             "Subject: [etrn_relay %s] %s %s" % (cfg.hostname, alert["domain"] or "relay", alert["event"]),
+             "Date: %s" % email.utils.formatdate(alert["time"], localtime=True), "Message-ID: <%s@%s>" % (id, cfg.hostname),
+             "Auto-Submitted: auto-generated", "MIME-Version: 1.0", "Content-Type: text/plain; charset=us-ascii", ""]
+    return ("\r\n".join(lines + _wrap(about, 72)) + "\r\n").encode("ascii", "backslashreplace")
 
 
 class Watch:
@@ -3924,6 +4483,18 @@ class Watch:
             self.error = error or self.error
 
 
+class CutThrough:
+    """A message whose client waits for the primary's own verdict.  While all
+    is refused, what is to be done about it is put off: if it stays so, the client is
+    told and nothing else happens."""
+
+    def __init__(self, sites: Iterable[str], answer: Callable[[Optional[Reply]], None]) -> None:
+        self.left = set(sites)          # not heard of yet
+        self.answer = answer
+        self.refusal: Optional[Reply] = None
+        self.put_off: List[Callable[[], None]] = []
+
+
 class Manager:
     """The queue's life.  `post` hands a report from any thread to the loop,
     which passes it to handle()."""
@@ -3939,6 +4510,10 @@ class Manager:
         self.committers = Committers(spool, post)
         self.listeners: Tuple[Endpoint, ...] = ()
         self.couriers: Dict[Courier, Site] = {}
+        self.inquirers: Dict[Inquirer, Site] = {}
+        self.memory = Memory()
+        self.questions: Dict[Tuple[str, str], List[Callable[[str, str], None]]] = {}    # (site, address): who waits
+        self.waiting: Dict[str, CutThrough] = {}    # messages whose clients wait for the primary's verdict
         self.chains: Dict[str, Deque[Tuple[Work, Done]]] = {}       # per message: work that waits for earlier work
         self.callers: Dict[str, Set[str]] = {}                      # address: sites it is a host of, as last routed
         self.fresh: Dict[str, List[Tuple[str, Tuple[str, ...]]]] = {}   # not yet logged as deferred, per site
@@ -3948,9 +4523,13 @@ class Manager:
         self.gone: Set[str] = set()     # removed while the spool was being read
         self.early: Set[str] = set()    # flushes asked for while it was
         self.load_error = ""
+        self.free = spool.free()        # octets, as last asked
+        self.next_free = now.mono
         self.is_stopping = False
         self.is_dirty = False           # something worth saving changed
         self.is_saving = False
+        self.alerts = Alerts(cfg, log, self._mail_alert)
+        self.alerts.on_failure = lambda text: post([(self._log_failure, OSError(text))])    # type: ignore[method-assign]
         self.next_save = now.mono + STATE_SAVE_S
         self.next_sweep = now.mono
         self.drift = now.wall - now.mono
@@ -3975,6 +4554,12 @@ class Manager:
             self._on_greeted(report)
         elif isinstance(report, Finished):
             self._on_finished(report)
+        elif isinstance(report, Answered):
+            self._on_answered(report)
+        elif isinstance(report, Heard):
+            self._on_heard(report)
+        elif isinstance(report, Unheard):
+            self._on_unheard(report)
 
     def tick(self, now: Now) -> None:
         """What time has brought: connections, retries, expiry, saving."""
@@ -3983,7 +4568,7 @@ class Manager:
             heapq.heappop(self.retries)[2]()
         if not self.is_stopping:
             for site in list(self.scheduler.sites.values()):
-                if site.entries and self.may_connect(site) and site.wanted(now):
+                if site.entries and self.may_connect(site) and len(self.couriers) < LINES_MAX and site.wanted(now):
                     self._connect(site)
             for courier, site in self.couriers.items():
                 self._feed(courier, site)
@@ -3993,7 +4578,7 @@ class Manager:
 
     def wake(self, now: Now) -> float:
         """The monotonic time at which tick() is next of use."""
-        times = [self.next_save]
+        times = [self.next_save] + [at for at, _ in self.alerts.down.values()]
         if self.retries:
             times.append(self.retries[0][0])
         for site in self.scheduler.sites.values():
@@ -4001,6 +4586,8 @@ class Manager:
                 at = site.wake(now)
                 if at is not None:
                     times.append(at)
+                if site.delays:
+                    times.append(max(self.next_sweep, now.mono + site.delays[0][0] - now.wall))
                 if site.overdue:
                     times.append(self.next_sweep)
                 elif site.aging:
@@ -4018,12 +4605,47 @@ class Manager:
         for site in list(self.scheduler.sites.values()):
             for entry in site.expired(self.now):
                 self.end(site, entry, EXPIRED, "4.4.7", site.last_error)
-            if site.cfg.is_notices and not site.entries and not site.open and not site.opening:
-                del self.scheduler.sites[site.name]
+            for entry in site.delayed(self.now):
+                self._tell_delay(site, entry)
+            if not (site.name in self.cfg.domains or site.entries or site.is_held or site in self.couriers.values()
+                    or site in self.inquirers.values()):
+                del self.scheduler.sites[site.name]     # of a notice, or a subdomain somebody wrote to once
+        self.alerts.sweep(self.scheduler.sites.values(), self.free, self.now)
         if self.now.mono >= self.next_save:
             self.next_save = self.now.mono + STATE_SAVE_S
-            if self.is_dirty:
+            if self.is_dirty or self.memory.is_dirty:
                 self.save_state()
+
+    def free_space(self) -> int:
+        if self.now.mono >= self.next_free:
+            self.free, self.next_free = self.spool.free(), self.now.mono + SPACE_CHECK_S
+        return self.free
+
+    def _tell_delay(self, site: Site, entry: Entry) -> None:
+        attempts, cfg, ids, error = self.failures_since(site, entry), self.cfg, self.ids, site.last_error
+
+        def told(done: Any) -> None:
+            if not isinstance(done, Recorded):
+                if not isinstance(done, Corrupt):       # which the next delivery finds, too
+                    self._log_failure(done)
+                return
+            self._note_record(done)
+        self.work(entry.id, Task(lambda spool: write_delay(spool, entry.id, attempts, error, cfg, ids)), told)
+
+    @staticmethod
+    def failures_since(site: Site, entry: Entry) -> int:
+        return site.failures - entry.base
+
+    def _mail_alert(self, alert: Dict[str, Any]) -> None:
+        id, cfg, now = self.ids.new(), self.cfg, self.now.wall
+
+        def kept(sidecar: Any) -> None:
+            if isinstance(sidecar, Exception):
+                self._log_failure(sidecar)
+            else:
+                self.accept(sidecar)
+        self.committers.submit(Task(lambda spool: commit_own(
+            spool, id, "alert", cfg.alerts_mail, format_alert(cfg, alert, id), cfg, now)), kept)
 
     def later(self, seconds: float, what: Callable[[], None]) -> None:
         heapq.heappush(self.retries, (self.now.mono + seconds, id(what), what))
@@ -4154,7 +4776,8 @@ class Manager:
             courier.inbox.put(Job(entry.id, "" if site.cfg.is_notices else site.name))
 
     def _on_routed(self, report: Routed) -> None:
-        site = self.couriers[report.courier]
+        line = report.line
+        site = self.inquirers[line] if isinstance(line, Inquirer) else self.couriers[line]      # type: ignore[index]
         if not site.cfg.is_notices:
             self._on_route(site.name, [hop.address for hop in report.hops])
         if report.warning and report.warning != site.last_error:
@@ -4164,19 +4787,26 @@ class Manager:
         site = self.couriers[report.courier]
         report.courier.is_greeted = True
         was = site.state
-        lasted = site.on_connected(self.now)
-        hop = report.hop
-        site.route = [Endpoint(hop.address, hop.port)] + [
-            where for where in site.route if where != Endpoint(hop.address, hop.port)][:ROUTE_HOSTS_MAX - 1]
-        site.route_seen = self.now.wall
-        if was is not Primary.UP:
-            after = " after %s" % format_duration(lasted) if lasted is not None else ""
-            self.log.write("primary", "%s: up%s, %d messages waiting" % (site.label, after, len(site.entries)))
-            self.is_dirty = True
+        self._say_up(site, was, site.on_connected(self.now), report.hop)
         if site.size_limit != report.size_limit:
             site.size_limit = report.size_limit
             self.on_size_limit()
         self._feed(report.courier, site)
+
+    def _say_up(self, site: Site, was: Primary, lasted: Optional[float], hop: Hop) -> None:
+        where = Endpoint(hop.address, hop.port)
+        site.route = [where] + [other for other in site.route if other != where][:ROUTE_HOSTS_MAX - 1]
+        site.route_seen = self.now.wall
+        if was in (Primary.UNKNOWN, Primary.DOWN):
+            after = " after %s" % format_duration(lasted) if lasted is not None else ""
+            self._say(site, "up", "up%s, %d messages waiting" % (after, len(site.entries)))
+
+    def _say(self, site: Site, event: str, text: str) -> None:
+        """A primary's state has changed."""
+        self.log.write("primary", "%s: %s" % (site.label, printable(text)), "warning" if event == "rejecting" else "info")
+        self.save_state()
+        if not site.cfg.is_notices:
+            self.alerts.on_state(site, event, text, self.now)
 
     def _on_finished(self, report: Finished) -> None:
         courier = report.courier
@@ -4195,9 +4825,10 @@ class Manager:
         if report.error:
             self.log.write("smtp", "%s: %s" % (site.label, report.error), "info" if courier.is_greeted else "debug")
         if begins:
-            self.log.write("primary", "%s: down: %s, %d messages waiting" % (site.label, report.error, len(site.entries)))
-            self.is_dirty = True
+            self._say(site, "down", "down: %s, %d messages waiting" % (report.error, len(site.entries)))
         if site.state is Primary.DOWN and report.error:
+            for id in [id for id, waiting in self.waiting.items() if site.name in waiting.left]:
+                self._let_go(id)
             self._log_waiting(site, report.error)
             if not site.round_left:
                 for watch in self.watches:
@@ -4236,6 +4867,8 @@ class Manager:
             verdicts = self._judge(site, outcome)
             if is_ours:
                 self._settle(site, entry, outcome, verdicts)
+            else:
+                self._log_verdicts(outcome, verdicts)
         self._feed(courier, site)
 
     def _on_fault(self, site: Site, entry: Entry, fault: Exception) -> None:
@@ -4256,38 +4889,70 @@ class Manager:
                   lambda remark: self.log.write("qmgr", str(remark), "warning"))
 
     def _judge(self, site: Site, outcome: Outcome) -> List[Verdict]:
-        """Each recipient's verdict, and its log line."""
         verdicts = []
-        delay = max(0.0, self.now.wall - outcome.received)
         for result in outcome.results:
             since = result.refused_since
             if result.kind == "sent":
-                state, word, since = DELIVERED, "sent", None
-            elif result.kind == "refused" and site.is_final(self.now, since):
-                state, word = BOUNCED, "bounced"
+                state, since = DELIVERED, None
+            elif result.kind == "refused" and site.is_final(self.now, since, self._was_good(result)):
+                state = BOUNCED
             else:
-                state, word = QUEUED, "deferred"
+                state = QUEUED
                 if result.kind == "refused":
                     since = since or self.now.wall
-            verdicts.append(Verdict(result.address, state, result.status, result.response, result.remote, since))
-            self._log_delivery(outcome.job.id, result.address, outcome.relay, delay, outcome.seconds, result.status, word,
-                               result.response)
+            verdicts.append(Verdict(result.address, state, result.status, result.response, result.remote, since, result.is_told))
         return verdicts
+
+    def _was_good(self, result: Result) -> bool:
+        """Whether a refusal is of a recipient that the primary took before."""
+        return not result.is_content and self.memory.is_good(result.address, self.now.wall)
+
+    def _log_verdicts(self, outcome: Outcome, verdicts: Iterable[Verdict]) -> None:
+        delay = max(0.0, self.now.wall - outcome.received)
+        for verdict in verdicts:
+            word = {DELIVERED: "sent", BOUNCED: "bounced"}.get(verdict.state, "deferred")
+            self._log_delivery(outcome.job.id, verdict.address, outcome.relay, delay, outcome.seconds, verdict.status, word,
+                               verdict.response)
 
     def _settle(self, site: Site, entry: Entry, outcome: Outcome, verdicts: List[Verdict]) -> None:
         """Write the verdicts down; the message stays DELIVERING until that is done."""
+        self._learn(site, outcome, {verdict.state for verdict in verdicts})
+        waiting = self.waiting.get(entry.id)
+        if waiting is not None and site.name in waiting.left:
+            if all(result.kind == "refused" for result in outcome.results):
+                return self._refused(entry.id, waiting, site, outcome, lambda: self._write(site, entry, outcome, verdicts))
+            self._let_go(entry.id)
+        self._write(site, entry, outcome, verdicts)
+
+    def _learn(self, site: Site, outcome: Outcome, states: Set[str]) -> None:
+        """What an outcome says of the primary and of the recipients."""
+        was = site.state
+        kinds = {result.kind for result in outcome.results}
+        if "sent" in kinds:
+            if site.on_taken(self.now):
+                self._say(site, "up", "up after rejecting for %s" % format_duration(self.now.wall - site.rejected_since))
+        elif kinds == {"refused"} and site.on_refused(self.now, all(self._was_good(result) for result in outcome.results)):
+            self.memory.forget_bad(site.name, site.recovered)
+            self._say(site, "rejecting", "rejecting: %s" % outcome.results[0].response)
+        elif QUEUED in states:
+            site.on_deferred(self.now)
+        if was is Primary.REJECTING or site.state is Primary.REJECTING:
+            site.last_error = site.last_error or outcome.results[0].response
+            return                      # it is not itself
+        for result in outcome.results:
+            if result.is_good or (result.is_good is False and not (QUEUED in states and self._was_good(result))):
+                self.memory.learn(result.address, result.is_good, self.now.wall)
+
+    def _write(self, site: Site, entry: Entry, outcome: Outcome, verdicts: List[Verdict]) -> None:
         states = {verdict.state for verdict in verdicts}
         for state in states:
             site.counters[COUNTERS[state]] += 1
         self.is_dirty = True
-        if DELIVERED in states:
-            site.on_taken()
-        elif QUEUED in states:
-            site.on_deferred(self.now)
-        if states == {DELIVERED} and outcome.is_whole:
+        self._log_verdicts(outcome, verdicts)
+        if states == {DELIVERED} and outcome.is_whole and not outcome.wants_report:
             return self._remove(entry.id, lambda: self._leave(site, entry.id, "delivered"))
         attempts = site.count_attempt(entry)
-        pause = site.pause(entry.deferrals)
+        pause = site.pause(entry.deferrals, self.now)
         if any(result.status == "4.4.2" for result in outcome.results):     # no verdict on the message: it broke off
             pause = min(pause, PROBE_FIRST_S * 4.0 ** min(entry.deferrals - 1, 20))
 
@@ -4304,6 +4969,46 @@ class Manager:
         self._record(entry.id, Record(lambda one: by_address.get(one["address"]), attempts, self.now.wall,
                                       self.now.wall + pause), recorded)
 
+    # -- cut-through
+
+    def cut_through(self, sidecar: Mapping[str, Any], answer: Callable[[Optional[Reply]], None]) -> None:
+        """A message that was just accepted; its client waits.  `answer` gets
+        the primary's refusal of all its recipients, and then the message is
+        gone, or None: it was taken, or stays queued."""
+        id = sidecar["id"]
+        sites = self.scheduler.holding(id)
+        if self.is_stopping or not sites or not all(site.may_cut_through(self.now) for site in sites):
+            return answer(None)
+        self.waiting[id] = CutThrough((site.name for site in sites), answer)
+        for site in sites:
+            site.urge(site.entries[id])
+        self.later(CUT_THROUGH_S, lambda: self._let_go(id))
+
+    def _let_go(self, id: str) -> None:
+        """The client waits no longer: the message is ours."""
+        waiting = self.waiting.pop(id, None)
+        if waiting is not None:
+            for put_off in waiting.put_off:
+                put_off()
+            waiting.answer(None)
+
+    def _refused(self, id: str, waiting: CutThrough, site: Site, outcome: Outcome, put_off: Callable[[], None]) -> None:
+        waiting.left.discard(site.name)
+        waiting.put_off.append(put_off)
+        result = outcome.results[0]
+        code, _, text = result.response.partition(" ")
+        text = text[len(result.status):].lstrip(" ") if text.startswith(result.status) else text
+        waiting.refusal = waiting.refusal or Reply(int(code), result.status, text)
+        if waiting.left:
+            return
+
+        def removed() -> None:
+            for site in self.scheduler.holding(id):
+                self._leave(site, id, "bounced")
+            waiting.answer(waiting.refusal)
+        del self.waiting[id]
+        self._remove(id, removed)
+
     def _record(self, id: str, record: Record, then: Callable[[Recorded], None]) -> None:
         """Change a sidecar, with the notices that go before; tried until the
         disk takes it, because a delivery not written down would happen twice."""
@@ -4313,15 +5018,18 @@ class Manager:
             if not isinstance(done, Recorded):
                 self.log.write("qmgr", "%s: cannot be recorded, trying again: %s" % (id, printable(str(done))), "error")
                 return self.later(RETRY_DISK_S, lambda: self._record(id, record, then))
-            for notice in done.notices:
-                self.accept(notice)
-            for remark in done.remarks:
-                self.log.write("bounce", remark)
+            self._note_record(done)
             then(done)
             if done.is_finished:
                 self._remove(id)
         cfg, ids = self.cfg, self.ids
         self.work(id, Task(lambda spool: write_record(spool, id, record, cfg, ids)), written)
+
+    def _note_record(self, done: Recorded) -> None:
+        for notice in done.notices:
+            self.accept(notice)
+        for remark in done.remarks:
+            self.log.write("bounce", remark)
 
     def _remove(self, id: str, then: Callable[[], None] = lambda: None) -> None:
         """Nothing of the message is left to do: it may leave the spool."""
@@ -4338,6 +5046,8 @@ class Manager:
     def _leave(self, site: Site, id: str, kind: str) -> None:
         site.drop(id)
         self._tell(site, id, kind)
+        if kind != "bounced":
+            self._let_go(id)
 
     def _tell(self, site: Site, id: str, kind: str, error: str = "") -> None:
         for watch in self.watches:
@@ -4369,6 +5079,67 @@ class Manager:
                 self._leave(site, entry.id, state)
         last = self.now.wall + site.last_start - self.now.mono if attempts else None
         self._record(entry.id, Record(judge, attempts, last, 0.0), ended)
+
+    # -- questions to a primary
+
+    def ask(self, site: Site, address: str, then: Callable[[str, str], None]) -> None:
+        """Whether the primary takes a recipient, or, with an empty address,
+        whether it is there.  `then` is called with good, bad, silent or down, and
+        a reply; at the latest after CALL_AHEAD_S.  Sessions that ask the same share the answer."""
+        key = (site.name, address)
+        waiting = self.questions.get(key)
+        if waiting is not None:
+            return waiting.append(then)
+        self.questions[key] = [then]
+        self.later(CALL_AHEAD_S, lambda: self._tell_all(site.name, address, "down", ""))
+        mine = [inquirer for inquirer, its in self.inquirers.items() if its is site]
+        inquirer = min(mine, key=lambda one: len(one.open), default=None)
+        if inquirer is None and len(self.inquirers) >= LINES_MAX:
+            return self._tell_all(site.name, address, "down", "")
+        if inquirer is None or (len(inquirer.open) >= QUESTIONS_PER_INQUIRER and len(mine) < INQUIRERS_MAX):
+            inquirer = Inquirer(self.plan(site), self.post)
+            self.inquirers[inquirer] = site
+            site.last_start = self.now.mono
+            try:
+                inquirer.start()
+            except RuntimeError as error:       # no more threads
+                return self._on_unheard(Unheard(inquirer, str(error)))
+            if address and self.memory.takes_all(site.name, self.now.wall) is None:
+                inquirer.stranger = "%s@%s" % (secrets.token_hex(8), site.name)
+                inquirer.inbox.put(inquirer.stranger)
+        inquirer.open.add(address)
+        inquirer.inbox.put(address)
+
+    def _tell_all(self, name: str, address: str, word: str, text: str) -> None:
+        for then in self.questions.pop((name, address), ()):
+            then(word, text)
+
+    def _on_heard(self, report: Heard) -> None:
+        site = self.inquirers[report.inquirer]
+        was = site.state
+        self._say_up(site, was, site.on_heard(self.now), report.hop)
+
+    def _on_answered(self, report: Answered) -> None:
+        site = self.inquirers[report.inquirer]
+        address, word = report.address, report.word
+        report.inquirer.open.discard(address)
+        site.last_heard = self.now.mono
+        if address and address == report.inquirer.stranger:
+            if word in ("good", "bad"):
+                self.memory.learn_accept_all(site.name, word == "good", self.now.wall)
+            return
+        if word in ("good", "bad"):
+            self.memory.learn(address, word == "good", self.now.wall)
+        self._tell_all(site.name, address, word, report.text)
+
+    def _on_unheard(self, report: Unheard) -> None:
+        site = self.inquirers.pop(report.inquirer)
+        if report.bug is not None:
+            self.log.bug(report.bug)
+        if report.error and not report.inquirer.hop.address and site.on_unheard(self.now, report.error):
+            self._say(site, "down", "down: %s, %d messages waiting" % (report.error, len(site.entries)))
+        for address in report.inquirer.open:
+            self._tell_all(site.name, address, "down", report.error)
 
     # -- commands
 
@@ -4432,25 +5203,29 @@ class Manager:
 
     def save_state(self, then: Callable[[Any], None] = lambda result: None) -> None:
         self.is_dirty = False
-        sites = {site.name: {"primary": site.state.value, "since": site.since, "last_error": site.last_error,
-                             "held": site.is_held, "size_limit": site.size_limit, "route": [list(hop) for hop in site.route],
-                             "route_seen": site.route_seen, "counters": dict(site.counters)}
+        sites = {site.name: {"primary": site.state.value, "since": site.since, "recovered": site.recovered,
+                             "last_error": site.last_error, "held": site.is_held, "size_limit": site.size_limit,
+                             "route": [list(hop) for hop in site.route], "route_seen": site.route_seen,
+                             "counters": dict(site.counters)}
                  for site in self.scheduler.sites.values()}
         state = {"format": FORMAT, "saved": self.now.wall, "sites": sites}
+        memory = self.memory.to_values(self.now.wall) if self.memory.is_dirty else None
 
         def saved(result: Any) -> None:
             self._log_failure(result)
             then(result)
-        self.committers.submit(Task(lambda spool: spool.save_state(state)), saved)
+        self.committers.submit(Task(lambda spool: spool.save_state(state, memory)), saved)
 
     def load_state(self) -> None:
-        """What was known before the restart.  The primaries' states are not:
-        nobody looked meanwhile, so none counts as steadily up."""
+        """What was known before the restart.  A primary that was up is unknown now;
+        one that was down still is, so that its return is the end of an outage."""
+        self.memory.from_values(self.spool.load_state("recipients.json"))
         for name, known in self.spool.load_state().get("sites", {}).items():
             try:
                 route = [Endpoint(str(host), int(port)) for host, port in known["route"]]
                 seen, limit, held = float(known["route_seen"]), int(known["size_limit"]), bool(known["held"])
                 counters = {key: int(known["counters"].get(key, 0)) for key in COUNTERS.values()}
+                since, recovered, was = float(known["since"]), float(known["recovered"]), str(known["primary"])
             except (TypeError, ValueError, KeyError, AttributeError):
                 continue                # written by hand, or by another version: only knowledge is lost
             if not held and not self.scheduler.is_served(name):
@@ -4458,6 +5233,9 @@ class Manager:
             site = self.scheduler.site(name, self.now)
             site.route, site.route_seen, site.size_limit, site.is_held = route, seen, limit, held
             site.counters.update(counters)
+            site.recovered = recovered
+            if was in (Primary.DOWN.value, Primary.REJECTING.value):
+                site.state, site.since, site.last_error = Primary.DOWN, since, printable(str(known["last_error"]))
             self._on_route(name, [hop.host for hop in route])
 
     def _on_route(self, name: str, hosts: Iterable[str]) -> None:
@@ -4471,7 +5249,7 @@ class Manager:
     # -- changes and the end
 
     def reconfigure(self, cfg: Config) -> None:
-        self.cfg = cfg
+        self.cfg = self.alerts.cfg = cfg
         self.scheduler.reconfigure(cfg, self.now)
         self.load()
 
@@ -4480,10 +5258,12 @@ class Manager:
         self.is_stopping = True
         for courier in self.couriers:
             courier.leave()
+        for id in list(self.waiting):
+            self._let_go(id)
 
     def cut(self) -> None:
-        for courier in self.couriers:
-            courier.cut()
+        for line in [*self.couriers, *self.inquirers]:
+            line.cut()
 
 
 # == 13. CONTROL ===============================================================
@@ -4520,7 +5300,7 @@ def may_etrn(scheduler: Scheduler, what: str, address: str) -> bool:
         cfgs = cfgs or [scheduler.config_of(what[1:])]
     else:
         cfgs = [scheduler.config_of(what)]
-    return all(cfg.etrn == "any" or (cfg.etrn != "none" and is_within(address, cfg.etrn)) for cfg in cfgs)   # type: ignore[arg-type]
+    return all(cfg.etrn == "any" or (not isinstance(cfg.etrn, str) and is_within(address, cfg.etrn)) for cfg in cfgs)
 
 
 Answers = Iterator[Optional[Dict[str, Any]]]
@@ -4777,7 +5557,7 @@ def format_mbox(sidecar: Mapping[str, Any], message: bytes) -> bytes:
 class Connection:
     """One SMTP client: its socket, its session, and the message on its way to the spool."""
     __slots__ = ("sock", "session", "network", "out", "draft", "commit", "last", "data_since", "is_closing", "is_ended",
-                 "is_reading", "is_writing", "tls")
+                 "is_reading", "is_writing", "is_greeted", "tls")
 
     def __init__(self, sock: socket.socket, session: Session, network: str, now: float) -> None:
         self.sock = sock
@@ -4792,6 +5572,7 @@ class Connection:
         self.is_ended = False           # the client sends no more
         self.is_reading = True          # as the selector knows
         self.is_writing = False
+        self.is_greeted = True          # False during greet_pause
         self.tls = Tls.NONE
 
 
@@ -4840,6 +5621,41 @@ class Certificate:
             return "the certificate cannot be read, the old one stays: %s" % printable(str(error))
 
 
+class RecipientFile:
+    """recipients = file:PATH: an address a line.  Read again when it changes."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError."""
+        self.path = path
+        self.stamp = self.look()
+        self.addresses, self.remark = self.read()
+
+    def look(self) -> Tuple[int, int, int]:
+        found = os.stat(self.path)
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def renew(self, _: Any) -> Any:
+        """In a committer thread: what is new, or None."""
+        stamp = self.look()
+        return None if stamp == self.stamp else (stamp, *self.read())
+
+    def read(self) -> Tuple[FrozenSet[str], str]:
+        """The addresses, in lower case, and what to say of lines that hold none."""
+        out, wrong = set(), []
+        with open(self.path, encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                word = line.partition("#")[0].strip()
+                try:
+                    if word:
+                        path, rest = parse_path("<%s>" % word, "5.1.3")
+                        if not path.domain or rest:
+                            raise Refuse(501, "5.1.3", "no domain")
+                        out.add(str(path).lower())
+                except Refuse:
+                    wrong.append(str(number))
+        return frozenset(out), "%s: not an address in line %s" % (self.path, ", ".join(wrong[:10])) if wrong else ""
+
+
 class Controller:
     """One client of the control socket."""
     __slots__ = ("sock", "data", "out", "answers")
@@ -4879,13 +5695,16 @@ class Server:
         self.clients: Dict[str, int] = {}       # connections per network
         self.most = cfg.max_connections
         self.reserve = -1               # a descriptor to give away when there are no more
-        self.space = (0.0, 0)           # when free space was asked (monotonic), and the answer
+        self.rate = Rate()
+        self.persistence = Persistence()
+        self.recipient_files: Dict[str, RecipientFile] = {}
         self.is_sick = False
         self.is_healing = False
         self.stopping: Optional[float] = None   # monotonic, when told to stop
         self.is_cut = False
         self.signals: Deque[int] = collections.deque()
         self.next_sweep = self.now.mono
+        self.next_file_check = self.now.mono + FILE_CHECK_S
         self.offline: Optional[Callable[[], bool]] = None       # a command's own loop: True when it is done
         self._set_size_limit()
 
@@ -4940,6 +5759,31 @@ class Server:
             raise
         self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_accept(sock))
         return sock
+
+    def load_recipients(self) -> None:
+        """The files that `recipients` names.  Raises OSError."""
+        paths = {cfg.recipients[5:] for cfg in self.cfg.domains.values()
+                 if isinstance(cfg.recipients, str) and cfg.recipients.startswith("file:")}
+        self.recipient_files = {path: RecipientFile(path) for path in paths}
+        for file in self.recipient_files.values():
+            if file.remark:
+                self.log.write("master", file.remark, "warning")
+
+    def _check_recipients(self) -> None:
+        """Now and then; read in a committer thread, and a file that cannot be read leaves what was known."""
+        if self.now.mono < self.next_file_check:
+            return
+        self.next_file_check = self.now.mono + FILE_CHECK_S
+        for file in self.recipient_files.values():
+            self.manager.committers.submit(Task(file.renew), functools.partial(self._on_recipients, file))
+
+    def _on_recipients(self, file: RecipientFile, result: Any) -> None:
+        if isinstance(result, Exception):
+            self.log.write("master", "%s: not read again: %s" % (file.path, printable(str(result))), "warning")
+        elif result is not None:
+            file.stamp, file.addresses, file.remark = result
+            self.log.write("master", "%s: %d recipients%s" % (
+                file.path, len(file.addresses), "; " + file.remark if file.remark else ""))
 
     def load_certificate(self) -> None:
         """Raises OSError when it is configured but of no use."""
@@ -5056,6 +5900,11 @@ class Server:
         try:
             self.log.reopen()
             cfg = read_config(self.cfg.file)
+            old, self.cfg = self.cfg, cfg
+            try:
+                self.load_recipients()
+            finally:
+                self.cfg = old
         except (ConfigError, OSError) as error:
             self.log.write("master", "not reloaded, the old configuration stays: %s" % printable(str(error)), "error")
             return
@@ -5208,7 +6057,15 @@ class Server:
             self.clients[network] = self.clients.get(network, 0) + 1
         self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_client(connection, mask))
         self.log.write("smtpd", "connect from %s" % format_peer(address), "debug")
-        self._act(connection, connection.session.greet())
+        if self.cfg.greet_pause:
+            connection.is_greeted = False
+            return self.manager.later(self.cfg.greet_pause, lambda: self._greet(connection))
+        self._greet(connection)
+
+    def _greet(self, connection: Connection) -> None:
+        if connection in self.connections and not connection.is_closing:
+            connection.is_greeted = True
+            self._act(connection, connection.session.greet())
 
     def _on_client(self, connection: Connection, mask: int) -> None:
         try:
@@ -5262,6 +6119,10 @@ class Server:
             return self._look(connection)
         if connection.is_closing:
             return                      # lingering: thrown away, so that our last reply is not lost to a reset
+        if not connection.is_greeted:
+            reply = Reply(521, "5.5.1", "%s You speak before the banner" % self.cfg.hostname)
+            connection.session.note_reject("PREGREET", reply, "")
+            return self._act(connection, connection.session.shut(reply))
         actions = connection.session.receive(data)
         if actions or connection.session.mode is not Mode.COMMAND:
             connection.last = self.now.mono     # progress is a command or data, not one more octet of a line
@@ -5367,9 +6228,9 @@ class Server:
 
     def _ask(self, connection: Connection, question: Ask) -> Any:
         if question.what == "mail":
-            return self._may_mail(question.value)
+            return self._may_mail(connection, question.value)
         if question.what == "rcpt":
-            return None
+            return self._may_rcpt(connection, question.value)
         if question.what == "starttls":
             connection.tls = Tls.ASKED
             return WAIT
@@ -5378,15 +6239,59 @@ class Server:
             return answer_etrn(self.manager, question.value, session.address, session.name)
         return self._commit(connection, question.value)
 
-    def _may_mail(self, transaction: Transaction) -> Optional[Reply]:
+    def _may_mail(self, connection: Connection, transaction: Transaction) -> Optional[Reply]:
         if self.stopping is not None:
             return self._going()
+        most = self.cfg.max_message_rate
+        if most and connection.network and self.rate.is_over(connection.network, most, self.now):
+            return Reply(450, "4.7.1", "Too many messages a minute from your address")
         if self.spool.sick:
             return disk_reply(None)
-        if self.now.mono - self.space[0] >= SPACE_CHECK_S:
-            self.space = (self.now.mono, self.spool.free())
-        if self.space[1] < self.cfg.min_free_space + transaction.size:
+        if self.manager.free_space() < self.cfg.min_free_space + transaction.size:
             return Reply(452, "4.3.1", "Insufficient system storage")
+        return None
+
+    def _may_rcpt(self, connection: Connection, recipient: Recipient) -> Any:
+        """None, a refusal, or WAIT while the primary is asked."""
+        session, address, domain = connection.session, recipient.address, recipient.path.domain
+        assert session.transaction is not None
+        site = self.manager.scheduler.site(domain, self.now)
+        cfg = site.cfg
+        if cfg.max_queue_size is not None and site.octets + session.transaction.size > cfg.max_queue_size:
+            return Reply(452, "4.2.2", "The queue for %s is full" % domain)
+        is_postmaster = recipient.path.local.lower() == "postmaster"
+        known: Optional[bool] = True
+        if isinstance(cfg.recipients, frozenset) or cfg.recipients.startswith("file:"):
+            if isinstance(cfg.recipients, str):
+                known = address.lower() in self.recipient_files[cfg.recipients[5:]].addresses
+            else:
+                known = address.lower() in cfg.recipients
+        elif cfg.recipients == "verify":
+            known = self.manager.memory.knows(address, self.now.wall)
+        known = known or is_postmaster or known
+        if known is False:
+            return no_such_user(address)
+        must_ask = known is None or (cfg.while_up == "defer" and not site.is_known_up(self.now))
+        if not must_ask or not site.may_ask(self.now):
+            return self._judge_rcpt(session, site, address, known)
+
+        def on_word(word: str, text: str) -> None:
+            if session.waiting is not None and connection in self.connections and not connection.is_closing:
+                verdict = known if known is not None else {"good": True, "bad": False}.get(word)
+                self._act(connection, session.resume(self._judge_rcpt(session, site, address, verdict, text)))
+        self.manager.ask(site, address if known is None else "", on_word)
+        return WAIT
+
+    def _judge_rcpt(self, session: Session, site: Site, address: str, known: Optional[bool], text: str = "") -> Optional[Reply]:
+        """With all there is to know: None in `known` means that nobody can say now."""
+        if known is False:
+            return no_such_user(address, text)
+        if known is None and site.cfg.unknown_recipients == "defer":
+            return Reply(450, "4.1.1", "<%s>: Recipient cannot be verified now" % address)
+        if site.cfg.while_up == "defer" and site.is_known_up(self.now):
+            assert session.transaction is not None
+            if not self.persistence.is_taken(session.address, session.transaction.sender, address, self.now.wall):
+                return Reply(450, "4.3.2", "<%s>: The primary mail server is up, use that" % address)
         return None
 
     # -- the message on its way to the spool
@@ -5463,20 +6368,22 @@ class Server:
         def committed(error: Optional[Exception]) -> None:
             if error is None:
                 self.manager.accept(sidecar)
-                reply = Reply(250, "2.0.0", "Ok: queued as %s" % draft.id)
-            else:
-                self.log.write("smtpd", "%s: cannot be kept: %s" % (draft.id, printable(str(error))), "error")
-                reply = disk_reply(error if isinstance(error, OSError) else None)
+                return self.manager.cut_through(sidecar, answer)
+            self.log.write("smtpd", "%s: cannot be kept: %s" % (draft.id, printable(str(error))), "error")
+            answer(disk_reply(error if isinstance(error, OSError) else None))
+
+        def answer(refusal: Optional[Reply]) -> None:
             if connection.draft is draft:       # else the client has left; the message is queued all the same
                 connection.draft = None
                 connection.last = self.now.mono
-                self._act(connection, session.resume(reply))
+                self._act(connection, session.resume(refusal or Reply(250, "2.0.0", "Ok: queued as %s" % draft.id)))
         self.manager.committers.submit(Commit(draft, draft.take(), sidecar), committed)
 
     # -- once a second
 
     def _sweep(self) -> None:
         self._check_spool()
+        self._check_recipients()
         limit = self.cfg.command_timeout
         if len(self.connections) > self.most * STRESS_SHARE:
             limit = min(limit, STRESS_TIMEOUT_S)
@@ -5622,6 +6529,12 @@ class Server:
 WAIT = object()                 # the answer to a question comes later
 
 
+def no_such_user(address: str, text: str = "") -> Reply:
+    """`text`: the primary's own words, when it was asked just now."""
+    return Reply(550, "5.1.1", "<%s>: Recipient address rejected: User unknown%s" % (
+        address, " (%s)" % text if text else ""))
+
+
 def short_path(path: str, directory: int) -> str:
     """A Unix socket's path has about a hundred octets; a longer one goes by the open directory."""
     if len(os.fsencode(path)) < 100:
@@ -5765,19 +6678,64 @@ def parse_what(text: str) -> str:
         raise Usage("'%s' is neither a domain, a queue ID, nor all" % printable(text, 100)) from None
 
 
+class Account:
+    """The `user` option.  The spool and the log are opened as that user, ports
+    are bound and the TLS key is read as root, and then root is given up for good."""
+
+    def __init__(self, name: str) -> None:
+        """Raises OSError when it cannot work."""
+        self.name = name
+        if not name:
+            return
+        try:
+            found = pwd.getpwnam(name)
+        except KeyError:
+            raise OSError(0, "user = %s: there is no such account" % name) from None
+        self.uid, self.gid, self.home = found.pw_uid, found.pw_gid, found.pw_dir
+        if os.geteuid() not in (0, self.uid):
+            raise OSError(0, "user = %s: only root can become another account" % name)
+        self.name = name if os.geteuid() == 0 and self.uid != 0 else ""
+
+    def assume(self, spool: str) -> None:
+        """For the opening of spool and log; a spool that does not exist yet is made for the account."""
+        if self.name:
+            if not os.path.isdir(spool):
+                os.makedirs(spool, 0o700)
+                os.chown(spool, self.uid, self.gid)
+            os.initgroups(self.name, self.gid)
+            os.setegid(self.gid)
+            os.seteuid(self.uid)
+            if not os.access(spool, os.R_OK | os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+                raise OSError(0, "user = %s: that account cannot write the spool %s" % (self.name, spool))
+
+    def resume_root(self) -> None:
+        if self.name:
+            os.seteuid(0)
+
+    def become(self) -> None:
+        if self.name:
+            os.setgid(self.gid)
+            os.setuid(self.uid)
+
+
 def serve(cfg: Config) -> int:
     """Run the relay in the foreground."""
+    account = Account(cfg.user)
+    account.assume(cfg.spool)
     log = Log(cfg.log, cfg.log_level, cfg.hostname)
     spool = Spool(cfg.spool)
     spool.open()
     server = Server(cfg, spool, log)
+    account.resume_root()
     try:
         server.listen()
         server.load_certificate()
+        server.load_recipients()
     except OSError as error:
         hint = "  (ports below 1024 need root)" if error.errno == errno.EACCES else ""
-        print("etrn_relay.py: %s%s" % (error.strerror, hint), file=sys.stderr)
+        print("etrn_relay.py: %s%s" % (describe(error), hint), file=sys.stderr)
         return EX_TEMPFAIL if error.errno == errno.EADDRINUSE else EX_CONFIG
+    account.become()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: server.signals.append(number))
     signal.set_wakeup_fd(server.wake_writer.fileno(), warn_on_full_buffer=False)

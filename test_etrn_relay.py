@@ -1359,6 +1359,662 @@ class Addresses(unittest.TestCase):
             self.assertEqual(player.replies[-1][:9], "250 2.1.5")
 
 
+# == 6. SCHEDULE ===============================================================
+
+class Clock:
+    """Both clocks.  advance() moves them together, jump() the wall clock alone."""
+
+    def __init__(self) -> None:
+        self.mono, self.wall = 1000.0, 1764000000.0
+
+    @property
+    def now(self) -> etrn.Now:
+        return etrn.Now(self.mono, self.wall)
+
+    def advance(self, seconds: float = 0, hours: float = 0, days: float = 0) -> etrn.Now:
+        step = seconds + 3600 * hours + 86400 * days
+        self.mono += step
+        self.wall += step
+        return self.now
+
+    def jump(self, seconds: float) -> etrn.Now:
+        self.wall += seconds
+        return self.now
+
+
+class Schedule(unittest.TestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.configure()
+
+    def configure(self, domain: str = "", count: int = 0) -> None:
+        self.site = etrn.Site(DOMAIN, config("", domain).domain(DOMAIN), self.clock.now)
+        for number in range(count):
+            self.add("A%05d" % number)
+
+    def add(self, id: str = "A00000", **options: Any) -> etrn.Entry:
+        wall = self.clock.wall
+        entry = etrn.Entry(id, 100, wall, wall + self.site.cfg.lifetime)
+        self.site.add(entry, self.clock.now, **options)
+        return entry
+
+    def probe(self, error: str = "connection refused") -> float:
+        """Wait until it is tried, let it fail; returns the seconds waited."""
+        began = self.clock.mono
+        while not self.site.wanted(self.clock.now):
+            at = self.site.wake(self.clock.now)
+            self.assertGreater(at, self.clock.mono)
+            self.clock.advance(at - self.clock.mono)
+        self.site.on_started(self.clock.now)
+        if error:
+            self.site.on_failed(self.clock.now, error)
+        else:
+            self.site.on_connected(self.clock.now)
+        return self.clock.mono - began
+
+    def prove(self) -> None:
+        """It greets and takes its first message."""
+        self.probe("")
+        canary, = self.site.take(16, self.clock.now)
+        self.took_one()
+        self.site.drop(canary.id)
+
+    def took_one(self) -> bool:
+        """The primary took a message; whether that proved it."""
+        return self.site.on_taken(self.clock.now)
+
+    def taken(self, most: int = 1000) -> List[str]:
+        return [entry.id for entry in self.site.take(most, self.clock.now)]
+
+    def test_a_primary_without_mail_is_not_tried(self) -> None:
+        self.assertFalse(self.site.wanted(self.clock.now))
+        self.assertIsNone(self.site.wake(self.clock.now))
+
+    def test_a_down_primary_is_tried_soon_and_then_every_probe_interval(self) -> None:
+        for interval in cases(self, [5, 1, 60]):
+            self.configure("probe_interval = %ds" % interval, 1)
+            pauses = [self.probe() for _ in range(30)]
+            self.assertEqual((pauses[0], pauses[-1]), (0, interval))
+            self.assertLessEqual(pauses[1], etrn.PROBE_FIRST_S)
+            self.assertEqual(pauses, sorted(pauses))
+            self.assertIs(self.site.state, etrn.Primary.DOWN)
+
+    def test_a_probe_that_hangs_does_not_keep_the_next_from_finding_the_primary(self) -> None:
+        self.add()
+        started = 0
+        for _ in range(100):
+            if self.site.wanted(self.clock.now):
+                self.site.on_started(self.clock.now)
+                started += 1
+            self.clock.advance(0.3)
+        self.assertTrue(2 <= started <= etrn.CONNECT_S / self.site.cfg.probe_interval + 1, started)
+
+    def test_a_flood_of_etrns_costs_one_probe_a_second(self) -> None:
+        self.add()
+        starts = []
+        for _ in range(200):
+            self.site.flush(self.clock.now)
+            if self.site.wanted(self.clock.now):
+                starts.append(self.clock.mono)
+                self.site.on_started(self.clock.now)
+                self.site.on_failed(self.clock.now, "connection refused")
+            self.clock.advance(0.05)
+        self.assertTrue(9 <= len(starts) <= 11, starts)
+
+    def test_an_etrn_ends_the_pause_at_once(self) -> None:
+        self.add()
+        for _ in range(20):
+            self.probe()
+        self.clock.advance(2)
+        self.assertFalse(self.site.wanted(self.clock.now))
+        self.site.flush(self.clock.now)
+        self.assertTrue(self.site.wanted(self.clock.now))
+
+    def test_an_etrn_while_a_connection_opens_is_not_lost(self) -> None:
+        self.add()
+        for _ in range(20):
+            self.probe()
+        self.clock.advance(5)
+        self.site.on_started(self.clock.now)
+        self.clock.advance(2)
+        self.site.flush(self.clock.now)
+        self.site.on_failed(self.clock.now, "timeout")
+        self.assertTrue(self.site.wanted(self.clock.now))
+
+    def test_after_an_outage_one_message_goes_first(self) -> None:
+        self.configure(count=50)
+        self.probe()
+        self.probe("")
+        self.assertEqual(self.taken(16), ["A00000"])
+        self.assertEqual(self.taken(16), [])
+        self.assertFalse(self.site.wanted(self.clock.now))
+        self.assertTrue(self.took_one())
+        self.assertEqual(len(self.taken(16)), 16)
+
+    def test_messages_go_oldest_first(self) -> None:
+        for number in (3, 1, 2):
+            self.clock.advance(-10 * number)
+            self.add("B%05d" % number)
+            self.clock.advance(10 * number)
+        self.add("A00000")
+        self.prove()
+        self.assertEqual(self.taken(), ["B00002", "B00001", "A00000"])
+
+    def test_connections_open_one_after_the_other_up_to_their_number(self) -> None:
+        self.configure("connections = 4", 500)
+        self.prove()
+        opened = [self.site.open]
+        for _ in range(20):
+            if self.site.wanted(self.clock.now):
+                self.site.on_started(self.clock.now)
+                self.assertFalse(self.site.wanted(self.clock.now))
+                self.site.on_connected(self.clock.now)
+            opened.append(self.site.open)
+            self.took_one()
+        self.assertEqual((opened[0], max(opened)), (1, 4))
+        self.assertTrue(all(after - before in (0, 1) for before, after in zip(opened, opened[1:])))
+
+    def test_few_messages_need_one_connection(self) -> None:
+        self.configure(count=5)
+        self.prove()
+        for _ in range(10):
+            self.took_one()
+        self.assertFalse(self.site.wanted(self.clock.now))
+
+    def full_speed(self) -> None:
+        self.configure("connections = 8", 5000)
+        self.prove()
+        for _ in range(8):
+            self.took_one()
+        while self.site.wanted(self.clock.now):
+            self.site.on_started(self.clock.now)
+            self.site.on_connected(self.clock.now)
+        self.assertEqual((self.site.open, self.site.limit), (8, 8))
+
+    def test_a_refused_connection_among_others_halves_them_and_is_no_outage(self) -> None:
+        self.full_speed()
+        self.site.on_started(self.clock.now)
+        self.assertFalse(self.site.on_failed(self.clock.now, "421 too many"))
+        self.assertEqual((self.site.limit, self.site.state), (4, etrn.Primary.UP))
+
+    def test_a_421_halves_the_connections(self) -> None:
+        self.full_speed()
+        self.assertFalse(self.site.on_closed(self.clock.now, "421 go slow"))
+        self.assertEqual(self.site.limit, 4)
+        self.assertFalse(self.site.wanted(self.clock.now))
+
+    def test_mostly_4xx_answers_halve_the_connections(self) -> None:
+        self.full_speed()
+        for _ in range(etrn.VERDICTS):
+            self.site.on_deferred(self.clock.now)
+        self.assertEqual(self.site.limit, 4)
+
+    def test_a_few_4xx_answers_change_nothing(self) -> None:
+        self.full_speed()
+        for _ in range(100):
+            self.site.on_deferred(self.clock.now)
+            self.took_one()
+            self.took_one()
+        self.assertEqual(self.site.limit, 8)
+
+    def test_a_canary_that_is_deferred_does_not_let_the_queue_loose(self) -> None:
+        self.configure(count=10)
+        self.probe("")
+        canary, = self.site.take(16, self.clock.now)
+        self.site.on_deferred(self.clock.now)
+        self.site.defer(canary, self.clock.now, 300)
+        self.assertEqual(self.taken(16), [])
+        self.clock.advance(60)
+        self.assertEqual(len(self.taken(16)), 1)
+
+    def test_a_deferred_message_pauses_longer_each_time(self) -> None:
+        self.assertEqual([self.site.pause(n) for n in (1, 2, 3, 4, 5, 6, 2000)], [300, 600, 1200, 2400, 3600, 3600, 3600])
+
+    def test_a_deferred_message_is_due_when_its_pause_is_over(self) -> None:
+        self.configure(count=2)
+        self.prove()
+        entry, = self.site.take(16, self.clock.now)
+        self.site.defer(entry, self.clock.now, 300)
+        self.assertEqual(self.site.wake(self.clock.now), self.clock.mono + 300)
+        self.clock.advance(299)
+        self.assertEqual(self.taken(), [])
+        self.clock.advance(1)
+        self.assertEqual(self.taken(), [entry.id])
+
+    def test_a_flush_makes_everything_due_but_held_mail(self) -> None:
+        self.configure(count=4)
+        self.prove()
+        one, two, three = self.site.take(16, self.clock.now)
+        self.site.hold(three, True)
+        for entry in (one, two, three):
+            self.site.defer(entry, self.clock.now, 3000)
+        self.assertEqual(self.taken(), [])
+        self.assertTrue(self.site.flush(self.clock.now))
+        self.assertEqual(self.taken(), [one.id, two.id])
+        self.assertIs(three.state, etrn.State.HOLD)
+
+    def test_a_flush_is_under_way_until_each_of_its_messages_was_tried(self) -> None:
+        self.configure(count=3)
+        self.prove()
+        self.assertTrue(self.site.flush(self.clock.now))
+        self.assertFalse(self.site.flush(self.clock.now))
+        one, two = self.site.take(16, self.clock.now)
+        self.site.defer(one, self.clock.now, 300)
+        self.site.drop(two.id)
+        self.assertTrue(self.site.flush(self.clock.now))
+
+    def test_a_flush_that_finds_the_primary_down_is_over(self) -> None:
+        self.add()
+        self.assertTrue(self.site.flush(self.clock.now))
+        self.probe()
+        self.assertTrue(self.site.flush(self.clock.now))
+
+    def test_a_flush_while_a_message_is_being_sent_sends_it_again_at_once(self) -> None:
+        self.configure(count=2)
+        self.prove()
+        entry, = self.site.take(16, self.clock.now)
+        self.site.flush(self.clock.now)
+        self.site.defer(entry, self.clock.now, 3000)
+        self.assertEqual(self.taken(), [entry.id])
+        self.site.defer(entry, self.clock.now, 3000)
+        self.assertEqual(self.taken(), [])
+
+    def test_an_outage_that_ends_makes_deferred_mail_due(self) -> None:
+        self.configure(count=3)
+        self.prove()
+        for entry in self.site.take(16, self.clock.now):
+            self.site.defer(entry, self.clock.now, 3000)
+        self.site.on_closed(self.clock.now, "lost connection")
+        self.add("B00000")
+        self.probe()
+        self.clock.advance(10)
+        self.probe("")
+        self.took_one()
+        self.assertEqual(len(self.taken()), 3)
+
+    def test_an_outage_is_told_once_with_its_length(self) -> None:
+        self.add()
+        self.site.on_started(self.clock.now)
+        self.assertTrue(self.site.on_failed(self.clock.now, "refused"))
+        self.clock.advance(hours=2)
+        self.site.on_started(self.clock.now)
+        self.assertFalse(self.site.on_failed(self.clock.now, "refused"))
+        self.clock.advance(seconds=60)
+        self.site.on_started(self.clock.now)
+        self.assertEqual(self.site.on_connected(self.clock.now), 7260)
+
+    def test_held_mail_stays_and_later_mail_with_it(self) -> None:
+        self.configure(count=2)
+        self.site.hold_all(True)
+        self.add("B00000")
+        self.assertEqual((self.site.count[etrn.State.HOLD], self.taken()), (3, []))
+        self.assertFalse(self.site.wanted(self.clock.now))
+        self.site.hold_all(False)
+        self.prove()
+        self.assertEqual(len(self.taken()), 2)
+
+    def test_a_message_held_while_it_is_sent_is_held_when_it_comes_back(self) -> None:
+        self.configure(count=2)
+        self.prove()
+        entry, = self.site.take(16, self.clock.now)
+        self.site.hold(entry, True)
+        self.assertIs(entry.state, etrn.State.DELIVERING)
+        self.site.give_back(entry)
+        self.assertIs(entry.state, etrn.State.HOLD)
+
+    def test_mail_expires_after_its_lifetime_and_three_attempts(self) -> None:
+        self.add()
+        for _ in range(2):
+            self.probe()
+        self.clock.advance(days=8)
+        self.assertEqual(self.site.expired(self.clock.now), [])
+        self.probe()
+        self.assertEqual([entry.id for entry in self.site.expired(self.clock.now)], ["A00000"])
+
+    def test_mail_does_not_expire_before_its_time_nor_while_held(self) -> None:
+        entry = self.add()
+        for _ in range(10):
+            self.probe()
+        self.clock.advance(days=6.9)
+        self.assertEqual(self.site.expired(self.clock.now), [])
+        self.site.hold(entry, True)
+        self.clock.advance(days=2)
+        self.assertEqual(self.site.expired(self.clock.now), [])
+        self.site.hold(entry, False)
+        self.assertEqual(self.site.expired(self.clock.now), [entry])
+
+    def test_a_jump_of_the_clock_alone_expires_nothing(self) -> None:
+        self.add()
+        for _ in range(10):
+            self.probe()
+        self.clock.jump(30 * 86400)
+        self.site.on_clock_jump()
+        self.assertEqual(self.site.expired(self.clock.now), [])
+        self.assertEqual(self.site.attempts(self.site.entries["A00000"]), 10)
+        for _ in range(3):
+            self.probe()
+        self.assertEqual(len(self.site.expired(self.clock.now)), 1)
+
+    def test_a_5xx_is_final_after_the_grace_only(self) -> None:
+        self.configure("recovery_grace = 1h", 2)
+        self.probe()
+        self.prove()
+        for minutes, since, expected in cases(self, [(0, None, False), (59, None, False), (0, 59, False), (0, 60, True), (60, None, True)]):
+            now = etrn.Now(self.clock.mono, self.clock.wall + 60 * minutes)
+            self.assertEqual(self.site.is_final(now, since if since is None else now.wall - 60 * since), expected)
+
+    def test_names_of_sites_match_whole_or_on_dot_boundaries(self) -> None:
+        cfg = etrn.parse_config("[relay]\ndomains = example.com, a.example.com, badexample.com, .wild.example, x.y.example\n", "/x/c")
+        scheduler = etrn.Scheduler(cfg)
+        for name in ("example.com", "a.example.com", "badexample.com", "b.wild.example", "x.y.example"):
+            scheduler.site(name, self.clock.now)
+        for what, expected in cases(self, [
+                ("example.com", ["example.com"]), ("@example.com", ["a.example.com", "example.com"]), ("com", []),
+                ("@com", ["a.example.com", "badexample.com", "example.com"]), ("@wild.example", ["b.wild.example"]),
+                ("xample.com", []), ("@xample.com", []), ("@y.example", ["x.y.example"])]):
+            self.assertEqual(sorted(site.name for site in scheduler.matching(what)), expected)
+        for what, expected in cases(self, [
+                ("example.com", True), ("b.example.com", False), ("@com", True), ("@y.example", True), ("y.example", False),
+                ("c.wild.example", True), ("wild.example", False), ("@wild.example", True), ("@net", False), ("other.example", False)]):
+            self.assertEqual(scheduler.serves(what), expected)
+
+    def test_new_lifetimes_hold_for_queued_mail(self) -> None:
+        scheduler = etrn.Scheduler(config())
+        self.site = scheduler.site(DOMAIN, self.clock.now)
+        self.add()
+        for _ in range(3):
+            self.probe()
+        self.clock.advance(days=2)
+        self.assertEqual(self.site.expired(self.clock.now), [])
+        scheduler.reconfigure(config("", "lifetime = 1d"), self.clock.now)
+        self.assertEqual(len(self.site.expired(self.clock.now)), 1)
+
+
+# == 7. DNS ====================================================================
+
+class Packets(unittest.TestCase):
+    """Built by hand; nothing but DnsError may come of them."""
+
+    HEAD = struct.pack("!HHHHHH", 7, 0x8180, 1, 1, 0, 0)
+    ASKED = wire_name("a.example") + struct.pack("!HH", etrn.MX, 1)
+
+    def parse(self, packet: bytes, kind: int = etrn.MX, name: str = "a.example") -> Optional[etrn.Answer]:
+        return etrn.parse_answer(packet, 7, name, kind)
+
+    def test_answers_are_read(self) -> None:
+        for kind, data in cases(self, [(etrn.A, ["192.0.2.1", "192.0.2.2"]), (etrn.AAAA, ["2001:db8::1"]),
+                                       (etrn.MX, [(10, "m1.example"), (20, "m2.example"), (0, "")]), (etrn.PTR, ["host.example"])]):
+            packet = dns_answer(7, "a.example", kind, [record("a.example", kind, one) for one in data])
+            self.assertEqual(self.parse(packet, kind), etrn.Answer(0, False, data))
+
+    def test_names_are_compared_without_case_and_compressed_ones_read(self) -> None:
+        packet = (struct.pack("!HHHHHH", 7, 0x8180, 1, 1, 0, 0) + wire_name("A.eXample") + struct.pack("!HH", etrn.MX, 1)
+                  + b"\xc0\x0c" + struct.pack("!HHIH", etrn.MX, 1, 9, 6) + b"\0\x05\x01m\xc0\x0e")
+        self.assertEqual(self.parse(packet), etrn.Answer(0, False, [(5, "m.example")]))
+
+    def test_aliases_are_followed_within_the_packet_and_not_round_in_circles(self) -> None:
+        chain = [record("a.example", etrn.CNAME, "b.example"), record("b.example", etrn.CNAME, "c.example"),
+                 record("c.example", etrn.A, "192.0.2.1")]
+        circle = [record("a.example", etrn.CNAME, "b.example"), record("b.example", etrn.CNAME, "a.example")]
+        self.assertEqual(self.parse(dns_answer(7, "a.example", etrn.A, chain), etrn.A).records, ["192.0.2.1"])
+        self.assertEqual(self.parse(dns_answer(7, "a.example", etrn.A, circle), etrn.A).records, [])
+
+    def test_records_of_other_owners_kinds_and_classes_are_left_out(self) -> None:
+        chaos = wire_name("a.example") + struct.pack("!HHIH", etrn.A, 3, 1, 4) + b"\1\2\3\4"
+        for other in cases(self, [record("b.example", etrn.A, "192.0.2.9"), record("a.example", etrn.AAAA, "::1"), chaos]):
+            self.assertEqual(self.parse(dns_answer(7, "a.example", etrn.A, [other]), etrn.A).records, [])
+
+    def test_packets_that_answer_another_question_are_ignored(self) -> None:
+        good = dns_answer(7, "a.example", etrn.MX)
+        for packet in cases(self, [
+                b"", good[:11], dns_answer(8, "a.example", etrn.MX), dns_answer(7, "b.example", etrn.MX), dns_answer(7, "a.example", etrn.A),
+                dns_answer(7, "a.example", etrn.MX, flags=0x0100), good[:4] + b"\0\0" + good[6:], good[:4] + b"\0\2" + good[6:],
+                good[:-1] + b"\3"]):
+            self.assertIsNone(self.parse(packet))
+        self.assertIsNotNone(self.parse(good))
+
+    def test_malicious_packets_are_refused(self) -> None:
+        at = len(self.HEAD + self.ASKED)
+        tail = struct.pack("!HHIH", etrn.MX, 1, 9, 4) + b"\0\1\1m"
+        pointer = lambda target: struct.pack("!H", 0xc000 | target)        # noqa: E731
+        for what, name in cases(self, [
+                ("to itself", pointer(at)), ("forward", pointer(at + 2) + b"\0"), ("beyond the packet", pointer(0x3fff)),
+                ("a circle of two", b"\1a" + pointer(at + 4) + pointer(at)), ("half of one", b"\xc0"), ("a label of kind 01", b"\x41a\0"),
+                ("a label of kind 10", b"\x81a\0"), ("a label beyond the packet", b"\x3fab"), ("no end", b"\1a"),
+                ("300 octets", (b"\x3f" + b"x" * 63) * 5 + b"\0")]):
+            self.assertRaises(etrn.DnsError, self.parse, self.HEAD + self.ASKED + name + (tail if what != "half of one" else b""))
+        for data in cases(self, [b"", b"\0\1", b"\0\1\5ab", b"\0\1" + pointer(0x3fff)]):
+            self.assertRaises(etrn.DnsError, self.parse, dns_answer(7, "a.example", etrn.MX, [record("a.example", etrn.MX, (1, ""))])[:at]
+                              + record("a.example", 16, data).replace(b"\0\x10\0\1", b"\0\x0f\0\1"))
+        for kind, data in cases(self, [(etrn.A, b"123"), (etrn.A, b"12345"), (etrn.AAAA, b"1234")]):
+            packet = dns_answer(7, "a.example", kind, [wire_name("a.example") + struct.pack("!HHIH", kind, 1, 9, len(data)) + data])
+            self.assertRaises(etrn.DnsError, self.parse, packet, kind)
+
+    def test_a_name_that_runs_over_its_record_is_refused(self) -> None:
+        short = wire_name("a.example") + struct.pack("!HHIH", etrn.MX, 1, 9, 3) + b"\0\1\1"
+        packet = dns_answer(7, "a.example", etrn.MX, [short, record("a.example", etrn.MX, (9, "m.example"))])
+        self.assertRaises(etrn.DnsError, self.parse, packet)
+
+    def test_counts_that_lie_are_refused(self) -> None:
+        packet = dns_answer(7, "a.example", etrn.MX)
+        self.assertRaises(etrn.DnsError, self.parse, packet[:6] + b"\xff\xff" + packet[8:])
+
+    def test_every_prefix_of_an_answer_is_harmless(self) -> None:
+        for kind, data in cases(self, [(etrn.A, "192.0.2.1"), (etrn.AAAA, "::1"), (etrn.MX, (1, "m.example")), (etrn.PTR, "p.example")]):
+            packet = dns_answer(7, "a.example", kind, [record("a.example", etrn.CNAME, "b.example"), record("b.example", kind, data)])
+            for size in range(len(packet)):
+                try:
+                    self.assertIsNone(self.parse(packet[:size], kind))
+                except etrn.DnsError:
+                    pass
+            self.assertEqual(self.parse(packet, kind).records, [data])
+
+    def test_random_damage_does_no_harm(self) -> None:
+        chance = random.Random(2)
+        good = dns_answer(7, "a.example", etrn.MX, [record("a.example", etrn.CNAME, "b.example"), record("b.example", etrn.MX, (1, "m.example"))])
+        outcomes = collections.Counter()
+        for _ in range(4000):
+            packet = bytearray(good)
+            for _ in range(chance.randrange(1, 6)):
+                packet[chance.randrange(4, len(packet))] = chance.choice((0, 1, 12, 0x3f, 0xc0, 0xff, chance.randrange(256)))
+            try:
+                outcomes[type(self.parse(bytes(packet)))] += 1
+            except etrn.DnsError:
+                outcomes["refused"] += 1
+        self.assertEqual((sum(outcomes.values()), len(outcomes)), (4000, 3))
+
+    def test_a_query_is_a_query(self) -> None:
+        packet = etrn.format_query(7, "a.example", etrn.MX)
+        self.assertEqual(packet[:12], struct.pack("!HHHHHH", 7, 0x0100, 1, 0, 0, 1))
+        self.assertEqual(packet[12:12 + len(self.ASKED)], self.ASKED)
+        self.assertEqual(etrn.format_query(7, "a.example", etrn.MX, False)[12:], self.ASKED)
+
+
+class Nameservers(unittest.TestCase):
+    ZONE = {("a.example", etrn.MX): [(10, "m1.example"), (20, "m2.example")], ("m1.example", etrn.A): ["192.0.2.1"],
+            ("m1.example", etrn.AAAA): ["2001:db8::1"], ("m2.example", etrn.A): ["192.0.2.2"], ("bare.example", etrn.A): ["192.0.2.3"],
+            ("null.example", etrn.MX): [(0, "")], ("ours.example", etrn.MX): [(5, "m1.example"), (10, "backup.example.net"), (10, "m2.example")],
+            ("only.example", etrn.MX): [(1, "backup.example.net"), (2, "m2.example")], ("gone.example", etrn.MX): [(1, "none.example")],
+            ("half.example", etrn.MX): [(1, "none.example"), (2, "m2.example")], ("backup.example.net", etrn.A): ["192.0.2.99"],
+            ("public.example", etrn.MX): [(1, "m3.example"), (2, "m2.example")], ("m3.example", etrn.A): ["127.0.0.1", "10.0.0.1", "9.9.9.9"]}
+
+    def setUp(self) -> None:
+        self.stack = contextlib.ExitStack()
+        self.addCleanup(self.stack.close)
+
+    def dns(self, **options: Any) -> Dns:
+        return self.stack.enter_context(Dns(options.pop("zone", self.ZONE), **options))
+
+    def resolver(self, *servers: Dns) -> etrn.Resolver:
+        return etrn.Resolver(tuple(one.endpoint for one in servers or [self.dns()]))
+
+    def route(self, domain: str, *servers: Dns, **plan: Any) -> List[str]:
+        cfg = config("", "primary = mx").domain(DOMAIN)
+        hops, self.warning = etrn.find_route(make_plan(cfg, "mx", resolver=self.resolver(*servers), **{"site": domain, **plan}))
+        return [str(hop) for hop in hops]
+
+    def test_records_come_over_udp(self) -> None:
+        self.assertEqual(self.resolver().query("a.example", etrn.MX), self.ZONE["a.example", etrn.MX])
+
+    def test_a_truncated_answer_is_fetched_over_tcp(self) -> None:
+        server = self.dns(truncate=True)
+        self.assertEqual(self.resolver(server).query("a.example", etrn.MX), self.ZONE["a.example", etrn.MX])
+        self.assertEqual([how for how, _, _ in server.asked], ["udp", "tcp"])
+
+    def test_a_name_that_does_not_exist_is_an_error_and_one_without_records_is_not(self) -> None:
+        self.assertRaisesRegex(etrn.DnsError, "no such name", self.resolver().query, "none.example", etrn.MX)
+        self.assertEqual(self.resolver().query("bare.example", etrn.MX), [])
+
+    def test_the_next_server_is_asked_when_one_fails(self) -> None:
+        for broken in cases(self, [{"rcode": 2}, {"rcode": 5}, {"mangle": lambda packet: None}, {"mangle": lambda packet: packet[:20]},
+                                   {"mangle": lambda packet: b"\0\0" + packet[2:] if packet[:2] != b"\0\0" else None},
+                                   {"mangle": lambda packet: packet[:6] + b"\xff\xff" + packet[8:]}]):
+            with shorten(DNS_TRY_S=0.1):
+                first, second = self.dns(**broken), self.dns()
+                self.assertEqual(self.resolver(first, second).query("a.example", etrn.MX), self.ZONE["a.example", etrn.MX])
+                self.assertTrue(first.asked)
+
+    def test_nobody_answering_is_an_error_in_bounded_time(self) -> None:
+        silent = self.dns(mangle=lambda packet: None)
+        with shorten(DNS_TRY_S=0.05, DNS_TOTAL_S=0.3):
+            self.assertRaisesRegex(etrn.DnsError, "lookup of a.example failed", self.resolver(silent).query, "a.example", etrn.MX)
+
+    def test_an_old_forwarder_is_asked_again_without_edns(self) -> None:
+        server = self.dns(mangle=lambda packet: packet[:3] + b"\x81" + packet[4:] if len(server.asked) == 1 else packet)
+        self.assertEqual(self.resolver(server).query("a.example", etrn.MX), self.ZONE["a.example", etrn.MX])
+        self.assertEqual(len(server.asked), 2)
+
+    def test_addresses_come_ipv4_first(self) -> None:
+        self.assertEqual(self.resolver().addresses("m1.example"), ["192.0.2.1", "2001:db8::1"])
+        self.assertEqual(self.resolver().addresses("2001:DB8::2"), ["2001:db8::2"])
+
+    def test_routes_follow_mx_preferences_and_fall_back_to_the_address(self) -> None:
+        for domain, expected in cases(self, [
+                ("a.example", ["m1.example[192.0.2.1]:25", "m1.example[2001:db8::1]:25", "m2.example[192.0.2.2]:25"]),
+                ("bare.example", ["bare.example[192.0.2.3]:25"]), ("half.example", ["m2.example[192.0.2.2]:25"])]):
+            self.assertEqual(self.route(domain), expected)
+
+    def test_this_host_and_worse_preferences_are_cut(self) -> None:
+        self.assertEqual(self.route("ours.example"), ["m1.example[192.0.2.1]:25", "m1.example[2001:db8::1]:25"])
+
+    def test_a_listener_of_ours_among_the_addresses_is_cut_too(self) -> None:
+        self.assertEqual(self.route("a.example", listeners=(etrn.Endpoint("192.0.2.2", 25),)),
+                         ["m1.example[192.0.2.1]:25", "m1.example[2001:db8::1]:25"])
+
+    def test_whatever_the_dns_says_the_mail_is_kept(self) -> None:
+        for domain, expected in cases(self, [("only.example", "loops back"), ("null.example", "null MX"), ("none.example", "no such name"),
+                                             ("gone.example", "none.example")]):
+            with self.assertRaisesRegex(etrn.PeerError, expected):
+                self.route(domain)
+
+    def test_the_last_route_is_used_when_the_dns_fails(self) -> None:
+        self.assertEqual(self.route("none.example", last_route=(etrn.Endpoint("192.0.2.7", 25),)), ["192.0.2.7[192.0.2.7]:25"])
+        self.assertIn("no such name", self.warning)
+
+    def test_notices_go_to_public_addresses_only(self) -> None:
+        cfg = etrn.Scheduler(config()).config_of("notice:public.example")
+        plan = make_plan(cfg, "mx", resolver=self.resolver(), site="notice:public.example")
+        self.assertEqual([hop.address for hop in etrn.find_route(plan)[0]], ["9.9.9.9"])
+
+    def test_a_resolv_conf_names_its_servers(self) -> None:
+        with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
+            file.write("# x\nsearch example\nnameserver 192.0.2.53\nnameserver ::1\nnameserver\n")
+            file.flush()
+            self.assertEqual(etrn.read_resolv_conf(file.name), (("192.0.2.53", 53), ("::1", 53)))
+        self.assertEqual(etrn.read_resolv_conf("/nowhere/resolv.conf"), (("127.0.0.1", 53),))
+
+
+def make_plan(cfg: etrn.DomainConfig, primary: Any, **values: Any) -> etrn.Plan:
+    """What a delivery connection is given; the one place that knows the shape of Plan."""
+    known = dict(site=DOMAIN, cfg=cfg, primary=primary, hostname="backup.example.net", resolver=etrn.Resolver(()), listeners=(),
+                 last_route=())
+    return etrn.Plan(**dict(known, **values))
+
+
+# == 8. DSN ====================================================================
+
+HOSTILE = ["550 5.1.1 x\r\nBcc: v@other.example\r\n\r\nhello", "550 \r\n--BOUND/backup.example.net--\r\n", "550 \x00\x1b[2J \u202e",
+           "550 caf\xe9 \ud83d \U0001f600", "x" * 100000, "550 =?utf-8?q?a?=\n\tb", ""]
+
+
+def notice(reports: Sequence[etrn.Report], original: bytes = MESSAGE, full: bool = False, **sidecar: Any) -> Tuple[Any, bytes]:
+    """A notice, parsed by a stranger, and its bytes."""
+    fields = etrn.make_sidecar("ABCDEF", "mail", "a@sender.example", [(one.address, DOMAIN, "", "", 1764600000.0) for one in reports],
+                               1764000000.0, {"address": "192.0.2.7", "helo": "x", "tls": None})
+    data = etrn.format_notice("backup.example.net", dict(fields, **sidecar), reports, original, full, 1764500000.0, "BOUND", "mid")
+    return email.message_from_bytes(data, policy=email.policy.default), data
+
+
+def report(**values: Any) -> etrn.Report:
+    known = dict(address="u@" + DOMAIN, action="failed", status="5.1.1", response="550 5.1.1 no such user", remote="mail.ourdom.example",
+                 orcpt="", attempts=3, last_attempt=1764400000.0)
+    return etrn.Report(**dict(known, **values))
+
+
+class Notices(unittest.TestCase):
+    def test_a_notice_is_a_multipart_report(self) -> None:
+        message, _ = notice([report(orcpt="rfc822;u+2Bx@old.example"), report(address="v@" + DOMAIN, response="timeout", remote="",
+                                                                             status="4.4.7")], envid="QQ+2B1")
+        self.assertEqual((message.get_content_type(), message.get_param("report-type")), ("multipart/report", "delivery-status"))
+        self.assertEqual((message["To"], message["Auto-Submitted"]), ("<a@sender.example>", "auto-replied"))
+        self.assertEqual(len(message.defects), 0)
+        text, status, headers = message.iter_parts()
+        self.assertEqual([part.get_content_type() for part in message.iter_parts()],
+                         ["text/plain", "message/delivery-status", "text/rfc822-headers"])
+        self.assertIn("u@" + DOMAIN, text.get_content())
+        whole, first, second = status.get_payload()
+        self.assertEqual((whole["Reporting-MTA"], whole["Original-Envelope-Id"]), ("dns; backup.example.net", "QQ+1".replace("+1", "+1")))
+        self.assertIsNotNone(email.utils.parsedate_to_datetime(whole["Arrival-Date"]))
+        for name, value in cases(self, [
+                ("Final-Recipient", "rfc822; u@" + DOMAIN), ("Original-Recipient", "rfc822; u+x@old.example"), ("Action", "failed"),
+                ("Status", "5.1.1"), ("Remote-MTA", "dns; mail.ourdom.example"), ("Diagnostic-Code", "smtp; 550 5.1.1 no such user")]):
+            self.assertEqual(first[name], value)
+        self.assertIsNotNone(email.utils.parsedate_to_datetime(first["Last-Attempt-Date"]))
+        self.assertEqual((second["Status"], second["Remote-MTA"], second["Diagnostic-Code"]), ("4.4.7", None, "X-etrn-relay; timeout"))
+        self.assertEqual(headers.get_content().replace("\n", "\r\n").encode(), MESSAGE)
+
+    def test_the_whole_message_is_returned_where_asked(self) -> None:
+        message, _ = notice([report()], full=True)
+        part = list(message.iter_parts())[2]
+        self.assertEqual(part.get_content_type(), "message/rfc822")
+        self.assertEqual(part.get_payload(0)["Subject"], "one")
+
+    def test_expiry_says_how_long_was_tried_and_why(self) -> None:
+        message, _ = notice([report(status="4.4.7", response="connect to 192.0.2.1: Connection refused", remote="", attempts=41)])
+        text = next(message.iter_parts()).get_content()
+        for words in cases(self, ["5d18h", "41 attempts", "Connection refused"]):
+            self.assertIn(words, text)
+
+    def test_a_delay_says_until_when_it_is_tried(self) -> None:
+        message, _ = notice([report(action="delayed", status="4.4.1")])
+        fields = list(message.iter_parts())[1].get_payload()[1]
+        self.assertEqual(fields["Action"], "delayed")
+        self.assertIsNotNone(email.utils.parsedate_to_datetime(fields["Will-Retry-Until"]))
+
+    def test_foreign_text_puts_neither_header_nor_part_into_the_notice(self) -> None:
+        for text in cases(self, HOSTILE):
+            message, data = notice([report(response=text, remote=text, orcpt="rfc822;" + (text or "x"))], envid="a+0D+0ABcc:+20v")
+            self.assertEqual(len(list(message.iter_parts())), 3)
+            self.assertIsNone(message["Bcc"])
+            self.assertEqual(len(list(message.iter_parts())[1].get_payload()), 2)
+            self.assertTrue(data.isascii() if hasattr(data, "isascii") else True)
+            self.assertLess(len(data), 10000)
+            self.assertIsNone(re.search(rb"\r(?!\n)|(?<!\r)\n|\0|\x1b", data))
+            self.assertIsNone(re.search(rb"(?mi)^bcc:", data))
+
+    def test_lines_of_a_notice_are_not_too_long_for_smtp(self) -> None:
+        _, data = notice([report(response="550 " + "word " * 200, remote="h" * 300)])
+        self.assertLess(max(map(len, data.split(b"\r\n"))), 998)
+
+    def test_eight_bit_originals_are_declared(self) -> None:
+        message, _ = notice([report()], b"Subject: caf\xc3\xa9\r\n")
+        self.assertEqual(list(message.iter_parts())[2]["Content-Transfer-Encoding"], "8bit")
+
+    def test_an_internationalized_address_is_named_as_rfc_6533_says(self) -> None:
+        message, data = notice([report(address="é@" + DOMAIN)])
+        self.assertIn(b"Final-Recipient: utf-8; \\x{E9}@" + DOMAIN.encode(), data)
+
+
 # == 13. LAYERS ================================================================
 # The file's own rules, read from its source.
 
