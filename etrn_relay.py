@@ -187,7 +187,7 @@ STRESS_TIMEOUT_S = 10.0         # ... and idle clients are given so long; Postfi
 COMMAND_POLL_S = 0.1            # a waiting command looks again so often
 ACCEPTS_PER_TURN = 64           # new connections taken before those already open are looked at again
 SWEEP_S = 1.0                   # how often idle clients are looked for; idle limits are minutes
-STOP_S = 4.0                    # time given to sessions and deliveries at SIGTERM; contract: stopped within 5 s
+STOP_S = 3.0                    # time given to sessions and deliveries at SIGTERM; contract: stopped within 5 s
 RESERVED_FILES = 64             # descriptors kept from clients for spool, workers, logs and DNS
 DATA_RATE_MIN = 500             # octets a second a client must reach in the long run, as Postfix's smtpd_min_data_rate
 
@@ -1231,14 +1231,13 @@ class Spool:
             draft.digest.update(data)
             draft.size += len(data)
         except OSError as error:
-            self.discard(draft)
             draft.error = error
+            self.discard(draft)
 
     def discard(self, draft: Draft) -> None:
         """Nothing of the draft remains, as far as the disk lets us."""
-        if draft.fd >= 0:
-            os.close(draft.fd)
-            draft.fd = -1
+        fd, draft.fd = draft.fd, -1
+        self._close_quietly(fd)
         for name in (draft.id + ".eml", draft.id + ".json"):
             try:
                 self._unlink(os.path.join(self.incoming, name))
@@ -1289,11 +1288,19 @@ class Spool:
             if self._has(self.path, draft.id + ".json") or self._has(self.path, draft.id + ".eml"):
                 raise FileExistsError(errno.EEXIST, "queue ID in use", draft.id)
         except OSError as error:
-            if fd >= 0:
-                os.close(fd)
+            self._close_quietly(fd)
             self.discard(draft)
             return self._note(error)
         return None
+
+    @staticmethod
+    def _close_quietly(fd: int) -> None:
+        """A file that is given up."""
+        try:
+            if fd >= 0:
+                os.close(fd)
+        except OSError:
+            pass                        # closed all the same, close(2)
 
     @staticmethod
     def _sync_and_close(fd: int) -> None:
@@ -1365,7 +1372,7 @@ class Spool:
             try:
                 self._write(fd, data)
             except OSError:
-                os.close(fd)
+                self._close_quietly(fd)
                 raise
             self._sync_and_close(fd)
             os.rename(temporary, path)
@@ -4027,6 +4034,8 @@ class Courier(Line):
             self._command(b"RSET\r\n", COMMAND_S)
             return None
         if code != 354:
+            if code // 100 == 2:        # nothing was sent yet, so nothing can have been taken
+                code, text = 451, b"4.5.0 unexpected reply to DATA: %d %s" % (code, text)
             self._give(leg, leg.accepted, code, text, True)
             self._end_leg(leg)
             self._leave_if_told(code, text)
@@ -5868,8 +5877,10 @@ class Server:
         if self.reports or self.signals:
             return 0.0
         at = self.manager.wake(self.now)
-        if self.connections or self.is_sick or self.stopping is not None:
+        if self.connections or self.is_sick:
             at = min(at, self.next_sweep)
+        if self.stopping is not None:
+            at = min(at, self.now.mono + COMMAND_POLL_S)
         if any(one.answers is not None for one in self.controllers) or self.offline is not None:
             at = min(at, self.now.mono + COMMAND_POLL_S)
         return max(0.0, at - self.now.mono)
@@ -5981,7 +5992,8 @@ class Server:
             for connection in list(self.connections):
                 if connection.session.waiting is None:
                     self._shut(connection, self._going())
-        is_quiet = not self.connections and not self.manager.couriers and not self.manager.chains and not self.reports
+        is_quiet = not (self.manager.couriers or self.manager.chains or self.reports) and all(
+            connection.is_closing and not connection.out for connection in self.connections)
         return is_quiet or waited > STOP_S
 
     def _close(self) -> None:
