@@ -192,7 +192,9 @@ RESERVED_FILES = 64             # descriptors kept from clients for spool, worke
 DATA_RATE_MIN = 500             # octets a second a client must reach in the long run, as Postfix's smtpd_min_data_rate
 
 # -- the spool
-COMMITTERS = 8                  # threads; their fsyncs overlap, one batch shares the directory's
+COMMITTERS_MIN = 2              # threads that write; more only fight for the interpreter's lock where fsync is quick ...
+COMMITTERS_MAX = 32             # ... and so many where it takes tens of milliseconds and must overlap
+FAST_FSYNC_S = 0.001            # one thread more for each such time that an fsync takes
 BATCH_MAX = 64                  # messages a committer makes durable together
 BLOCK_OCTETS = 262144           # read or written at once where a file does not fit in memory
 ORPHAN_S = 3600.0               # a lone .eml younger than this may be half of a pair being copied
@@ -213,7 +215,10 @@ REPLY_LINES_MAX = 100           # of one reply; an EHLO answer has about a dozen
 REPLY_OCTETS_MAX = 65536
 RCPTS_PER_TRANSACTION = 100     # what every server must take, RFC 5321 4.5.3.1.8
 JOBS_PER_CONNECTION = 16        # messages handed to a connection at a time, so that others get their share
-JOBS_REFILL = 4                 # a connection with so few left gets more
+JOBS_REFILL = 12                # a connection with so few left gets more; more than are in flight, so that none waits for the loop
+CHUNK_MESSAGES = 8              # whole messages in flight on a connection with CHUNKING; when it breaks all of them are in doubt
+CHUNK_OCTETS = 262144           # ... and no further one is sent behind so many octets
+CHUNK_RECIPIENTS = 200          # ... nor behind so many recipients, whose replies nobody reads meanwhile: RFC 2920 3.1
 IDLE_CONNECTION_S = 2.0         # a connection waits so long for another message before QUIT
 PROBE_FIRST_S = 1.0             # pause after the first failure; most outages are reboots.  Doubles to probe_interval
 TRIGGER_S = 1.0                 # a flood of ETRNs costs one probe a second
@@ -277,6 +282,7 @@ class Reply(NamedTuple):
     status: str
     text: str
 
+    @functools.lru_cache(maxsize=256)       # the same few are said again and again
     def wire(self) -> bytes:
         status = self.status + " " if self.status else ""
         lines = self.text.split("\n")
@@ -307,6 +313,7 @@ _PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f]+))?")
 _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
 
 
+@functools.lru_cache(maxsize=4096)
 def parse_domain(text: str) -> str:
     """A domain name as lower-case A-labels, without a final dot (RFC 5321
     4.1.2, RFC 5890).  Raises ValueError.  Underscores pass: some senders have
@@ -480,6 +487,12 @@ def client_network(address: str) -> str:
 def greylist_network(address: str) -> str:
     """What counts as the same sender's hosts: an IPv4 /24, or an IPv6 /64."""
     return client_network(address) if ":" in address else address.rpartition(".")[0]
+
+
+@functools.lru_cache(maxsize=16)
+def format_date(second: int) -> str:
+    """RFC 5322 3.3, local time.  Whatever arrives within a second bears the same."""
+    return email.utils.formatdate(second, localtime=True)
 
 
 def format_peer(address: str, name: str = "unknown") -> str:
@@ -844,7 +857,9 @@ class Config:
         return is_within(address, self.trusted_clients)
 
 
-def is_within(address: str, networks: Iterable[Network]) -> bool:
+def is_within(address: str, networks: Sequence[Network]) -> bool:
+    if not networks:
+        return False
     ip = ipaddress.ip_address(address.partition("%")[0])
     return any(ip in network for network in networks if network.version == ip.version)
 
@@ -1630,24 +1645,42 @@ Done = Callable[[Any], None]    # called by the loop with None, a result, or the
 
 
 class Committers:
-    """Threads that do all writing.  Each takes a fair share of what waits, so that
-    many sessions share one directory sync, and several fsyncs are under
-    way at once: the kernel merges them into few journal commits."""
+    """Threads that do all writing.  As many are at work as the disk is slow:
+    where an fsync is quick, two take turns and batches form, which share the
+    directory's sync; where it is slow, many fsyncs are under way at once, and
+    the kernel merges them into few journal commits."""
 
-    def __init__(self, spool: Spool, post: Callable[[List[Tuple[Done, Any]]], None], threads: int = COMMITTERS) -> None:
+    def __init__(self, spool: Spool, post: Callable[[List[Tuple[Done, Any]]], None]) -> None:
         self.spool = spool
         self.post = post
         self.waiting: Deque[Tuple[Work, Done]] = collections.deque()
         self.condition = threading.Condition()
+        self.working = 0                # threads that have a batch
+        self.fsync_s = 0.0              # what one took lately
         self.stopping = False
-        self.threads = [threading.Thread(target=self._run, name="committer", daemon=True) for _ in range(threads)]
-        for thread in self.threads:
-            thread.start()
+        self.threads: List[threading.Thread] = []
+
+    @property
+    def width(self) -> int:
+        """How many may be at work at once."""
+        return max(COMMITTERS_MIN, min(COMMITTERS_MAX, int(self.fsync_s / FAST_FSYNC_S)))
 
     def submit(self, work: Work, done: Done) -> None:
         with self.condition:
             self.waiting.append((work, done))
-            self.condition.notify()
+            if self.working < len(self.threads):
+                self.condition.notify()
+            elif len(self.threads) < self.width:
+                self._grow()
+
+    def _grow(self) -> None:
+        thread = threading.Thread(target=self._run, name="committer", daemon=True)
+        try:
+            thread.start()
+            self.threads.append(thread)
+        except RuntimeError:            # no more threads: those there are do it
+            if not self.threads:
+                raise
 
     def stop(self) -> None:
         with self.condition:
@@ -1658,17 +1691,28 @@ class Committers:
 
     def _take(self) -> List[Tuple[Work, Done]]:
         with self.condition:
-            while not self.waiting and not self.stopping:
+            while not self.stopping and (not self.waiting or self.working >= self.width):
                 self.condition.wait()
-            share = min(BATCH_MAX, -(-len(self.waiting) // len(self.threads)))
+            share = min(BATCH_MAX, -(-len(self.waiting) // self.width))
+            self.working += 1
             return [self.waiting.popleft() for _ in range(share)]
+
+    def _note_time(self, seconds: float, commits: int) -> None:
+        """A moving average of what an fsync takes."""
+        with self.condition:
+            self.working -= 1
+            if commits:
+                self.fsync_s += (seconds / (2 * commits + 1) - self.fsync_s) / 4
 
     def _run(self) -> None:
         while True:
             batch = self._take()
             if not batch:
                 return
-            self.post(self._work(batch))
+            began = time.monotonic()
+            done = self._work(batch)
+            self._note_time(time.monotonic() - began, sum(isinstance(work, Commit) for work, _ in batch))
+            self.post(done)
 
     def _work(self, batch: List[Tuple[Work, Done]]) -> List[Tuple[Done, Any]]:
         out: List[Tuple[Done, Any]] = []
@@ -1720,7 +1764,9 @@ class Ask(NamedTuple):
 
 
 class Close(NamedTuple):
-    """After everything sent so far has gone out."""
+    """After everything sent so far has gone out.  `at_once`: the client has
+    said QUIT, so that nothing of its can be under way that would reset our last reply."""
+    at_once: bool = False
 
 
 Action = Union[Send, Body, Discard, Note, Ask, Close]
@@ -1906,10 +1952,10 @@ class Session:
         out, self.out = self.out, []
         return out
 
-    def send(self, reply: Reply, close: bool = False) -> None:
+    def send(self, reply: Reply, close: bool = False, at_once: bool = False) -> None:
         self.out.append(Send(reply.wire()))
         if close:
-            self.out.append(Close())
+            self.out.append(Close(at_once))
             self.mode = Mode.CLOSED
 
     def ask(self, what: str, value: Any, then: Callable[[Any], None]) -> None:
@@ -2230,7 +2276,7 @@ class Session:
         self.send(Reply(214, "2.0.0", "EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY HELP QUIT ETRN STARTTLS"))
 
     def do_quit(self, text: str) -> None:
-        self.send(Reply(221, "2.0.0", "Bye"), close=True)
+        self.send(Reply(221, "2.0.0", "Bye"), close=True, at_once=True)
 
     def do_starttls(self, text: str) -> None:
         """RFC 3207 4.  What came behind the command in the clear would seem to
@@ -2306,7 +2352,7 @@ def format_received(session: Session, transaction: Transaction, id: str, now: Ti
     if len(transaction.recipients) == 1 and transaction.recipients[0].address.isascii():
         lines.append("\tfor <%s>" % transaction.recipients[0].address)
     lines[-1] += ";"
-    lines.append("\t" + email.utils.formatdate(now, localtime=True))
+    lines.append("\t" + format_date(int(now)))
     return ("\r\n".join(lines) + "\r\n").encode("ascii", "replace")
 
 
@@ -3736,7 +3782,8 @@ class Leg:
         self.parcel = parcel
         self.recipients = recipients
         self.is_last = is_last
-        self.is_sent = False            # its envelope went behind the end of data before
+        self.is_sent = False            # its end of data may have reached the peer
+        self.is_reset = False           # RSET goes before its MAIL
         self.accepted: List[Dict[str, Any]] = []
 
 
@@ -3837,6 +3884,9 @@ class Courier(Line):
         self.legs: Deque[Leg] = collections.deque()
         self.flight: Deque[Leg] = collections.deque()       # sent, not answered
         self.pipelining = False
+        self.chunking = False
+        self.is_used = False            # a transaction has been sent
+        self.unsent = b""               # of the transactions in flight, not yet written
 
     def leave(self) -> None:
         """From the loop: end in good order after the messages that are under way."""
@@ -3957,15 +4007,33 @@ class Courier(Line):
     # -- sending
 
     def _serve(self) -> None:
+        """Keep as many transactions in flight as the peer's extensions allow, and read their answers in order."""
         features = self.client.esmtp_features
         self.pipelining = "pipelining" in features
-        leg = self._next_leg(wait=True)
-        while leg is not None:
-            if not self.flight and not self.client.is_silent():
-                self._unsend(leg)
-                break
-            leg = self._exchange(leg) or self._next_leg(wait=True)
-        self._quit()
+        self.chunking = self.pipelining and "chunking" in features
+        while True:
+            while self._has_room():
+                leg = self._next_leg(wait=not self.flight)
+                if leg is None:
+                    break
+                if not self.flight and not self.client.is_silent():
+                    self._unsend(leg)
+                    return self._quit()
+                self._launch(leg)
+            if not self.flight:
+                return self._quit()
+            self._land()
+
+    def _has_room(self) -> bool:
+        """DATA must be the last command of a group (RFC 2920 3.1), so there one
+        transaction is in flight, and at most the next one's envelope.  BDAT may
+        be followed by anything (RFC 3030 2): then a window of whole messages
+        is, once the peer has taken the first.  Not behind XCLIENT, which comes between messages."""
+        if not self.chunking or not self.taken or self.plan.cfg.xclient:
+            return not self.flight
+        return (len(self.flight) < CHUNK_MESSAGES
+                and sum(leg.parcel.sidecar["size"] for leg in self.flight) < CHUNK_OCTETS
+                and sum(len(leg.recipients) for leg in self.flight) < CHUNK_RECIPIENTS)
 
     def _unsend(self, leg: Leg) -> None:
         """The peer closed while we were idle: nobody's fault, and nothing was tried."""
@@ -4016,38 +4084,42 @@ class Courier(Line):
                 self.client.hello()     # the session begins anew
             return
 
-    def _exchange(self, leg: Leg) -> Optional[Leg]:
-        """One transaction.  Returns the next when its envelope is on the way already."""
+    def _launch(self, leg: Leg) -> None:
+        """Send as much of a transaction as need not wait for an answer."""
         if not self.flight:
             self._introduce(leg)
-        envelope = self._envelope(leg)
-        if not self.flight:
-            self.flight.append(leg)
-            if self.pipelining:
-                self.client.write(b"".join(envelope) + b"DATA\r\n")
-        code, text = self._read_envelope(leg, envelope)
-        if not leg.accepted:
-            if code == 354:
-                self.client.write(b".\r\n")     # RFC 2920 3.1: nobody is to get it, but the data must end
-                self._command(b"", END_OF_DATA_S)
-            self._end_leg(leg)
-            self._command(b"RSET\r\n", COMMAND_S)
-            return None
-        if code != 354:
-            if code // 100 == 2:        # nothing was sent yet, so nothing can have been taken
-                code, text = 451, b"4.5.0 unexpected reply to DATA: %d %s" % (code, text)
-            self._give(leg, leg.accepted, code, text, True)
-            self._end_leg(leg)
-            self._leave_if_told(code, text)
-            self._command(b"RSET\r\n", COMMAND_S)
-            return None
-        follower = self._send_body(leg)
-        self.client.wait(END_OF_DATA_S)
-        code, text = self.client.getreply()
+        self.flight.append(leg)
+        if self.chunking:
+            self._send_chunk(leg)
+        elif self.pipelining:
+            self.client.write(b"".join(self._envelope(leg)) + b"DATA\r\n")
+
+    def _land(self) -> None:
+        """Read the answers to the first transaction in flight."""
+        leg = self.flight[0]
+        if self.unsent:
+            ready, self.unsent = self.unsent, b""
+            self.client.write(ready)
+        code, text = self._read_envelope(leg)
+        if self.chunking:
+            return self._settle(leg, code, text)
+        if leg.accepted and code == 354:
+            self._send_body(leg)
+            self.client.wait(END_OF_DATA_S)
+            return self._settle(leg, *self.client.getreply())
+        if leg.accepted and code // 100 == 2:       # nothing was sent yet, so nothing can have been taken
+            code, text = 451, b"4.5.0 unexpected reply to DATA: %d %s" % (code, text)
+        elif code == 354:
+            self.client.write(b".\r\n")     # RFC 2920 3.1: nobody is to get it, but the data must end
+            self._command(b"", END_OF_DATA_S)
+        self._settle(leg, code, text)
+        self._command(b"RSET\r\n", COMMAND_S)
+
+    def _settle(self, leg: Leg, code: int, text: bytes) -> None:
+        """The last answer of a transaction: it holds for the recipients that were accepted."""
         self._give(leg, leg.accepted, code, text, True)
         self._end_leg(leg)
         self._leave_if_told(code, text)
-        return follower
 
     def _end_leg(self, leg: Leg) -> None:
         self.flight.popleft()
@@ -4057,26 +4129,28 @@ class Courier(Line):
         if code == 421:
             raise PeerError("%s: %s" % (self.hop, reply_text(code, text)), True)
 
-    def _read_envelope(self, leg: Leg, envelope: List[bytes]) -> Tuple[int, bytes]:
-        """Replies to MAIL, RCPT and DATA; returns DATA's.  Without PIPELINING
-        each command waits for the one before."""
-        def step(line: bytes, seconds: float) -> Tuple[int, bytes]:
-            return self._command(b"" if self.pipelining else line, seconds)
+    def _read_envelope(self, leg: Leg) -> Tuple[int, bytes]:
+        """Replies to MAIL and RCPT; returns that to DATA or BDAT.  Without
+        PIPELINING each command waits for the one before."""
+        envelope = self._envelope(leg)
 
+        def step(line: bytes, seconds: float) -> Tuple[int, bytes]:
+            code, text = self._command(b"" if self.pipelining else line, seconds)
+            self._leave_if_told(code, text)
+            return code, text
+
+        if leg.is_reset:
+            step(b"", COMMAND_S)
         code, text = step(envelope[0], COMMAND_S)
-        if code // 100 != 2:
-            if code == 421:
-                raise PeerError("%s: %s" % (self.hop, reply_text(code, text)), True)
+        refused = code // 100 != 2
+        if refused:
             self._give(leg, leg.recipients, code, text)
             if not self.pipelining:
                 return 503, b""
-        refused = code // 100 != 2
         for one, line in zip(leg.recipients, envelope[1:]):
             code, text = step(line, COMMAND_S)
             if refused:
                 continue
-            if code == 421:
-                raise PeerError("%s: %s" % (self.hop, reply_text(code, text)), True)
             if code // 100 == 2:
                 leg.accepted.append(one)
             else:
@@ -4084,9 +4158,24 @@ class Courier(Line):
                 self._give(leg, [one], code, text, False if is_no_such_user(code, text) else None)
         if not leg.accepted and not self.pipelining:
             return 503, b""
-        return step(b"DATA\r\n", DATA_S)
+        return self._command(b"" if self.pipelining else b"DATA\r\n", END_OF_DATA_S if self.chunking else DATA_S)
 
-    def _send_body(self, leg: Leg) -> Optional[Leg]:
+    def _send_chunk(self, leg: Leg) -> None:
+        """A whole transaction; small ones are gathered and leave together.
+        Whatever the peer thinks of the envelope it reads the octets announced as
+        data (RFC 3030 2).  RSET ends the transaction before, should it have failed half-way."""
+        leg.is_sent = True
+        leg.is_reset, self.is_used = self.is_used, True
+        ready = self.unsent + (b"RSET\r\n" if leg.is_reset else b"") + b"".join(self._envelope(leg))
+        ready += b"BDAT %d LAST\r\n" % leg.parcel.message.size
+        for block in leg.parcel.message.blocks():
+            if len(ready) >= BLOCK_OCTETS:
+                self.client.write(ready)
+                ready = b""
+            ready += block
+        self.unsent = ready
+
+    def _send_body(self, leg: Leg) -> None:
         """The message, dot-stuffed (RFC 5321 4.5.2), block by block; with
         PIPELINING the next envelope goes right behind its end (RFC 2920 3.1)."""
         leg.is_sent = True
@@ -4105,7 +4194,6 @@ class Courier(Line):
             ready += b"".join(self._envelope(follower)) + b"DATA\r\n"
             self.flight.append(follower)
         self.client.write(ready)
-        return follower
 
 
 def make_deferral(one: Mapping[str, Any], status: str, response: str) -> Result:
@@ -5758,6 +5846,7 @@ class Server:
         sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # connections inherit it
             if ":" in where.host:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.setblocking(False)
@@ -6059,10 +6148,6 @@ class Server:
         if len(self.connections) >= self.most or (network and most and self.clients.get(network, 0) >= most):
             self.log.write("smtpd", "NOQUEUE: reject: CONNECT from %s: 421 4.7.0 too many connections" % format_peer(address))
             return self._refuse(sock, "too many connections")
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError:
-            pass
         connection = Connection(sock, Session(self.door, address), network, self.now.mono)
         self.connections.add(connection)
         if network:
@@ -6155,6 +6240,7 @@ class Server:
                 self.log.write("smtpd", action.text)
             elif isinstance(action, Close):
                 connection.is_closing = True
+                connection.is_ended = connection.is_ended or action.at_once
             else:
                 answer = self._ask(connection, action)
                 if answer is not WAIT:
@@ -6184,14 +6270,10 @@ class Server:
                 return self._watch(connection, False, True)
             return self._handshake(connection)
         if not connection.out and session.waiting is None and (connection.is_ended or connection.is_closing):
+            if connection.tls is Tls.READY:
+                self._end_tls(connection)
             if connection.is_ended:
                 return self._drop(connection)
-            try:
-                if connection.tls is Tls.READY:
-                    connection.tls = Tls.NONE
-                    connection.sock.unwrap()        # type: ignore[attr-defined]
-            except (OSError, ValueError):
-                pass                    # our close_notify is sent; theirs is not waited for
             try:
                 connection.sock.shutdown(socket.SHUT_WR)
             except OSError:
@@ -6200,6 +6282,15 @@ class Server:
         reading = not connection.is_ended and len(connection.out) < OUTPUT_MAX and len(session.buffer) < RECEIVE_OCTETS and (
             draft is None or draft.pending < UNWRITTEN_MAX)
         self._watch(connection, reading, bool(connection.out))
+
+    @staticmethod
+    def _end_tls(connection: Connection) -> None:
+        """Our close_notify is sent; theirs is not waited for."""
+        connection.tls = Tls.NONE
+        try:
+            connection.sock.unwrap()    # type: ignore[attr-defined]
+        except (OSError, ValueError):
+            pass
 
     def _watch(self, connection: Connection, reading: bool, writing: bool) -> None:
         """Have the selector look for this, and nothing else."""

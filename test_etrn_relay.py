@@ -167,8 +167,8 @@ class Primary:
 
     def _serve(self, sock: socket.socket) -> None:
         try:
-            with sock, sock.makefile("rb") as lines:
-                self._talk(sock, lines)
+            with sock, sock.makefile("rb") as self.lines:
+                self._talk(sock, self.lines)
         except (OSError, ValueError):
             pass                        # cut by the script, by stop() or by the client
 
@@ -211,7 +211,9 @@ class Primary:
                     ["250-primary.example"] + ["250-" + one for one in self.extensions[:-1]]
                     + ["250 " + (self.extensions or ["HELP"])[-1]]))
             elif verb == "MAIL":
-                if self._say(sock, verb, argument, "250 2.1.0 ok") == "2":
+                if sender is not None:
+                    sock.sendall(b"503 5.5.1 nested MAIL\r\n")
+                elif self._say(sock, verb, argument, "250 2.1.0 ok") == "2":
                     sender, recipients = argument.partition("<")[2].partition(">")[0], []
             elif verb == "RCPT":
                 if sender is None:
@@ -231,6 +233,13 @@ class Primary:
                         return          # broke off
                     if self._say(sock, ".", argument, "250 2.0.0 taken") == "2":
                         self.messages.append((sender or "", recipients, data))
+                    sender, recipients = None, []
+            elif verb == "BDAT":
+                data = lines.read(int(argument.split()[0]))
+                if not recipients:
+                    sock.sendall(b"503 5.5.1 no valid recipients\r\n")
+                elif self._say(sock, ".", argument, "250 2.0.0 taken") == "2":
+                    self.messages.append((sender or "", recipients, data))
                     sender, recipients = None, []
             elif verb == "RSET":
                 sender, recipients = None, []
@@ -2579,9 +2588,10 @@ class Delivery(Folder):
     def kinds(self, results: Iterable[etrn.Result]) -> List[str]:
         return ["%s %s" % (one.kind, one.status) for one in results]
 
-    def both_ways(self, **script: Any) -> Iterator[Primary]:
-        """A primary with PIPELINING and one without."""
-        for extensions in (["PIPELINING", "8BITMIME", "DSN", "SIZE 1000000"], ["8BITMIME", "SIZE"]):
+    def every_way(self, **script: Any) -> Iterator[Primary]:
+        """A primary with PIPELINING, one without, and, unless DATA is scripted, one with CHUNKING."""
+        for extensions in (["PIPELINING", "8BITMIME", "DSN", "SIZE 1000000"], ["8BITMIME", "SIZE"],
+                           ["PIPELINING", "CHUNKING", "DSN", "8BITMIME"])[:2 if "DATA" in script else 3]:
             primary = self.primary(**script)
             primary.extensions = extensions
             yield primary
@@ -2590,7 +2600,7 @@ class Delivery(Folder):
     def test_mail_arrives_octet_for_octet(self) -> None:
         for body in cases(self, [MESSAGE, b"", b".\r\n", b"..\r\n.\r\n\r\n.x\r\n", b"\r\n", b"caf\xe9 \xff\r\n",
                                  b"x" * 5000 + b"\r\n"]):
-            for primary in self.both_ways():
+            for primary in self.every_way():
                 results, error = self.deliver(primary, self.put(body))
                 self.assertEqual((self.kinds(*results.values()), error), (["sent 2.0.0"], ""))
                 self.assertEqual(primary.messages, [("a@sender.example", ["user@" + DOMAIN], body)])
@@ -2623,7 +2633,7 @@ class Delivery(Folder):
                 ({".": "452 4.3.1 full"}, "deferred 4.3.1"), ({".": "550 5.7.1 spam"}, "refused 5.7.1"),
                 ({".": "550 2.0.0 odd"}, "refused 5.0.0"),
                 ({"EHLO": "502 what?"}, "sent 2.0.0"), ({"QUIT": CUT}, "sent 2.0.0"), ({"RSET": CUT}, "sent 2.0.0")]):
-            for primary in self.both_ways(**script):
+            for primary in self.every_way(**script):
                 id = self.put()
                 results, _ = self.deliver(primary, id)
                 self.assertEqual([one[:len(expected)] for one in self.kinds(results[id])], [expected])
@@ -2634,7 +2644,7 @@ class Delivery(Folder):
                 ("MAIL", "354 go on"), ("RCPT", "354 go on"), ("DATA", "250 taken already"), ("DATA", "220 hello"),
                 (".", "354 go on"),
                 ("MAIL", "399 x"), (".", "334 x")]):
-            for primary in self.both_ways(**{stage: reply}):
+            for primary in self.every_way(**{stage: reply}):
                 id = self.put()
                 results, _ = self.deliver(primary, id)
                 self.assertEqual([one.kind for one in results[id]], ["deferred"])
@@ -2658,7 +2668,7 @@ class Delivery(Folder):
         for stage, said in cases(self, itertools.product(("MAIL", "RCPT", "DATA", "."), broken)):
             if stage == "DATA" and said is not CUT and isinstance(said, bytes):
                 said = said.replace(b"250", b"354")
-            for primary in self.both_ways(**{stage: said}):
+            for primary in self.every_way(**{stage: said}):
                 id = self.put()
                 results, error = self.deliver(primary, id)
                 self.assertEqual([one.kind for one in results[id]], ["deferred"])
@@ -2668,7 +2678,7 @@ class Delivery(Folder):
     def test_a_primary_that_hangs_is_left_at_its_deadline(self) -> None:
         quick = dict.fromkeys(("CONNECT_S", "COMMAND_S", "DATA_S", "END_OF_DATA_S"), 0.15)
         for stage in cases(self, ["greeting", "EHLO", "MAIL", "RCPT", "DATA", "."]):
-            for primary in self.both_ways(**{stage: HANG}):
+            for primary in self.every_way(**{stage: HANG}):
                 id = self.put()
                 with shorten(**quick):
                     results, error = self.deliver(primary, id)
@@ -2693,7 +2703,7 @@ class Delivery(Folder):
 
     def test_each_recipient_has_its_own_verdict(self) -> None:
         said = {"good": "250 2.1.5 ok", "bad": "550 5.1.1 no", "later": "450 4.2.1 full"}
-        for primary in self.both_ways(RCPT=lambda argument: said[re.search("<([a-z]+)", argument).group(1)]):
+        for primary in self.every_way(RCPT=lambda argument: said[re.search("<([a-z]+)", argument).group(1)]):
             id = self.put(recipients=["%s@%s" % (name, DOMAIN) for name in ("bad", "good", "later")])
             results, _ = self.deliver(primary, id)
             self.assertEqual({one.address.partition("@")[0]: one.kind for one in results[id]},
@@ -2709,7 +2719,7 @@ class Delivery(Folder):
 
     def test_many_recipients_go_in_several_transactions(self) -> None:
         people = ["u%d@%s" % (number, DOMAIN) for number in range(250)]
-        for primary in self.both_ways():
+        for primary in self.every_way():
             id = self.put(recipients=people)
             results, _ = self.deliver(primary, id)
             self.assertEqual(sorted(one.address for one in results[id] if one.kind == "sent"), sorted(people))
@@ -2725,7 +2735,7 @@ class Delivery(Folder):
         self.assertFalse(self.outcomes[id].is_whole)
 
     def test_many_messages_go_over_one_connection(self) -> None:
-        for primary in self.both_ways(**{".": ["250 ok", "550 5.7.1 spam", "451 later", "250 ok"]}):
+        for primary in self.every_way(**{".": ["250 ok", "550 5.7.1 spam", "451 later", "250 ok"]}):
             ids = [self.put(b"Subject: %d\r\n\r\n" % number) for number in range(5)]
             results, error = self.deliver(primary, *ids)
             self.assertEqual([results[id][0].kind for id in ids], ["sent", "refused", "deferred", "sent", "sent"])
@@ -2733,14 +2743,57 @@ class Delivery(Folder):
             self.assertEqual([one[2] for one in primary.messages], [b"Subject: %d\r\n\r\n" % number for number in (0, 3, 4)])
 
     def test_what_was_not_begun_when_the_connection_broke_goes_back_untried(self) -> None:
-        for primary in self.both_ways(**{".": ["250 ok", CUT]}):
+        for primary in self.every_way(**{".": ["250 ok", CUT]}):
             ids = [self.put() for _ in range(4)]
             results, error = self.deliver(primary, *ids)
             self.assertTrue(error)
-            self.assertEqual([[one.kind for one in results.get(id, [])] for id in ids], [["sent"], ["deferred"], [], []])
+            in_doubt = [["deferred"]] if "CHUNKING" in primary.extensions else [[]]     # their data was sent, too
+            self.assertEqual([[one.kind for one in results.get(id, [])] for id in ids], [["sent"], ["deferred"]] + 2 * in_doubt)
+
+    def test_with_chunking_a_window_of_messages_is_in_flight(self) -> None:
+        behind = []
+
+        def late(argument: str) -> str:
+            if len(primary.messages) == 1:      # the second is answered when others have come behind it
+                behind.append(primary.lines.peek(1)[:4])
+            return "250 ok"
+        primary = self.primary(**{".": late})
+        primary.extensions = ["PIPELINING", "CHUNKING"]
+        ids = [self.put(b"Subject: %d\r\n\r\n.\r\n.x\r\n" % number) for number in range(40)]
+        with shorten(CHUNK_MESSAGES=3):
+            results, error = self.deliver(primary, *ids)
+        self.assertEqual((error, [results[id][0].kind for id in ids]), ("", ["sent"] * 40))
+        self.assertEqual(behind, [b"RSET"])
+        self.assertEqual([one[2] for one in primary.messages],
+                         [b"Subject: %d\r\n\r\n.\r\n.x\r\n" % number for number in range(40)])
+
+    def test_a_refusal_within_the_window_is_of_its_message_alone(self) -> None:
+        primary = self.primary(MAIL=["250 ok", "250 ok", "452 4.3.1 full", "250 ok"],
+                               RCPT=["250 ok", "550 5.1.1 no such user", "250 ok", "250 ok"])
+        primary.extensions = ["PIPELINING", "CHUNKING", "SIZE 1000000"]
+        ids = [self.put(b"MAIL FROM:<evil@x.example>\r\n%d\r\n" % number) for number in range(6)]
+        results, error = self.deliver(primary, *ids)
+        self.assertEqual((error, [self.kinds(results[id])[0].split()[0] for id in ids]),
+                         ("", ["sent", "refused", "deferred", "sent", "sent", "sent"]))
+        self.assertEqual([one[2] for one in primary.messages],
+                         [b"MAIL FROM:<evil@x.example>\r\n%d\r\n" % number for number in (0, 3, 4, 5)])
+
+    def test_the_window_is_small(self) -> None:
+        """What is in doubt when a connection breaks is bounded, however much waits."""
+        primary = self.primary(**{".": ["250 ok", CUT]})
+        primary.extensions = ["PIPELINING", "CHUNKING"]
+        ids = [self.put() for _ in range(30)]
+        results, _ = self.deliver(primary, *ids)
+        self.assertEqual([one[0].kind for one in results.values() if one], ["sent"] + ["deferred"] * etrn.CHUNK_MESSAGES)
+        for size, most in cases(self, [(200, 30), (100000, 3), (300000, 1)]):
+            other = self.primary(**{".": ["250 ok", CUT]})
+            other.extensions = ["PIPELINING", "CHUNKING"]
+            with shorten(CHUNK_MESSAGES=50):
+                results, _ = self.deliver(other, self.put(), *[self.put(b"x" * size + b"\r\n") for _ in range(30)])
+            self.assertEqual(sum(one[0].kind == "deferred" for one in results.values() if one), most)
 
     def test_an_answer_of_421_ends_the_connection_in_good_order(self) -> None:
-        for primary in self.both_ways(MAIL=["250 ok", "421 4.3.2 enough for now"]):
+        for primary in self.every_way(MAIL=["250 ok", "421 4.3.2 enough for now"]):
             ids = [self.put() for _ in range(3)]
             results, error = self.deliver(primary, *ids)
             self.assertEqual(results[ids[0]][0].kind, "sent")
