@@ -215,7 +215,7 @@ REPLY_LINES_MAX = 100           # of one reply; an EHLO answer has about a dozen
 REPLY_OCTETS_MAX = 65536
 RCPTS_PER_TRANSACTION = 100     # what every server must take, RFC 5321 4.5.3.1.8
 JOBS_PER_CONNECTION = 16        # messages handed to a connection at a time, so that others get their share
-JOBS_REFILL = 12                # a connection with so few left gets more; more than are in flight, so that none waits for the loop
+JOBS_REFILL = 12                # a connection with so few left gets more: more than may be in flight, so that it never runs dry
 CHUNK_MESSAGES = 8              # whole messages in flight on a connection with CHUNKING; when it breaks all of them are in doubt
 CHUNK_OCTETS = 262144           # ... and no further one is sent behind so many octets
 CHUNK_RECIPIENTS = 200          # ... nor behind so many recipients, whose replies nobody reads meanwhile: RFC 2920 3.1
@@ -282,16 +282,20 @@ class Reply(NamedTuple):
     status: str
     text: str
 
-    @functools.lru_cache(maxsize=256)       # the same few are said again and again
     def wire(self) -> bytes:
-        status = self.status + " " if self.status else ""
-        lines = self.text.split("\n")
-        out = ["%d-%s%s\r\n" % (self.code, status, line) for line in lines[:-1]]
-        out.append("%d %s%s\r\n" % (self.code, status, lines[-1]))
-        return "".join(out).encode("utf-8", "replace")
+        return format_reply(self)
 
     def __str__(self) -> str:
         return " ".join(filter(None, (str(self.code), self.status, self.text.replace("\n", " "))))
+
+
+@functools.lru_cache(maxsize=256)           # the same few are said again and again
+def format_reply(reply: Reply) -> bytes:
+    status = reply.status + " " if reply.status else ""
+    lines = reply.text.split("\n")
+    out = ["%d-%s%s\r\n" % (reply.code, status, line) for line in lines[:-1]]
+    out.append("%d %s%s\r\n" % (reply.code, status, lines[-1]))
+    return "".join(out).encode("utf-8", "replace")
 
 
 class Refuse(Exception):
