@@ -2521,7 +2521,11 @@ class Site:
         return new
 
     def oldest(self) -> Optional[Time]:
-        return min((entry.received for entry in self.entries.values()), default=None)
+        """When the oldest message came.  Age and expiry go in the same order: no message is looked at twice."""
+        first = next((id for id in self.overdue if id in self.entries), None)
+        if first is None and self.next_expiry() is not None:
+            first = self.aging[0][1]
+        return self.entries[first].received if first is not None else None
 
     def take(self, most: int, now: Now) -> List[Entry]:
         """Up to `most` messages for one connection, oldest first; they are DELIVERING from now on."""
@@ -2834,9 +2838,11 @@ class Site:
         out, later = [], []
         for id in self.overdue:
             entry = self.entries.get(id)
-            if entry is None or entry.expires > now.wall:
+            if entry is None:
                 continue
-            if entry.state in (State.ACTIVE, State.DEFERRED) and self.tries(entry) >= ATTEMPTS_MIN:
+            if entry.expires > now.wall:        # the clock went back
+                heapq.heappush(self.aging, (entry.expires, id))
+            elif entry.state in (State.ACTIVE, State.DEFERRED) and self.tries(entry) >= ATTEMPTS_MIN:
                 out.append(entry)
             else:
                 later.append(id)
@@ -2965,6 +2971,8 @@ class Scheduler:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
         self.sites: Dict[str, Site] = {}
+        self.shared: Dict[str, List[Site]] = {}         # messages that wait at more than one site
+        self.extra = self.extra_octets = 0              # what the sites count twice of these
 
     def site(self, name: str, now: Now) -> Site:
         site = self.sites.get(name)
@@ -3029,20 +3037,35 @@ class Scheduler:
     def holding(self, id: str) -> List[Site]:
         return [site for site in self.sites.values() if id in site.entries]
 
+    def share(self, id: str) -> None:
+        """A message was added at several sites; what that changes in the sums."""
+        sites, size, before = self.holding(id), 0, len(self.shared.get(id, ())) or 1
+        if len(sites) > 1:
+            self.shared[id], size = sites, sites[0].entries[id].size
+            self.extra += len(sites) - before
+            self.extra_octets += size * (len(sites) - before)
+
+    def drop(self, site: Site, id: str) -> None:
+        """A site is done with a message."""
+        sites = self.shared.get(id)
+        if sites is not None:
+            sites.remove(site)
+            self.extra -= 1
+            self.extra_octets -= site.entries[id].size
+            if len(sites) < 2:
+                del self.shared[id]
+        site.drop(id)
+
     def messages(self) -> Tuple[int, int, int]:
-        """Messages, octets and held ones, a message to two domains counted once."""
-        seen: Set[str] = set()
-        octets = held = 0
-        for site in self.sites.values():
-            if not seen:
-                fresh = site.entries.values()
-                seen.update(site.entries)
-            else:
-                fresh = [e for e in site.entries.values() if e.id not in seen]      # type: ignore[assignment]
-                seen.update(site.entries)
-            octets += sum(entry.size for entry in fresh)
-            held += sum(entry.state is State.HOLD for entry in fresh)
-        return len(seen), octets, held
+        """Messages, octets and held ones, a message to two domains counted
+        once.  Sums that are kept: the loop may ask with a hundred thousand waiting."""
+        count = sum(len(site.entries) for site in self.sites.values()) - self.extra
+        octets = sum(site.octets for site in self.sites.values()) - self.extra_octets
+        held = sum(site.count[State.HOLD] for site in self.sites.values())
+        if held:                        # then one may be held at both its sites
+            held -= sum(max(0, sum(site.entries[id].state is State.HOLD for site in sites) - 1)
+                        for id, sites in self.shared.items())
+        return count, octets, held
 
 
 # == 9. DNS ====================================================================
@@ -4836,6 +4859,8 @@ class Manager:
             if queued.id not in site.entries:
                 entry = Entry(queued.id, queued.size, queued.received, queued.received + site.cfg.lifetime, attempts)
                 site.add(entry, self.now, due, held)
+        if len(queued.domains) > 1:
+            self.scheduler.share(queued.id)
 
     def accept(self, sidecar: Mapping[str, Any]) -> None:
         """A message that is on stable storage since a moment ago."""
@@ -5145,7 +5170,7 @@ class Manager:
         self.work(id, Remove(id), removed)
 
     def _leave(self, site: Site, id: str, kind: str) -> None:
-        site.drop(id)
+        self.scheduler.drop(site, id)
         self._tell(site, id, kind)
         if kind != "bounced":
             self._let_go(id)

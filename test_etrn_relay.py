@@ -1775,6 +1775,72 @@ class Schedule(unittest.TestCase):
         self.assertEqual(len(self.site.expired(self.clock.now)), 1)
 
 
+class Sums(unittest.TestCase):
+    """What the loop keeps count of, so that nobody has to look at every message."""
+
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.scheduler = etrn.Scheduler(etrn.parse_config("[relay]\ndomains = a.example, b.example, c.example\n", "/x/c"))
+        self.sites = [self.scheduler.site(name, self.clock.now) for name in ("a.example", "b.example", "c.example")]
+
+    def counted(self) -> Tuple[int, int, int]:
+        """The same, by looking at every message."""
+        seen: Dict[str, etrn.Entry] = {}
+        held = set()
+        for site in self.sites:
+            seen.update(site.entries)
+            held |= {id for id, entry in site.entries.items() if entry.state is etrn.State.HOLD}
+        return len(seen), sum(entry.size for entry in seen.values()), len(held)
+
+    def test_sums_equal_a_count_whatever_comes_and_goes(self) -> None:
+        chance = random.Random(1985)
+        for step in range(2000):
+            id = "A%05d" % chance.randrange(60)
+            holding = self.scheduler.holding(id)
+            if not holding or chance.random() < 0.2:
+                size = holding[0].entries[id].size if holding else chance.randrange(1, 5000)
+                for site in chance.sample(self.sites, chance.randint(1, 3)):
+                    if id not in site.entries:
+                        site.add(etrn.Entry(id, size, self.clock.wall, self.clock.wall + site.cfg.lifetime), self.clock.now)
+                self.scheduler.share(id)
+            elif chance.random() < 0.5:
+                site = chance.choice(holding)
+                site.hold(site.entries[id], not site.entries[id].hold)
+            else:
+                self.scheduler.drop(chance.choice(holding), id)
+            self.row = step
+            self.assertEqual(self.scheduler.messages(), self.counted())
+        for site in self.sites:
+            for id in list(site.entries):
+                self.scheduler.drop(site, id)
+        self.assertEqual((self.scheduler.messages(), self.scheduler.shared), ((0, 0, 0), {}))
+
+    def test_the_oldest_is_known_without_looking_at_each(self) -> None:
+        chance = random.Random(2645)
+        site = self.sites[0]
+        for step in range(1500):
+            now = self.clock.advance(seconds=chance.randrange(3000))
+            if chance.random() < 0.6:
+                received = now.wall - chance.choice([0, 0, 0, 86400 * 3])       # some were copied in
+                site.add(etrn.Entry("A%05d" % step, 1, received, received + site.cfg.lifetime), now)
+            elif site.entries:
+                site.drop(chance.choice([min(site.entries), chance.choice(list(site.entries))]))
+            if chance.random() < 0.1:
+                site.expired(now)       # none was tried: all stay
+            self.row = step
+            self.assertEqual(site.oldest(), min((entry.received for entry in site.entries.values()), default=None))
+        self.assertTrue(site.overdue)
+
+    def test_mail_expires_although_the_clock_went_forth_and_back(self) -> None:
+        site = self.sites[0]
+        wall = self.clock.wall
+        site.add(etrn.Entry("A00000", 1, wall, wall + site.cfg.lifetime), self.clock.now)
+        self.assertEqual(site.expired(self.clock.jump(30 * 86400.0)), [])
+        self.assertEqual(site.expired(self.clock.jump(-30 * 86400.0)), [])
+        site.entries["A00000"].tries = etrn.ATTEMPTS_MIN
+        self.assertEqual(len(site.expired(self.clock.advance(days=8))), 1)
+
+
 # == 7. DNS ====================================================================
 
 class Packets(unittest.TestCase):
