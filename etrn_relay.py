@@ -63,6 +63,18 @@ ETRN
     whoever asks.  Each reply is one line, and 251 is never sent, because
     fetchmail stops at it.  --flush DOMAIN does the same.
 
+STATUS PAGE
+    [status] listen = 127.0.0.1:8025 serves, over HTTP and read-only:
+    /             for people: each primary's state, what waits and why, a day and
+                  a week of both as lines, recent events, disk, certificate
+    /metrics      for Prometheus; every name begins with etrn_relay_
+    /status.json  what --status --json prints
+    /healthz      200 "ok", or 503 and the reason: the spool is sick, the disk
+                  is short, the loop is stalled.  A primary that is down is none
+    With [status] token set, all but /healthz ask for it: as
+    `Authorization: Bearer TOKEN`, or as the password of any user name.  There is
+    no TLS here: from elsewhere, go through ssh -L or a web server's proxy.
+
 SIGNALS
     HUP   read the configuration again, reopen the log, look for copied mail
     USR1  probe every primary and deliver what can be delivered
@@ -74,6 +86,7 @@ FILES
     SPOOL/done/                     being removed, after delivery
     SPOOL/corrupt/                  pairs that could not be trusted
     SPOOL/state.json                what is known of the primaries; counters
+    SPOOL/history.json              what the status page draws; a week at most
     SPOOL/control, SPOOL/lock       how commands reach the running relay
 
 LOG LINES
@@ -87,6 +100,7 @@ LOG LINES
     smtpd: NOQUEUE: reject: RCPT from NAME[ADDRESS]: REPLY; from=<> to=<> ...
     flush: etrn: site=DOMAIN, client=NAME[ADDRESS], messages=N, reply=CODE
     primary: DOMAIN: up after 2h14m, 1841 messages waiting
+    http: reject: GET PATH from NAME[ADDRESS]: 401 wrong token
 
 EXIT STATUS
     0 done; 1 something asked about is missing; 64 usage; 69 the relay or the
@@ -109,6 +123,9 @@ CONTENTS
 from __future__ import annotations
 
 import argparse
+import base64
+import bisect
+import calendar
 import collections
 import configparser
 import dataclasses
@@ -120,7 +137,10 @@ import fcntl
 import functools
 import hashlib
 import heapq
+import hmac
+import io
 import ipaddress
+import itertools
 import json
 import os
 import pwd
@@ -131,6 +151,7 @@ import resource
 import secrets
 import selectors
 import shlex
+import shutil
 import signal
 import smtplib
 import socket
@@ -139,6 +160,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -154,6 +176,10 @@ try:
     import ssl
 except ImportError:
     ssl = None                  # type: ignore[assignment]
+try:
+    import http.server
+except ImportError:
+    http = None                 # type: ignore[assignment]
 
 __version__ = "0.1-dev"
 
@@ -260,6 +286,27 @@ DNS_UDP_MAX = 1232              # octets in EDNS; fits in an unfragmented IPv6 p
 DNS_CNAMES_MAX = 10
 DNS_RECORDS_MAX = 100           # looked at in one answer
 ROUTE_HOSTS_MAX = 20            # addresses tried for one primary
+
+# -- the status page
+PAGE_CONNECTIONS = 32           # at once, each a thread; more are closed unheard
+PAGE_CONNECTIONS_PER_CLIENT = 16    # of one address, so that a stuck browser leaves room for the monitoring
+PAGE_REQUEST_MAX = 16384        # octets of a request with its header; browsers send under 2,000
+PAGE_TOTAL_S = 10.0             # for a whole request and its answer, however slowly either goes
+PAGE_FRESH_S = 1.0              # the loop is asked for new values at most so often
+PAGE_STALL_S = 5.0              # a loop that does not answer within is called stalled
+PAGE_REFRESH_S = 15             # how often the page reloads itself
+PAGE_DOMAINS_MAX = 100          # shown with all there is; those in trouble come first
+CERTIFICATE_WARNING_S = 14 * 86400.0    # before a certificate ends; who renews by machine does so a month before
+HISTORY_BUCKET_S = 300.0        # the queue's depth is kept as the peak of each 5 minutes, for a day ...
+HISTORY_COARSE_S = 3600.0       # ... and of each hour, for a week
+HISTORY_STATES_MAX = 500        # changes of one primary's state kept
+HISTORY_SITES_MAX = 100         # domains whose history is kept; subdomains of a wildcard come and go
+HISTORY_SAVE_S = 900.0          # a changed history is written at most so often: flash wears out
+EVENTS_MAX = 20                 # kept of each service
+EVENT_TEXT_MAX = 240            # characters kept of one
+# Upper bounds in seconds: what a client waits for a flushed disk or a cut-through, and what mail waits for a primary
+ACCEPTANCE_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+QUEUE_BOUNDS = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0, 86400.0, 172800.0, 345600.0, 604800.0)
 
 # -- texts
 LOG_TEXT_MAX = 500              # characters of foreign text in one log line
@@ -631,6 +678,16 @@ def _listen(text: str) -> Tuple[Endpoint, ...]:
     return tuple(dict.fromkeys(out))
 
 
+def _page(text: str) -> Optional[Endpoint]:
+    """Where the status page is.  No port is usual for it, so that one must be named."""
+    if not text:
+        return None
+    where = Endpoint("0.0.0.0", int(text)) if text.isdigit() else _endpoint(text, -1)
+    if not 0 <= where.port <= 65535:
+        raise ValueError("'%s' is not an address with a port, like 127.0.0.1:8025" % text)
+    return where
+
+
 def _domains(text: str) -> Tuple[str, ...]:
     return tuple(_served(word) for word in _words(text))
 
@@ -715,7 +772,7 @@ KINDS: Dict[str, Callable[[str], Any]] = {
     "text": _text, "path": _text, "duration": _duration, "optional duration": _optional_duration, "size": _size,
     "count": _count, "flag": _flag, "host": _hostname, "listen": _listen, "domains": _domains, "networks": _networks,
     "etrn": _etrn, "nameservers": _nameservers, "primary": _primary, "route": _route, "recipients": _recipients,
-    "tls": _tls, "address": _address, "endpoint": lambda text: _endpoint(text) if text else None,
+    "tls": _tls, "address": _address, "page": _page,
     "level": _choice("debug", "info", "warning", "error"), "newline": _choice("normalize", "reject"),
     "while up": _choice("relay", "defer"), "unknown": _choice("accept", "defer"),
 }
@@ -751,8 +808,9 @@ OPTIONS: Tuple[Option, ...] = (
     Option("bounces", "username", "text", "", 0, 0, "AUTH at the smarthost, over TLS only."),
     Option("bounces", "password", "text", "", 0, 0, "The password, or file:PATH."),
     Option("bounces", "postmaster", "address", "", 0, 0, "Gets notices that could not be delivered."),
-    Option("status", "listen", "endpoint", "", 0, 0, "Address of the status page, /metrics, /healthz, /status.json.", LATER),
-    Option("status", "token", "text", "", 0, 0, "Asked as bearer token or basic-auth password when set.", LATER),
+    Option("status", "listen", "page", "", 0, 0, "Address of the status page, /metrics, /healthz, /status.json,\n"
+           "like 127.0.0.1:8025; a bare port means all."),
+    Option("status", "token", "text", "", 0, 0, "Asked as bearer token or basic-auth password when set."),
     Option("alerts", "command", "text", "", 0, 0, "Run when a primary goes down, comes back, or rejects."),
     Option("alerts", "webhook", "text", "", 0, 0, "Gets the same as a JSON POST."),
     Option("alerts", "mail", "address", "", 0, 0, "Gets the same as mail."),
@@ -1053,6 +1111,7 @@ class Log:
         self.stamp = ("", 0)
         self.where = where
         self.file: Optional[TextIO] = None
+        self.on_event: Callable[[str, str, str], None] = lambda service, text, level: None     # set by the server
         self.reopen()
 
     def reopen(self) -> None:
@@ -1070,6 +1129,7 @@ class Log:
 
     def write(self, service: str, text: str, level: str = "info") -> None:
         """One event.  Foreign parts of `text` must have been through printable()."""
+        self.on_event(service, text, level)
         if LEVELS[level] < self.level:
             return
         if level in ("warning", "error"):
@@ -1133,7 +1193,7 @@ class SpoolBusy(Exception):
 class Draft:
     """A message on its way to the spool.  The loop fills `blocks`; after that
     one committer at a time has it."""
-    __slots__ = ("id", "blocks", "pending", "fd", "size", "digest", "error", "busy")
+    __slots__ = ("id", "blocks", "pending", "fd", "size", "digest", "error", "busy", "ended")
 
     def __init__(self, id: str, head: bytes = b"") -> None:
         self.id = id
@@ -1144,6 +1204,7 @@ class Draft:
         self.digest = hashlib.sha256()
         self.error: Optional[OSError] = None
         self.busy = False               # with a committer now
+        self.ended = 0.0                # monotonic, when the end of its data came
 
     def take(self) -> List[bytes]:
         blocks, self.blocks, self.pending = self.blocks, [], 0
@@ -1547,6 +1608,12 @@ class Spool:
                 if values is not None:
                     self._replace(os.path.join(self.path, name + ".json"), os.path.join(self.path, name + ".new"),
                                   json.dumps(values, indent=1, sort_keys=True).encode("ascii") + b"\n")
+
+    def save_history(self, history: Mapping[str, Any]) -> None:
+        """What the status page draws; short, because it is written again and again."""
+        with self.state_lock:
+            self._replace(os.path.join(self.path, "history.json"), os.path.join(self.path, "history.new"),
+                          json.dumps(history, separators=(",", ":"), sort_keys=True).encode("ascii") + b"\n")
 
 
 class Message:
@@ -4657,7 +4724,8 @@ class Manager:
         self.next_save = now.mono + STATE_SAVE_S
         self.next_sweep = now.mono
         self.drift = now.wall - now.mono
-        self.on_size_limit: Callable[[], None] = lambda: None       # set by the server, as the next is
+        self.on_size_limit: Callable[[], None] = lambda: None       # set by the server, as the next two are
+        self.on_delivered: Callable[[float], None] = lambda seconds: None      # how long a message had waited
         self.may_connect: Callable[[Site], bool] = lambda site: True
 
     # -- the loop's side
@@ -5170,6 +5238,8 @@ class Manager:
         self.work(id, Remove(id), removed)
 
     def _leave(self, site: Site, id: str, kind: str) -> None:
+        if kind == "delivered" and not site.cfg.is_notices:
+            self.on_delivered(self.now.wall - site.entries[id].received)
         self.scheduler.drop(site, id)
         self._tell(site, id, kind)
         if kind != "bounced":
@@ -5449,7 +5519,7 @@ def collect_status(manager: Manager, connections: int, started: Optional[float])
             held=site.is_held, **site.counters)
     return {"version": __version__, "pid": os.getpid() if started is not None else None,
             "uptime": round(now.mono - started, 3) if started is not None else None, "connections": connections,
-            "spool": {"messages": messages, "bytes": octets, "free": manager.spool.free(), "held": held,
+            "spool": {"messages": messages, "bytes": octets, "free": manager.free_space(), "held": held,
                       "corrupt": manager.spool.corrupt_count, "sick": manager.spool.sick or None,
                       "loading": manager.is_loading},
             "domains": domains}
@@ -5568,94 +5638,187 @@ def end_entries(manager: Manager, what: str, command: str) -> Answers:
 
 
 # == 14. STATUS ================================================================
-# Values in, text for people out.  Pure.
+# Values in, text for people and for machines out: terminal, page, metrics.  Pure.
+# Foreign text goes through printable() everywhere, and on the page through escape().
 
-def format_table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns padded to their widest cell; those in `right` are flush right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+class Style(NamedTuple):
+    """What the output may be: so many columns wide (0: any), in colour or not."""
+    width: int = 0
+    is_coloured: bool = False
+
+    def paint(self, text: str, colour: str) -> str:
+        return "\033[%sm%s\033[0m" % (colour, text) if self.is_coloured and colour else text
+
+
+PLAIN = Style()
+BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
+STATE_COLOURS = {"up": GREEN, "down": RED, "rejecting": YELLOW, "held": YELLOW, "delivering": GREEN}
+CELL_MIN = 12                   # columns a cell keeps when the terminal is narrow
+Row = Sequence[str]
+
+
+def clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[:max(0, width - 2)] + ".."
+
+
+def table_width(widths: Sequence[int]) -> int:
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def format_table(rows: Sequence[Row], right: Sequence[int] = (), style: Style = PLAIN, shrink: Sequence[int] = (),
+                 drop: Sequence[int] = (), colours: Callable[[Row, int], str] = lambda row, column: "") -> str:
+    """Columns padded to their widest cell; those in `right` are flush right.
+    On a terminal too narrow for it those in `shrink` give way, down to
+    CELL_MIN, then those in `drop` are left out one after the other."""
+    widths = {column: max(len(row[column]) for row in rows) for column in range(len(rows[0]))}
+    least = {column: min(width, CELL_MIN) if column in shrink else width for column, width in widths.items()}
+    for column in drop if style.width else ():
+        if table_width(list(least.values())) > style.width:
+            del widths[column], least[column]
+    while style.width and table_width(list(widths.values())) > style.width:
+        wide = [column for column in widths if widths[column] > least[column]]
+        if not wide:
+            break
+        widths[max(wide, key=lambda column: widths[column])] -= 1
     lines = []
-    for row in rows:
-        cells = [cell.rjust(width) if column in right else cell.ljust(width)
-                 for column, (cell, width) in enumerate(zip(row, widths))]
+    for number, row in enumerate(rows):
+        cells = []
+        for column, width in widths.items():
+            cell = clip(row[column], width)
+            pad = " " * (width - len(cell))
+            cell = style.paint(cell, BOLD if number == 0 else colours(row, column))
+            cells.append(pad + cell if column in right else cell + pad)
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines) + "\n"
 
 
-def format_status(status: Mapping[str, Any], now: Time) -> str:
+def say_count(number: int, one: str = "message") -> str:
+    return "%s %s%s" % (format(number, ","), one, "" if number == 1 else "s")
+
+
+def say_next(at: Optional[Time], now: Time) -> str:
+    return "-" if at is None else "in " + format_duration(at - now) if at > now else "now"
+
+
+STATUS_KEYS = ("version", "pid", "uptime", "connections")
+SPOOL_KEYS = ("messages", "bytes", "free", "held", "corrupt")
+DOMAIN_KEYS = ("primary", "since", "queued", "bytes", "oldest", "accepted", "delivered", "bounced", "deferred", "expired",
+               "last_error", "next_probe")
+
+
+def public_status(status: Mapping[str, Any]) -> Dict[str, Any]:
+    """--status --json and /status.json: what was promised to scripts, without what only our own pages show."""
+    out: Dict[str, Any] = {key: status[key] for key in STATUS_KEYS}
+    out["spool"] = {key: status["spool"][key] for key in SPOOL_KEYS}
+    out["domains"] = {name: {key: one[key] for key in DOMAIN_KEYS} for name, one in status["domains"].items()}
+    return out
+
+
+def format_status(status: Mapping[str, Any], now: Time, style: Style = PLAIN) -> str:
     spool = status["spool"]
+    head = style.paint("etrn_relay %s" % status["version"], BOLD)
     if status["pid"] is None:
-        out = ["etrn_relay %s: not running" % status["version"]]
+        out = ["%s: %s" % (head, style.paint("not running", YELLOW))]
     else:
-        out = ["etrn_relay %s: running for %s, process %d, %d connections" % (
-            status["version"], format_duration(status["uptime"]), status["pid"], status["connections"])]
-    out.append("spool: %d messages, %s, %d held, %d corrupt, %s free%s%s" % (
-        spool["messages"], format_size(spool["bytes"]), spool["held"], spool["corrupt"], format_size(spool["free"]),
-        "; SICK: %s" % spool["sick"] if spool["sick"] else "", "; still being read" if spool["loading"] else ""))
-    rows = [("DOMAIN", "PRIMARY", "SINCE", "QUEUED", "SIZE", "OLDEST", "NEXT TRY", "ACCEPTED", "DELIVERED", "BOUNCED", "EXPIRED")]
+        out = ["%s: running for %s, process %d, %s" % (
+            head, format_duration(status["uptime"]), status["pid"], say_count(status["connections"], "connection"))]
+    out.append("spool: %s, %s, %d held, %s, %s free%s%s" % (
+        say_count(spool["messages"]), format_size(spool["bytes"]), spool["held"],
+        style.paint("%d corrupt" % spool["corrupt"], RED if spool["corrupt"] else ""), format_size(spool["free"]),
+        style.paint("; SICK: %s" % printable(spool["sick"]), RED) if spool["sick"] else "",
+        "; still being read" if spool["loading"] else ""))
+    rows: List[Row] = [("DOMAIN", "PRIMARY", "SINCE", "QUEUED", "SIZE", "OLDEST", "NEXT TRY", "ACCEPTED", "DELIVERED",
+                        "BOUNCED", "EXPIRED")]
     errors = []
     for name, one in status["domains"].items():
         rows.append((
-            name, one["primary"] + (" (held)" if one["held"] else ""), format_duration(now - one["since"]), str(one["queued"]),
-            format_size(one["bytes"]), format_duration(now - one["oldest"]) if one["oldest"] else "-",
-            "in " + format_duration(one["next_probe"] - now) if one["next_probe"] else "-",
+            printable(name), one["primary"] + (" (held)" if one["held"] else ""), format_duration(now - one["since"]),
+            str(one["queued"]), format_size(one["bytes"]), format_duration(now - one["oldest"]) if one["oldest"] else "-",
+            say_next(one["next_probe"], now),
             str(one["accepted"]), str(one["delivered"]), str(one["bounced"]), str(one["expired"])))
         if one["last_error"]:
-            errors.append("%s: %s" % (name, printable(one["last_error"])))
+            errors += _hang("%s: %s" % (printable(name), printable(one["last_error"])), style)
     text = "\n".join(out) + "\n"
     if len(rows) > 1:
-        text += "\n" + format_table(rows, right=(3, 4, 7, 8, 9, 10))
-    return text + "".join("\n" + line for line in errors) + ("\n" if errors else "")
+        text += "\n" + format_table(rows, (3, 4, 7, 8, 9, 10), style, (0,), (7, 10, 9, 8, 4, 5, 6),
+                                    lambda row, column: STATE_COLOURS.get(row[1].split()[0], DIM) if column == 1 else "")
+    return text + ("\n" + "\n".join(errors) + "\n" if errors else "")
 
 
-def format_queue(rows: Sequence[Mapping[str, Any]], now: Time) -> str:
-    """The list of contract --queue --json, for people."""
+def _hang(text: str, style: Style, indent: int = 4) -> List[str]:
+    """A long line, broken where the terminal ends."""
+    if not style.width or len(text) <= style.width:
+        return [text]
+    return textwrap.wrap(text, max(CELL_MIN, style.width), subsequent_indent=" " * indent, break_on_hyphens=False)
+
+
+def format_queue(rows: Sequence[Mapping[str, Any]], now: Time, style: Style = PLAIN) -> str:
+    """The list of contract --queue --json, for people, and its sums for each domain."""
     if not rows:
         return "The queue is empty.\n"
-    out = [("ID", "AGE", "SIZE", "STATE", "NEXT TRY", "SENDER", "RECIPIENTS")]
+    out: List[Row] = [("ID", "AGE", "SIZE", "STATE", "NEXT TRY", "SENDER", "RECIPIENTS")]
     for row in rows:
         people = [printable(one["address"], 60) for one in row["recipients"]]
         if len(people) > 3:
             people[3:] = ["and %d more" % (len(people) - 3)]
-        due = row["next_attempt"]
-        if due is None or row["state"] == "delivering":
-            next_try = "-"
-        else:
-            next_try = "in " + format_duration(due - now) if due > now else "now"
-        out.append((row["id"], format_duration(now - row["received"]), format_size(row["size"]), row["state"], next_try,
-                    "<%s>" % printable(row["sender"], 60), ", ".join(people)))
-    text = format_table(out, right=(2,))
-    sums: Dict[str, Tuple[int, int, str]] = {}
+        due = None if row["state"] == "delivering" else row["next_attempt"]
+        out.append((row["id"], format_duration(now - row["received"]), format_size(row["size"]), row["state"],
+                    say_next(due, now), "<%s>" % printable(row["sender"], 60), ", ".join(people)))
+    text = format_table(out, (1, 2), style, (5, 6), (2, 4, 3),
+                        lambda row, column: STATE_COLOURS.get(row[3], "") if column == 3 else "")
+    return text + "\n" + format_sums(rows, now, style)
+
+
+def format_sums(rows: Sequence[Mapping[str, Any]], now: Time, style: Style) -> str:
+    """A line a domain: how much waits, since when, and until when; then why."""
+    domains: Dict[str, List[Mapping[str, Any]]] = {}
     for row in rows:
-        count, octets, _ = sums.get(row["domain"], (0, 0, ""))
-        last = next((one["last_response"] for one in row["recipients"] if one["last_response"]), "")
-        sums[row["domain"]] = (count + 1, octets + row["size"], last)
-    for name, (count, octets, last) in sums.items():
-        text += "\n%s: %d messages, %s%s" % (name, count, format_size(octets), "; " + printable(last) if last else "")
-    return text + "\n"
+        domains.setdefault(row["domain"], []).append(row)
+    out: List[Row] = [("DOMAIN", "MESSAGES", "SIZE", "HELD", "OLDEST", "NEXT TRY")]
+    reasons = []
+    for name, its in [*domains.items(), *([("all", rows)] if len(domains) > 1 else [])]:
+        due = min((row["next_attempt"] for row in its if row["next_attempt"] is not None), default=None)
+        out.append((name, format(len(its), ","), format_size(sum(row["size"] for row in its)),
+                    str(sum(row["state"] == "held" for row in its)),
+                    format_duration(now - min(row["received"] for row in its)), say_next(due, now)))
+        last = next((one["last_response"] for row in its for one in row["recipients"] if one["last_response"]), "")
+        if last and name in domains:
+            reasons += _hang("%s: %s" % (name, printable(last)), style)
+    text = format_table(out, (1, 2, 3, 4), style, (0,), (3, 2, 4))
+    return text + ("\n" + "\n".join(reasons) + "\n" if reasons else "")
 
 
-def format_envelope(sidecar: Mapping[str, Any], header: bytes, now: Time) -> str:
+def format_envelope(sidecar: Mapping[str, Any], header: bytes, now: Time, style: Style = PLAIN) -> str:
     """What --show says of one message."""
     client = sidecar["client"]
-    out = ["%-12s %s" % ("ID", sidecar["id"]),
-           "%-12s %s, %s ago" % ("received", email.utils.formatdate(sidecar["received"], localtime=True),
-                                 format_duration(now - sidecar["received"])),
-           "%-12s %s%s%s" % ("client", printable(client["address"] or "none (made here)"),
-                             ", HELO " + printable(client["helo"]) if client["helo"] else "",
-                             ", " + client["tls"] if client["tls"] else ""),
-           "%-12s %d octets, SHA-256 %s" % ("size", sidecar["size"], sidecar["sha256"]),
-           "%-12s <%s>" % ("sender", printable(sidecar["sender"]))]
+    out: List[str] = []
+
+    def say(label: str, text: str, colour: str = "") -> None:
+        first, *rest = _hang(text, style._replace(width=max(0, style.width - 13)), 0)
+        out.append("%s %s" % (style.paint(label, BOLD) + " " * (12 - len(label)), style.paint(first, colour)))
+        out.extend(" " * 13 + style.paint(line, colour) for line in rest)
+    say("ID", sidecar["id"])
+    say("received", "%s, %s ago" % (email.utils.formatdate(sidecar["received"], localtime=True),
+                                    format_duration(now - sidecar["received"])))
+    say("client", "%s%s%s" % (printable(client["address"] or "none (made here)"),
+                              ", HELO " + printable(client["helo"]) if client["helo"] else "",
+                              ", " + client["tls"] if client["tls"] else ""))
+    say("size", say_count(sidecar["size"], "octet"))
+    say("SHA-256", sidecar["sha256"])
+    say("sender", "<%s>" % printable(sidecar["sender"]))
     if sidecar["held"]:
-        out.append("%-12s %s" % ("held for", ", ".join(sidecar["held"])))
+        say("held for", ", ".join(sidecar["held"]), YELLOW)
     for one in sidecar["recipients"]:
-        out.append("%-12s <%s>: %s, %d attempts, expires %s" % (
-            "recipient", printable(one["address"]), one["state"], one["attempts"],
-            email.utils.formatdate(one["expires"], localtime=True)))
+        waits = one["state"] == QUEUED
+        say("recipient", "<%s>: %s, %s" % (printable(one["address"]), one["state"], say_count(one["attempts"], "attempt")))
         if one["last_attempt"]:
-            out.append("%-12s %s, %s" % ("", email.utils.formatdate(one["last_attempt"], localtime=True),
-                                         printable(one["last_response"])))
+            say("", "last %s ago: %s" % (format_duration(now - one["last_attempt"]), printable(one["last_response"])), YELLOW)
         elif one["last_response"]:
-            out.append("%-12s %s" % ("", printable(one["last_response"])))
+            say("", printable(one["last_response"]), YELLOW)
+        if waits:
+            say("", "%sexpires %s, %s" % (
+                "next try %s, " % say_next(one["next_attempt"], now) if one["next_attempt"] > now else "",
+                say_next(one["expires"], now), email.utils.formatdate(one["expires"], localtime=True)))
     lines = header.decode("utf-8", "replace").split("\r\n")
     return "\n".join(out) + "\n\n" + "\n".join(printable(line.expandtabs(), 2000) for line in lines)
 
@@ -5673,6 +5836,610 @@ def format_mbox(sidecar: Mapping[str, Any], message: bytes) -> bytes:
     head += ["X-Envelope-To: <%s>" % one["address"] for one in sidecar["recipients"] if one["state"] == QUEUED]
     body = re.sub(rb"^(>*From )", rb">\1", message.replace(b"\r\n", b"\n"), flags=re.M)
     return "\n".join(head).encode("utf-8") + b"\n" + body + (b"\n" if body.endswith(b"\n") else b"\n\n")
+
+
+# -- what is remembered for the page
+
+class Histogram:
+    """Counts of what was not above each bound, as Prometheus wants them; since the start."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        value = max(0.0, value)         # a clock that was set back
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def values(self) -> "Observed":
+        return Observed(self.bounds, tuple(self.counts), self.sum)
+
+
+class Observed(NamedTuple):
+    bounds: Tuple[float, ...]
+    counts: Tuple[int, ...]         # one more: what was above all bounds
+    sum: float
+
+
+class Event(NamedTuple):
+    time: Time
+    service: str
+    level: str
+    text: str
+    times: int = 1                  # the same again and again is one event
+
+
+class Trace(NamedTuple):
+    """What one domain's lines are drawn from; both lists hold changes only and
+    go forward in time.  A queue that stays as it is adds nothing."""
+    depth: List[Tuple[Time, int, int]]      # (begin of the bucket, peak in it, depth at its end)
+    states: List[Tuple[Time, str]]          # (since, the primary's state, or OFF)
+
+    def last_change(self) -> Time:
+        return max(self.depth[-1][0] if self.depth else 0.0, self.states[-1][0] if self.states else 0.0)
+
+
+OFF = "off"                         # as a primary's state: this relay was not running
+WINDOWS = (("24 hours", 86400.0, HISTORY_BUCKET_S), ("7 days", WEEK_S, HISTORY_COARSE_S))
+
+
+class History:
+    """A week of queue depths and states, and the last events; bounded in every direction."""
+
+    def __init__(self) -> None:
+        self.traces: Dict[str, Trace] = {}
+        self.events: Dict[str, Deque[Event]] = {}       # a deque a service: one cannot crowd out another
+        self.is_dirty = False
+
+    def note(self, name: str, depth: int, state: str, now: Time) -> None:
+        trace = self.traces.get(name)
+        if trace is None:
+            if len(self.traces) >= HISTORY_SITES_MAX:
+                return                  # the configured ones come first
+            trace = self.traces[name] = Trace([], [])
+        bucket = now - now % HISTORY_BUCKET_S
+        while (trace.depth and trace.depth[-1][0] > bucket) or (trace.states and trace.states[-1][0] > now):
+            self._back(trace, bucket, now)
+        if not trace.states or trace.states[-1][1] != state:
+            trace.states.append((now, state))
+            del trace.states[:-HISTORY_STATES_MAX]
+            self.is_dirty = True
+        at, peak, last = trace.depth[-1] if trace.depth else (-INF, depth, -1)
+        if depth == last:
+            return
+        if at == bucket:
+            trace.depth[-1] = (at, max(peak, depth), depth)
+        else:
+            trace.depth.append((bucket, max(last, depth), depth))
+            if len(trace.depth) > 2 * (WEEK_S // HISTORY_COARSE_S + 86400.0 // HISTORY_BUCKET_S):
+                self._thin(trace, now)
+        self.is_dirty = True
+
+    @staticmethod
+    def _back(trace: Trace, bucket: Time, now: Time) -> None:
+        """The clock was set back: what is of the future is not true."""
+        if trace.depth and trace.depth[-1][0] > bucket:
+            trace.depth.pop()
+        if trace.states and trace.states[-1][0] > now:
+            trace.states.pop()
+
+    @staticmethod
+    def _thin(trace: Trace, now: Time) -> None:
+        """Older than a day: an hour's changes are one.  Older than a week: only what the week began with."""
+        out: List[Tuple[Time, int, int]] = []
+        for at, peak, last in trace.depth:
+            if out and (at < now - WEEK_S or (
+                    at < now - 86400.0 and at // HISTORY_COARSE_S == out[-1][0] // HISTORY_COARSE_S)):
+                before = out.pop()
+                peak = last if at < now - WEEK_S else max(peak, before[1])
+            out.append((at, peak, last))
+        trace.depth[:] = out
+        while len(trace.states) > 1 and trace.states[1][0] < now - WEEK_S:
+            del trace.states[0]
+
+    def tell(self, service: str, text: str, level: str, now: Time) -> None:
+        """What the log says of more than one message: states, flushes, and all that is wrong."""
+        if level == "debug" or (level == "info" and service not in ("primary", "flush", "master")):
+            return
+        events = self.events.setdefault(service, collections.deque(maxlen=EVENTS_MAX))
+        text = text[:EVENT_TEXT_MAX]
+        times = events.pop().times + 1 if events and (events[-1].text, events[-1].level) == (text, level) else 1
+        events.append(Event(now, service, level, text, times))
+        self.is_dirty = self.is_dirty or service != "flush"     # who polls with ETRN must not wear out the flash
+
+    def latest(self) -> Tuple[Event, ...]:
+        return tuple(sorted((event for events in self.events.values() for event in events), reverse=True))
+
+    def copy(self, name: str) -> Trace:
+        trace = self.traces.get(name)
+        return Trace(list(trace.depth), list(trace.states)) if trace else Trace([], [])
+
+    def to_values(self, live: Iterable[str], now: Time) -> Dict[str, Any]:
+        """`live`: domains that still are ours."""
+        self.is_dirty = False
+        live = set(live)
+        for name, trace in list(self.traces.items()):
+            self._thin(trace, now)
+            if name not in live and trace.last_change() < now - WEEK_S:
+                del self.traces[name]
+        return {"format": 1, "saved": now,
+                "sites": {name: {"depth": [list(one) for one in trace.depth], "states": [list(one) for one in trace.states]}
+                          for name, trace in self.traces.items()},
+                "events": [list(event) for event in reversed(self.latest())]}
+
+    def from_values(self, values: Mapping[str, Any], now: Time) -> None:
+        """What was kept before the restart.  What does not make sense is forgotten."""
+        sites, events = values.get("sites"), values.get("events")
+        for name, one in list(sites.items())[:HISTORY_SITES_MAX] if isinstance(sites, dict) else ():
+            try:
+                trace = Trace([(float(at), int(peak), int(last)) for at, peak, last in one["depth"]],
+                              [(float(at), str(state)) for at, state in one["states"]])
+            except (TypeError, ValueError, KeyError, OverflowError):
+                continue
+            if is_forward([at for at, _, _ in trace.depth], now) and is_forward([at for at, _ in trace.states], now):
+                del trace.states[:-HISTORY_STATES_MAX]
+                self._thin(trace, now)
+                del trace.depth[:-HISTORY_STATES_MAX]
+                self.traces[name] = trace
+        for item in events if isinstance(events, list) else ():
+            try:
+                at, service, level, text, times = item
+                event = Event(float(at), printable(str(service), 20), str(level), str(text)[:EVENT_TEXT_MAX], int(times))
+            except (TypeError, ValueError, OverflowError):
+                continue
+            if event.time <= now and len(self.events) < EVENTS_MAX:
+                self.events.setdefault(event.service, collections.deque(maxlen=EVENTS_MAX)).append(event)
+
+
+def is_forward(times: Sequence[Time], end: Time) -> bool:
+    """Whether they follow each other and end before `end`; not so with NaN in them."""
+    return all(one <= other for one, other in zip([0.0, *times], [*times, end]))
+
+
+def resample(depth: Sequence[Tuple[Time, int, int]], start: Time, step: float, count: int) -> List[Optional[int]]:
+    """The peak in each of `count` columns of `step` seconds; None before anything is known."""
+    out: List[Optional[int]] = []
+    known: Optional[int] = None
+    at = 0
+    for column in range(count):
+        peak = known
+        while at < len(depth) and depth[at][0] < start + (column + 1) * step:
+            begin, top, known = depth[at]
+            if begin < start:           # before all columns: only what it left counts
+                peak = known
+            elif peak is None or top > peak:
+                peak = top
+            at += 1
+        out.append(peak)
+    return out
+
+
+WORSE = ("", OFF, "unknown", "up", "rejecting", "down")      # a column shows the last of these that it saw
+
+
+def resample_states(states: Sequence[Tuple[Time, str]], start: Time, step: float, count: int) -> List[str]:
+    """The worst state in each column, so that a short outage is not lost between two."""
+    out = [""] * count
+    for number, (since, state) in enumerate(states):
+        until = states[number + 1][0] if number + 1 < len(states) else start + count * step
+        first, last = int((since - start) // step), -int(-(until - start) // step)
+        for column in range(max(0, first), min(count, max(last, first + 1))):
+            if state in WORSE and WORSE.index(state) > WORSE.index(out[column]):
+                out[column] = state
+    return out
+
+
+def seconds_in(states: Sequence[Tuple[Time, str]], start: Time, end: Time) -> Dict[str, float]:
+    """How long it was in each state."""
+    out: Dict[str, float] = {}
+    for number, (since, state) in enumerate(states):
+        until = states[number + 1][0] if number + 1 < len(states) else end
+        out[state] = out.get(state, 0.0) + max(0.0, min(until, end) - max(since, start))
+    return out
+
+
+# -- values the loop hands over, and what machines read
+
+class Snapshot(NamedTuple):
+    """Everything there is to show, at one moment.  Nobody changes it."""
+    now: Now
+    hostname: str
+    status: Mapping[str, Any]           # as of collect_status()
+    started: Time                       # by the wall clock of that time
+    min_free: int
+    unreadable: str                     # why the spool could not be read whole, or empty
+    certificate: Tuple[Time, Time]      # begin and end; zeros for none
+    traces: Mapping[str, Trace]
+    events: Tuple[Event, ...]           # latest first
+    acceptance: Observed
+    queue_time: Observed
+
+
+def find_ills(snapshot: Snapshot) -> List[str]:
+    """What is wrong with the relay itself, for /healthz.  A primary that is down is
+    what we are here for, and no reason to restart us."""
+    spool = snapshot.status["spool"]
+    out = []
+    if spool["sick"]:
+        out.append("spool sick: %s; new mail gets 451" % printable(str(spool["sick"])))
+    if snapshot.unreadable:
+        out.append("spool unreadable: %s" % printable(snapshot.unreadable))
+    if spool["free"] < snapshot.min_free:
+        out.append("disk short: %s free, below min_free_space %s; new mail gets 452" % (
+            format_size(spool["free"]), format_size(snapshot.min_free)))
+    return out
+
+
+def is_domain(name: str) -> bool:
+    """Not a site of our own notices and alerts."""
+    return not name.startswith((NOTICES, ALERTS))
+
+
+Sample = Tuple[str, Mapping[str, str], float]       # suffix of the name, labels, value
+Family = Tuple[str, str, str, List[Sample]]         # name, type, help
+
+
+def format_metrics(snapshot: Snapshot) -> str:
+    """Prometheus text format 0.0.4; base units, counters end in _total."""
+    out = []
+    for name, kind, text, samples in collect_metrics(snapshot):
+        out.append("# HELP etrn_relay_%s %s" % (name, text))
+        out.append("# TYPE etrn_relay_%s %s" % (name, kind))
+        for suffix, labels, value in samples:
+            inner = ",".join('%s="%s"' % (key, escape_label(one)) for key, one in labels.items())
+            out.append("etrn_relay_%s%s%s %s" % (name, suffix, "{%s}" % inner if inner else "", format_number(value)))
+    return "\n".join(out) + "\n"
+
+
+def escape_label(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
+
+
+def format_number(value: float) -> str:
+    if value == INF:
+        return "+Inf"
+    return "%d" % value if value == int(value) else repr(float(value))
+
+
+def collect_metrics(snapshot: Snapshot) -> List[Family]:
+    status, spool = snapshot.status, snapshot.status["spool"]
+    domains = {name: one for name, one in status["domains"].items() if is_domain(name)}
+    own = [one for name, one in status["domains"].items() if not is_domain(name)]
+
+    def single(name: str, text: str, value: float, kind: str = "gauge") -> Family:
+        return name, kind, text, [("", {}, value)]
+
+    def each(name: str, text: str, key: str, kind: str = "gauge") -> Family:
+        return name, kind, text, [("", {"domain": domain}, one[key]) for domain, one in domains.items() if one[key] is not None]
+    out: List[Family] = [
+        ("info", "gauge", "Version of the relay; always 1.", [("", {"version": status["version"]}, 1)]),
+        single("start_time_seconds", "When the relay started, Unix time.", snapshot.started),
+        single("healthy", "1 when /healthz answers 200.", not find_ills(snapshot)),
+        single("connections", "SMTP clients connected now.", status["connections"]),
+        single("spool_messages", "Messages in the spool.", spool["messages"]),
+        single("spool_bytes", "Octets of these messages.", spool["bytes"]),
+        single("spool_free_bytes", "Octets the spool's file system can still take.", spool["free"]),
+        single("spool_held_messages", "Messages held by an operator.", spool["held"]),
+        single("spool_corrupt_messages", "Messages set aside in corrupt/.", spool["corrupt"]),
+        single("spool_sick", "1 while the spool's disk fails and no new mail is taken.", bool(spool["sick"])),
+        single("spool_loading", "1 while the spool is being read after a start.", bool(spool["loading"])),
+        single("notices_queued", "Notices and alerts of our own that wait.", sum(one["queued"] for one in own)),
+        ("primary_state", "gauge", "1 for the state the primary is in.",
+         [("", {"domain": domain, "state": state.value}, one["primary"] == state.value)
+          for domain, one in domains.items() for state in Primary]),
+        each("primary_state_since_timestamp_seconds", "When the primary came into its state, Unix time.", "since"),
+        each("primary_next_probe_timestamp_seconds", "When a primary that mail waits for is tried next, Unix time.",
+             "next_probe"),
+        each("queue_messages", "Messages waiting for the primary.", "queued"),
+        each("queue_bytes", "Octets of these messages.", "bytes"),
+        each("queue_oldest_timestamp_seconds", "When the oldest of these messages came, Unix time.", "oldest"),
+        each("queue_held", "1 while the whole domain is held.", "held"),
+        each("messages_accepted_total", "Messages taken for the domain.", "accepted", "counter"),
+        each("messages_delivered_total", "Deliveries the primary took.", "delivered", "counter"),
+        each("messages_bounced_total", "Deliveries refused for good.", "bounced", "counter"),
+        each("messages_deferred_total", "Deliveries put off.", "deferred", "counter"),
+        each("messages_expired_total", "Deliveries given up because of their age.", "expired", "counter"),
+        ("acceptance_seconds", "histogram", "Time from the end of a message's data to our 250.", to_samples(snapshot.acceptance)),
+        ("queue_time_seconds", "histogram", "Time from our 250 to the primary's.", to_samples(snapshot.queue_time))]
+    if snapshot.certificate[1]:
+        out.append(single("certificate_expiry_timestamp_seconds", "When the TLS certificate ends, Unix time.",
+                          snapshot.certificate[1]))
+    return [family for family in out if family[3]]
+
+
+def to_samples(seen: Observed) -> List[Sample]:
+    total = itertools.accumulate(seen.counts)
+    out: List[Sample] = [("_bucket", {"le": format_number(bound)}, count) for bound, count in zip((*seen.bounds, INF), total)]
+    return [*out, ("_sum", {}, seen.sum), ("_count", {}, sum(seen.counts))]
+
+
+# -- the page
+
+PAGE_STYLE = """
+:root{color-scheme:light dark;--bg:#f4f5f7;--card:#fff;--ink:#1a1e24;--dim:#5d6673;--rule:#e3e6ea;--blue:#2a6fdb;--wash:#2a6fdb22;
+--good:#1b8a52;--bad:#cf3a35;--warn:#b46b00;--none:#d4d9df;--good-bg:#e6f4ec;--bad-bg:#fcebea;--warn-bg:#fdf2df}
+@media(prefers-color-scheme:dark){:root{--bg:#0e1116;--card:#161b22;--ink:#e6eaf0;--dim:#97a1ae;--rule:#272e38;--blue:#6ea8ff;
+--wash:#6ea8ff26;--good:#43c07f;--bad:#ff6f69;--warn:#e5a93b;--none:#323a45;--good-bg:#12261c;--bad-bg:#311716;--warn-bg:#2c2110}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",
+Arial,sans-serif;-webkit-text-size-adjust:100%}
+main{max-width:1120px;margin:0 auto;padding:24px 20px 40px}
+h1{font-size:22px;line-height:1.25;margin:0;overflow-wrap:anywhere;letter-spacing:-.01em}
+h2{font-size:17px;margin:0;overflow-wrap:anywhere}
+p{margin:0}
+small,.dim{color:var(--dim);font-size:13px}
+b,dd,.n{font-variant-numeric:tabular-nums}
+header{display:flex;flex-wrap:wrap;justify-content:space-between;align-items:baseline;gap:2px 16px;margin-bottom:16px}
+.banner{border-radius:10px;padding:12px 16px;font-weight:600;border-left:4px solid;overflow-wrap:anywhere}
+.banner+.banner{margin-top:8px}
+.banner.good{background:var(--good-bg);border-color:var(--good)}
+.banner.bad{background:var(--bad-bg);border-color:var(--bad)}
+.banner.warn{background:var(--warn-bg);border-color:var(--warn)}
+.card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:18px 20px;margin-top:16px}
+dl{display:grid;gap:12px 20px;margin:0}
+dt{color:var(--dim);font-size:13px}
+dd{margin:0;font-weight:600;overflow-wrap:anywhere}
+dd small{font-weight:400;display:block}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(130px,1fr))}
+.tiles dd{font-size:21px;line-height:1.3;letter-spacing:-.01em}
+.title{display:flex;flex-wrap:wrap;align-items:center;gap:4px 10px}
+.pill{font-size:12px;font-weight:600;line-height:1;border-radius:99px;padding:5px 10px 5px 8px;display:inline-flex;
+align-items:center;gap:6px;color:var(--dim);background:var(--bg)}
+.pill i{width:8px;height:8px;border-radius:50%;background:currentColor}
+.pill.up{color:var(--good);background:var(--good-bg)}
+.pill.down{color:var(--bad);background:var(--bad-bg)}
+.pill.rejecting,.pill.held{color:var(--warn);background:var(--warn-bg)}
+.title .dim{margin-left:auto}
+.why{margin-top:6px}
+.error{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin-top:10px;padding:8px 12px;border-radius:8px;
+background:var(--bg);overflow-wrap:anywhere}
+.facts{grid-template-columns:repeat(auto-fit,minmax(100px,1fr));margin-top:14px}
+.facts dd{line-height:30px}
+.facts .big{font-size:26px;letter-spacing:-.02em}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(280px,1fr));gap:16px 28px;margin-top:16px}
+figure{margin:0;min-width:0}
+figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 10px;font-size:13px;color:var(--dim);margin-bottom:6px}
+figcaption b{color:var(--ink);font-weight:600}
+svg{display:block;width:100%;overflow:hidden}
+.depth{height:64px;border-bottom:1px solid var(--rule)}
+.band{height:10px;margin-top:4px;border-bottom:1px solid var(--rule)}
+.area{fill:var(--wash)}
+.line{fill:none;stroke:var(--blue);stroke-width:1.75;vector-effect:non-scaling-stroke;stroke-linejoin:round}
+.s-,.s-off,.s-unknown{fill:var(--none)}
+.s-off{fill-opacity:.5}
+.s-{fill-opacity:.35}
+.s-up{fill:var(--good);fill-opacity:.75}
+.s-down{fill:var(--bad)}
+.s-rejecting{fill:var(--warn)}
+.axis{display:flex;justify-content:space-between;font-size:11px;color:var(--dim);margin-top:3px}
+.counts{margin-top:14px;padding-top:12px;border-top:1px solid var(--rule);display:flex;flex-wrap:wrap;gap:2px 18px}
+.counts b{color:var(--ink);font-weight:600}
+ol{list-style:none;margin:10px 0 0;padding:0}
+li{display:grid;grid-template-columns:124px 64px 1fr;gap:0 10px;padding:7px 0;border-top:1px solid var(--rule);font-size:14px}
+li:first-child{border-top:0}
+li .text{overflow-wrap:anywhere;min-width:0}
+li.warning .text{color:var(--warn)}
+li.error .text{color:var(--bad)}
+footer{margin-top:20px;display:flex;flex-wrap:wrap;justify-content:space-between;gap:4px 16px}
+a{color:var(--blue);text-decoration:none}
+a:hover{text-decoration:underline}
+@media(max-width:600px){main{padding:16px 12px 32px}.card{padding:15px 14px;border-radius:10px;margin-top:12px}
+.tiles{grid-template-columns:1fr 1fr}.tiles div:last-child:nth-child(odd){grid-column:1/-1}
+.facts{grid-template-columns:1fr 1fr}.title .dim{margin-left:0;width:100%}
+li{grid-template-columns:1fr auto}li .text{grid-column:1/-1}}
+"""
+PAGE_HEAD = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="refresh" content="%d"><meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">
+<title>%s</title><style>%s</style></head>
+<body><main>
+"""
+PAGE_POLICY = "default-src 'none'; %sbase-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
+def page_policy() -> str:
+    """Content-Security-Policy of the page: its one style sheet, by hash, and nothing else from anywhere."""
+    digest = base64.b64encode(hashlib.sha256(PAGE_STYLE.encode("utf-8")).digest()).decode("ascii")
+    return PAGE_POLICY % ("style-src 'sha256-%s'; " % digest)
+
+
+def escape(text: str, longest: int = LOG_TEXT_MAX) -> str:
+    """Any text, for HTML and for attributes in double quotes."""
+    text = printable(text, longest)
+    for character, name in (("&", "amp"), ("<", "lt"), (">", "gt"), ('"', "quot"), ("'", "#39")):
+        text = text.replace(character, "&%s;" % name)
+    return text
+
+
+def say_moment(at: Time, now: Time) -> str:
+    """Local time: the day only where it is not today."""
+    day, here = time.localtime(at), time.localtime(now)
+    return time.strftime("%H:%M:%S" if day[:3] == here[:3] else "%a %e %b %H:%M", day)
+
+
+def format_page(snapshot: Snapshot, now: Time, stalled_s: float = 0.0) -> str:
+    """The whole page.  `stalled_s`: the loop has not answered for so long, and the values are that old."""
+    status = snapshot.status
+    domains = sorted(((name, one) for name, one in status["domains"].items() if is_domain(name)), key=_importance)
+    waiting = status["spool"]["messages"]
+    out = [PAGE_HEAD % (PAGE_REFRESH_S, "%s%s" % ("(%s) " % format(waiting, ",") if waiting else "", escape(snapshot.hostname)),
+                        PAGE_STYLE)]
+    out.append('<header><h1>%s</h1><p class="dim">etrn_relay %s, up %s, process %s. %s</p></header>\n' % (
+        escape(snapshot.hostname), escape(status["version"]), format_duration(status["uptime"] or 0.0), status["pid"],
+        time.strftime("%a %e %b %Y, %H:%M:%S %Z", time.localtime(now))))
+    for kind, text in find_news(snapshot, domains, stalled_s):
+        out.append('<p class="banner %s">%s</p>\n' % (kind, escape(text)))
+    out.append(_tiles(snapshot, now))
+    for name, one in domains[:PAGE_DOMAINS_MAX]:
+        out.append(_domain(name, one, snapshot.traces.get(name, Trace([], [])), snapshot.now.wall))
+    if len(domains) > PAGE_DOMAINS_MAX:
+        out.append('<p class="card dim">And %s, with less to tell; --status shows them all.</p>\n' % say_count(
+            len(domains) - PAGE_DOMAINS_MAX, "domain"))
+    out.append(_events(snapshot.events, now))
+    out.append('<footer class="dim"><span>Reloads every %d s; times are local to the relay.</span><span>'
+               '<a href="/metrics">metrics</a> &middot; <a href="/status.json">status.json</a> &middot; '
+               '<a href="/healthz">healthz</a></span></footer>\n</main></body></html>\n' % PAGE_REFRESH_S)
+    return "".join(out)
+
+
+def _importance(item: Tuple[str, Mapping[str, Any]]) -> Tuple[int, int, str]:
+    name, one = item
+    order = ("rejecting", "down", "unknown", "up")
+    return (order.index(one["primary"]) if one["queued"] else len(order), -one["queued"], name)
+
+
+def find_news(snapshot: Snapshot, domains: Sequence[Tuple[str, Mapping[str, Any]]], stalled_s: float) -> List[Tuple[str, str]]:
+    """What a postmaster must know first: (good, warn or bad; one sentence)."""
+    out = [("bad", text[:1].upper() + text[1:] + ".") for text in find_ills(snapshot)]
+    if stalled_s:
+        out.insert(0, ("bad", "Loop stalled: the relay has not answered for %s; what follows is that old." % (
+            format_duration(stalled_s))))
+    for state, kind, verb in (("rejecting", "bad", "refuses mail"), ("down", "warn", "is down")):
+        names = [name for name, one in domains if one["primary"] == state]
+        count = sum(one["queued"] for _, one in domains if one["primary"] == state)
+        if names:
+            who = "The primary of %s" % names[0] if len(names) == 1 else "%d primaries, that of %s among them," % (
+                len(names), names[0])
+            verb = verb if len(names) == 1 else verb.replace("refuses", "refuse").replace("is ", "are ")
+            out.append((kind if count else "warn", "%s %s; %s." % (who, verb, say_count(count) + (
+                " waits" if count == 1 else " wait") if count else "no mail waits for it")))
+    end = snapshot.certificate[1]
+    if end and end - snapshot.now.wall < CERTIFICATE_WARNING_S:
+        left = end - snapshot.now.wall
+        out.append(("bad" if left <= 0 else "warn", "The TLS certificate %s." % (
+            "ends in %s" % format_duration(left) if left > 0 else "ended %s ago" % format_duration(-left))))
+    if snapshot.status["spool"]["corrupt"]:
+        out.append(("warn", "%s in corrupt/: look there." % say_count(snapshot.status["spool"]["corrupt"])))
+    if snapshot.status["spool"]["loading"]:
+        out.append(("warn", "The spool is still being read; the numbers below are not complete."))
+    return out or [("good", "All is well: %s." % ("every primary that was tried is up, nothing waits"
+                    if not snapshot.status["spool"]["messages"] else "mail is on its way"))]
+
+
+def _pair(label: str, value: str, more: str = "", kind: str = "") -> str:
+    """One of a description list; value and more are HTML."""
+    return "<div><dt>%s</dt><dd%s>%s%s</dd></div>" % (
+        label, ' class="%s"' % kind if kind else "", value, "<small>%s</small>" % more if more else "")
+
+
+def _tiles(snapshot: Snapshot, now: Time) -> str:
+    status, spool = snapshot.status, snapshot.status["spool"]
+    oldest = min((one["oldest"] for one in status["domains"].values() if one["oldest"]), default=None)
+    own = sum(one["queued"] for name, one in status["domains"].items() if not is_domain(name))
+    end = snapshot.certificate[1]
+    more = ", ".join(filter(None, (format_size(spool["bytes"]), "%d held" % spool["held"] if spool["held"] else "",
+                                   say_count(own, "notice") if own else "")))
+    return '<dl class="tiles card">%s</dl>\n' % "".join((
+        _pair("Waiting", format(spool["messages"], ","), more),
+        _pair("Oldest", format_duration(now - oldest) if oldest else "&ndash;",
+              "since " + say_moment(oldest, now) if oldest else "nothing waits"),
+        _pair("Disk left", format_size(spool["free"]), "refuses below %s" % format_size(snapshot.min_free)
+              if snapshot.min_free else ""),
+        _pair("Connections", format(status["connections"], ","), "SMTP clients now"),
+        _pair("Certificate", format_duration(end - now) if end > now else "ended" if end else "none",
+              time.strftime("%e %b %Y to ", time.localtime(snapshot.certificate[0]))
+              + time.strftime("%e %b %Y", time.localtime(end)) if end else "STARTTLS is not offered")))
+
+
+STATE_WORDS = {"up": "since %s, %s ago", "down": "since %s, for %s", "rejecting": "since %s, for %s",
+               "unknown": "not heard of since %s, %s ago"}
+STATE_REASONS = {"down": "It does not answer.  What waits goes out, oldest first, as soon as it does.",
+                 "rejecting": "It answers, but refuses what it should take.  Nothing is returned to senders: one message at a "
+                              "time is tried, and the rest follows when it is taken."}
+
+
+def _domain(name: str, one: Mapping[str, Any], trace: Trace, now: Time) -> str:
+    state = one["primary"]
+    out = ['<section class="card"><div class="title"><h2>%s</h2><span class="pill %s"><i></i>%s</span>%s'
+           '<span class="dim">%s</span></div>' % (
+               escape(name), state, state, '<span class="pill held"><i></i>held</span>' if one["held"] else "",
+               STATE_WORDS[state] % (say_moment(one["since"], now), format_duration(now - one["since"])))]
+    if state in STATE_REASONS and (one["queued"] or state == "rejecting"):
+        out.append('<p class="why dim">%s</p>' % STATE_REASONS[state])
+    if one["last_error"]:
+        out.append('<p class="error">%s</p>' % escape(one["last_error"]))
+    next_try = say_next(one["next_probe"], now) if one["next_probe"] else "on its way" if one["queued"] else "&ndash;"
+    out.append('<dl class="facts">%s</dl>' % "".join((
+        _pair("Waiting", format(one["queued"], ","), "", "big"), _pair("Size", format_size(one["bytes"])),
+        _pair("Oldest", format_duration(now - one["oldest"]) if one["oldest"] else "&ndash;"),
+        _pair("Next try", "held" if one["held"] else next_try))))
+    out.append('<div class="charts">%s</div>' % "".join(_chart(trace, now, *window) for window in WINDOWS))
+    out.append('<p class="counts dim">%s</p></section>\n' % "".join(
+        "<span><b>%s</b> %s</span>" % (format(one[key], ","), key)
+        for key in ("accepted", "delivered", "deferred", "bounced", "expired")))
+    return "".join(out)
+
+
+def _chart(trace: Trace, now: Time, title: str, span: float, step: float) -> str:
+    """The queue's depth as a line and the primary's state as a band below it."""
+    count = int(span / step)
+    start = now - now % step + step - span
+    depth = resample(trace.depth, start, step, count)
+    peak = max((one for one in depth if one is not None), default=0)
+    held = seconds_in(trace.states, start, now)
+    known = sum(held.get(state, 0.0) for state in ("up", "down", "rejecting"))
+    up = "primary up %s" % format_share(held.get("up", 0.0) / known) if known else "primary not heard of"
+    line, area = draw_line(depth, max(peak, 10))
+    parts, form = (4, "%H:%M") if span <= 86400.0 else (7, "%a")
+    axis = "".join("<span>%s</span>" % time.strftime(form, time.localtime(start + span * n / parts)) for n in range(parts))
+    about = "%s: at most %s waiting, %s" % (title, say_count(peak), up)
+    return ('<figure><figcaption><span><b>%s</b></span><span>peak %s &middot; %s</span></figcaption>'
+            '<svg class="depth" viewBox="0 0 %d 64" preserveAspectRatio="none" role="img" aria-label="%s">'
+            '<path class="area" d="%s"/><path class="line" d="%s"/></svg>'
+            '<svg class="band" viewBox="0 0 %d 10" preserveAspectRatio="none" aria-hidden="true">%s</svg>'
+            '<div class="axis">%s<span>now</span></div></figure>' % (
+                title, format(peak, ","), up, count, escape(about), area, line, count,
+                draw_band(resample_states(trace.states, start, step, count)), axis))
+
+
+def format_share(share: float) -> str:
+    """A share of the time; 100 % only when it was all of it."""
+    percent = share * 100
+    return "%d%%" % percent if percent in (0.0, 100.0) else "%.1f%%" % min(99.9, max(0.1, percent))
+
+
+def draw_line(depth: Sequence[Optional[int]], top: int) -> Tuple[str, str]:
+    """Path data in a box 64 high, a step a column; a gap where nothing is known."""
+    line, area = [], []
+    before: Optional[int] = None
+    begin = 0
+    for column, value in enumerate([*depth, None]):
+        if value == before:
+            continue
+        height = "%.4g" % (62.0 - 58.0 * value / top) if value is not None else ""
+        if before is None:
+            begin = column
+            line.append("M%d %s" % (column, height))
+            area.append("M%d 64V%s" % (column, height))
+        else:
+            line.append("H%d" % column + ("V%s" % height if height else ""))
+            area.append("H%d" % column + ("V%s" % height if height else "V64H%dZ" % begin))
+        before = value
+    return "".join(line), "".join(area)
+
+
+BAND_HEIGHTS = {"down": 10, "rejecting": 7, "up": 4, "unknown": 2, OFF: 2, "": 2}       # told apart without colours, too
+
+
+def draw_band(states: Sequence[str]) -> str:
+    out, at = [], 0
+    for state, run in itertools.groupby(states):
+        width = len(list(run))
+        out.append('<rect class="s-%s" x="%d" y="%d" width="%d" height="%d"><title>%s</title></rect>' % (
+            state, at, 10 - BAND_HEIGHTS[state], width, BAND_HEIGHTS[state], state or "nothing known"))
+        at += width
+    return "".join(out)
+
+
+def _events(events: Sequence[Event], now: Time) -> str:
+    out = ['<section class="card"><h2>Recent events</h2><ol>']
+    row = '<li class="%s"><span class="dim n">%s</span><span class="dim">%s</span><span class="text">%s%s</span></li>'
+    out += [row % (escape(event.level), say_moment(event.time, now), escape(event.service), escape(event.text),
+                   ' <span class="dim">&times;%d</span>' % event.times if event.times > 1 else "")
+            for event in events[:2 * EVENTS_MAX]]
+    return "".join(out) + ("" if events else "<li>None yet.</li>") + "</ol></section>\n"
 
 
 # == 15. SERVER ================================================================
@@ -5716,6 +6483,7 @@ class Certificate:
     def __init__(self, certificate: str, key: str) -> None:
         """Raises OSError, ssl.SSLError among them."""
         self.files = (certificate, key)
+        self.dates = (0.0, 0.0)         # begin and end, as far as they could be read
         self.stamp = self._stamp()
         self.context = self._load()
         self.checked = time.monotonic()
@@ -5728,6 +6496,12 @@ class Certificate:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0) | ssl.OP_NO_COMPRESSION
         context.load_cert_chain(*self.files)
+        try:
+            with open(self.files[0], encoding="latin-1") as file:
+                first = re.search("-----BEGIN CERT.*?-----END CERTIFICATE-----", file.read(), re.S)
+            self.dates = parse_certificate_dates(ssl.PEM_cert_to_DER_cert(first.group() if first else ""))
+        except ValueError:
+            self.dates = (0.0, 0.0)     # OpenSSL reads more than we do; only the page misses them
         return context
 
     def renew(self, now: float) -> str:
@@ -5793,6 +6567,268 @@ class Controller:
         self.answers: Optional[Answers] = None
 
 
+# -- the status page: threads of their own, which see nothing but snapshots
+
+class Window:
+    """Through which other threads look at the relay.  The loop is asked for a
+    snapshot at most once in PAGE_FRESH_S, and not at all while nobody looks."""
+
+    def __init__(self, post: Callable[[Any], None]) -> None:
+        self.post = post
+        self.condition = threading.Condition()
+        self.snapshot: Optional[Snapshot] = None
+        self.asked: Optional[float] = None      # monotonic, a question the loop has not answered yet
+
+    def show(self, snapshot: Snapshot) -> None:
+        """The loop's answer."""
+        with self.condition:
+            self.snapshot, self.asked = snapshot, None
+            self.condition.notify_all()
+
+    def look(self) -> Tuple[Optional[Snapshot], float]:
+        """The latest snapshot, and for how long the loop has not answered: 0.0 when it did in time."""
+        with self.condition:
+            now = time.monotonic()
+            if self.snapshot is not None and now - self.snapshot.now.mono < PAGE_FRESH_S:
+                return self.snapshot, 0.0
+            since = self.asked
+            if since is None:
+                since = self.asked = now
+                self.post(self)
+            self.condition.wait_for(lambda: self.asked is None, max(0.0, since + PAGE_STALL_S - now))
+            return self.snapshot, 0.0 if self.asked is None else time.monotonic() - since
+
+
+PageBase: Any = http.server.ThreadingHTTPServer if http is not None else object
+HandlerBase: Any = http.server.BaseHTTPRequestHandler if http is not None else object
+
+
+class PageServer(PageBase):             # type: ignore[misc]
+    """Serves the page from a bound socket.  However many come and however
+    slowly they go: threads, octets and seconds are bounded, and the relay is not touched."""
+    daemon_threads = True
+
+    def __init__(self, sock: socket.socket, window: Window, token: str, say: Callable[[Any], None]) -> None:
+        """`say` takes a line for the log, or an exception that is a bug."""
+        super().__init__(sock.getsockname()[:2], PageHandler, bind_and_activate=False)
+        self.socket.close()             # which it made; ours was bound before root was given up
+        self.socket: Any = sock
+        self.window = window
+        self.token = token
+        self.say = say
+        self.open: Dict[socket.socket, Tuple[float, str]] = {}      # (monotonic when it is cut, client)
+        self.lock = threading.Lock()
+        self.end_reader, self.end_writer = socket.socketpair()
+        self.thread = threading.Thread(target=self._run, name="status page", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def end(self) -> None:
+        """Stop listening; answers under way may go on for as long as the process does."""
+        self.end_writer.close()
+        if self.thread.ident is not None:
+            self.thread.join(PAGE_FRESH_S)
+        self.socket.close()
+        self.end_reader.close()
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for sock in (self.socket, self.end_reader):
+                selector.register(sock, selectors.EVENT_READ)
+            while True:
+                ready = [key.fileobj for key, _ in selector.select(self._cut())]
+                if self.end_reader in ready:
+                    return
+                if ready:
+                    self._take()
+
+    def _cut(self) -> Optional[float]:
+        """End connections that took too long; returns the seconds until the next may have, None while there is none."""
+        with self.lock:
+            now = time.monotonic()
+            for sock, (until, _) in self.open.items():
+                if until <= now:
+                    try:
+                        sock.shutdown(socket.SHUT_RDWR)     # its thread wakes up and ends
+                    except OSError:
+                        pass
+            return min((max(PAGE_FRESH_S, until - now) for until, _ in self.open.values()), default=None)
+
+    def _take(self) -> None:
+        try:
+            sock, where = self.socket.accept()
+        except BlockingIOError:
+            return
+        except OSError:                 # no descriptor left: not again at once
+            time.sleep(PAGE_FRESH_S)
+            return
+        with self.lock:
+            mine = sum(client == where[0] for _, client in self.open.values())
+            is_room = len(self.open) < PAGE_CONNECTIONS and mine < PAGE_CONNECTIONS_PER_CLIENT
+            if is_room:
+                self.open[sock] = (time.monotonic() + PAGE_TOTAL_S, str(where[0]))
+        if not is_room:
+            sock.close()
+            return
+        try:
+            self.process_request(sock, where)
+        except RuntimeError:            # no more threads
+            self.shutdown_request(sock)
+
+    def shutdown_request(self, request: Any) -> None:
+        try:
+            request.shutdown(socket.SHUT_WR)
+            request.settimeout(PAGE_FRESH_S)
+            request.recv(PAGE_REQUEST_MAX)      # what is left unread would reset the connection, and our answer with it
+        except OSError:
+            pass
+        with self.lock:                 # a descriptor that is used again must not be cut
+            self.open.pop(request, None)
+            request.close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):      # that is a client that has left
+            self.say(error)
+
+
+class PageHandler(HandlerBase):         # type: ignore[misc]
+    """One request, one answer, close.  GET and HEAD alone; the token for all but /healthz,
+    which monitors and load balancers ask and which tells no more than what is wrong."""
+    timeout = PAGE_TOTAL_S
+    default_request_version = "HTTP/1.0"    # what cannot be read gets an answer with a header, too
+
+    def version_string(self) -> str:
+        return "etrn_relay"
+
+    def handle(self) -> None:
+        """The request is read whole before it is parsed, so that its size is known."""
+        data = b""
+        while b"\r\n\r\n" not in data and b"\n\n" not in data and len(data) <= PAGE_REQUEST_MAX:
+            more = self.request.recv(PAGE_REQUEST_MAX)
+            if not more:
+                return                  # half a request
+            data += more
+        self.rfile = io.BytesIO(data)
+        self.requestline, self.request_version, self.command = "", "HTTP/1.0", ""
+        if len(data) > PAGE_REQUEST_MAX:
+            return self.reply(431, "The request is too long.\n")
+        self.raw_requestline = self.rfile.readline()
+        if self.parse_request():
+            self.answer()
+
+    def answer(self) -> None:
+        path = self.path.partition("?")[0]
+        if self.command not in ("GET", "HEAD"):
+            return self.reply(405, "Nothing can be changed here.\n", Allow="GET, HEAD")
+        if path == "/healthz":
+            return self.healthz()
+        if not self.is_allowed():
+            return self.reply(401, "A token is needed.\n", **{"WWW-Authenticate": 'Basic realm="etrn_relay", charset="UTF-8"'})
+        if path not in ("/", "/metrics", "/status.json"):
+            return self.reply(404, "There is /, /metrics, /healthz and /status.json.\n")
+        snapshot, stalled = self.server.window.look()
+        if snapshot is None or (stalled and path != "/"):
+            return self.reply(503, "loop stalled: no answer for %s\n" % format_duration(stalled))
+        if path == "/metrics":
+            return self.reply(200, format_metrics(snapshot), "text/plain; version=0.0.4")
+        if path == "/status.json":
+            return self.reply(200, json.dumps(public_status(snapshot.status), indent=1) + "\n", "application/json")
+        self.reply(200, format_page(snapshot, time.time(), stalled), "text/html", **{"Content-Security-Policy": page_policy()})
+
+    def healthz(self) -> None:
+        snapshot, stalled = self.server.window.look()
+        ills = ["loop stalled: no answer for %s" % format_duration(stalled)]
+        if snapshot is not None and not stalled:
+            ills = find_ills(snapshot)
+        self.reply(503 if ills else 200, "".join(ill + "\n" for ill in ills) or "ok\n")
+
+    def is_allowed(self) -> bool:
+        """The token as bearer, RFC 6750 2.1, or as basic-auth password of any user, RFC 7617."""
+        token = self.server.token.encode("utf-8")
+        scheme, _, given = self.headers.get("Authorization", "").strip().partition(" ")
+        data = given.strip().encode("latin-1", "replace")
+        if scheme.lower() == "basic":
+            try:
+                data = base64.b64decode(data, validate=True).partition(b":")[2]
+            except ValueError:
+                data = b""
+        elif scheme.lower() != "bearer":
+            data = b""
+        if not token or hmac.compare_digest(data, token):
+            return True
+        if scheme:                      # without one it is a browser that does not know yet
+            self.server.say("reject: %s %s from %s: 401 wrong token" % (
+                self.command, printable(self.path, 100), format_peer(self.client_address[0])))
+        return False
+
+    def reply(self, code: int, text: str, kind: str = "text/plain", **headers: str) -> None:
+        body = text.encode("utf-8", "backslashreplace")
+        self.send_response(code)
+        for name, value in {"Content-Type": kind + "; charset=utf-8", "Content-Length": str(len(body)),
+                            "Content-Security-Policy": PAGE_POLICY % "", "Cache-Control": "no-store",
+                            "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer",
+                            "Connection": "close", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+        """What http.server finds wrong with a request."""
+        self.reply(int(code), "The request is not understood.\n")
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """The log is for mail."""
+
+
+def is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+
+
+def bind_page(where: Endpoint) -> socket.socket:
+    """Raises OSError.  `[::]` takes IPv4, too: there is one address only."""
+    sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if ":" in where.host:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(where.host != "::"))
+        sock.setblocking(False)
+        sock.bind((where.host, where.port))
+        sock.listen(PAGE_CONNECTIONS)
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, "cannot listen on %s: %s" % (str(where), error.strerror or error)) from None
+    return sock
+
+
+def parse_certificate_dates(der: bytes) -> Tuple[Time, Time]:
+    """Begin and end of a certificate, RFC 5280 4.1.  Raises ValueError."""
+    def element(at: int) -> Tuple[int, int, int]:
+        """Tag, begin and end of its content: DER."""
+        tag, length, at = der[at], der[at + 1], at + 2
+        if length & 0x80:
+            size = length & 0x7F
+            length, at = int.from_bytes(der[at:at + size], "big"), at + size
+        return tag, at, at + length
+    try:
+        at = element(element(0)[1])[1]              # within Certificate, within TBSCertificate
+        skip = 4 if der[at] == 0xA0 else 3          # version, where given; serial, signature, issuer
+        for _ in range(skip):
+            at = element(at)[2]
+        out, at = [], element(at)[1]
+        for _ in range(2):
+            tag, begin, at = element(at)
+            text = der[begin:at].decode("ascii")
+            if tag == 0x17:                         # UTCTime: two digits of the year, 4.1.2.5.1
+                text = ("20" if int(text[:2]) < 50 else "19") + text
+            out.append(float(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ"))))
+        return out[0], out[1]
+    except IndexError:
+        raise ValueError("not a certificate") from None
+
+
 class Server:
     """The relay.  run() serves until stop(); a command without a running relay
     uses the same loop without listeners, see run_offline()."""
@@ -5802,7 +6838,8 @@ class Server:
         self.spool = spool
         self.log = log
         self.now = Now(time.monotonic(), time.time())
-        self.started: Optional[float] = None
+        self.started: Optional[float] = None            # monotonic
+        self.started_at = self.now.wall
         self.selector = selectors.DefaultSelector()
         self.reports: Deque[Any] = collections.deque()
         self.is_woken = False
@@ -5831,6 +6868,15 @@ class Server:
         self.signals: Deque[int] = collections.deque()
         self.next_sweep = self.now.mono
         self.next_file_check = self.now.mono + FILE_CHECK_S
+        self.page: Optional[PageServer] = None
+        self.page_at: Optional[Endpoint] = None         # as configured
+        self.window = Window(self.post)
+        self.history = History()
+        self.next_history = INF         # monotonic, when it may be written again; never without run()
+        self.is_news = False            # a primary's state has changed in this turn
+        self.acceptance = Histogram(ACCEPTANCE_BOUNDS)
+        self.queue_time = Histogram(QUEUE_BOUNDS)
+        self.manager.on_delivered = self.queue_time.observe
         self.offline: Optional[Callable[[], bool]] = None       # a command's own loop: True when it is done
         self._set_size_limit()
 
@@ -5886,6 +6932,40 @@ class Server:
             raise
         self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_accept(sock))
         return sock
+
+    def open_page(self) -> None:
+        """Bind the status page's address, when it is a new one.  Raises OSError, and then an old one stays in use."""
+        where = self.cfg.status_listen
+        if self.page is not None and where == self.page_at:
+            self.page.token = self.cfg.status_token
+            return
+        page = None
+        if where is not None and http is None:
+            self.log.write("master", "this Python has no http.server module: there is no status page", "warning")
+        elif where is not None:
+            page = PageServer(bind_page(where), self.window, self.cfg.status_token, self._say_page)
+        old, self.page, self.page_at = self.page, page, where
+        if old is not None:
+            old.end()
+        if self.started is not None:
+            self._start_page()
+
+    def _start_page(self) -> None:
+        """Threads come after root was given up."""
+        if self.page is None:
+            return
+        self.page.start()
+        where = Endpoint(*self.page.socket.getsockname()[:2])
+        self.log.write("master", "status page on http://%s/" % str(where))
+        if not self.cfg.status_token and not is_loopback(where.host):
+            self.log.write("master", "the status page has no token: whoever reaches %s reads it" % str(where), "warning")
+
+    def _say_page(self, what: Any) -> None:
+        """From the page's threads."""
+        if isinstance(what, BaseException):
+            self.post([(self.log.bug, what)])
+        else:
+            self.post([(lambda text: self.log.write("http", text), what)])
 
     def load_recipients(self) -> None:
         """The files that `recipients` names.  Raises OSError."""
@@ -5952,10 +7032,14 @@ class Server:
         self._reserve_files()
         self.open_control()
         self.manager.load_state()
+        self.history.from_values(self.spool.load_state("history.json"), self.now.wall)
+        self.log.on_event = self._on_event
+        self.next_history = self.now.mono + HISTORY_SAVE_S
         self._set_size_limit()
         self.manager.load()
         self.log.write("master", "started: version %s, process %d, listening on %s, spool %s" % (
             __version__, os.getpid(), " ".join(map(str, self.manager.listeners)), printable(self.spool.path)))
+        self._start_page()
         self.log.flush()
         self._loop()
 
@@ -5982,6 +7066,8 @@ class Server:
         if self.now.mono >= self.next_sweep:
             self.next_sweep = self.now.mono + SWEEP_S
             self._guard(self._sweep)
+        if self.is_news:
+            self._guard(self._note_history)
         self.log.flush()
 
     def _guard(self, step: Callable[..., Any], *arguments: Any) -> None:
@@ -6012,6 +7098,8 @@ class Server:
     def _on_report(self, report: Any) -> None:
         if isinstance(report, int):
             self._on_signal(report)
+        elif isinstance(report, Window):
+            report.show(self.snapshot())
         else:
             self.manager.handle(report, self.now)
 
@@ -6047,6 +7135,11 @@ class Server:
         except OSError as error:
             self.log.write("master", "%s; the old addresses stay" % error.strerror, "error")
             self.cfg = cfg = dataclasses.replace(cfg, listen=old.listen)
+        try:
+            self.open_page()
+        except OSError as error:
+            self.log.write("master", "status page: %s; the old one stays" % error.strerror, "error")
+            self.cfg = cfg = dataclasses.replace(cfg, status_listen=old.status_listen, status_token=old.status_token)
         self.log.level = LEVELS[cfg.log_level]
         self.door = Door(cfg, 0, self.door.has_tls)     # sessions under way keep the old one to their end
         try:
@@ -6068,11 +7161,12 @@ class Server:
         full table would leave a waiting client in the backlog and spin the loop."""
         try:
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            wanted = self.cfg.max_connections + RESERVED_FILES
+            reserved = RESERVED_FILES + (PAGE_CONNECTIONS if self.page is not None else 0)
+            wanted = self.cfg.max_connections + reserved
             if soft < wanted:
                 soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            self.most = min(self.cfg.max_connections, max(10, soft - RESERVED_FILES))
+            self.most = min(self.cfg.max_connections, max(10, soft - reserved))
         except (OSError, ValueError):
             self.most = self.cfg.max_connections
         self.reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -6116,6 +7210,9 @@ class Server:
 
     def _close(self) -> None:
         self.manager.save_state()
+        if self.started is not None:
+            self._note_history(OFF)
+            self._save_history()
         self.manager.committers.stop()
         while self.reports:
             self._guard(self._on_report, self.reports.popleft())
@@ -6123,6 +7220,8 @@ class Server:
             self._drop(connection)
         for sock in [one.sock for one in self.controllers] + [self.wake_reader, self.wake_writer] + list(self.listeners.values()):
             sock.close()
+        if self.page is not None:
+            self.page.end()
         if self.control is not None:
             self.control.close()
             self.spool.remove_control()
@@ -6132,6 +7231,40 @@ class Server:
         if self.started is not None:
             self.log.write("master", "stopped")
         self.log.flush()
+
+    # -- what the status page shows
+
+    def snapshot(self) -> Snapshot:
+        """Cheap whatever waits: sums that are kept, and copies of short lists."""
+        status = collect_status(self.manager, len(self.connections), self.started)
+        self._note_history()
+        return Snapshot(self.now, self.cfg.hostname, status, self.started_at, self.cfg.min_free_space, self.manager.load_error,
+                        self.certificate.dates if self.certificate else (0.0, 0.0),
+                        {name: self.history.copy(name) for name in status["domains"]}, self.history.latest(),
+                        self.acceptance.values(), self.queue_time.values())
+
+    def _on_event(self, service: str, text: str, level: str) -> None:
+        self.history.tell(service, text, level, self.now.wall)
+        self.is_news = self.is_news or service == "primary"
+
+    def _note_history(self, state: str = "") -> None:
+        """Where all domains are now; `state` OFF when we end."""
+        self.is_news = False
+        for name in self.cfg.domains:
+            if name[0] != ".":
+                self.manager.scheduler.site(name, self.now)
+        for site in self.manager.scheduler.sites.values():
+            if not site.cfg.is_notices:
+                self.history.note(site.name, len(site.entries), state or site.state.value, self.now.wall)
+
+    def _save_history(self) -> None:
+        self.next_history = self.now.mono + HISTORY_SAVE_S
+        values = self.history.to_values(self.manager.scheduler.sites, self.now.wall)
+
+        def saved(result: Any) -> None:
+            if isinstance(result, Exception):
+                self.log.write("master", "history.json cannot be written: %s" % printable(str(result)), "warning")
+        self.manager.committers.submit(Task(lambda spool: spool.save_history(values)), saved)
 
     # -- SMTP clients
 
@@ -6478,6 +7611,7 @@ class Server:
 
     def _commit(self, connection: Connection, transaction: Transaction) -> Any:
         draft = self._draft(connection, transaction)
+        draft.ended = self.now.mono
         if draft.busy:
             connection.commit = transaction
         else:
@@ -6505,6 +7639,8 @@ class Server:
             answer(disk_reply(error if isinstance(error, OSError) else None))
 
         def answer(refusal: Optional[Reply]) -> None:
+            if refusal is None:
+                self.acceptance.observe(self.now.mono - draft.ended)
             if connection.draft is draft:       # else the client has left; the message is queued all the same
                 connection.draft = None
                 connection.last = self.now.mono
@@ -6516,6 +7652,10 @@ class Server:
     def _sweep(self) -> None:
         self._check_spool()
         self._check_recipients()
+        if self.started is not None:
+            self._note_history()
+            if self.history.is_dirty and self.now.mono >= self.next_history:
+                self._save_history()
         limit = self.cfg.command_timeout
         if len(self.connections) > self.most * STRESS_SHARE:
             limit = min(limit, STRESS_TIMEOUT_S)
@@ -6861,6 +8001,7 @@ def serve(cfg: Config) -> int:
     account.resume_root()
     try:
         server.listen()
+        server.open_page()
         server.load_certificate()
         server.load_recipients()
     except OSError as error:
@@ -6933,6 +8074,13 @@ def last_answer(cfg: Config, request: Mapping[str, Any]) -> Dict[str, Any]:
     return list(ask_relay(cfg, request))[-1]
 
 
+def find_style() -> Style:
+    """As wide as the terminal, and coloured on one; not with NO_COLOR (no-color.org) or TERM=dumb."""
+    if not sys.stdout.isatty():
+        return PLAIN
+    return Style(shutil.get_terminal_size().columns, not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=True))
 
@@ -6943,9 +8091,9 @@ def show_status(cfg: Config, as_json: bool) -> int:
     if "spool" in answer:
         del answer["exit"]
         if as_json:
-            print_json(answer)
+            print_json(public_status(answer))
         else:
-            print(format_status(answer, time.time()), end="")
+            print(format_status(answer, time.time(), find_style()), end="")
     return code
 
 
@@ -6966,7 +8114,7 @@ def show_queue(cfg: Config, what: str, as_json: bool) -> int:
         if as_json:
             print_json(rows)
         else:
-            print(format_queue(rows, time.time()), end="")
+            print(format_queue(rows, time.time(), find_style()), end="")
     return code
 
 
@@ -7000,7 +8148,7 @@ def show_message(cfg: Config, id: str, as_json: bool, raw: bool) -> int:
         elif as_json:
             print_json(dict(sidecar, header=spool.read_header(id).decode("utf-8", "replace")))
         else:
-            print(format_envelope(sidecar, spool.read_header(id), time.time()), end="")
+            print(format_envelope(sidecar, spool.read_header(id), time.time(), find_style()), end="")
     except Corrupt as error:
         why = str(error) if spool.has_sidecar(id) else "no such message"
         print("etrn_relay.py: %s: %s" % (printable(id, 40), why), file=sys.stderr)

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import collections
 import contextlib
 import email
 import email.policy
 import errno
 import hashlib
+import html.parser
+import http.client
 import importlib.util
 import io
 import itertools
@@ -31,6 +34,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -3705,6 +3709,580 @@ class Commands(Relays):
                               stderr=subprocess.PIPE, check=False)
         self.assertEqual((done.returncode, done.stderr, os.listdir(self.folder)), (0, b"", []))
         self.assertIn(b"Nothing was lost", done.stdout)
+
+
+# -- the status page
+
+HOSTILE = "<script>alert('x')</script>\"><img src=x onerror=y>&amp;\x1b[31m\r\n\u202egpj.exe\x00%s{0}"
+
+
+def snapshot(**changes: Any) -> etrn.Snapshot:
+    """One primary down, one up, one rejecting; with `text` wherever foreign text can stand."""
+    text, wall = changes.pop("text", "connect to 192.0.2.1:25: Connection refused"), 1764104472.0
+    history = etrn.History()
+    for minute in range(0, 8 * 1440, 7):
+        at = wall - 8 * 86400 + 60 * minute
+        history.note("example.com", minute % 90, "down" if minute % 900 < 90 else "up", at)
+    for name, state, depth in (("example.com", "down", 1841), ("example.org", "up", 0), (text, "rejecting", 2)):
+        history.note(name, depth, state, wall)
+    history.tell("primary", text, "warning", wall - 5)
+    history.tell(text, text, text, wall - 5)
+    one = {"since": wall - 3600, "bytes": 4120, "oldest": wall - 3600, "accepted": 12, "delivered": 10, "bounced": 0,
+           "deferred": 4, "expired": 0, "held": False, "next_probe": wall + 4, "last_error": text}
+    status = {"version": "0.1", "pid": 71, "uptime": 7200.0, "connections": 3,
+              "spool": {"messages": 1843, "bytes": 8240, "free": 1 << 35, "held": 0, "corrupt": 0, "sick": None,
+                        "loading": False},
+              "domains": {"example.com": dict(one, primary="down", queued=1841), text: dict(one, primary="rejecting", queued=2),
+                          "example.org": dict(one, primary="up", queued=0, bytes=0, oldest=None, last_error="", next_probe=None),
+                          "notice:" + text: dict(one, primary="down", queued=1)}}
+    status["spool"].update(changes.pop("spool", {}))
+    seen = etrn.Histogram(etrn.QUEUE_BOUNDS)
+    for value in (0.0, 1.0, 1.5, 1e9, -3.0):
+        seen.observe(value)
+    return etrn.Snapshot(etrn.Now(1e9, wall), "backup.example.net", status, wall - 7200, 100 << 20, "",
+                         (wall - 86400, wall + 9e6),
+                         {name: history.copy(name) for name in status["domains"]}, history.latest(), seen.values(),
+                         seen.values())._replace(**changes)
+
+
+class Html(html.parser.HTMLParser):
+    """A page taken apart: balanced tags, attributes, texts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.stack: List[str] = []
+        self.tags: Dict[str, int] = collections.Counter()
+        self.attributes: Dict[str, int] = collections.Counter()
+        self.texts: List[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags[tag] += 1
+        self.attributes.update(name for name, _ in attrs)
+        if tag not in ("meta", "path", "rect"):
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags[tag] += 1
+        self.attributes.update(name for name, _ in attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag != "rect":
+            assert self.stack and self.stack.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+SAMPLE_LINE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\[\\"n])*",?)+)\})? (\S+)')
+
+
+def parse_metrics(text: str) -> Dict[str, Tuple[str, Dict[Tuple[str, str], float]]]:
+    """Prometheus text format 0.0.4, strictly: {family: (type, {(sample, labels): value})}."""
+    families: Dict[str, Tuple[str, Dict[Tuple[str, str], float]]] = {}
+    helped, name = "", ""
+    assert text.endswith("\n")
+    for line in text[:-1].split("\n"):
+        if line.startswith("# HELP "):
+            helped, _, what = line[7:].partition(" ")
+            assert what and helped not in families, line
+        elif line.startswith("# TYPE "):
+            name, kind = line[7:].split(" ")
+            assert name == helped and kind in ("gauge", "counter", "histogram"), line
+            assert (kind == "counter") == name.endswith("_total"), line
+            families[name] = (kind, {})
+        else:
+            match = SAMPLE_LINE.fullmatch(line)
+            assert match, line
+            sample, labels, value = match.group(1), match.group(2) or "", match.group(3)
+            kind, samples = families[name]
+            suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
+            assert any(sample == name + suffix for suffix in suffixes) and (sample, labels) not in samples, line
+            samples[(sample, labels)] = float(value)
+    return families
+
+
+class Page(unittest.TestCase):
+    """What is made of values: no socket, no clock."""
+
+    def test_every_foreign_text_is_escaped(self) -> None:
+        shown = snapshot(text=HOSTILE, hostname=HOSTILE, unreadable=HOSTILE, spool={"sick": HOSTILE})
+        page = etrn.format_page(shown, shown.now.wall)
+        parts = Html(page)
+        self.assertEqual(parts.stack, [])
+        self.assertEqual(set(parts.tags) - {
+            "html", "head", "meta", "title", "style", "body", "main", "header", "h1", "h2", "p", "dl", "div", "dt", "dd", "small",
+            "section", "span", "i", "b", "figure", "figcaption", "svg", "path", "rect", "ol", "li", "footer", "a"}, set())
+        self.assertEqual([name for name in parts.attributes if name == "style" or name.startswith("on")], [])
+        self.assertGreater(sum("<script>alert('x')</script>\"><img" in text for text in parts.texts), 5)
+        self.assertEqual([c for c in page if not c.isprintable() and c != "\n"], [])
+
+    def test_the_page_says_what_a_postmaster_must_know(self) -> None:
+        page = " ".join(" ".join(Html(etrn.format_page(snapshot(), 1764104472.0)).texts).split())
+        for text in cases(self, ["The primary of example.com is down; 1,841 messages wait.", "1,843", "Connection refused",
+                                 "in 4s", "24 hours", "7 days", "peak 1,841", "32.0G", "Recent events", "refuses below 100M",
+                                 "1 notice"]):
+            self.assertIn(text, page)
+        self.assertNotIn("All is well", page)
+        good = snapshot()
+        for one in good.status["domains"].values():
+            one.update(primary="up", queued=0)
+        good.status["spool"]["messages"] = 0
+        self.assertIn("All is well", etrn.format_page(good, 1764104472.0))
+
+    def test_what_is_urgent_stands_first(self) -> None:
+        for changes, text in cases(self, [
+                ({"certificate": (0.0, 1764104472.0 + 86400)}, "certificate ends in 1d"),
+                ({"certificate": (0.0, 1764104472.0 - 86400)}, "certificate ended 1d ago"),
+                ({"spool": {"corrupt": 2}}, "corrupt/"),
+                ({"spool": {"loading": True}}, "still being read"), ({"spool": {"sick": "EIO"}}, "Spool sick: EIO")]):
+            self.assertIn(text, etrn.format_page(snapshot(**changes), 1764104472.0).partition("<dl")[0])
+        self.assertIn("Loop stalled", etrn.format_page(snapshot(), 1764104472.0, 9.0).partition("<dl")[0])
+
+    def test_hundreds_of_domains_make_a_bounded_page_with_those_in_trouble(self) -> None:
+        many = snapshot()
+        quiet = many.status["domains"]["example.org"]
+        many.status["domains"].update({"d%04d.example" % number: quiet for number in range(3000)})
+        page = etrn.format_page(many, 1764104472.0)
+        self.assertLess(len(page), 1000000)
+        self.assertIn("<h2>example.com</h2>", page)
+        self.assertIn("And 2,903 domains", page)
+
+    def test_metrics_are_prometheus_text(self) -> None:
+        families = parse_metrics(etrn.format_metrics(snapshot(text=HOSTILE)))
+        self.assertTrue(all(name.startswith("etrn_relay_") for name in families))
+        self.assertEqual(families["etrn_relay_queue_messages"][1][("etrn_relay_queue_messages", 'domain="example.com"')], 1841)
+        self.assertFalse(any("notice:" in labels for _, samples in families.values() for _, labels in samples))
+        self.assertEqual(sum(value for (_, labels), value in families["etrn_relay_primary_state"][1].items()), 3)
+        for name in cases(self, ["etrn_relay_acceptance_seconds", "etrn_relay_queue_time_seconds"]):
+            kind, samples = families[name]
+            buckets = [value for (sample, _), value in samples.items() if sample.endswith("_bucket")]
+            self.assertEqual((kind, buckets[0], buckets[1], buckets[-1]), ("histogram", 3, 4, 5))
+            self.assertEqual((buckets, samples[(name + "_count", "")]), (sorted(buckets), 5))
+            self.assertIn((name + "_bucket", 'le="+Inf"'), samples)
+
+    def test_a_metrics_parser_that_takes_anything_proves_nothing(self) -> None:
+        for bad in cases(self, ["x 1\n", "# HELP a b\n# TYPE a gauge\na{b=\"\\x\"} 1\n", "# HELP a b\n# TYPE a counter\na 1\n",
+                                "# HELP a b\n# TYPE a gauge\na 1\na 2\n", "# HELP a b\n# TYPE a gauge\na one\n"]):
+            with self.assertRaises((AssertionError, KeyError, ValueError)):
+                parse_metrics(bad)
+
+    def test_health_names_its_reasons(self) -> None:
+        for changes, reasons in cases(self, [
+                ({}, []), ({"spool": {"sick": "Input/output error"}}, ["spool sick: Input/output error"]),
+                ({"spool": {"free": 1000}}, ["disk short: 1000B free"]), ({"unreadable": "EACCES"}, ["spool unreadable: EACCES"]),
+                ({"spool": {"sick": "x", "free": 0}}, ["spool sick", "disk short"])]):
+            found = etrn.find_ills(snapshot(**changes))
+            self.assertEqual([ill[:len(reason)] for ill, reason in zip(found, reasons)], reasons)
+            self.assertEqual(len(found), len(reasons))
+
+    def test_public_status_has_the_promised_keys_and_no_other(self) -> None:
+        public = etrn.public_status(snapshot().status)
+        self.assertEqual(set(public), {"version", "pid", "uptime", "connections", "spool", "domains"})
+        self.assertEqual(set(public["spool"]), {"messages", "bytes", "free", "held", "corrupt"})
+        self.assertEqual(set(public["domains"]["example.com"]), {
+            "primary", "since", "queued", "bytes", "oldest", "accepted", "delivered", "bounced", "deferred", "expired",
+            "last_error", "next_probe"})
+
+
+class Histories(unittest.TestCase):
+    NOW = 1764104472.0
+
+    def test_a_history_stays_bounded_and_survives_a_save(self) -> None:
+        chance = random.Random(822)
+        history = etrn.History()
+        names = ["d%d.example" % number for number in range(etrn.HISTORY_SITES_MAX + 20)]
+        for step in range(6000):            # three weeks
+            for name in names[:2] if step else names:
+                history.note(name, chance.randrange(2000), chance.choice(["up", "down"]), self.NOW + 300 * step)
+            for service in ("primary", "master", "smtp"):
+                history.tell(service, "event %d %s" % (step, "x" * 1000), "warning", self.NOW + 300 * step)
+        end = self.NOW + 300 * 6000
+        values = json.loads(json.dumps(history.to_values(names, end)))
+        self.assertEqual(len(history.traces), etrn.HISTORY_SITES_MAX)
+        self.assertLessEqual(len(values["sites"][names[0]]["depth"]), 168 + 288 + 3)
+        self.assertLessEqual(len(values["sites"][names[0]]["states"]), etrn.HISTORY_STATES_MAX)
+        self.assertEqual(len(values["events"]), 3 * etrn.EVENTS_MAX)
+        self.assertLess(len(json.dumps(values)), 150000)
+        again = etrn.History()
+        again.from_values(values, end)
+        self.assertEqual(again.to_values(names, end), history.to_values(names, end))
+        self.assertEqual(len(again.to_values([], end + 2 * etrn.WEEK_S)["sites"]), 0)
+
+    def test_a_quiet_relay_has_nothing_to_write(self) -> None:
+        history = etrn.History()
+        history.note(DOMAIN, 0, "up", self.NOW)
+        history.to_values([DOMAIN], self.NOW)
+        for minute in range(3000):
+            history.note(DOMAIN, 0, "up", self.NOW + 60 * minute)
+            history.tell("flush", "etrn: site=ourdom.example, messages=0", "info", self.NOW + 60 * minute)
+            history.tell("smtp", "a line of each message", "info", self.NOW + 60 * minute)
+        self.assertFalse(history.is_dirty)
+        event, = history.latest()
+        self.assertEqual((event.service, event.times), ("flush", 3000))
+        history.note(DOMAIN, 1, "up", self.NOW + 200000)
+        self.assertTrue(history.is_dirty)
+
+    def test_nonsense_in_the_file_is_forgotten(self) -> None:
+        good = {"depth": [[self.NOW - 9, 3, 2]], "states": [[self.NOW - 9, "up"]]}
+        for sites in cases(self, [
+                None, [], {"a": None}, {"a": {}}, {"a": {"depth": 1, "states": []}}, {"a": dict(good, depth=[[1, 2]])},
+                {"a": dict(good, depth=[["x", 1, 1]])}, {"a": dict(good, depth=[[float("nan"), 1, 1]])},
+                {"a": dict(good, depth=[[1, float("inf"), 1]])}, {"a": dict(good, depth=[[self.NOW + 9e9, 1, 1]])},
+                {"a": dict(good, states=[[5, "up"], [4, "down"]])}, {"a": dict(good, states=[[10 ** 400, "up"]])}]):
+            history = etrn.History()
+            history.from_values({"sites": dict(sites, b=good) if isinstance(sites, dict) else sites,
+                                 "events": [1, [], ["x"] * 5, [self.NOW + 5, "a", "info", "future", 1], None]}, self.NOW)
+            self.assertEqual(sorted(history.traces), ["b"] if isinstance(sites, dict) else [])
+            self.assertEqual(history.latest(), ())
+        history = etrn.History()
+        history.from_values({"events": [[1, HOSTILE, HOSTILE, HOSTILE, 1]],
+                             "sites": {HOSTILE: dict(good, states=[[5, HOSTILE]])}}, self.NOW)
+        state = snapshot(events=history.latest())
+        state.traces["example.com"].states[:] = history.traces[HOSTILE].states
+        self.assertEqual(Html(etrn.format_page(state, self.NOW)).tags["script"], 0)
+
+    def test_columns_show_peaks_and_the_worst_state(self) -> None:
+        history = etrn.History()
+        start = self.NOW - self.NOW % 300
+        for at, depth, state in ((0, 5, "up"), (301, 90, "up"), (310, 0, "up"), (1205, 0, "down"), (1210, 1, "up"),
+                                 (2000, 1, "off")):
+            history.note(DOMAIN, depth, state, start + at)
+        trace = history.copy(DOMAIN)
+        self.assertEqual(etrn.resample(trace.depth, start - 300, 300, 8), [None, 5, 90, 0, 0, 1, 1, 1])
+        self.assertEqual(etrn.resample(trace.depth, start + 600, 300, 2), [0, 0])
+        self.assertEqual(etrn.resample_states(trace.states, start - 300, 300, 10),
+                         ["", "up", "up", "up", "up", "down", "up", "up", "off", "off"])
+        self.assertEqual(etrn.seconds_in(trace.states, start, start + 2100), {"up": 1995.0, "down": 5.0, "off": 100.0})
+        self.assertEqual([etrn.format_share(share) for share in (1, 0.99999, 0.5, 0.00001, 0)],
+                         ["100%", "99.9%", "50.0%", "0.1%", "0%"])
+        line, area = etrn.draw_line([None, 0, 10, 10, None, 5], 10)
+        self.assertEqual(line, "M1 62H2V4H4M5 33H6")
+        self.assertEqual((area.count("Z"), area.count("M")), (2, 2))
+
+    def test_a_clock_set_back_does_not_break_the_lines(self) -> None:
+        history = etrn.History()
+        for at, depth in ((9000, 1), (10000, 2), (20000, 3), (9100, 4), (9500, 5)):
+            history.note(DOMAIN, depth, "up", at)
+        trace = history.traces[DOMAIN]
+        self.assertEqual([one[0] for one in trace.depth], sorted(one[0] for one in trace.depth))
+        self.assertEqual(trace.depth[-1], (9300, 5, 5))
+
+
+def fetch(port: int, path: str = "/", method: str = "GET", **headers: str) -> Tuple[int, Any, str]:
+    """Status, header fields and body."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
+    with contextlib.closing(connection):
+        connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+        answer = connection.getresponse()
+        return answer.status, answer.headers, answer.read().decode("utf-8")
+
+
+def basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(("%s:%s" % (user, password)).encode()).decode()
+
+
+class PageOverHttp(unittest.TestCase):
+    """The page's server with a loop of our making."""
+
+    def setUp(self) -> None:
+        self.asked = 0
+        self.said: List[Any] = []
+        self.answer: Callable[[etrn.Window], None] = lambda window: window.show(
+            self.shown._replace(now=etrn.Now(time.monotonic(), time.time())))
+        self.shown = snapshot()
+        self.serve()
+
+    def serve(self, token: str = "") -> None:
+        self.window = etrn.Window(self.post)
+        self.server = etrn.PageServer(etrn.bind_page(etrn.Endpoint("127.0.0.1", 0)), self.window, token, self.said.append)
+        self.port = self.server.socket.getsockname()[1]
+        self.server.start()
+        self.addCleanup(self.server.end)
+
+    def post(self, window: etrn.Window) -> None:
+        self.asked += 1
+        self.answer(window)
+
+    def raw(self, data: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", self.port), DEADLINE_S) as sock:
+            sock.sendall(data)
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+    def test_the_policy_allows_this_very_style_and_nothing_else(self) -> None:
+        status, fields, body = fetch(self.port)
+        style = body.partition("<style>")[2].partition("</style>")[0]
+        digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+        policy = dict(part.strip().partition(" ")[::2] for part in fields["Content-Security-Policy"].split(";"))
+        self.assertEqual(policy, {"default-src": "'none'", "style-src": "'sha256-%s'" % digest, "base-uri": "'none'",
+                                  "form-action": "'none'", "frame-ancestors": "'none'"})
+        self.assertEqual((status, fields["Cache-Control"], fields["X-Content-Type-Options"]), (200, "no-store", "nosniff"))
+        self.assertEqual(fields["Content-Type"], "text/html; charset=utf-8")
+
+    def test_paths_and_methods(self) -> None:
+        for path, kind in cases(self, [("/", "text/html"), ("/metrics", "text/plain; version=0.0.4"),
+                                       ("/status.json?x=y", "application/json"), ("/healthz", "text/plain")]):
+            status, fields, body = fetch(self.port, path)
+            self.assertEqual((status, fields["Content-Type"]), (200, kind + "; charset=utf-8"))
+            head = fetch(self.port, path, "HEAD")
+            self.assertEqual((head[0], head[2]), (200, ""))
+            self.assertEqual(int(fields["Content-Length"]), len(body.encode()))
+        for method in cases(self, ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "FLUSH"]):
+            status, fields, _ = fetch(self.port, "/", method)
+            self.assertEqual((status, fields["Allow"]), (405, "GET, HEAD"))
+        for path in cases(self, ["/x", "/metrics/", "/..%2fmetrics", "/favicon.ico", "/status"]):
+            self.assertEqual(fetch(self.port, path)[0], 404)
+        self.assertEqual(self.said, [])
+
+    def test_malformed_and_endless_requests(self) -> None:
+        for data, expected in cases(self, [
+                (b"GET / HTTP/9.9\r\n\r\n", b"505"), (b"GET / X\r\n\r\n", b"400"), (b"\x16\x03\x01\r\n\r\n", b"400"),
+                (b"GET / HTTP/1.1\r\nA: " + b"x" * 70000, b"431"), (b"A: b\r\n" * 10000, b"431"),
+                (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 500 + b"\r\n", b"431"), (b"GET /metrics HTTP/1.1\n\n", b"200"),
+                (b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello", b"405")]):
+            with contextlib.suppress(ConnectionResetError):     # what we send on after the answer
+                self.assertIn(expected, self.raw(data).partition(b"\r\n")[0] or expected)
+        self.assertNotIn(b"<script>", self.raw(b"GET <script> HTTP/1.1 <script>\r\n\r\n"))
+        self.assertEqual(fetch(self.port, "/healthz")[0], 200)
+        self.assertEqual(self.said, [])
+
+    def test_the_token_guards_all_but_healthz(self) -> None:
+        self.serve("s3cret:x")
+        for given, status in cases(self, [
+                ("Bearer s3cret:x", 200), ("bearer  s3cret:x", 200), (basic("anybody", "s3cret:x"), 200),
+                (basic("", "s3cret:x"), 200),
+                ("", 401), ("Bearer", 401), ("Bearer s3cret", 401), ("Bearer s3cret:xx", 401), ("Bearer S3CRET:X", 401),
+                (basic("s3cret:x", ""), 401), ("Basic s3cret:x", 401), ("Basic !!!", 401), ("Digest s3cret:x", 401),
+                ("s3cret:x", 401), (basic("a", "b\xff"), 401)]):
+            for path in ("/", "/metrics", "/status.json", "/none"):
+                got, fields, body = fetch(self.port, path, **({"Authorization": given} if given else {}))
+                self.assertEqual(got, status if path != "/none" or status == 401 else 404)
+                self.assertEqual(fields["WWW-Authenticate"], None if got != 401 else 'Basic realm="etrn_relay", charset="UTF-8"')
+                self.assertFalse(got == 401 and "example.com" in body)
+        self.assertEqual(fetch(self.port, "/healthz")[0], 200)
+        self.assertEqual(fetch(self.port, "/", "POST")[0], 405)
+        self.assertTrue(all("401 wrong token" in line and "s3cret" not in line for line in self.said))
+        self.assertEqual(len(self.said), 4 * 10)
+
+    def test_health_is_503_with_the_reason(self) -> None:
+        self.assertEqual(fetch(self.port, "/healthz")[::2], (200, "ok\n"))
+        self.shown = snapshot(spool={"sick": "Input/output error", "free": 5})
+        with shorten(PAGE_FRESH_S=0.0):
+            status, _, body = fetch(self.port, "/healthz")
+        self.assertEqual(status, 503)
+        self.assertRegex(body, r"\Aspool sick: Input/output error.*\ndisk short: 5B free.*\n\Z")
+
+    def test_a_stalled_loop_is_said_and_costs_no_threads(self) -> None:
+        fetch(self.port)
+        self.answer = lambda window: None
+        with shorten(PAGE_FRESH_S=0.0, PAGE_STALL_S=0.05):
+            for path in cases(self, ["/healthz", "/metrics", "/status.json"]):
+                status, _, body = fetch(self.port, path)
+                self.assertEqual((status, body[:12]), (503, "loop stalled"))
+            self.assertIn("Loop stalled", fetch(self.port)[2])
+            self.assertEqual(self.asked, 2)     # a loop with a question open is not asked again
+            self.window.show(self.shown)
+            self.answer = lambda window: window.show(self.shown)
+            self.assertEqual(fetch(self.port, "/healthz")[0], 200)
+
+    def test_the_loop_is_asked_once_however_many_look(self) -> None:
+        for _ in range(20):
+            fetch(self.port, "/metrics")
+        self.assertLessEqual(self.asked, 3)
+
+    def test_slow_and_many_clients_are_cut_off(self) -> None:
+        def is_ended(sock: socket.socket) -> bool:
+            with contextlib.suppress(ConnectionResetError):
+                return sock.recv(10) == b""
+            return True
+
+        def begin() -> socket.socket:
+            sock = socket.create_connection(("127.0.0.1", self.port), DEADLINE_S)
+            self.addCleanup(sock.close)
+            sock.sendall(b"GET / HTT")
+            return sock
+        most = etrn.PAGE_CONNECTIONS_PER_CLIENT
+        many = [begin() for _ in range(most + 4)]
+        self.assertTrue(all(is_ended(sock) for sock in many[most:]))
+        self.assertEqual(select.select(many[:most], [], [], 0)[0], [])
+        for sock in many:
+            sock.close()
+        with shorten(PAGE_TOTAL_S=0.1, PAGE_FRESH_S=0.05):
+            wait(lambda: not self.server.open)
+            self.assertTrue(all(is_ended(sock) for sock in [begin() for _ in range(most)]))
+        self.assertEqual(self.said, [])
+
+    def test_a_bug_is_told_and_the_page_goes_on(self) -> None:
+        with mock.patch.object(etrn, "format_metrics", side_effect=KeyError("x")), self.assertRaises(http.client.HTTPException):
+            fetch(self.port, "/metrics")
+        self.assertEqual([type(one) for one in self.said], [KeyError])
+        self.assertEqual(fetch(self.port, "/metrics")[0], 200)
+
+
+class PageOfARelay(Relays):
+    def page(self, relay: Relay, since: int = 0) -> int:
+        return int(relay.logged(r"status page on http://127\.0\.0\.1:(\d+)/", since).group(1))
+
+    def test_the_page_shows_an_outage_and_remembers_it(self) -> None:
+        primary = self.primary()
+        relay = self.relay(primary, bounces="[status]\nlisten = 127.0.0.1:0", PAGE_FRESH_S=0.0)
+        relay.send()
+        relay.logged(": down: ")
+        port = self.page(relay)
+        self.assertIn("The primary of %s is down; 1 message waits." % DOMAIN, fetch(port)[2])
+        shown, told = json.loads(fetch(port, "/status.json")[2]), relay.json("--status")
+        for one in (shown, told):
+            self.assertGreater(one.pop("uptime"), 0)
+            self.assertGreater(one["spool"].pop("free"), 0)
+            del one["domains"][DOMAIN]["next_probe"]
+        self.assertEqual(shown, told)
+        primary.start()
+        wait(relay.is_empty, "an empty spool")
+        metrics = wait(lambda: [one for one in [parse_metrics(fetch(port, "/metrics")[2])] if one[
+            "etrn_relay_messages_delivered_total"][1] == {("etrn_relay_messages_delivered_total", 'domain="%s"' % DOMAIN): 1}])[0]
+        for name in cases(self, ["etrn_relay_acceptance_seconds", "etrn_relay_queue_time_seconds"]):
+            self.assertEqual(metrics[name][1][(name + "_count", "")], 1)
+        self.assertEqual(relay.end(), 0)
+        with open(os.path.join(relay.spool, "history.json"), encoding="ascii") as file:
+            kept = json.load(file)
+        self.assertEqual([state for _, state in kept["sites"][DOMAIN]["states"]], ["unknown", "down", "up", "off"])
+        self.assertEqual(max(peak for _, peak, _ in kept["sites"][DOMAIN]["depth"]), 1)
+        mark = len(relay.log)
+        relay.start()
+        page = fetch(self.page(relay, mark))[2]
+        self.assertIn("peak 1 ", page)
+        self.assertRegex(page, r"ourdom\.example: down: connect to .*ourdom\.example: down:|ourdom\.example: down: connect to ")
+
+    def test_a_hangup_moves_the_page_and_changes_the_token(self) -> None:
+        relay = self.relay(bounces="[status]\nlisten = 127.0.0.1:0\ntoken = one")
+        port = self.page(relay)
+        self.assertEqual(fetch(port, Authorization="Bearer one")[0], 200)
+        relay.write_config(bounces="[status]\nlisten = 127.0.0.1:0\ntoken = two")
+        relay.signal(signal.SIGHUP)
+        relay.logged("configuration reread")
+        self.assertEqual([fetch(port, Authorization="Bearer " + token)[0] for token in ("one", "two")], [401, 200])
+        relay.logged("http.*: reject: GET / from unknown.127.0.0.1.: 401 wrong token")
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            relay.write_config(bounces="[status]\nlisten = 127.0.0.1:%d" % taken.getsockname()[1])
+            relay.signal(signal.SIGHUP)
+            relay.logged("status page: cannot listen on .*: Address already in use; the old one stays")
+        self.assertEqual(fetch(port, Authorization="Bearer two")[0], 200)
+        mark = len(relay.log)
+        relay.write_config(bounces="[status]\nlisten = localhost:0")
+        relay.signal(signal.SIGHUP)
+        moved = self.page(relay, mark)
+        self.assertEqual((fetch(moved)[0], moved != port), (200, True))
+        with self.assertRaises(OSError):
+            fetch(port)
+        relay.write_config(bounces="")
+        mark = len(relay.log)
+        relay.signal(signal.SIGHUP)
+        relay.logged("configuration reread", mark)
+        with self.assertRaises(OSError):
+            fetch(moved)
+        self.assertEqual(relay.send()[:3], "250")
+
+    def test_a_taken_port_stops_the_start(self) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen(1)
+            port = taken.getsockname()[1]
+            relay = Relay(self.folder, "127.0.0.1:9", bounces="[status]\nlisten = 127.0.0.1:%d" % port)
+            code, _, errors = relay.run()
+        self.assertEqual((code, errors), (75, "etrn_relay.py: cannot listen on 127.0.0.1:%d: Address already in use\n" % port))
+
+    def test_listen_needs_a_port(self) -> None:
+        for text, where in cases(self, [("8025", ("0.0.0.0", 8025)), ("[::1]:8025", ("::1", 8025)),
+                                        ("localhost:0", ("localhost", 0)),
+                                        ("", None), ("127.0.0.1", ""), ("[::1]", ""), ("127.0.0.1:99999", ""), ("a b:1", "")]):
+            text = "[status]\nlisten = %s\n" % text
+            if where == "":
+                with self.assertRaises(etrn.ConfigError):
+                    etrn.parse_config(text, "/x/c")
+            else:
+                self.assertEqual(etrn.parse_config(text, "/x/c").status_listen, where)
+
+    def test_without_http_server_the_rest_works(self) -> None:
+        code = ("import sys; sys.modules['http.server'] = None; sys.path.insert(0, %r); import etrn_relay as e\n"
+                "cfg = e.parse_config('[relay]\\nhostname = b.example\\nspool = s\\n[status]\\nlisten = 127.0.0.1:0\\n', 'c')\n"
+                "spool = e.Spool(cfg.spool); spool.open()\n"
+                "server = e.Server(cfg, spool, e.Log('stderr', 'info', 'b')); server.open_page(); server._close()\n"
+                "print(e.http, server.page)" % HERE)
+        done = subprocess.run([sys.executable, "-c", code], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              check=False)
+        self.assertEqual(done.stdout, b"None None\n", done.stderr)
+        self.assertIn(b"no http.server module: there is no status page", done.stderr)
+
+    @unittest.skipUnless(shutil.which("openssl"), "openssl is not installed")
+    def test_certificate_dates_are_read(self) -> None:
+        for days in cases(self, ["30", "20000"]):       # from 2050 on dates have another type
+            command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -keyout k -out c -subj /CN=b"
+            subprocess.run([*command.split(), "-days", days], cwd=self.folder, check=True, stderr=subprocess.DEVNULL)
+            shown = subprocess.run(["openssl", "x509", "-in", "c", "-noout", "-dates"], cwd=self.folder, check=True,
+                                   stdout=subprocess.PIPE).stdout.decode()
+            certificate = etrn.Certificate(os.path.join(self.folder, "c"), os.path.join(self.folder, "k"))
+            self.assertEqual(certificate.dates, tuple(float(ssl.cert_time_to_seconds(line.partition("=")[2]))
+                                                      for line in shown.split("\n")[:2]))
+        with open(os.path.join(self.folder, "c"), encoding="ascii") as file:
+            der = ssl.PEM_cert_to_DER_cert(file.read())
+        read = 0
+        for length in range(len(der)):
+            with contextlib.suppress(ValueError):
+                self.assertEqual(etrn.parse_certificate_dates(der[:length]), certificate.dates)
+                read += 1
+        self.assertLess(read, len(der) - 90)
+
+
+class Terminal(unittest.TestCase):
+    def setUp(self) -> None:
+        self.now = 1764104472.0
+        waiting = [("example.com", "queued"), ("example.com", "held"), ("a-very-long-name-of-a-domain.example.org", "delivering")]
+        self.rows = [{"id": "6611F58B85C7%d" % number, "domain": domain, "state": state, "size": 4120,
+                      "sender": "somebody.with.a.long.name@sender.example",
+                      "received": self.now - 7300 * number, "expires": self.now + 86400,
+                      "next_attempt": None if state == "held" else self.now + 95,
+                      "recipients": [{"address": "user%d@%s" % (n, domain), "attempts": 3,
+                                      "last_response": "450 4.2.0 " + HOSTILE * 3} for n in range(number + 1)]}
+                     for number, (domain, state) in enumerate(waiting)]
+        self.sidecar = etrn.make_sidecar(
+            "6611F58B85C7A", "mail", "a@b.example", [("u@example.com", "example.com", "", "", self.now + 9e5)], self.now - 5000,
+            {"address": "192.0.2.7", "helo": HOSTILE, "tls": None}, "", False)
+        self.sidecar.update(size=4120, sha256="0" * 64)
+        self.sidecar["recipients"][0].update(last_attempt=self.now - 60, last_response=HOSTILE * 5, next_attempt=self.now + 240)
+
+    def texts(self, style: etrn.Style) -> List[str]:
+        status = snapshot(text=HOSTILE * 3).status
+        return [etrn.format_queue(self.rows, self.now, style), etrn.format_status(status, self.now, style),
+                etrn.format_envelope(self.sidecar, b"Subject: x", self.now, style)]
+
+    def test_lines_fit_the_terminal(self) -> None:
+        for width in cases(self, [60, 80, 100, 132, 200]):
+            for text in self.texts(etrn.Style(width, True)):
+                plain = re.sub("\033\\[[0-9]+m", "", text)
+                self.assertLessEqual(max(map(len, plain.split("\n"))), width, plain)
+                self.assertIn("\033[1m", text)
+
+    def test_elsewhere_nothing_is_cut_and_nothing_coloured(self) -> None:
+        for text in self.texts(etrn.PLAIN):
+            self.assertTrue(all(c.isprintable() or c == "\n" for c in text))
+        queue = etrn.format_queue(self.rows, self.now)
+        self.assertIn("<somebody.with.a.long.name@sender.example>", queue)
+        for pattern in cases(self, [r"(?m)^example\.com +2  8\.0K +1  +2h1m  in 1m35s$", r"(?m)^all +3 ", r"user0@\S+, user1",
+                                    r"(?m)^6611F58B85C71 +2h1m  4\.0K  held +- ", r"(?m)^example.com: 450 4\.2\.0 "]):
+            self.assertRegex(queue, pattern)
+        self.assertRegex(etrn.format_envelope(self.sidecar, b"", self.now), r"next try in 4m, expires in 10d10h")
+
+    def test_colours_are_for_terminals_and_may_be_refused(self) -> None:
+        for is_terminal, environment, expected in cases(self, [
+                (False, {}, (0, False)), (True, {"COLUMNS": "97"}, (97, True)),
+                (True, {"COLUMNS": "97", "NO_COLOR": "1"}, (97, False)),
+                (True, {"COLUMNS": "97", "NO_COLOR": ""}, (97, True)), (True, {"COLUMNS": "97", "TERM": "dumb"}, (97, False))]):
+            with mock.patch.dict(os.environ, {"TERM": "xterm", "NO_COLOR": "", **environment}), mock.patch.object(
+                    sys, "stdout", mock.Mock(isatty=lambda is_terminal=is_terminal: is_terminal)):
+                self.assertEqual(etrn.find_style(), expected)
 
 
 # == 13. LAYERS ================================================================
