@@ -290,6 +290,7 @@ ROUTE_HOSTS_MAX = 20            # addresses tried for one primary
 # -- the status page
 PAGE_CONNECTIONS = 32           # at once, each a thread; more are closed unheard
 PAGE_CONNECTIONS_PER_CLIENT = 16    # of one address, so that a stuck browser leaves room for the monitoring
+PAGE_PACE_S = 0.01              # between two that are taken: a flood must not take the processor from the mail
 PAGE_REQUEST_MAX = 16384        # octets of a request with its header; browsers send under 2,000
 PAGE_TOTAL_S = 10.0             # for a whole request and its answer, however slowly either goes
 PAGE_FRESH_S = 1.0              # the loop is asked for new values at most so often
@@ -6182,7 +6183,7 @@ dl{display:grid;gap:12px 20px;margin:0}
 dt{color:var(--dim);font-size:13px}
 dd{margin:0;font-weight:600;overflow-wrap:anywhere}
 dd small{font-weight:400;display:block}
-.tiles{grid-template-columns:repeat(auto-fit,minmax(130px,1fr))}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(118px,1fr))}
 .tiles dd{font-size:21px;line-height:1.3;letter-spacing:-.01em}
 .title{display:flex;flex-wrap:wrap;align-items:center;gap:4px 10px}
 .pill{font-size:12px;font-weight:600;line-height:1;border-radius:99px;padding:5px 10px 5px 8px;display:inline-flex;
@@ -6618,6 +6619,7 @@ class PageServer(PageBase):             # type: ignore[misc]
         self.say = say
         self.open: Dict[socket.socket, Tuple[float, str]] = {}      # (monotonic when it is cut, client)
         self.lock = threading.Lock()
+        self.texts: Dict[str, Tuple[Snapshot, str]] = {}            # per path, as last made
         self.end_reader, self.end_writer = socket.socketpair()
         self.thread = threading.Thread(target=self._run, name="status page", daemon=True)
 
@@ -6642,6 +6644,7 @@ class PageServer(PageBase):             # type: ignore[misc]
                     return
                 if ready:
                     self._take()
+                    time.sleep(PAGE_PACE_S)
 
     def _cut(self) -> Optional[float]:
         """End connections that took too long; returns the seconds until the next may have, None while there is none."""
@@ -6675,6 +6678,13 @@ class PageServer(PageBase):             # type: ignore[misc]
             self.process_request(sock, where)
         except RuntimeError:            # no more threads
             self.shutdown_request(sock)
+
+    def text(self, path: str, snapshot: Snapshot, make: Callable[[Snapshot], str]) -> str:
+        """Made once for each snapshot, however many ask."""
+        known = self.texts.get(path)
+        if known is None or known[0] is not snapshot:
+            known = self.texts[path] = (snapshot, make(snapshot))
+        return known[1]
 
     def shutdown_request(self, request: Any) -> None:
         try:
@@ -6732,10 +6742,15 @@ class PageHandler(HandlerBase):         # type: ignore[misc]
         if snapshot is None or (stalled and path != "/"):
             return self.reply(503, "loop stalled: no answer for %s\n" % format_duration(stalled))
         if path == "/metrics":
-            return self.reply(200, format_metrics(snapshot), "text/plain; version=0.0.4")
+            return self.reply(200, self.server.text(path, snapshot, format_metrics), "text/plain; version=0.0.4")
         if path == "/status.json":
-            return self.reply(200, json.dumps(public_status(snapshot.status), indent=1) + "\n", "application/json")
-        self.reply(200, format_page(snapshot, time.time(), stalled), "text/html", **{"Content-Security-Policy": page_policy()})
+            text = json.dumps(public_status(snapshot.status), indent=1) + "\n"
+            return self.reply(200, text, "application/json")
+        if stalled:
+            text = format_page(snapshot, time.time(), stalled)
+        else:
+            text = self.server.text(path, snapshot, lambda snapshot: format_page(snapshot, snapshot.now.wall))
+        self.reply(200, text, "text/html", **{"Content-Security-Policy": page_policy()})
 
     def healthz(self) -> None:
         snapshot, stalled = self.server.window.look()
