@@ -3105,13 +3105,12 @@ class Scheduler:
     def holding(self, id: str) -> List[Site]:
         return [site for site in self.sites.values() if id in site.entries]
 
-    def share(self, id: str) -> None:
-        """A message was added at several sites; what that changes in the sums."""
-        sites, size, before = self.holding(id), 0, len(self.shared.get(id, ())) or 1
-        if len(sites) > 1:
-            self.shared[id], size = sites, sites[0].entries[id].size
-            self.extra += len(sites) - before
-            self.extra_octets += size * (len(sites) - before)
+    def share(self, id: str, sites: List[Site]) -> None:
+        """A message waits at these sites, all that it waits at; what that changes in the sums."""
+        more = len(sites) - (len(self.shared.get(id, ())) or 1)
+        self.shared[id] = sites
+        self.extra += more
+        self.extra_octets += more * sites[0].entries[id].size
 
     def drop(self, site: Site, id: str) -> None:
         """A site is done with a message."""
@@ -4923,13 +4922,15 @@ class Manager:
         """An entry for each site that has recipients of it, unless it is there already."""
         if not queued.domains:
             return self._remove(queued.id)      # finished, but a crash came before its removal
+        sites: Dict[Site, None] = {}            # two recipients of a notice may share one
         for domain, (attempts, due, held) in queued.domains.items():
             site = self.scheduler.site(self.scheduler.site_of(queued.kind, domain), self.now)
             if queued.id not in site.entries:
                 entry = Entry(queued.id, queued.size, queued.received, queued.received + site.cfg.lifetime, attempts)
                 site.add(entry, self.now, due, held)
-        if len(queued.domains) > 1:
-            self.scheduler.share(queued.id)
+            sites[site] = None
+        if len(sites) > 1:
+            self.scheduler.share(queued.id, list(sites))
 
     def accept(self, sidecar: Mapping[str, Any]) -> None:
         """A message that is on stable storage since a moment ago."""
@@ -6774,8 +6775,9 @@ class PageHandler(HandlerBase):         # type: ignore[misc]
         if not token or hmac.compare_digest(data, token):
             return True
         if scheme:                      # without one it is a browser that does not know yet
+            address = str(self.client_address[0])
             self.server.say("reject: %s %s from %s: 401 wrong token" % (
-                self.command, printable(self.path, 100), format_peer(self.client_address[0])))
+                self.command, printable(self.path, 100), format_peer(address[7:] if address.startswith("::ffff:") else address)))
         return False
 
     def reply(self, code: int, text: str, kind: str = "text/plain", **headers: str) -> None:

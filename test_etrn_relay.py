@@ -1806,7 +1806,9 @@ class Sums(unittest.TestCase):
                 for site in chance.sample(self.sites, chance.randint(1, 3)):
                     if id not in site.entries:
                         site.add(etrn.Entry(id, size, self.clock.wall, self.clock.wall + site.cfg.lifetime), self.clock.now)
-                self.scheduler.share(id)
+                holding = self.scheduler.holding(id)
+                if len(holding) > 1:
+                    self.scheduler.share(id, holding)
             elif chance.random() < 0.5:
                 site = chance.choice(holding)
                 site.hold(site.entries[id], not site.entries[id].hold)
@@ -4153,6 +4155,24 @@ class PageOfARelay(Relays):
         page = fetch(self.page(relay, mark))[2]
         self.assertIn("peak 1 ", page)
         self.assertRegex(page, r"ourdom\.example: down: connect to .*ourdom\.example: down:|ourdom\.example: down: connect to ")
+
+    def test_a_message_to_two_domains_counts_once(self) -> None:
+        primary = self.primary()
+        relay = self.relay(primary, domain="[domain other.example]\nprimary = %s" % primary.address)
+        self.assertEqual(relay.send(recipients=["a@" + DOMAIN, "b@other.example"])[:3], "250")
+        status = relay.json("--status")
+        size = status["domains"][DOMAIN]["bytes"]
+        self.assertEqual((len(relay.queue()), status["spool"]["messages"], status["spool"]["bytes"]), (2, 1, size))
+        relay.run("--hold", "all")
+        self.assertEqual(relay.json("--status")["spool"]["held"], 1)
+        relay.run("--release", "other.example")
+        primary.start()
+        wait(lambda: len(relay.queue()) == 1, "one of the two to leave")
+        self.assertEqual({name: relay.json("--status")["spool"][name] for name in ("messages", "bytes", "held")},
+                         {"messages": 1, "bytes": size, "held": 1})
+        relay.run("--release", "all")
+        wait(relay.is_empty, "an empty spool")
+        wait(lambda: relay.json("--status")["spool"]["messages"] == 0)
 
     def test_a_hangup_moves_the_page_and_changes_the_token(self) -> None:
         relay = self.relay(bounces="[status]\nlisten = 127.0.0.1:0\ntoken = one")
