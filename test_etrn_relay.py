@@ -20,6 +20,7 @@ import contextlib
 import email
 import email.policy
 import errno
+import functools
 import hashlib
 import html.parser
 import http.client
@@ -185,8 +186,9 @@ class Primary:
             said = said(argument)
         return default if said is None else said
 
-    def _say(self, sock: socket.socket, verb: str, argument: str, default: str) -> str:
-        """Answer; returns the first digit."""
+    def _say(self, sock: socket.socket, verb: str, argument: str, default: str,
+             taken: Callable[[], None] = lambda: None) -> str:
+        """Answer; returns the first digit.  `taken` is done before a 2xx leaves: who reads it may look."""
         said = self._said(verb, argument, default)
         if said is HANG:
             while sock.recv(65536):
@@ -196,6 +198,8 @@ class Primary:
             sock.shutdown(socket.SHUT_RDWR)
             raise OSError
         data = said if isinstance(said, bytes) else str(said).replace("\n", "\r\n").encode("utf-8") + b"\r\n"
+        if data.startswith(b"2"):
+            taken()
         sock.sendall(data)
         if data.startswith(b"421"):
             raise OSError
@@ -235,16 +239,18 @@ class Primary:
                         data += one[1:] if one.startswith(b".") else one
                     else:
                         return          # broke off
-                    if self._say(sock, ".", argument, "250 2.0.0 taken") == "2":
-                        self.messages.append((sender or "", recipients, data))
+                    message = (sender or "", recipients, data)
+                    self._say(sock, ".", argument, "250 2.0.0 taken", functools.partial(self.messages.append, message))
                     sender, recipients = None, []
             elif verb == "BDAT":
                 data = lines.read(int(argument.split()[0]))
                 if not recipients:
                     sock.sendall(b"503 5.5.1 no valid recipients\r\n")
-                elif self._say(sock, ".", argument, "250 2.0.0 taken") == "2":
-                    self.messages.append((sender or "", recipients, data))
-                    sender, recipients = None, []
+                else:
+                    message = (sender or "", recipients, data)
+                    if self._say(sock, ".", argument, "250 2.0.0 taken",
+                                 functools.partial(self.messages.append, message)) == "2":
+                        sender, recipients = None, []
             elif verb == "RSET":
                 sender, recipients = None, []
                 self._say(sock, verb, argument, "250 2.0.0 ok")
