@@ -2,6 +2,7 @@
 """Tests of etrn_relay.py.
 
     python3 test_etrn_relay.py [-k PATTERN] [-v] [-j N]
+    python3 test_etrn_relay.py --bench [--fsync-ms MS] [--most N]
 
 Nothing but the standard library, loopback and temporary folders is used, and
 every port is one the system gave.  The last line says `N passed, N failed,
@@ -9,6 +10,7 @@ N skipped`; the exit status is 0 when none failed.
 
 CONTENTS  1 HARNESS  2 GRAMMAR  3 CONFIG  4 SESSION  5 SMUGGLING  6 SCHEDULE
           7 DNS  8 DSN  9 SPOOL  10 DELIVERY  11 RELAY  12 COMMANDS  13 LAYERS
+          14 BENCH
 """
 from __future__ import annotations
 
@@ -32,6 +34,7 @@ import os
 import random
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -4421,6 +4424,314 @@ class Layers(unittest.TestCase):
 
 # -- running
 
+# == 14. BENCH =================================================================
+# `--bench`: how fast and how light, on this machine, without Postfix.  Nothing
+# here is a test: figures depend on the machine and on what else it does.
+
+BARS = 36                       # columns of the widest bar
+HARD_S = 300.0                  # for one measurement; a relay that hangs must not hang the bench
+
+
+class Sender:
+    """Sessions that hand over messages as fast as they are taken, from one thread."""
+
+    def __init__(self, port: int, count: int, sessions: int, size: int) -> None:
+        self.left = count
+        self.latencies: List[float] = []        # seconds from the end of data to its 250
+        self.body = (b"Subject: bench\r\n\r\n" + (b"x" * 70 + b"\r\n") * (size // 72 + 1))[:max(20, size - 5)] + b"\r\n.\r\n"
+        self.selector = selectors.DefaultSelector()
+        self.began = time.monotonic()
+        for _ in range(sessions):
+            sock = socket.create_connection(("127.0.0.1", port), DEADLINE_S)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.selector.register(sock, selectors.EVENT_READ, self._session(sock))
+
+    def run(self) -> float:
+        """Returns messages a second, from the first connection to the last 250."""
+        count = self.left
+        for key in list(self.selector.get_map().values()):
+            next(key.data)
+        while self.selector.get_map():
+            for key, _ in self.selector.select(HARD_S):
+                try:
+                    next(key.data)
+                except StopIteration:
+                    self.selector.unregister(key.fileobj)
+                    key.fileobj.close()         # type: ignore[union-attr]
+        return count / (time.monotonic() - self.began)
+
+    def _session(self, sock: socket.socket) -> Iterator[None]:
+        def lines(number: int) -> Iterator[None]:
+            got = b""
+            while got.count(b"\n") < number:
+                yield
+                got += sock.recv(4096)
+            assert got[:1] in b"23", got
+        yield from lines(1)
+        sock.sendall(b"HELO bench.example\r\n")
+        yield from lines(1)
+        while self.left > 0:
+            self.left -= 1
+            sock.sendall(b"MAIL FROM:<a@sender.example>\r\nRCPT TO:<user@%s>\r\nDATA\r\n" % DOMAIN.encode())
+            yield from lines(3)
+            sock.sendall(self.body)
+            began = time.monotonic()
+            yield from lines(1)
+            self.latencies.append(time.monotonic() - began)
+
+
+class Sink(threading.Thread):
+    """A primary that takes everything, with PIPELINING and, if asked, CHUNKING; counts messages."""
+
+    def __init__(self, listener: socket.socket, chunking: bool) -> None:
+        super().__init__(daemon=True)
+        self.listener, self.count, self.first = listener, 0, 0.0
+        self.extensions = b"250-sink\r\n250-PIPELINING\r\n" + b"250-CHUNKING\r\n" * chunking + b"250 8BITMIME\r\n"
+        self.is_over = False
+
+    def run(self) -> None:
+        selector = selectors.DefaultSelector()
+        self.listener.listen(64)
+        selector.register(self.listener, selectors.EVENT_READ)
+        while not self.is_over:
+            for key, _ in selector.select(0.1):
+                if key.fileobj is self.listener:
+                    sock = self.listener.accept()[0]
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    sock.sendall(b"220 sink\r\n")
+                    talk = self._talk(sock)
+                    next(talk)
+                    selector.register(sock, selectors.EVENT_READ, talk)
+                    continue
+                sock = key.fileobj              # type: ignore[assignment]
+                data = sock.recv(1 << 18)
+                try:
+                    key.data.send(data)
+                except StopIteration:
+                    selector.unregister(sock)
+                    sock.close()
+        for key in list(selector.get_map().values()):
+            key.fileobj.close()                 # type: ignore[union-attr]
+        selector.close()
+
+    def _talk(self, sock: socket.socket) -> Iterator[None]:
+        data, out = b"", []
+        while True:
+            while b"\n" not in data:
+                sock.sendall(b"".join(out))
+                out = []
+                more = yield
+                if not more:
+                    return
+                data += more
+            line, _, data = data.partition(b"\n")
+            verb = line[:4].upper()
+            if verb == b"DATA":
+                sock.sendall(b"".join(out) + b"354 go\r\n")
+                out = []
+                while b"\r\n.\r\n" not in data:
+                    more = yield
+                    if not more:
+                        return
+                    data += more
+                data = data.partition(b"\r\n.\r\n")[2]
+            elif verb == b"BDAT":
+                size = int(line.split()[1])
+                while len(data) < size:
+                    more = yield
+                    if not more:
+                        return
+                    data += more
+                data = data[size:]
+            if verb in (b"DATA", b"BDAT"):
+                self.first = self.first or time.monotonic()
+                self.count += 1
+            out.append(self.extensions if verb == b"EHLO" else b"221 bye\r\n" if verb == b"QUIT" else b"250 ok\r\n")
+
+
+class Bench:
+    """One relay a measurement, in a folder of its own beside the others."""
+
+    def __init__(self, fsync_ms: float, most: int) -> None:
+        self.fsync_ms, self.most = fsync_ms, most
+        self.folder = tempfile.mkdtemp(prefix="etrn-bench-")
+        self.number = 0
+
+    def relay(self, primary: Primary) -> Relay:
+        self.number += 1
+        folder = os.path.join(self.folder, str(self.number))
+        os.mkdir(folder)
+        relay = Relay(folder, primary.address, relay="max_connections_per_client = 0\nlog = relay.log\nmax_connections = 2000")
+        relay.limits = {"SLOW_MS": self.fsync_ms}
+        return relay
+
+    @staticmethod
+    def start(relay: Relay) -> float:
+        """Returns the seconds until it greets."""
+        with contextlib.suppress(OSError):
+            os.remove(os.path.join(relay.folder, "relay.log"))
+        began = time.monotonic()
+        relay.process = subprocess.Popen([sys.executable, "-c", SLOW_STARTER, json.dumps(relay.limits), "--config", relay.file],
+                                         stdin=subprocess.DEVNULL)
+        relay.reader = threading.Thread()
+        text = ""
+
+        def started() -> Any:
+            nonlocal text
+            with contextlib.suppress(OSError), open(os.path.join(relay.folder, "relay.log"), encoding="utf-8") as log:
+                text = log.read(100000)
+            return re.search(r"started: .*listening on 127\.0\.0\.1:(\d+)", text)
+        relay.port = int(wait(started, "the start").group(1))
+        with socket.create_connection(("127.0.0.1", relay.port), DEADLINE_S) as sock:
+            sock.recv(100)
+        return time.monotonic() - began
+
+    @staticmethod
+    def stop(relay: Relay) -> None:
+        assert relay.process is not None
+        relay.process.terminate()
+        relay.process.wait(30)
+
+    def accept(self, relay: Relay, count: int, sessions: int = 50, size: int = 4096) -> List[float]:
+        cpu = processor_s(relay)
+        sender = Sender(relay.port, count, sessions, size)
+        rate = sender.run()
+        cost = (processor_s(relay) - cpu) / count * 1000
+        times = sorted(sender.latencies)
+        row("accept, %d sessions, %d KB" % (sessions, size // 1024), "%.0f msg/s" % rate, "%.2f ms" % cost,
+            "250 after %.0f ms, p99 %.0f ms" % (times[len(times) // 2] * 1000, times[len(times) * 99 // 100] * 1000),
+            "%.0f MB" % resident_mb(relay))
+        return times
+
+    def drain(self, relay: Relay, primary: Primary, count: int, chunking: bool) -> None:
+        sink = Sink(primary.sock, chunking)
+        cpu = processor_s(relay)
+        sink.start()
+        with relay.client() as client:
+            client.say("ETRN " + DOMAIN)
+        began = time.monotonic()
+        wait(lambda: sink.count >= count, "the queue to be drained", HARD_S)
+        took = time.monotonic() - began
+        row("drain%s" % (", CHUNKING" if chunking else ""), "%.0f msg/s" % (count / took),
+            "%.2f ms" % ((processor_s(relay) - cpu) / count * 1000), "first after %.0f ms" % ((sink.first - began) * 1000),
+            "%.0f MB" % resident_mb(relay))
+        sink.is_over = True
+        sink.join()
+
+    def throughput(self) -> None:
+        count = 3000 if not self.fsync_ms else 1500
+        for chunking in (False, True):
+            with Primary() as primary:
+                relay = self.relay(primary)
+                self.start(relay)
+                times = self.accept(relay, count)
+                if not chunking:
+                    histogram(times)
+                self.drain(relay, primary, count, chunking)
+                self.stop(relay)
+
+    def weight(self) -> None:
+        """Memory of idle clients, and of large messages at once."""
+        with Primary() as primary:
+            relay = self.relay(primary)
+            self.start(relay)
+            before = resident_mb(relay)
+            row("idle", "", "", "", "%.0f MB" % before)
+            with contextlib.ExitStack() as stack:
+                for _ in range(1000):
+                    sock = stack.enter_context(socket.create_connection(("127.0.0.1", relay.port), DEADLINE_S))
+                    sock.recv(100)
+                row("1,000 idle connections", "", "", "", "%+.0f MB" % (resident_mb(relay) - before))
+            before = resident_mb(relay)
+            Sender(relay.port, 20, 20, 40 << 20).run()
+            row("20 messages of 40 MB at once", "", "", "", "%+.0f MB" % (resident_mb(relay) - before))
+            self.stop(relay)
+
+    def scale(self) -> None:
+        """What a message costs as the queue grows."""
+        for size in [size for size in (1000, 10000, 100000) if size <= self.most]:
+            with Primary() as primary:
+                relay = self.relay(primary)
+                self.start(relay)
+                before = resident_mb(relay)
+                self.stop(relay)
+                for number in range(size):
+                    fill(relay.spool, 0xABC0000000 + number)
+                greeting = self.start(relay)
+                wait(lambda: self.loaded(relay) >= size, "the queue to be read", HARD_S)
+                row("%d messages queued" % size, "", "", "greets after %.1f s" % greeting,
+                    "%.1f KB each" % ((resident_mb(relay) - before) * 1024 / size))
+                self.accept(relay, 1000)
+                began = time.monotonic()
+                relay.run("--queue", DOMAIN)
+                row("--queue %s" % DOMAIN, "", "", "%.1f s" % (time.monotonic() - began), "")
+                self.drain(relay, primary, size + 1000, False)
+                self.stop(relay)
+
+    @staticmethod
+    def loaded(relay: Relay) -> int:
+        return int(relay.json("--status")["spool"]["messages"])
+
+    def run(self) -> None:
+        try:
+            row("", "rate", "processor", "time", "memory")
+            self.throughput()
+            if not self.fsync_ms:
+                self.weight()
+                self.scale()
+        finally:
+            shutil.rmtree(self.folder, True)
+
+
+# Each fsync takes so many milliseconds longer: what a slow card makes of it.
+SLOW_STARTER = ("import json, os, sys, time; sys.path.insert(0, %r); import etrn_relay; slow = json.loads(sys.argv[1])['SLOW_MS']; "
+                "real = os.fsync; os.fsync = (lambda fd: (time.sleep(slow / 1000), real(fd))[1]) if slow else real; "
+                "sys.exit(etrn_relay.main(sys.argv[2:]))" % HERE)
+
+
+def fill(spool: str, number: int) -> None:
+    """One queued pair, as the relay would have written it, but not synced."""
+    id = "%X" % number
+    data = b"Received: by backup.example.net; Tue, 1 Jan 2030 00:00:00 +0000\r\nSubject: bench\r\n\r\n" + b"x" * 1000 + b"\r\n"
+    sidecar = sidecar_of(id)
+    sidecar["size"], sidecar["sha256"] = len(data), hashlib.sha256(data).hexdigest()
+    for kind, octets in ((".eml", data), (".json", etrn.format_sidecar(sidecar))):
+        with open(os.path.join(spool, id + kind), "wb") as file:
+            file.write(octets)
+
+
+def processor_s(relay: Relay) -> float:
+    """Seconds of processor time the relay has used, where /proc tells."""
+    assert relay.process is not None
+    try:
+        with open("/proc/%d/stat" % relay.process.pid, encoding="ascii") as file:
+            words = file.read().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return float("nan")
+
+
+def resident_mb(relay: Relay) -> float:
+    assert relay.process is not None
+    try:
+        with open("/proc/%d/statm" % relay.process.pid, encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+    except OSError:
+        return float("nan")
+
+
+def row(what: str, rate: str, cost: str, times: str, memory: str) -> None:
+    print(("%-32s %12s %10s  %-28s %12s" % (what, rate, cost, times, memory)).rstrip(), flush=True)
+
+
+def histogram(times: Sequence[float]) -> None:
+    """Of the time to 250, in steps that double."""
+    counts: Dict[int, int] = collections.Counter(max(0, int(seconds * 1000)).bit_length() for seconds in times)
+    for step in range(min(counts), max(counts) + 1):
+        bar = "#" * -(-counts[step] * BARS // max(counts.values())) if counts[step] else ""
+        print("    under %6d ms  %-*s %d" % (1 << step, BARS, bar, counts[step]))
+
+
 class Result(unittest.TextTestResult):
     """A failure within a table tells the row."""
 
@@ -4470,7 +4781,13 @@ def main() -> int:
     parser.add_argument("-v", action="store_true", help="name each test")
     parser.add_argument("-j", metavar="N", type=int, default=4, help="in so many processes [4]")
     parser.add_argument("--part", metavar="K/N", help="only every Nth test, from the Kth on; in this process")
+    parser.add_argument("--bench", action="store_true", help="measure speed and memory instead of testing")
+    parser.add_argument("--fsync-ms", metavar="MS", type=float, default=0.0, help="--bench on a disk that is so slow [as it is]")
+    parser.add_argument("--most", metavar="N", type=int, default=10000, help="--bench with up to so many queued [10000]")
     given = parser.parse_args()
+    if given.bench:
+        Bench(given.fsync_ms, given.most).run()
+        return 0
     if given.part is None and given.k == "" and given.j > 1:
         counts = run_parts(["-v"] * given.v, given.j)
     else:
