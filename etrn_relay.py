@@ -207,6 +207,7 @@ UNWRITTEN_MAX = 524288          # octets of one body in memory, then the client 
 LISTEN_BACKLOG = 512            # connections the kernel may keep for us between two turns
 HANDSHAKE_S = 30.0              # for a client's side of a TLS handshake
 CERTIFICATE_CHECK_S = 10.0      # how often the certificate's files are looked at for a renewal
+CERTIFICATE_END_S = 14 * 86400.0    # so long before it expires people are told; renewals are due at 30 days, ACME's custom
 LINGER_S = 2.0                  # for a client to read our last reply before the connection is reset
 STRESS_SHARE = 0.8              # of max_connections in use ...
 STRESS_TIMEOUT_S = 10.0         # ... and idle clients are given so long; Postfix's stress mode
@@ -549,6 +550,102 @@ def format_date(second: int) -> str:
 
 def format_peer(address: str, name: str = "unknown") -> str:
     return "%s[%s]" % (name, address)
+
+
+def format_delay(seconds: float) -> str:
+    """As Postfix logs it: two digits of a short one, whole seconds of a long one, never an exponent."""
+    return "%.2g" % seconds if 0.001 <= seconds < 10 else "%d" % seconds
+
+
+class X509(NamedTuple):
+    """What people ask of a certificate.  ssl tells it only of certificates it
+    has verified, and of our own file not at all, so it is read here."""
+    subject: str
+    issuer: str
+    names: Tuple[str, ...]      # DNS names and addresses of the subjectAltName; the common name where there is none
+    since: Time
+    until: Time
+
+    def is_for(self, host: str) -> bool:
+        """A wildcard stands for one whole leftmost label, RFC 6125 6.4.3."""
+        return any(host.lower() == name or (name.startswith("*.") and host.lower().partition(".")[2] == name[2:])
+                   for name in self.names)
+
+
+def parse_der(data: bytes) -> List[Tuple[int, bytes]]:
+    """The elements in `data`, each with its tag (X.690 8.1; no tag of a
+    certificate has a second octet, and DER knows no indefinite length).  Raises ValueError."""
+    out, at = [], 0
+    while at < len(data):
+        tag, size, start = data[at], data[at + 1] if at + 1 < len(data) else 0x80, at + 2
+        if size >= 0x80:
+            start += size - 0x80
+            size = int.from_bytes(data[at + 2:start], "big") if at + 2 < start <= at + 6 else len(data)
+        at = start + size
+        if tag & 0x1f == 0x1f or at > len(data):
+            raise ValueError("not DER")
+        out.append((tag, data[start:at]))
+    return out
+
+
+_DER_NAMES = {b"\x55\x04\x03": "CN", b"\x55\x04\x0a": "O"}     # 2.5.4.3, 2.5.4.10
+_DER_ALTERNATIVES = b"\x55\x1d\x11"                             # 2.5.29.17
+
+
+def parse_certificate(der: bytes) -> X509:
+    """RFC 5280 4.1, as much of it as X509 holds.  Raises ValueError."""
+    try:
+        fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
+        fields = fields[fields[0][0] == 0xa0:]      # version, which the oldest do without
+        issuer, validity, subject = (parse_der(fields[at][1]) for at in (2, 3, 4))
+        names: List[str] = []
+        for tag, data in fields[6:]:
+            for _, extension in parse_der(parse_der(data)[0][1]) if tag == 0xa3 else ():
+                parts = parse_der(extension)
+                if parts[0][1] == _DER_ALTERNATIVES:
+                    names += _alternative_names(parse_der(parse_der(parts[-1][1])[0][1]))
+        common = dict(_distinguished(subject)).get("CN", "")
+        whole = [", ".join("%s=%s" % pair for pair in _distinguished(one)) for one in (subject, issuer)]
+        since, until = (_der_time(*one) for one in validity)
+        return X509(whole[0], whole[1], tuple(names) or ((common.lower(),) if common else ()), since, until)
+    except (IndexError, TypeError, OverflowError):
+        raise ValueError("not a certificate") from None
+
+
+def _distinguished(name: Sequence[Tuple[int, bytes]]) -> Iterator[Tuple[str, str]]:
+    for _, group in name:
+        for _, pair in parse_der(group):
+            (_, kind), (tag, value) = parse_der(pair)[:2]
+            if kind in _DER_NAMES:
+                yield _DER_NAMES[kind], value.decode("utf-16-be" if tag == 0x1e else "utf-8", "replace")
+
+
+def _alternative_names(names: Iterable[Tuple[int, bytes]]) -> Iterator[str]:
+    """dNSName and iPAddress, RFC 5280 4.2.1.6."""
+    for tag, value in names:
+        if tag == 0x82:
+            yield value.decode("ascii", "replace").lower()
+        elif tag == 0x87 and len(value) in (4, 16):
+            yield str(ipaddress.ip_address(value))
+
+
+def _der_time(tag: int, value: bytes) -> Time:
+    """RFC 5280 4.1.2.5: years of two digits from 50 on are of the 20th century."""
+    text = value.decode("ascii", "replace")
+    if tag == 0x17:
+        text = ("19" if text >= "5" else "20") + text
+    match = re.fullmatch(r"(\d{4})(\d\d)(\d\d)(\d\d)(\d\d)(\d\d)Z", text)
+    if not match or tag not in (0x17, 0x18):
+        raise ValueError("not a time")
+    return float(calendar.timegm(tuple(map(int, match.groups())) + (0, 0, 0)))
+
+
+def parse_pem(data: bytes) -> X509:
+    """The first certificate of a PEM file: the server's own, as ssl reads it too.  Raises ValueError."""
+    match = re.search(rb"-----BEGIN CERTIFICATE-----(.+?)-----END CERTIFICATE-----", data, re.DOTALL)
+    if not match:
+        raise ValueError("no certificate")
+    return parse_certificate(base64.b64decode(match.group(1)))
 
 
 # == 4. CONFIG =================================================================
@@ -4582,10 +4679,9 @@ class Alerts:
             self.tell("up", site, text, now)
             self.told.discard(site.name)
 
-    def sweep(self, sites: Iterable[Site], free: int, now: Now) -> None:
-        """Once a second: outages that have lasted, mail that nears its end, a disk that fills."""
-        if not (self.cfg.alerts_command or self.cfg.alerts_webhook or self.cfg.alerts_mail):
-            return
+    def sweep(self, sites: Iterable[Site], free: int, now: Now, certificate_end: Time = INF) -> None:
+        """Once a second: outages that have lasted, mail that nears its end, a disk that fills, a
+        certificate that nobody renews."""
         for site in sites:
             at, text = self.down.get(site.name, (INF, ""))
             if at <= now.mono:
@@ -4598,11 +4694,17 @@ class Alerts:
         if free < 2 * self.cfg.min_free_space:
             self.once_a_day("disk", None, "%s left for the spool; below %s mail is refused" % (
                 format_size(free), format_size(self.cfg.min_free_space)), now)
+        if certificate_end - now.wall < CERTIFICATE_END_S:
+            self.once_a_day("certificate", None, "the certificate %s %s" % (
+                self.cfg.tls_certificate, "expires in %s" % format_duration(certificate_end - now.wall)
+                if certificate_end > now.wall else "has expired"), now)
 
     def once_a_day(self, event: str, site: Optional[Site], text: str, now: Now) -> None:
         key = "%s %s" % (event, site.name if site else "")
         if now.wall - self.daily.get(key, 0.0) >= 86400.0:
             self.daily[key] = now.wall
+            about = site.label + ": " if site else ""
+            self.log.write("primary" if site else "master", about + printable(text), "warning")
             self.tell(event, site, text, now)
 
     def tell(self, event: str, site: Optional[Site], text: str, now: Now) -> None:
@@ -4716,6 +4818,7 @@ class Manager:
         self.load_error = ""
         self.free = spool.free()        # octets, as last asked
         self.next_free = now.mono
+        self.certificate_end: Time = INF    # set by the server, which has it
         self.is_stopping = False
         self.is_dirty = False           # something worth saving changed
         self.is_saving = False
@@ -4770,7 +4873,7 @@ class Manager:
 
     def wake(self, now: Now) -> float:
         """The monotonic time at which tick() is next of use."""
-        times = [self.next_save] + [at for at, _ in self.alerts.down.values()]
+        times = [max(self.next_sweep, at) for at in [self.next_save, *(at for at, _ in self.alerts.down.values())]]
         if self.retries:
             times.append(self.retries[0][0])
         for site in self.scheduler.sites.values():
@@ -4802,7 +4905,7 @@ class Manager:
             if not (site.name in self.cfg.domains or site.entries or site.is_held or site in self.couriers.values()
                     or site in self.inquirers.values()):
                 del self.scheduler.sites[site.name]     # of a notice, or a subdomain somebody wrote to once
-        self.alerts.sweep(self.scheduler.sites.values(), self.free, self.now)
+        self.alerts.sweep(self.scheduler.sites.values(), self.free_space(), self.now, self.certificate_end)
         if self.now.mono >= self.next_save:
             self.next_save = self.now.mono + STATE_SAVE_S
             if self.is_dirty or self.memory.is_dirty:
@@ -6499,11 +6602,11 @@ class Certificate:
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0) | ssl.OP_NO_COMPRESSION
         context.load_cert_chain(*self.files)
         try:
-            with open(self.files[0], encoding="latin-1") as file:
-                first = re.search("-----BEGIN CERT.*?-----END CERTIFICATE-----", file.read(), re.S)
-            self.dates = parse_certificate_dates(ssl.PEM_cert_to_DER_cert(first.group() if first else ""))
+            with open(self.files[0], "rb") as file:
+                found = parse_pem(file.read())
+            self.dates = (found.since, found.until)
         except ValueError:
-            self.dates = (0.0, 0.0)     # OpenSSL reads more than we do; only the page misses them
+            self.dates = (0.0, 0.0)     # OpenSSL reads more than we do; page and alerts miss them
         return context
 
     def renew(self, now: float) -> str:
@@ -6820,32 +6923,6 @@ def bind_page(where: Endpoint) -> socket.socket:
     return sock
 
 
-def parse_certificate_dates(der: bytes) -> Tuple[Time, Time]:
-    """Begin and end of a certificate, RFC 5280 4.1.  Raises ValueError."""
-    def element(at: int) -> Tuple[int, int, int]:
-        """Tag, begin and end of its content: DER."""
-        tag, length, at = der[at], der[at + 1], at + 2
-        if length & 0x80:
-            size = length & 0x7F
-            length, at = int.from_bytes(der[at:at + size], "big"), at + size
-        return tag, at, at + length
-    try:
-        at = element(element(0)[1])[1]              # within Certificate, within TBSCertificate
-        skip = 4 if der[at] == 0xA0 else 3          # version, where given; serial, signature, issuer
-        for _ in range(skip):
-            at = element(at)[2]
-        out, at = [], element(at)[1]
-        for _ in range(2):
-            tag, begin, at = element(at)
-            text = der[begin:at].decode("ascii")
-            if tag == 0x17:                         # UTCTime: two digits of the year, 4.1.2.5.1
-                text = ("20" if int(text[:2]) < 50 else "19") + text
-            out.append(float(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ"))))
-        return out[0], out[1]
-    except IndexError:
-        raise ValueError("not a certificate") from None
-
-
 class Server:
     """The relay.  run() serves until stop(); a command without a running relay
     uses the same loop without listeners, see run_offline()."""
@@ -7020,6 +7097,18 @@ class Server:
             except (OSError, ValueError) as error:
                 raise OSError(0, "certificate %s: %s" % (self.cfg.tls_certificate, error)) from None
         self.door.has_tls = self.certificate is not None
+        self._note_certificate()
+
+    def _note_certificate(self) -> None:
+        self.manager.certificate_end = (self.certificate.dates[1] if self.certificate else 0.0) or INF
+
+    def _renew_certificate(self) -> None:
+        """Now and then; files that cannot be read leave the old one in use."""
+        if self.certificate is not None:
+            remark = self.certificate.renew(self.now.mono)
+            if remark:
+                self.log.write("master", remark, "warning" if "cannot" in remark else "info")
+                self._note_certificate()
 
     def open_control(self) -> None:
         """The socket commands come through; only the spool's owner may connect."""
@@ -7361,9 +7450,7 @@ class Server:
             assert self.certificate is not None
             connection.tls = Tls.HANDSHAKE
             self._watch(connection, False, False)
-            remark = self.certificate.renew(self.now.mono)
-            if remark:
-                self.log.write("master", remark, "warning" if "cannot" in remark else "info")
+            self._renew_certificate()
             connection.sock = self.certificate.context.wrap_socket(
                 connection.sock, server_side=True, do_handshake_on_connect=False)
         assert isinstance(connection.sock, ssl.SSLSocket)
@@ -7673,6 +7760,7 @@ class Server:
             self._note_history()
             if self.history.is_dirty and self.now.mono >= self.next_history:
                 self._save_history()
+        self._renew_certificate()
         limit = self.cfg.command_timeout
         if len(self.connections) > self.most * STRESS_SHARE:
             limit = min(limit, STRESS_TIMEOUT_S)
