@@ -99,8 +99,14 @@ LOG LINES
     bounce: ID: sender non-delivery notification: NEW-ID
     smtpd: NOQUEUE: reject: RCPT from NAME[ADDRESS]: REPLY; from=<> to=<> ...
     flush: etrn: site=DOMAIN, client=NAME[ADDRESS], messages=N, reply=CODE
+    smtpd: too many errors after STAGE from NAME[ADDRESS]
     primary: DOMAIN: up after 2h14m, 1841 messages waiting
     http: reject: GET PATH from NAME[ADDRESS]: 401 wrong token
+    `log = syslog` has the same lines, tagged etrn_relay/SERVICE[PID], in the
+    mail facility.  Other programs read them:
+        pflogsumm --syslog-name etrn_relay FILE
+        fail2ban-regex FILE 'postfix[_daemon=etrn_relay/smtpd]'
+    (pflogsumm spoils the underscore of --syslog-name=etrn_relay.)
 
 EXIT STATUS
     0 done; 1 something asked about is missing; 64 usage; 69 the relay or the
@@ -1208,6 +1214,7 @@ class Log:
         self.lines: List[str] = []
         self.stamp = ("", 0)
         self.where = where
+        self.service = ""               # whose tag the next line to syslog gets
         self.file: Optional[TextIO] = None
         self.on_event: Callable[[str, str, str], None] = lambda service, text, level: None     # set by the server
         self.reopen()
@@ -1218,7 +1225,7 @@ class Log:
         if self.where == "syslog":
             if syslog is None:
                 raise OSError("this Python has no syslog module")
-            syslog.openlog("etrn_relay", 0, syslog.LOG_MAIL)
+            self.service = ""
         elif self.where != "stderr":
             new = open(self.where, "a", encoding="utf-8", errors="backslashreplace")
             if self.file:
@@ -1232,10 +1239,20 @@ class Log:
             return
         if level in ("warning", "error"):
             text = "%s: %s" % (level, text)
+        if self.where == "syslog":
+            return self._to_syslog(service, text, level)
         now = int(time.time())
         if now != self.stamp[1]:
             self.stamp = (time.strftime("%b %e %H:%M:%S", time.localtime(now)), now)
         self.lines.append("%s %s etrn_relay/%s[%d]: %s\n" % (self.stamp[0], self.host, service, self.pid, text))
+
+    def _to_syslog(self, service: str, text: str, level: str) -> None:
+        """The tag is the service's, as in a file, and the priority the event's."""
+        if service != self.service:
+            self.service = service
+            syslog.openlog("etrn_relay/" + service, syslog.LOG_PID, syslog.LOG_MAIL)
+        priority = {"debug": syslog.LOG_DEBUG, "info": syslog.LOG_INFO, "warning": syslog.LOG_WARNING}.get(level, syslog.LOG_ERR)
+        syslog.syslog(priority, text.replace("\0", " "))
 
     def bug(self, error: BaseException) -> None:
         """A traceback on one line; the session or job at fault is dropped by the caller."""
@@ -1247,13 +1264,9 @@ class Log:
             return
         lines, self.lines = self.lines, []
         try:
-            if self.where == "syslog":
-                for line in lines:
-                    syslog.syslog(syslog.LOG_INFO, line.split("]: ", 1)[1].rstrip("\n"))
-            else:
-                target = self.file or sys.stderr
-                target.write("".join(lines))
-                target.flush()
+            target = self.file or sys.stderr
+            target.write("".join(lines))
+            target.flush()
         except (OSError, ValueError):
             pass                # a full log disk or a closed terminal must not stop the mail
 
@@ -2254,7 +2267,7 @@ class Session:
         """A protocol error; refused recipients and messages do not come here."""
         self.errors += 1
         if self.errors > ERRORS_MAX:
-            self.out.append(Note("too many errors from %s" % format_peer(self.address, self.name)))
+            self.out.append(Note("too many errors after %s from %s" % (self.stage.name, format_peer(self.address, self.name))))
             self.send(Reply(421, "4.7.0", "%s Error: too many errors" % self.cfg.hostname), close=True)
         else:
             self.send(reply)
@@ -5146,8 +5159,9 @@ class Manager:
 
     def _log_delivery(self, id: str, address: str, relay: str, delay: float, seconds: float, status: str, what: str,
                       why: str) -> None:
-        self.log.write("smtp", "%s: to=<%s>, relay=%s, delay=%.2g, delays=0/%.2g/0/%.2g, dsn=%s, status=%s (%s)" % (
-            id, printable(address), relay, delay, max(0.0, delay - seconds), seconds, status, what, printable(why)))
+        self.log.write("smtp", "%s: to=<%s>, relay=%s, delay=%s, delays=0/%s/0/%s, dsn=%s, status=%s (%s)" % (
+            id, printable(address), relay, format_delay(delay), format_delay(max(0.0, delay - seconds)), format_delay(seconds),
+            status, what, printable(why)))
 
     # -- outcomes
 

@@ -4435,6 +4435,121 @@ class Watchfulness(Folder):
         self.assertAlmostEqual(server.manager.certificate_end, time.time() + 90 * 86400, delta=60)
 
 
+# -- what other programs read in the log
+
+class LogReaders(Relays):
+    def day(self) -> str:
+        """A log with an event of every kind; returns its path."""
+        def rcpt(argument: str) -> Optional[str]:
+            return {"later": "450 4.2.0 Greylisted", "never": "550 5.1.1 (no) such, user"}.get(argument[4:].partition("@")[0])
+        primary = self.primary(RCPT=rcpt).start()
+        relay = self.relay(primary, domain="recovery_grace = 0s\nrecipients = any", relay="greet_pause = 0")
+        relay.send(sender="one@x.example", recipients=["a@" + DOMAIN, "b@" + DOMAIN])
+        relay.send(sender="", recipients=["later@" + DOMAIN])
+        relay.send(sender="", recipients=["never@" + DOMAIN])
+        with relay.client() as wire:
+            wire.say("MAIL FROM:<s@x.example>", "RCPT TO:<x@other.example>", "RCPT TO:<x%%y@%s>" % DOMAIN, "RSET",
+                     "MAIL FROM:<s@x.example> SIZE=999999999", "ETRN " + DOMAIN)
+            for _ in range(11):
+                wire.say("NONSENSE")
+        relay.send(b"Received: x\r\n" * 101 + b"\r\n")
+        relay.logged("status=bounced")
+        relay.logged("status=deferred .*Greylisted")
+        primary.stop()
+        relay.send(sender="one@x.example", recipients=["a@" + DOMAIN])
+        relay.logged("status=deferred .*Connection refused")
+        self.assertEqual(relay.end(), 0)
+        path = os.path.join(self.folder, "mail.log")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("\n".join(relay.log) + "\n")
+        return path
+
+    def read(self, *command: str) -> str:
+        program = shutil.which(command[0], path=os.environ.get("PATH", "") + ":/usr/sbin")
+        if program is None:
+            self.skipTest("%s is not installed" % command[0])
+        path = self.day()
+        done = subprocess.run([program, *(path if word == "LOG" else word for word in command[1:])], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, check=False)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        return done.stdout.decode("utf-8", "replace")
+
+    def test_pflogsumm_counts_what_happened(self) -> None:
+        # --syslog-name=etrn_relay would not do: pflogsumm makes hyphens of the underscores in a word that begins with two hyphens
+        text = self.read("pflogsumm", "--syslog-name", "etrn_relay", "LOG")
+        counts = {name: int(number) for number, name in re.findall(
+            r"^ +(\d+) +(received|delivered|deferred|bounced|rejected|recipients)", text, re.MULTILINE)}
+        self.assertEqual(counts, {"received": 4, "delivered": 2, "deferred": 2, "bounced": 1, "rejected": 4, "recipients": 2})
+        self.assertIn("4.2.0 Greylisted", text)
+        self.assertIn("Relay access denied (total: 2)", text)
+        self.assertRegex(text, r"5\.1\.1 \(no\) such, user")
+
+    def test_fail2ban_finds_the_address_to_ban(self) -> None:
+        text = self.read("fail2ban-regex", "LOG", "postfix[_daemon=etrn_relay/smtpd]", "--print-all-matched", "-v")
+        matched = re.findall(r"^\|  .*etrn_relay/smtpd\[\d+\]: (.*)$", text.partition("Matched line(s)")[2], re.MULTILINE)
+        self.assertEqual([line.partition(";")[0].partition(" from ")[0] for line in matched],
+                         ["NOQUEUE: reject: RCPT", "NOQUEUE: reject: RCPT", "too many errors after READY"])
+        self.assertEqual(len(re.findall(r"^\| +127\.0\.0\.1 ", text, re.MULTILINE)), 3)
+
+    def test_delays_are_written_as_postfix_does(self) -> None:
+        for seconds, text in cases(self, [(0, "0"), (0.00001, "0"), (0.0123, "0.012"), (1.25, "1.2"), (9.99, "10"), (12.7, "12"),
+                                          (5432.1, "5432"), (604800, "604800")]):
+            self.assertEqual(etrn.format_delay(seconds), text)
+
+    def test_syslog_gets_the_service_the_process_and_the_priority(self) -> None:
+        fake = mock.Mock(LOG_PID=1, LOG_MAIL=16, LOG_ERR=3, LOG_WARNING=4, LOG_INFO=6, LOG_DEBUG=7)
+        with mock.patch.object(etrn, "syslog", fake):
+            log = etrn.Log("syslog", "debug", "backup.example.net")
+            for service, text, level in [("smtpd", "A: client=x[192.0.2.1]", "info"), ("smtpd", "b", "debug"),
+                                         ("qmgr", "c", "warning"), ("smtpd", "d", "error")]:
+                log.write(service, text, level)
+            log.reopen()
+            log.write("smtpd", "e")
+            log.flush()
+        self.assertEqual(fake.syslog.call_args_list, [mock.call(6, "A: client=x[192.0.2.1]"), mock.call(7, "b"),
+                                                      mock.call(4, "warning: c"), mock.call(3, "error: d"), mock.call(6, "e")])
+        self.assertEqual(fake.openlog.call_args_list, [mock.call("etrn_relay/" + name, 1, 16)
+                                                       for name in ("smtpd", "qmgr", "smtpd", "smtpd")])
+
+    def test_a_real_syslog_daemon_gets_lines_that_the_same_programs_read(self) -> None:
+        if os.geteuid() != 0 or not shutil.which("unshare"):
+            self.skipTest("a /dev of our own needs root and unshare")
+        os.mkdir(os.path.join(self.folder, "dev"))
+        with open(os.path.join(self.folder, "dev", "null"), "wb"), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.bind(os.path.join(self.folder, "dev", "log"))
+            sock.settimeout(DEADLINE_S)
+            code = ("import sys; sys.path.insert(0, %r); import etrn_relay as e; log = e.Log('syslog', 'info', 'x'); "
+                    "log.write('smtpd', 'NOQUEUE: reject: x'); log.write('primary', 'x: rejecting', 'warning')" % HERE)
+            done = subprocess.run(["unshare", "-m", "sh", "-c", "mount --bind /dev/null dev/null && mount --rbind dev /dev && "
+                                   'exec "$0" -c "$1"', sys.executable, code], cwd=self.folder, check=False,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            if b"unshare" in done.stdout or b"mount" in done.stdout:
+                self.skipTest("no mount namespaces here: %s" % done.stdout.decode().strip())
+            self.assertEqual(done.stdout, b"")
+            lines = [sock.recv(4096).decode().rstrip("\0") for _ in range(2)]
+        self.assertRegex(lines[0], r"^<22>\w{3} [ \d]\d \d\d:\d\d:\d\d etrn_relay/smtpd\[\d+\]: NOQUEUE: reject: x$")
+        self.assertRegex(lines[1], r"^<20>.* etrn_relay/primary\[\d+\]: warning: x: rejecting$")
+
+    def test_a_rotated_log_is_opened_anew_at_sighup(self) -> None:
+        relay = Relay(self.folder, "127.0.0.1:9", relay="log = relay.log")
+        path = os.path.join(self.folder, "relay.log")
+        relay.process = subprocess.Popen([sys.executable, "-c", STARTER, "{}", "--config", relay.file])
+        relay.reader = threading.Thread()
+        relay.reader.start()
+        self.addCleanup(relay.__exit__)
+
+        def says(name: str, word: str) -> bool:
+            if not os.path.exists(name):
+                return False
+            with open(name, encoding="utf-8") as file:
+                return word in file.read()
+        wait(lambda: says(path, "started"))
+        os.rename(path, path + ".1")
+        relay.signal(signal.SIGHUP)
+        wait(lambda: says(path, "configuration reread"))
+        self.assertEqual((relay.end(), says(path, "stopped"), says(path + ".1", "configuration reread")), (0, True, False))
+
+
 # == 13. LAYERS ================================================================
 # The file's own rules, read from its source.
 
