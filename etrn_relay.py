@@ -171,8 +171,8 @@ import threading
 import time
 import traceback
 import urllib.request
-from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                    Sequence, Set, TextIO, Tuple, Type, Union)
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, MutableMapping, NamedTuple,
+                    Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
 try:                            # slim routers leave some modules out; what needs them is refused there, the rest works
     import syslog
@@ -220,6 +220,7 @@ STRESS_TIMEOUT_S = 10.0         # ... and idle clients are given so long; Postfi
 COMMAND_POLL_S = 0.1            # a waiting command looks again so often
 ACCEPTS_PER_TURN = 64           # new connections taken before those already open are looked at again
 SWEEP_S = 1.0                   # how often idle clients are looked for; idle limits are minutes
+NOTIFY_S = 1.0                  # a service manager has so long to take our word that we are ready
 STOP_S = 3.0                    # time given to sessions and deliveries at SIGTERM; contract: stopped within 5 s
 RESERVED_FILES = 64             # descriptors kept from clients for spool, workers, logs and DNS
 DATA_RATE_MIN = 500             # octets a second a client must reach in the long run, as Postfix's smtpd_min_data_rate
@@ -6686,6 +6687,61 @@ class Controller:
         self.answers: Optional[Answers] = None
 
 
+class Supervisor:
+    """What a service manager and its service say to each other: readiness and
+    watchdog as sd_notify(3), listening sockets as sd_listen_fds(3).  Where there
+    is none, nothing here does anything.  Its variables are taken out of the
+    environment: they are not for the programs we start."""
+
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+        given = {name: environ.pop(name, "") for name in names}
+        self.address = os.fsencode(given["NOTIFY_SOCKET"])
+        if self.address[:1] == b"@":
+            self.address = b"\0" + self.address[1:]     # abstract, unix(7)
+        ours = str(os.getpid())
+        self.interval, self.next_ping = 0.0, INF
+        if self.address and given["WATCHDOG_USEC"].isdigit() and given["WATCHDOG_PID"] in ("", ours):
+            self.interval = int(given["WATCHDOG_USEC"]) / 2e6       # half of what it waits, as sd_watchdog_enabled(3) says
+            self.next_ping = 0.0
+        self.names = given["LISTEN_FDNAMES"].split(":")
+        self.count = int(given["LISTEN_FDS"]) if given["LISTEN_PID"] == ours and given["LISTEN_FDS"].isdigit() else 0
+
+    def tell(self, *lines: str, wait_s: float = 0.0) -> None:
+        """A manager that does not listen must not stop the mail."""
+        if self.address:
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                    sock.settimeout(wait_s)
+                    sock.sendto("\n".join(lines).encode("utf-8"), self.address)
+            except OSError:
+                pass
+
+    def ping(self, now: float, status: str) -> None:
+        """From the loop alone: when it hangs, the manager hears nothing and starts us anew."""
+        self.next_ping = now + self.interval
+        self.tell("WATCHDOG=1", "STATUS=" + status)
+
+    def sockets(self) -> List[socket.socket]:
+        """Those passed, descriptors from 3 on.  Raises OSError: not a listening TCP socket."""
+        out = []
+        for number in range(self.count):
+            name = self.names[number] if number < len(self.names) else ""
+            try:
+                os.set_inheritable(3 + number, False)
+                sock = socket.socket(fileno=3 + number)
+                if sock.family not in (socket.AF_INET, socket.AF_INET6) or not sock.getsockopt(
+                        socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    raise OSError(errno.EINVAL, "not a listening TCP socket")
+            except OSError as error:
+                raise OSError(error.errno, "descriptor %d of the service manager%s: %s" % (
+                    3 + number, name and " (%s)" % printable(name), error.strerror)) from None
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # as _bind() does
+            out.append(sock)
+        return out
+
+
 # -- the status page: threads of their own, which see nothing but snapshots
 
 class Window:
@@ -6960,6 +7016,9 @@ class Server:
         self.certificate: Optional[Certificate] = None
         self.door = Door(cfg, 0)
         self.listeners: Dict[Endpoint, socket.socket] = {}
+        self.supervisor = Supervisor({})
+        self.passed: Dict[Endpoint, socket.socket] = {}     # listening sockets of a service manager
+        self.is_passed_all = False      # they serve, and `listen` is not bound
         self.control: Optional[socket.socket] = None
         self.connections: Set[Connection] = set()
         self.controllers: Set[Controller] = set()
@@ -7005,12 +7064,32 @@ class Server:
 
     # -- opening
 
+    def adopt(self, sockets: Iterable[socket.socket]) -> None:
+        """Listening sockets of a service manager: each serves as the address of
+        `listen` or `odmr_listen` that it has.  When none has one, all of them
+        serve SMTP, and `listen` is not bound.  SIGHUP leaves them open."""
+        for sock in sockets:
+            where = Endpoint(*sock.getsockname()[:2])
+            self.passed[where] = sock
+            if where.host == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+                self.passed.setdefault(Endpoint("0.0.0.0", where.port), sock)       # takes IPv4 clients, too
+        wanted = {self.passed[where] for where in self.cfg.listen + self.cfg.odmr_listen if where in self.passed}
+        self.is_passed_all = bool(self.passed) and not wanted
+        for where, sock in list(self.passed.items()):
+            if self.is_passed_all and sock not in self.listeners.values():
+                self.listeners[where] = self._serve_on(sock)
+            elif not self.is_passed_all and sock not in wanted:
+                if sock.fileno() >= 0:
+                    self.log.write("master", "the service manager passed %s, which is not in listen: closed" % str(where),
+                                   "warning")
+                self.passed.pop(where).close()
+
     def listen(self) -> None:
         """Bind what the configuration names.  Raises OSError with the address in
         it.  A machine without IPv6 serves the default addresses all the same."""
         default = KINDS["listen"](next(o.default for o in OPTIONS if o.name == "listen" and o.section == "relay"))
-        for where in self.cfg.listen:
-            if where in self.listeners:
+        for where in () if self.is_passed_all else self.cfg.listen:
+            if where in self.listeners or self.passed.get(where) in self.listeners.values():
                 continue
             try:
                 self.listeners[where] = self._bind(where)
@@ -7019,13 +7098,16 @@ class Server:
                     self.log.write("master", "no IPv6 here: %s: %s" % (where, error.strerror), "warning")
                     continue
                 raise OSError(error.errno, "cannot listen on %s: %s" % (str(where), error.strerror)) from None
-        for where in [where for where in self.listeners if where not in self.cfg.listen]:
+        passed = self.passed.values()
+        for where in [where for where, sock in self.listeners.items() if where not in self.cfg.listen and sock not in passed]:
             sock = self.listeners.pop(where)
             self.selector.unregister(sock)
             sock.close()
         self.manager.listeners = tuple(Endpoint(*sock.getsockname()[:2]) for sock in self.listeners.values())
 
     def _bind(self, where: Endpoint) -> socket.socket:
+        if where in self.passed:
+            return self._serve_on(self.passed[where])
         sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -7038,6 +7120,9 @@ class Server:
         except OSError:
             sock.close()
             raise
+        return self._serve_on(sock)
+
+    def _serve_on(self, sock: socket.socket) -> socket.socket:
         self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_accept(sock))
         return sock
 
@@ -7161,7 +7246,12 @@ class Server:
             __version__, os.getpid(), " ".join(map(str, self.manager.listeners)), printable(self.spool.path)))
         self._start_page()
         self.log.flush()
+        self.supervisor.tell("READY=1", "STATUS=" + self._state(), wait_s=NOTIFY_S)
         self._loop()
+
+    def _state(self) -> str:
+        """For the service manager's own status."""
+        return "%d messages waiting, %d connections" % (self.manager.scheduler.messages()[0], len(self.connections))
 
     def _loop(self) -> None:
         while not self._is_over():
@@ -7188,6 +7278,8 @@ class Server:
             self._guard(self._sweep)
         if self.is_news:
             self._guard(self._note_history)
+        if self.now.mono >= self.supervisor.next_ping:
+            self.supervisor.ping(self.now.mono, self._state())
         self.log.flush()
 
     def _guard(self, step: Callable[..., Any], *arguments: Any) -> None:
@@ -7200,7 +7292,7 @@ class Server:
     def _pause(self) -> float:
         if self.reports or self.signals:
             return 0.0
-        at = self.manager.wake(self.now)
+        at = min(self.manager.wake(self.now), self.supervisor.next_ping)
         if self.connections or self.is_sick:
             at = min(at, self.next_sweep)
         if self.stopping is not None:
@@ -7227,7 +7319,11 @@ class Server:
         if number in (signal.SIGTERM, signal.SIGINT):
             self._begin_stop()
         elif number == signal.SIGHUP:
-            self._reload()
+            self.supervisor.tell("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic_ns() // 1000))
+            try:
+                self._reload()
+            finally:
+                self.supervisor.tell("READY=1")
         elif number == signal.SIGUSR1:
             self.log.write("flush", "signal: site=all, messages=%d" % self.manager.scheduler.messages()[0])
             self.manager.flush("all")
@@ -7298,6 +7394,7 @@ class Server:
             return
         self.stopping = self.now.mono
         self.log.write("master", "stopping")
+        self.supervisor.tell("STOPPING=1")
         for sock in list(self.listeners.values()):
             self.selector.unregister(sock)
             sock.close()
@@ -8111,14 +8208,17 @@ class Account:
 
 def serve(cfg: Config) -> int:
     """Run the relay in the foreground."""
+    supervisor = Supervisor(os.environ)
     account = Account(cfg.user)
     account.assume(cfg.spool)
     log = Log(cfg.log, cfg.log_level, cfg.hostname)
     spool = Spool(cfg.spool)
     spool.open()
     server = Server(cfg, spool, log)
+    server.supervisor = supervisor
     account.resume_root()
     try:
+        server.adopt(supervisor.sockets())
         server.listen()
         server.open_page()
         server.load_certificate()

@@ -4308,6 +4308,171 @@ class Terminal(unittest.TestCase):
             with mock.patch.dict(os.environ, {"TERM": "xterm", "NO_COLOR": "", **environment}), mock.patch.object(
                     sys, "stdout", mock.Mock(isatty=lambda is_terminal=is_terminal: is_terminal)):
                 self.assertEqual(etrn.find_style(), expected)
+# -- service managers
+
+class Manager:
+    """The socket a service manager listens on, sd_notify(3)."""
+
+    def __init__(self, address: str) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.bind(address)
+        self.sock.settimeout(DEADLINE_S)
+
+    def heard(self) -> List[str]:
+        return self.sock.recv(4096).decode("utf-8").split("\n")
+
+    def heard_of(self, word: str) -> List[str]:
+        """The next datagram that says so; those before it are skipped."""
+        while True:
+            lines = self.heard()
+            if word in lines:
+                return lines
+
+
+class Supervision(Relays):
+    """Readiness, watchdog and passed sockets."""
+
+    def supervised(self, environ: Dict[str, str], listeners: Sequence[socket.socket] = (), **options: Any) -> Relay:
+        """A relay that a service manager started: LISTEN_PID is its own, descriptors begin at 3."""
+        code = "import os\n" + "".join("os.dup2(%d, %d)\n" % (100 + number, 3 + number) for number in range(len(listeners)))
+        if listeners:
+            code += "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='%d')\n" % len(listeners)
+        for number, sock in enumerate(listeners):
+            os.dup2(sock.fileno(), 100 + number)
+            self.addCleanup(os.close, 100 + number)
+        with mock.patch.dict(os.environ, environ), mock.patch.dict(globals(), STARTER=code + STARTER):
+            popen = subprocess.Popen
+            passed = tuple(range(100, 100 + len(listeners)))
+            with mock.patch.object(subprocess, "Popen", lambda *words, **rest: popen(*words, pass_fds=passed, **rest)):
+                return self.relay(**options)
+
+    def test_a_service_manager_hears_of_readiness_reload_watchdog_and_the_stop(self) -> None:
+        abstract = ["\0etrn-test-%d" % os.getpid()] if sys.platform == "linux" else []
+        for address in cases(self, [os.path.join(self.folder, "notify"), *abstract]):
+            manager = Manager(address)
+            self.addCleanup(manager.sock.close)
+            relay = self.supervised({"NOTIFY_SOCKET": address.replace("\0", "@"), "WATCHDOG_USEC": "300000"})
+            ready = manager.heard()
+            self.assertEqual(ready, ["READY=1", "STATUS=0 messages waiting, 0 connections"])
+            began = time.monotonic()
+            for _ in range(3):
+                self.assertEqual(manager.heard_of("WATCHDOG=1")[1][:7], "STATUS=")
+            self.assertLess(time.monotonic() - began, 5)
+            relay.signal(signal.SIGHUP)
+            self.assertRegex(manager.heard_of("RELOADING=1")[1], r"^MONOTONIC_USEC=\d+$")
+            manager.heard_of("READY=1")
+            self.assertEqual(relay.end(), 0)
+            manager.heard_of("STOPPING=1")
+
+    def test_the_watchdog_is_not_fed_when_the_loop_hangs(self) -> None:
+        now = [100.0]
+        supervisor = etrn.Supervisor({"NOTIFY_SOCKET": os.path.join(self.folder, "n"), "WATCHDOG_USEC": "30000000"})
+        manager = Manager(os.path.join(self.folder, "n"))
+        self.addCleanup(manager.sock.close)
+        spool = etrn.Spool(os.path.join(self.folder, "spool"))
+        spool.open()
+        self.addCleanup(spool.close)
+        server = etrn.Server(config("listen = 127.0.0.1:0\nmin_free_space = 0"), spool, etrn.Log("stderr", "error", "x"))
+        self.addCleanup(server._close)
+        server.supervisor = supervisor
+        with mock.patch.object(etrn.time, "monotonic", lambda: now[0]):
+            server._turn(0)
+            self.assertEqual(manager.heard()[0], "WATCHDOG=1")
+            self.assertEqual(supervisor.next_ping, 115)         # half the interval
+            self.assertLessEqual(server._pause(), 15)
+            now[0] = 114.0
+            server._turn(0)
+            manager.sock.setblocking(False)
+            self.assertRaises(BlockingIOError, manager.heard)
+            now[0] = 200.0
+            self.assertRaises(BlockingIOError, manager.heard)   # no turn, no word
+            server._turn(0)
+            self.assertEqual(manager.heard()[0], "WATCHDOG=1")
+
+    def test_what_a_service_manager_says_is_for_us_alone(self) -> None:
+        ours = str(os.getpid())
+        for environ, interval, count in cases(self, [
+                ({}, 0, 0), ({"WATCHDOG_USEC": "2000000"}, 0, 0),               # nobody to tell
+                ({"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "2000000"}, 1, 0),
+                ({"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "2000000", "WATCHDOG_PID": ours}, 1, 0),
+                ({"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "1"}, 0, 0),
+                ({"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "x"}, 0, 0),
+                ({"LISTEN_FDS": "2", "LISTEN_PID": ours}, 0, 2), ({"LISTEN_FDS": "2", "LISTEN_PID": "1"}, 0, 0),
+                ({"LISTEN_FDS": "2"}, 0, 0), ({"LISTEN_FDS": "-1", "LISTEN_PID": ours}, 0, 0)]):
+            given = dict(environ, HOME="/")
+            supervisor = etrn.Supervisor(given)
+            self.assertEqual((supervisor.interval, supervisor.count, given), (interval, count, {"HOME": "/"}))
+            supervisor.tell("READY=1")                          # nobody listens: no matter
+
+    def listener(self, host: str = "127.0.0.1") -> socket.socket:
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.addCleanup(sock.close)
+        sock.bind((host, 0))
+        sock.listen(8)
+        return sock
+
+    def test_passed_sockets_that_match_no_address_all_serve_smtp_and_sighup_keeps_them(self) -> None:
+        first, second = self.listener(), self.listener()
+        relay = self.supervised({"LISTEN_FDNAMES": "one:two"}, [first, second])
+        ports = [first.getsockname()[1], second.getsockname()[1]]
+        self.assertEqual(relay.port, ports[0])
+        relay.signal(signal.SIGHUP)
+        relay.logged("configuration reread")
+        for port in cases(self, ports):
+            with Wire(port) as wire:
+                self.assertIn("220 backup.example.net", wire.greeting)
+
+    def test_passed_sockets_serve_as_the_addresses_they_have(self) -> None:
+        mine, stray = self.listener(), self.listener()
+        where, other = (etrn.Endpoint(*sock.getsockname()) for sock in (mine, stray))
+        spool = etrn.Spool(os.path.join(self.folder, "spool"))
+        spool.open()
+        self.addCleanup(spool.close)
+        log = etrn.Log("stderr", "error", "x")
+        server = etrn.Server(config("listen = %s, 127.0.0.1:0" % str(where)), spool, log)
+        self.addCleanup(server._close)
+        with mock.patch.object(log, "write") as written:
+            server.adopt([mine.dup() if sock is mine else sock.dup() for sock in (mine, stray)])
+        self.assertIn("%s, which is not in listen: closed" % str(other), written.call_args[0][1])
+        server.listen()
+        self.assertEqual((len(server.listeners), where in server.manager.listeners, other in server.manager.listeners),
+                         (2, True, False))
+        server.cfg = config("listen = 127.0.0.1:0")
+        server.listen()                 # SIGHUP
+        self.assertIn(where, server.manager.listeners)
+
+    def test_a_passed_socket_for_both_families_stands_for_both_addresses(self) -> None:
+        sock = socket.socket(socket.AF_INET6)
+        self.addCleanup(sock.close)
+        try:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            sock.bind(("::", 0))
+        except OSError:
+            self.skipTest("no IPv6 here")
+        sock.listen(8)
+        port = sock.getsockname()[1]
+        spool = etrn.Spool(os.path.join(self.folder, "spool"))
+        spool.open()
+        self.addCleanup(spool.close)
+        server = etrn.Server(config("listen = %d" % port), spool, etrn.Log("stderr", "error", "x"))
+        self.addCleanup(server._close)
+        server.adopt([sock.dup()])
+        server.listen()
+        self.assertEqual(server.manager.listeners, (etrn.Endpoint("::", port),))
+
+    def test_a_passed_socket_that_cannot_serve_stops_the_start(self) -> None:
+        relay = Relay(self.folder, "127.0.0.1:9")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, socket.socket() as other:
+            other.bind(("127.0.0.1", 0))                        # bound, but it does not listen
+            for wrong in cases(self, [sock, other]):
+                code = ("import os; os.dup2(%d, 3); os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')\n"
+                        % wrong.fileno())
+                done = subprocess.run([sys.executable, "-c", code + STARTER, "{}", "--config", relay.file], check=False,
+                                      pass_fds=[wrong.fileno()], stderr=subprocess.PIPE)
+                self.assertEqual(done.returncode, 78)
+                self.assertIn(b"descriptor 3 of the service manager: ", done.stderr)
+
+
 # -- certificates
 
 def der(tag: int, *parts: bytes) -> bytes:
