@@ -16,6 +16,8 @@ USAGE
     --flush DOMAIN|@DOMAIN|all
                               deliver now; a progress bar on a terminal
     --hold ID|DOMAIN|all      keep mail until it is released
+    --print-unit KIND         a unit for systemd, openrc, procd or launchd
+    --probe DOMAIN            walk its route: what does each host answer?
     --queue [DOMAIN]          list the queue
     --release ID|DOMAIN|all   undo --hold
     --show ID                 envelope, attempts and headers
@@ -25,7 +27,7 @@ USAGE
     --config FILE             the configuration file
     --help, --version         print this page, or the version
     --json                    machine-readable output for --check --flush
-                              --queue --show --status
+                              --probe --queue --show --status
     --no-wait                 --flush returns at once [it waits]
     --raw                     --show prints the message as it will be sent
     --yes                     do not ask before --delete all, --bounce all
@@ -79,6 +81,23 @@ SIGNALS
     HUP   read the configuration again, reopen the log, look for copied mail
     USR1  probe every primary and deliver what can be delivered
     TERM, INT   stop within 5 seconds; nothing is lost
+
+SERVICES
+    --print-unit prints a unit with the paths of this script, of its Python and
+    of the configuration; its first lines say where it belongs.  Under systemd
+    the relay says when it is ready, reloading and stopping, and feeds the
+    watchdog from its loop (sd_notify(3)).  Listening sockets that are passed
+    (LISTEN_FDS, sd_listen_fds(3)) serve as the addresses of `listen` and
+    `odmr_listen` that they have; when they have none of them, all serve SMTP
+    and `listen` is not bound.  So port 25 needs no root.  SIGHUP keeps them.
+
+ALERTS
+    [alerts] command, webhook and mail are told of: down, a primary has been
+    away for `after`; up again; rejecting; expiring, mail has a day left; disk,
+    less than twice min_free_space is left; certificate, it expires within 14
+    days.  The last three come once a day, and stand in the log as warnings.
+    The command finds ETRN_EVENT, ETRN_DOMAIN, ETRN_TEXT, ETRN_HOST, ETRN_TIME
+    and ETRN_WAITING in its environment and the same as JSON on its input.
 
 FILES
     SPOOL/ID.eml, SPOOL/ID.json     a queued message and its sidecar
@@ -294,6 +313,13 @@ DNS_UDP_MAX = 1232              # octets in EDNS; fits in an unfragmented IPv6 p
 DNS_CNAMES_MAX = 10
 DNS_RECORDS_MAX = 100           # looked at in one answer
 ROUTE_HOSTS_MAX = 20            # addresses tried for one primary
+
+# -- --probe and --check
+PROBE_ROUTE_S = 12.0            # for all questions to the DNS; with the next, a probe takes half a minute at most
+PROBE_HOSTS_S = 16.0            # for all hosts, which are asked beside each other
+PROBE_REPLY_S = 10.0            # for one connection or reply
+CHECK_S = 25.0                  # for all of --check
+CHECK_THREADS = 16              # so many domains are looked at beside each other
 
 # -- the status page
 PAGE_CONNECTIONS = 32           # at once, each a thread; more are closed unheard
@@ -6676,6 +6702,11 @@ class RecipientFile:
         return frozenset(out), "%s: not an address in line %s" % (self.path, ", ".join(wrong[:10])) if wrong else ""
 
 
+def recipient_paths(cfg: Config) -> List[str]:
+    return sorted({one.recipients[5:] for one in cfg.domains.values()
+                   if isinstance(one.recipients, str) and one.recipients.startswith("file:")})
+
+
 class Controller:
     """One client of the control socket."""
     __slots__ = ("sock", "data", "out", "answers")
@@ -7162,9 +7193,7 @@ class Server:
 
     def load_recipients(self) -> None:
         """The files that `recipients` names.  Raises OSError."""
-        paths = {cfg.recipients[5:] for cfg in self.cfg.domains.values()
-                 if isinstance(cfg.recipients, str) and cfg.recipients.startswith("file:")}
-        self.recipient_files = {path: RecipientFile(path) for path in paths}
+        self.recipient_files = {path: RecipientFile(path) for path in recipient_paths(self.cfg)}
         for file in self.recipient_files.values():
             if file.remark:
                 self.log.write("master", file.remark, "warning")
@@ -8074,6 +8103,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_mutually_exclusive_group()
     for name in ("check", "demo", "status"):
         commands.add_argument("--" + name, action="store_true")
+    commands.add_argument("--probe", metavar="DOMAIN")
+    commands.add_argument("--print-unit", choices=sorted(UNITS))
     commands.add_argument("--queue", nargs="?", const="all", metavar="DOMAIN")
     commands.add_argument("--show", metavar="ID")
     commands.add_argument("--export", metavar="DOMAIN")
@@ -8081,8 +8112,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name in ENDINGS:
         commands.add_argument("--" + name, metavar="ID|DOMAIN|all")
     given = parser.parse_args(argv)
-    if given.json and not (given.check or given.status or given.queue or given.show or given.flush):
-        raise Usage("--json goes with --check, --flush, --queue, --show or --status")
+    if given.json and not (given.check or given.status or given.queue or given.show or given.flush or given.probe):
+        raise Usage("--json goes with --check, --flush, --probe, --queue, --show or --status")
     return given
 
 
@@ -8105,6 +8136,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return EX_OK
         if given.demo:
             return Demo(print).play()
+        if given.print_unit:
+            print(format_unit(given.print_unit, find_config(given.config)), end="")
+            return EX_OK
         cfg = read_config(find_config(given.config))
         return run_given(given, cfg)
     except ConfigError as error:
@@ -8140,6 +8174,8 @@ def find_config(given: Optional[str]) -> str:
 def run_given(given: argparse.Namespace, cfg: Config) -> int:
     if given.check:
         return check(cfg, given.json)
+    if given.probe:
+        return probe(cfg, given.probe, given.json)
     if given.status:
         return show_status(cfg, given.json)
     if given.queue:
@@ -8434,6 +8470,338 @@ def change_queue(cfg: Config, command: str, what: str, yes: bool) -> int:
     return code
 
 
+# -- --probe
+
+def in_time(seconds: float, tasks: Sequence[Callable[[], Any]]) -> List[Any]:
+    """What the tasks return, run beside each other.  In its place, the exception
+    of one that failed; of one that did not end in time, a TimeoutError, and its
+    thread is left to its own deadlines."""
+    results: List[Any] = [TimeoutError("no answer within %d s" % seconds) for _ in tasks]
+    todo: "queue.SimpleQueue[Tuple[int, Callable[[], Any]]]" = queue.SimpleQueue()
+    for pair in enumerate(tasks):
+        todo.put(pair)
+
+    def work() -> None:
+        while True:
+            try:
+                number, task = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                results[number] = task()
+            except Exception as error:
+                results[number] = error
+    end = time.monotonic() + seconds
+    threads = [threading.Thread(target=work, daemon=True) for _ in tasks[:CHECK_THREADS]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return list(results)
+
+
+class Remembering(Resolver):
+    """Asks nothing twice, so that a route can be explained in the terms it was found in."""
+
+    def __init__(self, nameservers: Union[str, Tuple[Endpoint, ...]]) -> None:
+        super().__init__(nameservers)
+        self.known: Dict[Tuple[str, int], Any] = {}
+
+    def _once(self, key: Tuple[str, int], ask: Callable[[], List[Any]]) -> List[Any]:
+        if key not in self.known:
+            try:
+                self.known[key] = ask()
+            except DnsError as error:
+                self.known[key] = error
+        if isinstance(self.known[key], DnsError):
+            raise self.known[key]
+        return list(self.known[key])
+
+    def query(self, name: str, kind: int) -> List[Any]:
+        return self._once((name, kind), lambda: super(Remembering, self).query(name, kind))
+
+    def addresses(self, host: str) -> List[str]:
+        return self._once((host, 0), lambda: super(Remembering, self).addresses(host))
+
+
+def explain_route(plan: Plan) -> Dict[str, Any]:
+    """The hosts a delivery would try, and why it would not try the others."""
+    hops: List[Hop] = []
+    found: Dict[str, Any] = {"hops": hops, "records": [], "warning": None, "error": None}
+    try:
+        route, warning = find_route(plan)
+        hops += route
+        found["warning"] = warning or None
+    except PeerError as error:
+        found["error"] = str(error)
+    if plan.primary == "mx":
+        try:
+            named = [(preference, host, SMTP_PORT) for preference, host in sorted(plan.resolver.query(plan.site, MX))]
+        except DnsError:
+            named = []
+    else:
+        named = [(None, where.host, where.port) for where in plan.primary if isinstance(where, Endpoint)]
+    cut = min((preference for preference, host, _ in named if host == plan.hostname and preference is not None), default=65536)
+    is_looped = False
+    for preference, host, port in named:
+        why, addresses = "", []
+        try:
+            addresses = plan.resolver.addresses(host) if host else []
+        except DnsError as error:
+            why = str(error)
+        if not host:
+            why = "a null MX: the domain says that it takes no mail"
+        elif any(hop.host == host for hop in hops):
+            why = ""
+        elif host == plan.hostname:
+            why = "this host itself"
+        elif (preference or 0) >= cut:
+            why = "no better than this host"
+        elif any(is_own(Hop(host, address, port), plan.listeners) for address in addresses):
+            why, is_looped = "it leads back to this relay", True
+        elif is_looped:
+            why = "behind a host that leads back to this relay"
+        found["records"].append({"preference": preference, "host": host, "addresses": addresses, "why_not": why or None})
+    return found
+
+
+class ProbeClient(Client):
+    """Keeps what it was told, and ends as a whole when its time is over."""
+
+    def __init__(self, hostname: str, until: float) -> None:
+        super().__init__(hostname)
+        self.until = until              # monotonic
+        self.replies: List[str] = []
+
+    def wait(self, seconds: float) -> None:
+        super().wait(min(seconds, PROBE_REPLY_S, self.until - time.monotonic()))
+
+    def getreply(self) -> Tuple[int, bytes]:
+        code, text = super().getreply()
+        self.replies.append(reply_text(code, text))
+        return code, text
+
+
+class Visit:
+    """One host of a route, talked to as a delivery would, but nothing is sent.
+    Whatever `tls` says, its certificate is looked at."""
+
+    def __init__(self, plan: Plan, hop: Hop, until: float, recipient: str = "") -> None:
+        self.plan = plan
+        self.hop = hop
+        self.until = until              # monotonic
+        self.recipient = recipient      # empty: whom the host would take mail for is not asked
+        self.clients: List[ProbeClient] = []
+        self.found: Dict[str, Any] = {
+            "host": hop.host, "address": hop.address, "port": hop.port, "connect_seconds": None, "greeting": None,
+            "extensions": {}, "size": None, "tls": None, "mail": None, "rcpt": None, "takes_mail": False, "error": None}
+
+    def run(self) -> Dict[str, Any]:
+        try:
+            self._walk()
+        except (PeerError, smtplib.SMTPException, OSError, ValueError) as error:
+            self.found["error"] = printable(str(error))
+        for client in self.clients:
+            client.close()
+        return self.found
+
+    def _open(self) -> ProbeClient:
+        client = ProbeClient(self.plan.hostname, self.until)
+        self.clients.append(client)
+        began = time.monotonic()
+        try:
+            sock = socket.create_connection((self.hop.address, self.hop.port), max(0.01, min(PROBE_REPLY_S, self.until - began)))
+        except OSError as error:
+            raise PeerError("connect to %s: %s" % (str(self.hop), error.strerror or error)) from None
+        if self.found["connect_seconds"] is None:
+            self.found["connect_seconds"] = round(time.monotonic() - began, 4)
+        try:
+            client.open(self.hop, sock)
+        finally:
+            self.found["greeting"] = self.found["greeting"] or (client.replies[0] if client.replies else None)
+        client.hello()
+        self._note_extensions(client)
+        return client
+
+    def _note_extensions(self, client: ProbeClient) -> None:
+        """What TLS changes is added to what was offered in the clear."""
+        offered = {name.upper(): text.strip() for name, text in client.esmtp_features.items()}
+        self.found["extensions"].update(offered)
+        if re.fullmatch(r"[0-9]{1,20}", offered.get("SIZE", "")):
+            self.found["size"] = int(offered["SIZE"])
+
+    def _walk(self) -> None:
+        policy = self.plan.cfg.tls
+        client = self._open()
+        is_offered = "starttls" in client.esmtp_features and ssl is not None
+        if is_offered:
+            client = self._look_at_tls(client)
+        tls = self.found["tls"] or {}
+        if not tls.get("protocol"):
+            if policy not in ("none", "may"):
+                raise PeerError(tls.get("error") or "%s does not offer STARTTLS, and tls = %s" % (
+                    self.hop.host, policy.partition(":")[0]))
+        elif policy == "none":
+            self._leave(client)
+            client = self._open()
+        elif policy == "verify" and not tls["verified"]:
+            raise PeerError(tls["error"])
+        else:
+            client.check_pin(policy)
+        self.found["takes_mail"] = bool(self.recipient) and self._ask(client)
+        self._leave(client)
+
+    def _look_at_tls(self, client: ProbeClient) -> ProbeClient:
+        """First as strictly as can be, then as most servers do; each failure costs the
+        connection.  Returns one that is greeted: in TLS, or in the clear where that fails."""
+        tls: Dict[str, Any] = {"protocol": None, "cipher": None, "verified": False, "error": None, "subject": None,
+                               "issuer": None, "names": [], "not_before": None, "not_after": None, "sha256": None}
+        self.found["tls"] = tls
+        for policy in ("verify", "require"):
+            try:
+                client.secure(policy)
+            except TlsError as error:
+                tls["error"] = tls["error"] or re.sub(r" \(_ssl\.c:\d+\)", "", str(error))
+                client = self._open()
+                continue
+            assert isinstance(client.sock, ssl.SSLSocket)
+            self._note_extensions(client)
+            der, cipher = client.sock.getpeercert(binary_form=True) or b"", client.sock.cipher()
+            tls.update(protocol=client.sock.version(), cipher=cipher[0] if cipher else None, verified=policy == "verify",
+                       sha256=hashlib.sha256(der).hexdigest())
+            try:
+                facts = parse_certificate(der)
+                tls.update(subject=facts.subject, issuer=facts.issuer, names=list(facts.names), not_before=facts.since,
+                           not_after=facts.until)
+            except ValueError:
+                pass                    # the handshake took it; only its description is missing
+            break
+        return client
+
+    def _ask(self, client: ProbeClient) -> bool:
+        lines = {"mail": "MAIL FROM:<>", "rcpt": "RCPT TO:<%s>" % self.recipient}
+        for name, line in lines.items():
+            client.write(line.encode("ascii") + b"\r\n", PROBE_REPLY_S)
+            client.wait(COMMAND_S)
+            code, _ = client.getreply()
+            self.found[name] = client.replies[-1]
+            if code // 100 != 2:
+                return False
+        return True
+
+    @staticmethod
+    def _leave(client: ProbeClient) -> None:
+        try:
+            client.wait(2.0)
+            client.docmd("RSET")
+            client.docmd("QUIT")
+        except (PeerError, smtplib.SMTPException, OSError):
+            pass                        # everything of interest was said before
+
+
+def remembered_route(cfg: Config, name: str) -> Tuple[Endpoint, ...]:
+    """The route that worked last, as the relay wrote it down."""
+    try:
+        route = Spool(cfg.spool).load_state()["sites"][name]["route"]
+        return tuple(Endpoint(str(ipaddress.ip_address(host)), int(port)) for host, port in route)
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def probe_plan(cfg: Config, name: str, one: DomainConfig, resolver: Resolver) -> Plan:
+    listeners = tuple(cfg.listen) + tuple(cfg.odmr_listen)
+    return Plan(name, one, one.primary, cfg.hostname, resolver, listeners, remembered_route(cfg, name))
+
+
+def probe(cfg: Config, what: str, as_json: bool) -> int:
+    """Walk a domain's route as a mail admin would.  Nothing is sent, and no lock is needed."""
+    try:
+        name = parse_domain(what)
+    except ValueError:
+        raise Usage("'%s' is not a domain" % printable(what, 100)) from None
+    one = cfg.domain(name)
+    if one is None:
+        if as_json:
+            print_json({"domain": name, "served": False})
+        print("etrn_relay.py: %s: no such domain here" % name, file=sys.stderr)
+        return EX_MISSING
+    found: Dict[str, Any] = {"domain": name, "served": True, "tls_policy": one.tls.partition(":")[0], "records": [], "hosts": [],
+                             "primary": one.primary if isinstance(one.primary, str) else [str(where) for where in one.primary],
+                             "warning": None, "error": None}
+    hops: List[Hop] = []
+    if one.primary in ("atrn", "etrn"):
+        found["error"] = "primary = %s: mail waits until its server asks for it; there is no host to probe" % one.primary
+    else:
+        plan = probe_plan(cfg, name, one, Remembering(cfg.nameservers))
+        route = in_time(PROBE_ROUTE_S, [lambda: explain_route(plan)])[0]
+        if isinstance(route, TimeoutError):
+            route = {"error": "DNS: %s" % route}
+        elif isinstance(route, Exception):
+            raise route
+        hops = route.pop("hops", [])
+        found.update(route)
+    until = time.monotonic() + PROBE_HOSTS_S
+    visits = [Visit(plan, hop, until, "postmaster@" + name) for hop in hops]
+    results = in_time(PROBE_HOSTS_S, [visit.run for visit in visits])
+    for visit, result in zip(visits, results):
+        found["hosts"].append(dict(visit.found, error=str(result)) if isinstance(result, Exception) else result)
+    if as_json:
+        print_json(found)
+    else:
+        print(format_probe(found), end="")
+    if any(host["takes_mail"] for host in found["hosts"]):
+        return EX_OK
+    return EX_TEMPFAIL if any(host["mail"] for host in found["hosts"]) else EX_UNAVAILABLE
+
+
+def format_day(at: Optional[Time]) -> str:
+    try:
+        return time.strftime("%Y-%m-%d", time.gmtime(at)) if at is not None else "?"
+    except (OverflowError, ValueError, OSError):
+        return "beyond this machine's calendar"
+
+
+def format_probe(found: Mapping[str, Any]) -> str:
+    """For people; what comes from outside was through printable(), or goes through it here."""
+    primary = found["primary"] if isinstance(found["primary"], str) else ", ".join(found["primary"])
+    lines = ["%s: primary = %s, tls = %s" % (found["domain"], primary, found["tls_policy"])]
+    for record in found["records"]:
+        rank = "%5s " % record["preference"] if record["preference"] is not None else "  "
+        lines.append("%s%s  %s%s" % (rank, printable(record["host"]) or ".", ", ".join(record["addresses"]) or "no address",
+                                     "  (not used: %s)" % printable(record["why_not"]) if record["why_not"] else ""))
+    lines += ["  %s: %s" % (name, printable(found[name])) for name in ("warning", "error") if found[name]]
+    for host in found["hosts"]:
+        lines += ["", str(Hop(printable(host["host"]), host["address"], host["port"]))]
+        lines += ["  " + line for line in _probe_lines(host, found["domain"])]
+    return "\n".join(lines) + "\n"
+
+
+def _probe_lines(host: Mapping[str, Any], domain: str) -> Iterator[str]:
+    if host["connect_seconds"] is not None:
+        yield "connected in %.0f ms" % (host["connect_seconds"] * 1000)
+    if host["greeting"]:
+        yield "greeting: %s" % host["greeting"]
+    if host["extensions"]:
+        yield "EHLO: %s" % printable(", ".join(" ".join(filter(None, pair)) for pair in sorted(host["extensions"].items())))
+    if host["size"]:
+        yield "SIZE: messages up to %s" % format_size(host["size"])
+    tls = host["tls"]
+    if tls and tls["protocol"]:
+        yield "TLS: %s, %s" % (tls["protocol"], tls["cipher"])
+        yield "certificate: %s; for %s; by %s; %s to %s" % (
+            printable(tls["subject"] or "no subject"), printable(", ".join(tls["names"]) or "no name"),
+            printable(tls["issuer"] or "?"), format_day(tls["not_before"]), format_day(tls["not_after"]))
+        yield "certificate: sha256:%s" % tls["sha256"]
+        yield "certificate: %s" % ("verified for %s" % printable(host["host"]) if tls["verified"] else
+                                   "not verified: %s" % printable(tls["error"]))
+    elif host["extensions"]:
+        yield "TLS: %s" % (printable(tls["error"]) if tls else "not offered")
+    for name, command in (("mail", "MAIL FROM:<>"), ("rcpt", "RCPT TO:<postmaster@%s>" % domain)):
+        if host[name]:
+            yield "%s: %s" % (command, host[name])
+    yield host["error"] or ("it would take mail" if host["takes_mail"] else "it would not take mail now")
+
+
 # -- --check
 
 class Finding(NamedTuple):
@@ -8448,16 +8816,14 @@ VOLATILE = {"tmpfs": "is lost at a power cut", "ramfs": "is lost at a power cut"
 
 
 def check(cfg: Config, as_json: bool) -> int:
-    """Look at DNS, ports and spool; say what is wrong.  Nothing is changed."""
-    findings = [Finding("ok", "config", "%s: %d domains" % (cfg.file, len(cfg.domains)))]
-    if not cfg.domains:
-        findings.append(Finding("warning", "config", "no domain is served: all mail will be refused"))
-    findings += check_spool(cfg)
-    findings += check_ports(cfg)
-    resolver = Resolver(cfg.nameservers)
-    for name, one in cfg.domains.items():
-        if name[0] != ".":
-            findings += check_domain(cfg, one, resolver)
+    """Look at configuration, DNS, ports and spool; say what is wrong.  Nothing is changed."""
+    findings = check_config(cfg) + check_spool(cfg) + check_ports(cfg) + check_certificate(cfg)
+    until = time.monotonic() + CHECK_S
+    names = [name for name in cfg.domains if name[0] != "."]
+    tasks: List[Callable[[], List[Finding]]] = [functools.partial(check_hostname, cfg, Resolver(cfg.nameservers))]
+    tasks += [functools.partial(check_domain, cfg, cfg.domains[name], Remembering(cfg.nameservers), until) for name in names]
+    for name, result in zip(["hostname", *names], in_time(CHECK_S, tasks)):
+        findings += [Finding("warning", name, str(result))] if isinstance(result, Exception) else result
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:
@@ -8466,13 +8832,54 @@ def check(cfg: Config, as_json: bool) -> int:
     return EX_CONFIG if any(finding.level == "error" for finding in findings) else EX_OK
 
 
+def check_config(cfg: Config) -> List[Finding]:
+    out = [Finding("ok", "config", "%s: %d domains" % (cfg.file, len(cfg.domains)))]
+    if not cfg.domains:
+        out.append(Finding("warning", "config", "no domain is served: all mail will be refused"))
+    for option, address in (("[alerts] mail", cfg.alerts_mail), ("[bounces] postmaster", cfg.bounces_postmaster)):
+        domain = address.rpartition("@")[2].lower()
+        if address and cfg.domain(domain) is not None:
+            out.append(Finding("warning", "config", "%s = %s: this relay serves %s, so that what it has to tell would wait for "
+                               "the very primary that is down" % (option, address, domain)))
+    try:
+        command = shlex.split(cfg.alerts_command)[:1]
+        if command and shutil.which(command[0]) is None:
+            out.append(Finding("error", "config", "[alerts] command: there is no program %s" % command[0]))
+    except ValueError as error:
+        out.append(Finding("error", "config", "[alerts] command: %s" % error))
+    if cfg.log == "syslog" and (syslog is None or not os.path.exists("/dev/log")):
+        out.append(Finding("warning", "config", "log = syslog, but there is %s: nothing will be logged" % (
+            "no /dev/log" if syslog else "no syslog module")))
+    for path in recipient_paths(cfg):
+        try:
+            remark = RecipientFile(path).remark
+            out += [Finding("warning", "config", remark)] if remark else []
+        except OSError as error:
+            out.append(Finding("error", "config", "recipients = file:%s: %s" % (path, error.strerror)))
+    if time.time() < os.path.getmtime(__file__) - 86400.0:
+        out.append(Finding("warning", "clock", "it is %s here: before this program was written" % format_day(time.time())))
+    return out
+
+
 def check_spool(cfg: Config) -> List[Finding]:
+    out: List[Finding] = []
     folder = cfg.spool
     while not os.path.isdir(folder) and folder != os.path.dirname(folder):
         folder = os.path.dirname(folder)
-    out = []
-    if not os.access(folder, os.W_OK | os.X_OK):
-        out.append(Finding("error", "spool", "%s cannot be written" % folder))
+    try:
+        account = Account(cfg.user)
+        wanted = [(path, os.R_OK) for path in [cfg.file, cfg.tls_certificate, cfg.tls_key, *recipient_paths(cfg)]
+                  if path and account.name]
+        if folder == cfg.spool:         # else root makes it, and gives it to the account
+            wanted.append((folder, os.R_OK | os.W_OK | os.X_OK))
+        who = cfg.user or "this account"
+        out += [Finding("error", "spool", "%s cannot write %s" % (who, path)) if path == cfg.spool else
+                Finding("warning", "user", "%s cannot read %s: SIGHUP and renewals will fail" % (who, path))
+                for path in denied(account, wanted)]
+        if folder != cfg.spool and not os.access(folder, os.W_OK | os.X_OK):
+            out.append(Finding("error", "spool", "%s cannot be written" % folder))
+    except OSError as error:
+        out.append(Finding("error", "user", describe(error)))
     kind = file_system(folder)
     if kind in VOLATILE:
         out.append(Finding("warning", "spool", "%s is on %s: mail there %s" % (cfg.spool, kind, VOLATILE[kind])))
@@ -8483,6 +8890,26 @@ def check_spool(cfg: Config) -> List[Finding]:
     return out
 
 
+def denied(account: Account, wanted: Sequence[Tuple[str, int]]) -> List[str]:
+    """Paths that the account may not use so: asked in a child that has become it."""
+    if not account.name:
+        return [path for path, mode in wanted if not os.access(path, mode)]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.initgroups(account.name, account.gid)
+            account.become()
+            os.write(writer, bytes(os.access(path, mode) for path, mode in wanted))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as answers:
+        allowed = answers.read().ljust(len(wanted), b"\0")
+    os.waitpid(child, 0)
+    return [path for (path, _), may in zip(wanted, allowed) if not may]
+
+
 def file_system(folder: str) -> str:
     """The type of the file system a folder is on, where /proc tells."""
     best, kind = "", ""
@@ -8490,6 +8917,7 @@ def file_system(folder: str) -> str:
         with open("/proc/mounts", encoding="utf-8", errors="replace") as mounts:
             for line in mounts:
                 _, point, its, *_ = line.split()
+                point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), point)     # a blank is \040
                 if (os.path.realpath(folder) + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best):
                     best, kind = point, its
     except (OSError, ValueError):
@@ -8499,7 +8927,7 @@ def file_system(folder: str) -> str:
 
 def check_ports(cfg: Config) -> List[Finding]:
     out = []
-    for where in cfg.listen:
+    for where in [*cfg.listen, *cfg.odmr_listen, *filter(None, [cfg.status_listen])]:
         sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
         with sock:
             try:
@@ -8530,8 +8958,58 @@ def is_running(cfg: Config) -> bool:
                 os.close(directory)
 
 
-def check_domain(cfg: Config, one: DomainConfig, resolver: Resolver) -> List[Finding]:
-    """The MX records must name this host, and a better one; the primary must be found."""
+def check_certificate(cfg: Config) -> List[Finding]:
+    if not cfg.tls_certificate:
+        return [Finding("ok", "tls", "no certificate: STARTTLS is not offered")]
+    if ssl is None:
+        return [Finding("warning", "tls", "this Python has no ssl module: STARTTLS is not offered")]
+    try:
+        Certificate(cfg.tls_certificate, cfg.tls_key)
+        with open(cfg.tls_certificate, "rb") as file:
+            facts = parse_pem(file.read())
+    except (OSError, ValueError) as error:
+        return [Finding("error", "tls", "%s: %s" % (cfg.tls_certificate, error))]
+    left = facts.until - time.time()
+    level, text = "ok", "for %s, until %s" % (", ".join(facts.names), format_day(facts.until))
+    if left < 0:
+        level, text = "error", "expired on %s" % format_day(facts.until)
+    elif left < CERTIFICATE_END_S:
+        level, text = "warning", "expires in %s" % format_duration(left)
+    elif facts.since > time.time():
+        level, text = "warning", "is not valid before %s" % format_day(facts.since)
+    out = [Finding(level, "tls", "%s: %s" % (cfg.tls_certificate, text))]
+    if not facts.is_for(cfg.hostname):
+        out.append(Finding("warning", "tls", "%s: not for %s, but for %s" % (
+            cfg.tls_certificate, cfg.hostname, ", ".join(facts.names) or "no name")))
+    return out
+
+
+def check_hostname(cfg: Config, resolver: Resolver) -> List[Finding]:
+    """Its name must lead here and, as many receivers of notices insist, its address back to the name."""
+    name = cfg.hostname
+    if name.split(".")[-1] in ("localhost", "localdomain", "local") or "." not in name:
+        return [Finding("warning", "hostname", "%s is no name that others know this host by: set hostname" % name)]
+    try:
+        addresses = resolver.addresses(name)
+    except DnsError as error:
+        return [Finding("warning", "hostname", str(error))]
+    if not addresses:
+        return [Finding("warning", "hostname", "%s has no address" % name)]
+    out = [Finding("ok", "hostname", "%s: %s%s" % (name, ", ".join(addresses), "" if any(map(is_local, addresses)) else
+                                                   ", none of them of this machine: it is behind a NAT, or the name is wrong"))]
+    for address in addresses:
+        if ipaddress.ip_address(address).is_global:
+            try:
+                names = resolver.query(ipaddress.ip_address(address).reverse_pointer, PTR)
+            except DnsError:
+                names = []
+            what = "is called " + ", ".join(names) if names else "has no name: many servers refuse notices from there"
+            out.append(Finding("ok" if name in names else "warning", "hostname", "%s %s" % (address, what)))
+    return out
+
+
+def check_domain(cfg: Config, one: DomainConfig, resolver: Resolver, until: float) -> List[Finding]:
+    """The MX records must name this host, and a better one; the primary must be found, and should answer."""
     out = []
     try:
         records: List[Tuple[int, str]] = resolver.query(one.name, MX)
@@ -8539,19 +9017,290 @@ def check_domain(cfg: Config, one: DomainConfig, resolver: Resolver) -> List[Fin
         best = min(records, default=(0, ""))[0]
         if not ours:
             out.append(Finding("warning", one.name, "its MX records do not name %s: no mail will come here" % cfg.hostname))
-        elif min(ours) <= best and all(host == cfg.hostname for preference, host in records if preference <= min(ours)):
+        elif min(ours) <= best:
             out.append(Finding("warning", one.name, "its MX records name no better host than %s" % cfg.hostname))
         else:
             out.append(Finding("ok", one.name, "MX: %s" % ", ".join("%d %s" % record for record in sorted(records))))
     except DnsError as error:
         out.append(Finding("warning", one.name, str(error)))
-    plan = Plan(one.name, one, one.primary, cfg.hostname, resolver, cfg.listen, ())
+    if one.primary in ("atrn", "etrn"):
+        return out
+    plan = probe_plan(cfg, one.name, one, resolver)
     try:
-        hops, _ = find_route(plan)
-        out.append(Finding("ok", one.name, "primary: %s" % ", ".join(map(str, hops))))
+        hops, warning = find_route(plan)
+        out.append(Finding("warning" if warning else "ok", one.name, "primary: %s%s" % (
+            ", ".join(map(str, hops)), " (%s)" % warning if warning else "")))
     except PeerError as error:
-        out.append(Finding("error", one.name, str(error)))
-    return out
+        return [*out, Finding("error", one.name, str(error))]
+    visit: Dict[str, Any] = {"error": "no answer"}
+    for hop in hops:
+        visit = Visit(plan, hop, until, "").run()
+        if not visit["error"]:
+            return [*out, Finding("ok", one.name, "%s answers in %.0f ms%s" % (
+                str(hop), visit["connect_seconds"] * 1000, _size_note(cfg, visit["size"])))]
+    return [*out, Finding("warning", one.name, "its primary does not answer now: %s" % visit["error"])]
+
+
+def _size_note(cfg: Config, size: Optional[int]) -> str:
+    if size and (not cfg.max_message_size or size < cfg.max_message_size):
+        return "; it takes messages up to %s, which is then what this relay announces (max_message_size = %s)" % (
+            format_size(size), format_size(cfg.max_message_size) if cfg.max_message_size else "0")
+    return ""
+
+
+# -- --print-unit
+
+class Service(NamedTuple):
+    """What a unit needs to know."""
+    command: Tuple[str, ...]
+    config: str
+    spool: str
+    log: str                    # a file, stderr or syslog
+    user: str
+    ports: Tuple[int, ...]
+    files: int                  # descriptors
+    remark: str
+
+
+def find_service(config: str) -> Service:
+    """From the configuration, or as it would be without one.  Raises ConfigError and Usage."""
+    config = os.path.abspath(config)
+    command = (sys.executable or "/usr/bin/python3", os.path.abspath(__file__), "--config", config)
+    try:
+        cfg: Optional[Config] = read_config(config)
+    except OSError as error:
+        cfg, remark = None, "%s: %s.  Set  spool = %s  in it" % (config, error.strerror, STATE_SPOOL)
+    if cfg is None:
+        service = Service(command, config, STATE_SPOOL, "stderr", "", (SMTP_PORT,), 65536, remark)
+    else:
+        ports = tuple(where.port for where in [*cfg.listen, *cfg.odmr_listen, *filter(None, [cfg.status_listen])])
+        service = Service(command, config, cfg.spool, cfg.log, cfg.user, ports, max(65536, 2 * cfg.max_connections), "")
+    for path in (*command, service.spool, service.log):
+        if not path.isprintable():
+            raise Usage("%r cannot be named in a unit" % path)
+    return service
+
+
+STATE_SPOOL = "/var/lib/etrn_relay"
+
+
+def quote_systemd(text: str, is_command: bool = False) -> str:
+    """A word of systemd.unit(5), where % starts a specifier; in a command, $ starts a variable."""
+    text = text.replace("%", "%%").replace("$", "$$" if is_command else "$")
+    if not text or re.search(r"[^\w/.:@+=,%$-]", text):
+        return '"%s"' % text.replace("\\", "\\\\").replace('"', '\\"')
+    return text
+
+
+SYSTEMD = """\
+# etrn_relay.service, for /etc/systemd/system.  Then:
+#   systemctl daemon-reload && systemctl enable --now etrn_relay
+# With  log = syslog  the journal's lines have no second time stamp.
+%(remark)s[Unit]
+Description=etrn_relay, a backup mail exchanger
+Wants=network-online.target
+After=network-online.target nss-lookup.target
+
+[Service]
+Type=notify
+ExecStart=%(command)s
+ExecReload=/bin/kill -HUP $MAINPID
+WatchdogSec=60
+Restart=on-failure
+RestartSec=5
+# A wrong command line or configuration does not get better.
+RestartPreventExitStatus=64 78
+TimeoutStopSec=15
+LimitNOFILE=%(files)d
+
+%(account)s
+CapabilityBoundingSet=%(capabilities)s
+AmbientCapabilities=%(capabilities)s
+NoNewPrivileges=yes
+UMask=0077
+ProtectSystem=strict
+%(writable)sProtectHome=%(home)s
+PrivateTmp=%(tmp)s
+PrivateDevices=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RemoveIPC=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+
+# Sockets may be passed instead, and no capability is needed then: as etrn_relay.socket,
+#   [Socket]
+#   ListenStream=0.0.0.0:25
+#   ListenStream=[::]:25
+#   BindIPv6Only=ipv6-only
+#   [Install]
+#   WantedBy=sockets.target
+"""
+
+
+def format_systemd(service: Service) -> str:
+    """Where the spool is below /var/lib, systemd makes it, for an account that exists while the service runs."""
+    account, writable = [], []
+    if is_inside(service.spool, "/var/lib"):
+        account.append("User=%s" % service.user if service.user else "DynamicUser=yes")
+        account.append("StateDirectory=%s" % quote_systemd(os.path.relpath(service.spool, "/var/lib")))
+        account.append("StateDirectoryMode=0700")
+        account.append("# That account must be able to read the configuration, and the files that it names.")
+    else:
+        account.append("User=%s" % service.user if service.user else
+                       "# For an account of its own, set  user,  or  spool = %s.\nUser=root" % STATE_SPOOL)
+        account.append("ExecStartPre=+%s" % " ".join(quote_systemd(word, True) for word in [
+            shutil.which("install") or "/usr/bin/install", "-d", "-m", "0700", "-o", service.user or "root", service.spool]))
+        writable.append(service.spool)
+    if service.log.startswith("/"):
+        writable.append(os.path.dirname(service.log))
+    paths = [*service.command, service.spool, service.log]
+    return SYSTEMD % {
+        "remark": "# %s.\n" % service.remark if service.remark else "", "files": service.files, "account": "\n".join(account),
+        "command": " ".join(quote_systemd(word, True) for word in service.command),
+        "capabilities": "CAP_NET_BIND_SERVICE" if any(0 < port < 1024 for port in service.ports) else "",
+        "writable": "ReadWritePaths=%s\n" % " ".join(map(quote_systemd, writable)) if writable else "",
+        # what a unit hides cannot be run from there
+        "home": "read-only" if any(is_inside(path, "/home", "/root", "/run/user") for path in paths) else "yes",
+        "tmp": "no" if any(is_inside(path, "/tmp", "/var/tmp") for path in paths) else "yes"}
+
+
+def is_inside(path: str, *folders: str) -> bool:
+    return any(path.startswith(folder + "/") for folder in folders)
+
+
+OPENRC = """\
+#!/sbin/openrc-run
+# /etc/init.d/etrn_relay, executable.  Then:  rc-update add etrn_relay && rc-service etrn_relay start
+# It starts as root and becomes the account that  user  in the configuration names.
+%(remark)s
+name="etrn_relay"
+description="A backup mail exchanger"
+supervisor=supervise-daemon
+# Both are evaluated once more, hence quoted twice.
+command=%(program)s
+command_args=%(arguments)s
+umask=077
+no_new_privs=yes
+respawn_delay=5
+respawn_max=0
+rc_ulimit="-n %(files)d"
+%(error_log)sextra_started_commands="reload"
+
+depend() {
+	need net
+	use dns logger
+	after firewall
+}
+
+start_pre() {
+	checkpath -d -m 0700%(owner)s %(spool)s
+}
+
+reload() {
+	ebegin "Rereading the configuration of etrn_relay"
+	supervise-daemon "$RC_SVCNAME" --signal HUP
+	eend $?
+}
+"""
+
+
+def format_openrc(service: Service) -> str:
+    words = [shlex.quote(word) for word in service.command]
+    return OPENRC % {
+        "remark": "# %s.\n" % service.remark if service.remark else "", "files": service.files,
+        "program": shlex.quote(words[0]), "arguments": shlex.quote(" ".join(words[1:])),
+        "owner": " -o " + shlex.quote(service.user) if service.user else "", "spool": shlex.quote(service.spool),
+        "error_log": "error_log=/var/log/etrn_relay.log\n" if service.log == "stderr" else ""}
+
+
+PROCD = """\
+#!/bin/sh /etc/rc.common
+# /etc/init.d/etrn_relay, executable.  Then:  service etrn_relay enable && service etrn_relay start
+# It starts as root and becomes the account that  user  in the configuration names.
+# /var is in memory on most routers: the spool belongs on a disk or stick.
+%(remark)s
+USE_PROCD=1
+START=95
+STOP=10
+
+start_service() {
+	procd_open_instance
+	procd_set_param command %(command)s
+	procd_set_param file %(config)s
+	procd_set_param respawn 3600 5 0
+	procd_set_param limits nofile="%(files)d %(files)d"
+	procd_set_param no_new_privs 1
+	procd_set_param reload_signal HUP
+	procd_set_param stderr 1
+	procd_set_param term_timeout 10
+	procd_close_instance
+}
+"""
+
+
+def format_procd(service: Service) -> str:
+    return PROCD % {"remark": "# %s.\n" % service.remark if service.remark else "", "files": service.files,
+                    "command": " ".join(map(shlex.quote, service.command)), "config": shlex.quote(service.config)}
+
+
+LAUNCHD = """\
+<?xml version="1.0" encoding="UTF-8"?>
+<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
+<!-- /Library/LaunchDaemons/etrn_relay.plist.  Then: launchctl bootstrap system that file.
+     It starts as root and becomes the account that  user  in the configuration names.%(remark)s -->
+<plist version="1.0">
+<dict>
+	<key>Label</key><string>etrn_relay</string>
+	<key>ProgramArguments</key>
+	<array>
+%(command)s
+	</array>
+	<key>RunAtLoad</key><true/>
+	<key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
+	<key>ThrottleInterval</key><integer>10</integer>
+	<key>ExitTimeOut</key><integer>15</integer>
+	<key>Umask</key><integer>63</integer>
+	<key>SoftResourceLimits</key><dict><key>NumberOfFiles</key><integer>%(files)d</integer></dict>
+	<key>HardResourceLimits</key><dict><key>NumberOfFiles</key><integer>%(files)d</integer></dict>
+	<key>StandardErrorPath</key><string>%(error)s</string>
+</dict>
+</plist>
+"""
+
+
+def format_launchd(service: Service) -> str:
+    def escape(text: str) -> str:
+        return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    remark = service.remark.replace("-", "\u2010") if "--" in service.remark else service.remark    # XML comments forbid it
+    return LAUNCHD % {
+        "remark": "\n     %s." % remark if remark else "", "files": service.files,
+        "command": "\n".join("\t\t<string>%s</string>" % escape(word) for word in service.command),
+        "error": "/var/log/etrn_relay.log" if service.log == "stderr" else "/dev/null"}
+
+
+UNITS: Dict[str, Callable[[Service], str]] = {
+    "systemd": format_systemd, "openrc": format_openrc, "procd": format_procd, "launchd": format_launchd}
+
+
+def format_unit(kind: str, config: str) -> str:
+    return UNITS[kind](find_service(config))
 
 
 # -- --demo

@@ -29,6 +29,8 @@ import io
 import itertools
 import json
 import os
+import plistlib
+import pwd
 import random
 import re
 import select
@@ -3705,7 +3707,8 @@ class Commands(Relays):
     def test_help_is_one_screen_and_names_every_command(self) -> None:
         code, text, _ = run("--help")
         self.assertEqual((code, max(map(len, text.splitlines())) <= 80, len(text.splitlines()) <= 50), (0, True, True))
-        for name in cases(self, ["--bounce", "--check", "--delete", "--demo", "--export", "--flush", "--hold", "--queue",
+        for name in cases(self, ["--bounce", "--check", "--delete", "--demo", "--export", "--flush", "--hold", "--print-unit",
+                                 "--probe", "--queue",
                                  "--release", "--show", "--status",
                                  "--config", "--json", "--no-wait", "--raw", "--yes", "--version"]):
             self.assertIn(name, text)
@@ -4308,6 +4311,8 @@ class Terminal(unittest.TestCase):
             with mock.patch.dict(os.environ, {"TERM": "xterm", "NO_COLOR": "", **environment}), mock.patch.object(
                     sys, "stdout", mock.Mock(isatty=lambda is_terminal=is_terminal: is_terminal)):
                 self.assertEqual(etrn.find_style(), expected)
+
+
 # -- service managers
 
 class Manager:
@@ -4473,6 +4478,101 @@ class Supervision(Relays):
                 self.assertIn(b"descriptor 3 of the service manager: ", done.stderr)
 
 
+class Units(Folder):
+    """--print-unit"""
+
+    def unit(self, kind: str, text: str = "", name: str = "etrn.conf", written: bool = True) -> str:
+        path = os.path.join(self.folder, name)
+        if written:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        code, out, errors = run("--print-unit", kind, "--config", path)
+        self.assertEqual((code, errors), (0, ""))
+        return out
+
+    def test_every_kind_names_this_script_this_python_and_the_configuration(self) -> None:
+        for kind in cases(self, sorted(etrn.UNITS)):
+            for written in (True, False):
+                out = self.unit(kind, written=written)
+                for path in (sys.executable, SOURCE, os.path.join(self.folder, "etrn.conf")):
+                    self.assertIn(path, out)
+        self.assertEqual(run("--print-unit", "sysv")[0], 64)
+        self.unit("systemd", "[relay]\n")
+        with open(os.path.join(self.folder, "etrn.conf"), "a", encoding="utf-8") as file:
+            file.write("nonsense = 1\n")
+        self.assertEqual(run("--print-unit", "systemd", "--config", os.path.join(self.folder, "etrn.conf"))[0], 78)
+
+    def test_without_a_configuration_it_is_the_one_in_etc(self) -> None:
+        with mock.patch.object(os.path, "exists", return_value=False), mock.patch.dict(os.environ, ETRN_RELAY_CONFIG=""):
+            self.assertIn("--config /etc/etrn.conf\n", run("--print-unit", "systemd")[1])
+
+    def test_a_systemd_unit_gives_what_the_configuration_needs_and_no_more(self) -> None:
+        for text, lines, absent in cases(self, [
+                ("[relay]\nlisten = 25\nspool = /var/lib/etrn_relay/q\n",
+                 ["DynamicUser=yes", "StateDirectory=etrn_relay/q", "CapabilityBoundingSet=CAP_NET_BIND_SERVICE",
+                  "AmbientCapabilities=CAP_NET_BIND_SERVICE"], ["ReadWritePaths", "\nUser="]),
+                ("[relay]\nlisten = 2525\nuser = mail\nspool = /srv/mail spool\nlog = /srv/log/relay.log\n",
+                 ["User=mail", "CapabilityBoundingSet=", "AmbientCapabilities=", 'ReadWritePaths="/srv/mail spool" /srv/log'],
+                 ["DynamicUser", "StateDirectory"])]):
+            out = self.unit("systemd", text)
+            for line in lines + ["Type=notify", "ProtectSystem=strict", "NoNewPrivileges=yes", "MemoryDenyWriteExecute=yes",
+                                 "Restart=on-failure", "ExecReload=/bin/kill -HUP $MAINPID",
+                                 "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6", "SystemCallFilter=@system-service"]:
+                self.assertIn(line, out.split("\n"))
+            self.assertRegex(out, r"\nWatchdogSec=\d+\n(?:.*\n)*LimitNOFILE=\d+\n")
+            for word in absent:
+                self.assertNotIn(word, out)
+
+    def test_words_that_systemd_would_take_apart_are_quoted(self) -> None:
+        for text, quoted in cases(self, [
+                ("/usr/bin/python3", "/usr/bin/python3"), ("/a b", '"/a b"'), ("/50%", "/50%%"), ("/$HOME", "/$$HOME"),
+                ('/"x"', '"/\\"x\\""'), ("/it's", '"/it\'s"'), ("/a\\b", '"/a\\\\b"'), ("/a;b", '"/a;b"'), ("", '""')]):
+            self.assertEqual(etrn.quote_systemd(text, True), quoted)
+        self.assertEqual(etrn.quote_systemd("/$x"), "/$x")
+
+    NASTY = "it's a \"50%\" $HOME & <b>;.conf"
+
+    def test_systemd_itself_finds_nothing_wrong(self) -> None:
+        if not shutil.which("systemd-analyze"):
+            self.skipTest("systemd-analyze is not installed")
+        path = os.path.join(self.folder, "etrn_relay.service")
+        for text in cases(self, ["[relay]\nspool = /var/lib/etrn_relay\n", "[relay]\nuser = mail\nspool = a b\n"]):
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(self.unit("systemd", text, self.NASTY))
+            done = subprocess.run(["systemd-analyze", "verify", "--man=no", path], stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, check=False)
+            about_us = [line for line in done.stdout.decode().split("\n") if "etrn_relay" in line]
+            self.assertEqual((about_us, done.returncode), ([], 0))
+
+    def shell(self, script: str, prelude: str) -> List[str]:
+        """The words that a script of shell functions hands on, one a line."""
+        done = subprocess.run(["sh", "-c", prelude + script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        return done.stdout.decode("utf-8").rstrip("\n").split("\n")
+
+    def test_openrc_and_procd_scripts_hand_on_each_word_whole(self) -> None:
+        path = os.path.join(self.folder, self.NASTY)
+        command = [sys.executable, SOURCE, "--config", path]
+        openrc = self.unit("openrc", "[relay]\nuser = mail\n", self.NASTY)
+        self.assertEqual(self.shell(openrc + 'eval printf "\'%s\\n\'" $command -- $command_args\n', "")[:5],
+                         [command[0], "--", *command[1:]])
+        self.assertEqual(self.shell(openrc + "start_pre\n", 'checkpath() { printf "%s\\n" "$@"; }\n'),
+                         ["-d", "-m", "0700", "-o", "mail", os.path.join(self.folder, "spool")])
+        procd = self.unit("procd", "", self.NASTY)
+        words = self.shell(procd + "start_service\n", "procd_open_instance() { :; }; procd_close_instance() { :; }\n"
+                           'procd_set_param() { [ "$1" != command ] || { shift; printf "%s\\n" "$@"; }; }\n')
+        self.assertEqual(words, command)
+
+    def test_launchd_reads_its_plist(self) -> None:
+        for name in cases(self, ["etrn.conf", self.NASTY, "a--b.conf"]):
+            for written in (True, False):
+                if os.path.exists(os.path.join(self.folder, name)):
+                    os.unlink(os.path.join(self.folder, name))
+                read = plistlib.loads(self.unit("launchd", name=name, written=written).encode("utf-8"))
+                self.assertEqual(read["ProgramArguments"], [sys.executable, SOURCE, "--config", os.path.join(self.folder, name)])
+                self.assertEqual(read["KeepAlive"], {"SuccessfulExit": False})
+
+
 # -- certificates
 
 def der(tag: int, *parts: bytes) -> bytes:
@@ -4598,6 +4698,233 @@ class Watchfulness(Folder):
         server.now = etrn.Now(server.now.mono + 60, server.now.wall + 60)
         server._sweep()                 # no client asks for STARTTLS
         self.assertAlmostEqual(server.manager.certificate_end, time.time() + 90 * 86400, delta=60)
+
+
+# -- --probe and --check
+
+class TlsPrimary(Primary):
+    """A primary that takes STARTTLS."""
+
+    def __init__(self, files: Tuple[str, str], **script: Any) -> None:
+        super().__init__(**script)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(*files)
+        self.script["greeting"] = b""
+
+    def _serve(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError, ValueError), sock, sock.makefile("rb") as clear:
+            sock.sendall(b"220 primary.example ESMTP\r\n")
+            for line in clear:
+                if line.upper().startswith(b"STARTTLS"):
+                    sock.sendall(b"220 2.0.0 go on\r\n")
+                    with self.context.wrap_socket(sock, server_side=True) as inner, inner.makefile("rb") as lines:
+                        return self._talk(inner, lines)
+                sock.sendall(b"250-primary.example\r\n250 STARTTLS\r\n" if line.upper().startswith(b"EHLO") else b"250 ok\r\n")
+
+
+class Probes(Relays):
+    def probe(self, primary: str, domain: str = "", relay: str = "", zone: Any = None) -> Tuple[int, Dict[str, Any], str]:
+        """Exit status, what --json says, and what people read."""
+        one = Relay(self.folder, primary, relay=relay, domain=domain)
+        if zone is not None:
+            dns = self.enterContext(Dns(zone)) if hasattr(self, "enterContext") else Dns(zone).__enter__()
+            with open(one.file, encoding="utf-8") as file:
+                text = file.read().replace("127.0.0.1:9", str(dns.endpoint))
+            with open(one.file, "w", encoding="utf-8") as file:
+                file.write(text)
+            if not hasattr(self, "enterContext"):
+                self.addCleanup(dns.__exit__)
+        code, out, _ = one.run("--probe", DOMAIN, "--json")
+        again, text, _ = one.run("--probe", DOMAIN)
+        self.assertEqual(again, code)
+        self.assertFalse(os.path.exists(one.spool))
+        return code, json.loads(out), text
+
+    def test_a_primary_that_takes_mail_is_shown_and_nothing_is_sent(self) -> None:
+        primary = self.primary().start()
+        code, found, text = self.probe(primary.address)
+        host = found["hosts"][0]
+        self.assertEqual((code, found["served"], host["takes_mail"], host["error"], host["size"], host["tls"]),
+                         (0, True, True, None, 1000000, None))
+        self.assertEqual((host["greeting"], host["mail"], host["rcpt"]),
+                         ("220 primary.example ESMTP", "250 2.1.0 ok", "250 2.1.5 ok"))
+        self.assertEqual(sorted(host["extensions"]), ["8BITMIME", "DSN", "PIPELINING", "SIZE", "SMTPUTF8"])
+        self.assertGreaterEqual(host["connect_seconds"], 0)
+        self.assertEqual(primary.log[:6], ["ehlo backup.example.net", "MAIL FROM:<>", "RCPT TO:<postmaster@%s>" % DOMAIN,
+                                           "RSET", "QUIT", "ehlo backup.example.net"])
+        self.assertEqual(primary.messages, [])
+        for word in ("primary.example ESMTP", "PIPELINING", "TLS: not offered", "it would take mail"):
+            self.assertIn(word, text)
+
+    def test_the_exit_status_tells_refused_from_unreachable_and_from_foreign(self) -> None:
+        primary = self.primary(RCPT="550 5.1.1 no postmaster").start()
+        self.assertEqual(self.probe(primary.address)[0], 75)
+        primary.script = {"greeting": "554 5.3.2 go away"}
+        code, found, text = self.probe(primary.address)
+        self.assertEqual((code, found["hosts"][0]["greeting"]), (69, "554 5.3.2 go away"))
+        self.assertIn("refused to talk to us", text)
+        primary.stop()
+        code, found, text = self.probe(primary.address)
+        host = found["hosts"][0]
+        self.assertEqual((code, "Connection refused" in host["error"], host["greeting"]), (69, True, None))
+        relay = Relay(self.folder, "127.0.0.1:9")
+        code, out, errors = relay.run("--probe", "other.example", "--json")
+        self.assertEqual((code, json.loads(out), "no such domain here" in errors),
+                         (1, {"domain": "other.example", "served": False}, True))
+        self.assertEqual(relay.run("--probe", "a b")[0], 64)
+
+    def test_a_probe_ends_although_the_primary_does_not_answer(self) -> None:
+        for stage in cases(self, ["greeting", "EHLO", "RCPT"]):
+            primary = self.primary(**{stage: HANG}).start()
+            with shorten(PROBE_REPLY_S=0.2):
+                began = time.monotonic()
+                code, found, _ = self.probe(primary.address)
+            self.assertLess(time.monotonic() - began, 10)
+            self.assertEqual((code, "timed out" in found["hosts"][0]["error"]), (75 if stage == "RCPT" else 69, True))
+
+    def test_the_certificate_is_shown_whether_or_not_it_verifies(self) -> None:
+        files = make_certificate(self, self.folder, "primary.example")
+        primary = TlsPrimary(files)
+        self.addCleanup(primary.__exit__)
+        primary.start()
+        pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(open(files[0], encoding="ascii").read())).hexdigest()     # noqa: SIM115
+        for policy, code in cases(self, [("may", 0), ("require", 0), ("none", 0), ("verify", 69), ("sha256:" + pin, 0),
+                                         ("sha256:" + "0" * 64, 69)]):
+            got, found, text = self.probe(primary.address, "tls = %s\n" % policy)
+            tls = found["hosts"][0]["tls"]
+            self.assertEqual((got, tls["verified"], tls["subject"], tls["names"], tls["sha256"]),
+                             (code, False, "CN=primary.example", ["primary.example"], pin))
+            self.assertRegex(tls["protocol"], "TLSv1.[23]")
+            self.assertIn("not verified: TLS with 127.0.0.1 failed", text)
+            self.assertAlmostEqual(tls["not_after"], time.time() + 30 * 86400, delta=120)
+            self.assertIn("STARTTLS", found["hosts"][0]["extensions"])
+            self.assertIn("8BITMIME" if policy != "none" else "STARTTLS", found["hosts"][0]["extensions"])
+        with mock.patch.dict(os.environ, SSL_CERT_FILE=files[0]):       # now the chain does, and the name does not
+            self.assertIn("127.0.0.1", self.probe(primary.address)[1]["hosts"][0]["tls"]["error"])
+
+    def test_the_route_is_explained(self) -> None:
+        mx = {(DOMAIN, etrn.MX): [(10, "a.example"), (20, "backup.example.net"), (20, "peer.example"), (5, "gone.example")],
+              ("a.example", etrn.A): ["127.0.0.2"], ("backup.example.net", etrn.A): ["127.0.0.3"],
+              ("peer.example", etrn.A): ["127.0.0.4"]}
+        with mock.patch.object(etrn, "SMTP_PORT", self.primary().port):
+            code, found, text = self.probe("mx", zone=mx)
+        why = {one["host"]: one["why_not"] for one in found["records"]}
+        self.assertEqual((code, [one["preference"] for one in found["records"]], [host["address"] for host in found["hosts"]]),
+                         (69, [5, 10, 20, 20], ["127.0.0.2"]))
+        self.assertEqual((why["a.example"], why["backup.example.net"], why["peer.example"]),
+                         (None, "this host itself", "no better than this host"))
+        self.assertIn("no such name", why["gone.example"])
+        self.assertIn("127.0.0.2", text)
+        code, found, _ = self.probe("mx", zone={(DOMAIN, etrn.MX): [(0, "")]})
+        self.assertEqual((code, found["hosts"], "null MX" in found["error"], "null MX" in found["records"][0]["why_not"]),
+                         (69, [], True, True))
+        code, found, _ = self.probe("mx", zone={})
+        self.assertEqual((code, "no such name" in found["error"]), (69, True))
+
+
+class Checks(Relays):
+    def check(self, relay: str = "", domain: str = "", bounces: str = "", zone: Any = None,
+              primary: str = "127.0.0.1:9") -> Tuple[int, List[Dict[str, str]]]:
+        one = Relay(self.folder, primary, relay=relay, domain=domain, bounces=bounces)
+        with Dns(zone or {}) as dns:
+            with open(one.file, encoding="utf-8") as file:
+                text = file.read().replace("nameservers = 127.0.0.1:9", "nameservers = %s" % str(dns.endpoint))
+            with open(one.file, "w", encoding="utf-8") as file:
+                file.write(text)
+            before = sorted(os.listdir(self.folder))
+            code, out, _ = one.run("--check", "--json")
+            self.assertEqual(sorted(os.listdir(self.folder)), before)       # nothing is changed
+        return code, json.loads(out)
+
+    def found(self, level: str, text: str, **options: Any) -> int:
+        code, findings = self.check(**options)
+        self.assertTrue(any(one["level"] == level and text in one["text"] for one in findings), (level, text, findings))
+        self.assertEqual(code, 78 if any(one["level"] == "error" for one in findings) else 0)
+        return code
+
+    def test_names_and_addresses_of_this_host(self) -> None:
+        name = "backup.example.net"
+        self.found("ok", "backup.example.net: 127.0.0.1", zone={(name, etrn.A): ["127.0.0.1"]})
+        self.found("warning", "no such name: " + name)
+        zone = {(name, etrn.A): ["1.1.1.1", "1.0.0.1", "8.8.8.8"], ("1.1.1.1.in-addr.arpa", etrn.PTR): [name],
+                ("1.0.0.1.in-addr.arpa", etrn.PTR): ["one.example"]}
+        code, findings = self.check(zone=zone)
+        texts = {one["text"]: one["level"] for one in findings}
+        self.assertEqual(texts["1.1.1.1 is called " + name], "ok")
+        self.assertEqual(texts["1.0.0.1 is called one.example"], "warning")
+        self.assertEqual(texts["8.8.8.8 has no name: many servers refuse notices from there"], "warning")
+        self.assertTrue(any("behind a NAT" in text for text in texts))
+        self.assertEqual(code, 0)
+        local = etrn.parse_config("[relay]\nhostname = localhost", "/nowhere/x.conf")
+        self.assertEqual(etrn.check_hostname(local, etrn.Resolver(()))[0].level, "warning")
+
+    def test_the_mx_records_should_name_this_host_and_a_better_one(self) -> None:
+        for records, level, text in cases(self, [
+                ([(10, "mx.example"), (20, "backup.example.net")], "ok", "MX: 10 mx.example, 20 backup.example.net"),
+                ([(10, "mx.example")], "warning", "do not name backup.example.net"),
+                ([(10, "backup.example.net"), (10, "mx.example")], "warning", "no better host"),
+                ([(10, "backup.example.net"), (20, "mx.example")], "warning", "no better host")]):
+            self.found(level, text, zone={(DOMAIN, etrn.MX): records})
+
+    def test_the_primary_is_reached_and_its_size_noted(self) -> None:
+        primary = self.primary().start()
+        code, findings = self.check(primary=primary.address)
+        self.assertTrue(any(re.search("answers in .*up to 976K.*max_message_size = 50M", one["text"]) for one in findings),
+                        findings)
+        self.assertEqual(primary.log, ["ehlo backup.example.net", "RSET", "QUIT"])
+        primary.stop()
+        self.assertEqual(self.found("warning", "Connection refused", primary=primary.address), 0)
+
+    def test_what_the_relay_has_to_tell_should_not_wait_with_the_mail(self) -> None:
+        self.found("warning", "postmaster = p@%s: this relay serves" % DOMAIN, bounces="postmaster = p@" + DOMAIN)
+        self.found("warning", "mail = a@%s: this relay serves" % DOMAIN, bounces="[alerts]\nmail = a@" + DOMAIN)
+        self.found("error", "there is no program /no/such", bounces="[alerts]\ncommand = /no/such --thing")
+        _, findings = self.check(bounces="postmaster = p@other.example\n[alerts]\nmail = a@other.example\ncommand = sh -c true")
+        self.assertFalse([one for one in findings if one["what"] == "config" and one["level"] != "ok"])
+
+    def test_files_it_needs(self) -> None:
+        self.found("error", "No such file", domain="recipients = file:users")
+        with open(os.path.join(self.folder, "users"), "w", encoding="utf-8") as file:
+            file.write("nonsense\n")
+        self.found("warning", "not an address in line 1", domain="recipients = file:users")
+
+    def test_the_certificate_has_our_name_and_some_time_left(self) -> None:
+        for name, days, level, text in cases(self, [
+                ("backup.example.net", 60, "ok", "for backup.example.net, until"),
+                ("backup.example.net", 5, "warning", "expires in 4d"),
+                ("other.example", 60, "warning", "not for backup.example.net, but for other.example")]):
+            files = make_certificate(self, self.folder, name, days)
+            self.found(level, text, bounces="[tls]\ncertificate = %s\nkey = %s" % files)
+        self.found("error", "none.pem", bounces="[tls]\ncertificate = none.pem\nkey = none.key")
+        with mock.patch.object(etrn.time, "time", lambda: etrn.parse_pem(open(files[0], "rb").read()).until + 5):    # noqa: SIM115
+            self.found("error", "expired on", bounces="[tls]\ncertificate = %s\nkey = %s" % files)
+
+    def test_the_spool_must_be_of_use_to_its_account(self) -> None:
+        spool = os.path.join(self.folder, "spool")
+        with mock.patch.object(etrn, "file_system", return_value="vfat"):
+            self.found("warning", "vfat: mail there renames are not atomic")
+        self.found("error", "no such account", relay="user = nosuchuser")
+        if os.geteuid() != 0:
+            self.skipTest("only root can become another account")
+        os.mkdir(spool, 0o700)
+        self.found("error", "nobody cannot write", relay="user = nobody")
+        os.chmod(self.folder, 0o711)
+        os.chown(spool, pwd.getpwnam("nobody").pw_uid, -1)
+        code, findings = self.check(relay="user = nobody")
+        self.assertEqual(code, 0, findings)
+
+    def test_a_port_of_somebody_else_is_an_error(self) -> None:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            sock.listen(1)
+            with mock.patch.dict(globals(), CONFIG=CONFIG.replace("127.0.0.1:0", "127.0.0.1:%d" % sock.getsockname()[1])):
+                self.found("error", "Address already in use")
+
+    def test_it_ends_although_nobody_answers(self) -> None:
+        with shorten(CHECK_S=0.3), mock.patch.object(etrn.Resolver, "query", lambda *_: time.sleep(1.5)):
+            began = time.monotonic()
+            self.found("warning", "no answer within")
+            self.assertLess(time.monotonic() - began, 1.4)
 
 
 # -- what other programs read in the log
