@@ -129,8 +129,9 @@ LOG LINES
 
 EXIT STATUS
     0 done; 1 something asked about is missing; 64 usage; 69 the relay or the
-    primary cannot be reached; 75 temporary: mail is still waiting, or another
-    relay holds the spool; 78 configuration.
+    primary cannot be reached; 75 temporary: mail is still waiting, the primary
+    answers a --probe but would not take mail now, or another relay holds the
+    spool; 78 configuration.
 
 BUGS
     A disk that says "written" before it is cannot be noticed.  A message that
@@ -6730,9 +6731,11 @@ class Supervisor:
         self.address = os.fsencode(given["NOTIFY_SOCKET"])
         if self.address[:1] == b"@":
             self.address = b"\0" + self.address[1:]     # abstract, unix(7)
+        # made now, so that a full table of descriptors does not look like a hanging loop
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if self.address else None
         ours = str(os.getpid())
         self.interval, self.next_ping = 0.0, INF
-        if self.address and given["WATCHDOG_USEC"].isdigit() and given["WATCHDOG_PID"] in ("", ours):
+        if self.address and given["WATCHDOG_USEC"].strip("0").isdigit() and given["WATCHDOG_PID"] in ("", ours):
             self.interval = int(given["WATCHDOG_USEC"]) / 2e6       # half of what it waits, as sd_watchdog_enabled(3) says
             self.next_ping = 0.0
         self.names = given["LISTEN_FDNAMES"].split(":")
@@ -6740,11 +6743,10 @@ class Supervisor:
 
     def tell(self, *lines: str, wait_s: float = 0.0) -> None:
         """A manager that does not listen must not stop the mail."""
-        if self.address:
+        if self.sock is not None:
             try:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                    sock.settimeout(wait_s)
-                    sock.sendto("\n".join(lines).encode("utf-8"), self.address)
+                self.sock.settimeout(wait_s)
+                self.sock.sendto("\n".join(lines).encode("utf-8"), self.address)
             except OSError:
                 pass
 
@@ -8725,26 +8727,7 @@ def probe(cfg: Config, what: str, as_json: bool) -> int:
             print_json({"domain": name, "served": False})
         print("etrn_relay.py: %s: no such domain here" % name, file=sys.stderr)
         return EX_MISSING
-    found: Dict[str, Any] = {"domain": name, "served": True, "tls_policy": one.tls.partition(":")[0], "records": [], "hosts": [],
-                             "primary": one.primary if isinstance(one.primary, str) else [str(where) for where in one.primary],
-                             "warning": None, "error": None}
-    hops: List[Hop] = []
-    if one.primary in ("atrn", "etrn"):
-        found["error"] = "primary = %s: mail waits until its server asks for it; there is no host to probe" % one.primary
-    else:
-        plan = probe_plan(cfg, name, one, Remembering(cfg.nameservers))
-        route = in_time(PROBE_ROUTE_S, [lambda: explain_route(plan)])[0]
-        if isinstance(route, TimeoutError):
-            route = {"error": "DNS: %s" % route}
-        elif isinstance(route, Exception):
-            raise route
-        hops = route.pop("hops", [])
-        found.update(route)
-    until = time.monotonic() + PROBE_HOSTS_S
-    visits = [Visit(plan, hop, until, "postmaster@" + name) for hop in hops]
-    results = in_time(PROBE_HOSTS_S, [visit.run for visit in visits])
-    for visit, result in zip(visits, results):
-        found["hosts"].append(dict(visit.found, error=str(result)) if isinstance(result, Exception) else result)
+    found = walk_route(cfg, name, one)
     if as_json:
         print_json(found)
     else:
@@ -8752,6 +8735,29 @@ def probe(cfg: Config, what: str, as_json: bool) -> int:
     if any(host["takes_mail"] for host in found["hosts"]):
         return EX_OK
     return EX_TEMPFAIL if any(host["mail"] for host in found["hosts"]) else EX_UNAVAILABLE
+
+
+def walk_route(cfg: Config, name: str, one: DomainConfig) -> Dict[str, Any]:
+    """The route, then all its hosts beside each other."""
+    primary = one.primary if isinstance(one.primary, str) else [str(where) for where in one.primary]
+    found: Dict[str, Any] = {"domain": name, "served": True, "primary": primary, "tls_policy": one.tls.partition(":")[0],
+                             "records": [], "warning": None, "error": None, "hosts": []}
+    if primary in ("atrn", "etrn"):
+        found["error"] = "mail waits until its server asks for it; there is no host to probe"
+        return found
+    plan = probe_plan(cfg, name, one, Remembering(cfg.nameservers))
+    route = in_time(PROBE_ROUTE_S, [lambda: explain_route(plan)])[0]
+    if isinstance(route, TimeoutError):
+        route = {"hops": [], "error": "DNS: %s" % route}
+    elif isinstance(route, Exception):
+        raise route                     # a bug: nothing else comes out of there
+    hops = route.pop("hops")
+    found.update(route)
+    until = time.monotonic() + PROBE_HOSTS_S
+    visits = [Visit(plan, hop, until, "postmaster@" + name) for hop in hops]
+    for visit, result in zip(visits, in_time(PROBE_HOSTS_S, [visit.run for visit in visits])):
+        found["hosts"].append(dict(visit.found, error=str(result)) if isinstance(result, Exception) else result)
+    return found
 
 
 def format_day(at: Optional[Time]) -> str:
@@ -8939,8 +8945,9 @@ def check_ports(cfg: Config) -> List[Finding]:
                 out.append(Finding("ok", "port", "%s is free" % str(where)))
             except OSError as error:
                 ours = error.errno == errno.EADDRINUSE and is_running(cfg)
-                out.append(Finding("ok" if ours else "error", "port", "%s: %s" % (
-                    where, "in use by the running relay" if ours else error.strerror)))
+                hint = "; ports below 1024 need root or a service manager" if error.errno == errno.EACCES else ""
+                out.append(Finding("ok" if ours else "error", "port", "%s: %s%s" % (
+                    where, "in use by the running relay" if ours else error.strerror, hint)))
     return out
 
 

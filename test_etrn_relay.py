@@ -4380,6 +4380,8 @@ class Supervision(Relays):
         server = etrn.Server(config("listen = 127.0.0.1:0\nmin_free_space = 0"), spool, etrn.Log("stderr", "error", "x"))
         self.addCleanup(server._close)
         server.supervisor = supervisor
+        assert supervisor.sock is not None
+        self.addCleanup(supervisor.sock.close)
         with mock.patch.object(etrn.time, "monotonic", lambda: now[0]):
             server._turn(0)
             self.assertEqual(manager.heard()[0], "WATCHDOG=1")
@@ -4401,13 +4403,16 @@ class Supervision(Relays):
                 ({"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "2000000"}, 1, 0),
                 ({"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "2000000", "WATCHDOG_PID": ours}, 1, 0),
                 ({"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "1"}, 0, 0),
-                ({"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "x"}, 0, 0),
+                ({"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "x"}, 0, 0), ({"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "0"}, 0, 0),
                 ({"LISTEN_FDS": "2", "LISTEN_PID": ours}, 0, 2), ({"LISTEN_FDS": "2", "LISTEN_PID": "1"}, 0, 0),
                 ({"LISTEN_FDS": "2"}, 0, 0), ({"LISTEN_FDS": "-1", "LISTEN_PID": ours}, 0, 0)]):
             given = dict(environ, HOME="/")
             supervisor = etrn.Supervisor(given)
             self.assertEqual((supervisor.interval, supervisor.count, given), (interval, count, {"HOME": "/"}))
+            self.assertEqual(supervisor.next_ping, 0 if interval else etrn.INF)
             supervisor.tell("READY=1")                          # nobody listens: no matter
+            if supervisor.sock is not None:
+                supervisor.sock.close()
 
     def listener(self, host: str = "127.0.0.1") -> socket.socket:
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -4437,7 +4442,7 @@ class Supervision(Relays):
         server = etrn.Server(config("listen = %s, 127.0.0.1:0" % str(where)), spool, log)
         self.addCleanup(server._close)
         with mock.patch.object(log, "write") as written:
-            server.adopt([mine.dup() if sock is mine else sock.dup() for sock in (mine, stray)])
+            server.adopt([mine.dup(), stray.dup()])
         self.assertIn("%s, which is not in listen: closed" % str(other), written.call_args[0][1])
         server.listen()
         self.assertEqual((len(server.listeners), where in server.manager.listeners, other in server.manager.listeners),
@@ -4722,18 +4727,23 @@ class TlsPrimary(Primary):
                 sock.sendall(b"250-primary.example\r\n250 STARTTLS\r\n" if line.upper().startswith(b"EHLO") else b"250 ok\r\n")
 
 
+def ask(relay: Relay, dns: Dns) -> Relay:
+    """Have it ask that nameserver."""
+    with open(relay.file, encoding="utf-8") as file:
+        text = file.read().replace("nameservers = 127.0.0.1:9", "nameservers = %s" % str(dns.endpoint))
+    with open(relay.file, "w", encoding="utf-8") as file:
+        file.write(text)
+    return relay
+
+
 class Probes(Relays):
     def probe(self, primary: str, domain: str = "", relay: str = "", zone: Any = None) -> Tuple[int, Dict[str, Any], str]:
         """Exit status, what --json says, and what people read."""
         one = Relay(self.folder, primary, relay=relay, domain=domain)
         if zone is not None:
-            dns = self.enterContext(Dns(zone)) if hasattr(self, "enterContext") else Dns(zone).__enter__()
-            with open(one.file, encoding="utf-8") as file:
-                text = file.read().replace("127.0.0.1:9", str(dns.endpoint))
-            with open(one.file, "w", encoding="utf-8") as file:
-                file.write(text)
-            if not hasattr(self, "enterContext"):
-                self.addCleanup(dns.__exit__)
+            dns = Dns(zone).__enter__()
+            self.addCleanup(dns.__exit__)
+            ask(one, dns)
         code, out, _ = one.run("--probe", DOMAIN, "--json")
         again, text, _ = one.run("--probe", DOMAIN)
         self.assertEqual(again, code)
@@ -4802,6 +4812,36 @@ class Probes(Relays):
         with mock.patch.dict(os.environ, SSL_CERT_FILE=files[0]):       # now the chain does, and the name does not
             self.assertIn("127.0.0.1", self.probe(primary.address)[1]["hosts"][0]["tls"]["error"])
 
+    def test_a_certificate_that_verifies_costs_one_connection(self) -> None:
+        files = make_certificate(self, self.folder, "mx.primary.example")
+        primary = TlsPrimary(files)
+        self.addCleanup(primary.__exit__)
+        primary.start()
+        zone = {("mx.primary.example", etrn.A): ["127.0.0.1"]}
+        with mock.patch.dict(os.environ, SSL_CERT_FILE=files[0]):
+            code, found, text = self.probe("mx.primary.example:%d" % primary.port, "tls = verify", zone=zone)
+        self.assertEqual((code, found["hosts"][0]["tls"]["verified"], found["hosts"][0]["tls"]["error"]), (0, True, None))
+        self.assertIn("verified for mx.primary.example", text)
+        self.assertEqual(primary.log.count("QUIT"), 2)          # for people and for machines
+        self.assertEqual([line for line in primary.log if line.startswith("MAIL")], ["MAIL FROM:<>"] * 2)
+
+    def test_a_probe_ends_although_the_dns_does_not_answer(self) -> None:
+        with Dns({}, mangle=lambda packet: None) as dns, shorten(PROBE_ROUTE_S=0.2):
+            relay = ask(Relay(self.folder, "mx"), dns)
+            began = time.monotonic()
+            code, out, _ = relay.run("--probe", DOMAIN, "--json")
+            self.assertLess(time.monotonic() - began, 2)
+        self.assertEqual((code, json.loads(out)["hosts"], "DNS: no answer" in json.loads(out)["error"]), (69, [], True))
+
+    def test_a_dead_dns_leaves_the_route_that_worked_last(self) -> None:
+        primary = self.primary().start()
+        relay = Relay(self.folder, "mx")
+        os.mkdir(relay.spool)
+        with open(os.path.join(relay.spool, "state.json"), "w", encoding="utf-8") as file:
+            json.dump({"sites": {DOMAIN: {"route": [["127.0.0.1", primary.port]]}}}, file)
+        code, out, _ = relay.run("--probe", DOMAIN, "--json")
+        self.assertEqual((code, "using the route that worked last" in json.loads(out)["warning"]), (0, True))
+
     def test_the_route_is_explained(self) -> None:
         mx = {(DOMAIN, etrn.MX): [(10, "a.example"), (20, "backup.example.net"), (20, "peer.example"), (5, "gone.example")],
               ("a.example", etrn.A): ["127.0.0.2"], ("backup.example.net", etrn.A): ["127.0.0.3"],
@@ -4827,10 +4867,7 @@ class Checks(Relays):
               primary: str = "127.0.0.1:9") -> Tuple[int, List[Dict[str, str]]]:
         one = Relay(self.folder, primary, relay=relay, domain=domain, bounces=bounces)
         with Dns(zone or {}) as dns:
-            with open(one.file, encoding="utf-8") as file:
-                text = file.read().replace("nameservers = 127.0.0.1:9", "nameservers = %s" % str(dns.endpoint))
-            with open(one.file, "w", encoding="utf-8") as file:
-                file.write(text)
+            ask(one, dns)
             before = sorted(os.listdir(self.folder))
             code, out, _ = one.run("--check", "--json")
             self.assertEqual(sorted(os.listdir(self.folder)), before)       # nothing is changed
