@@ -233,7 +233,6 @@ UNWRITTEN_MAX = 524288          # octets of one body in memory, then the client 
 LISTEN_BACKLOG = 512            # connections the kernel may keep for us between two turns
 HANDSHAKE_S = 30.0              # for a client's side of a TLS handshake
 CERTIFICATE_CHECK_S = 10.0      # how often the certificate's files are looked at for a renewal
-CERTIFICATE_END_S = 14 * 86400.0    # so long before it expires people are told; renewals are due at 30 days, ACME's custom
 LINGER_S = 2.0                  # for a client to read our last reply before the connection is reset
 STRESS_SHARE = 0.8              # of max_connections in use ...
 STRESS_TIMEOUT_S = 10.0         # ... and idle clients are given so long; Postfix's stress mode
@@ -4735,7 +4734,7 @@ class Alerts:
         if free < 2 * self.cfg.min_free_space:
             self.once_a_day("disk", None, "%s left for the spool; below %s mail is refused" % (
                 format_size(free), format_size(self.cfg.min_free_space)), now)
-        if certificate_end - now.wall < CERTIFICATE_END_S:
+        if certificate_end - now.wall < CERTIFICATE_WARNING_S:
             self.once_a_day("certificate", None, "the certificate %s %s" % (
                 self.cfg.tls_certificate, "expires in %s" % format_duration(certificate_end - now.wall)
                 if certificate_end > now.wall else "has expired"), now)
@@ -8980,7 +8979,7 @@ def check_certificate(cfg: Config) -> List[Finding]:
     level, text = "ok", "for %s, until %s" % (", ".join(facts.names), format_day(facts.until))
     if left < 0:
         level, text = "error", "expired on %s" % format_day(facts.until)
-    elif left < CERTIFICATE_END_S:
+    elif left < CERTIFICATE_WARNING_S:
         level, text = "warning", "expires in %s" % format_duration(left)
     elif facts.since > time.time():
         level, text = "warning", "is not valid before %s" % format_day(facts.since)
