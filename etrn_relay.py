@@ -16,6 +16,8 @@ USAGE
     --flush DOMAIN|@DOMAIN|all
                               deliver now; a progress bar on a terminal
     --hold ID|DOMAIN|all      keep mail until it is released
+    --print-unit KIND         a unit for systemd, openrc, procd or launchd
+    --probe DOMAIN            walk its route: what does each host answer?
     --queue [DOMAIN]          list the queue
     --release ID|DOMAIN|all   undo --hold
     --show ID                 envelope, attempts and headers
@@ -25,7 +27,7 @@ USAGE
     --config FILE             the configuration file
     --help, --version         print this page, or the version
     --json                    machine-readable output for --check --flush
-                              --queue --show --status
+                              --probe --queue --show --status
     --no-wait                 --flush returns at once [it waits]
     --raw                     --show prints the message as it will be sent
     --yes                     do not ask before --delete all, --bounce all
@@ -80,6 +82,23 @@ SIGNALS
     USR1  probe every primary and deliver what can be delivered
     TERM, INT   stop within 5 seconds; nothing is lost
 
+SERVICES
+    --print-unit prints a unit with the paths of this script, of its Python and
+    of the configuration; its first lines say where it belongs.  Under systemd
+    the relay says when it is ready, reloading and stopping, and feeds the
+    watchdog from its loop (sd_notify(3)).  Listening sockets that are passed
+    (LISTEN_FDS, sd_listen_fds(3)) serve as the addresses of `listen` and
+    `odmr_listen` that they have; when they have none of them, all serve SMTP
+    and `listen` is not bound.  So port 25 needs no root.  SIGHUP keeps them.
+
+ALERTS
+    [alerts] command, webhook and mail are told of: down, a primary has been
+    away for `after`; up again; rejecting; expiring, mail has a day left; disk,
+    less than twice min_free_space is left; certificate, it expires within 14
+    days.  The last three come once a day, and stand in the log as warnings.
+    The command finds ETRN_EVENT, ETRN_DOMAIN, ETRN_TEXT, ETRN_HOST, ETRN_TIME
+    and ETRN_WAITING in its environment and the same as JSON on its input.
+
 FILES
     SPOOL/ID.eml, SPOOL/ID.json     a queued message and its sidecar
     SPOOL/incoming/                 being received; never acknowledged
@@ -99,13 +118,20 @@ LOG LINES
     bounce: ID: sender non-delivery notification: NEW-ID
     smtpd: NOQUEUE: reject: RCPT from NAME[ADDRESS]: REPLY; from=<> to=<> ...
     flush: etrn: site=DOMAIN, client=NAME[ADDRESS], messages=N, reply=CODE
+    smtpd: too many errors after STAGE from NAME[ADDRESS]
     primary: DOMAIN: up after 2h14m, 1841 messages waiting
     http: reject: GET PATH from NAME[ADDRESS]: 401 wrong token
+    `log = syslog` has the same lines, tagged etrn_relay/SERVICE[PID], in the
+    mail facility.  Other programs read them:
+        pflogsumm --syslog-name etrn_relay FILE
+        fail2ban-regex FILE 'postfix[_daemon=etrn_relay/smtpd]'
+    (pflogsumm spoils the underscore of --syslog-name=etrn_relay.)
 
 EXIT STATUS
     0 done; 1 something asked about is missing; 64 usage; 69 the relay or the
-    primary cannot be reached; 75 temporary: mail is still waiting, or another
-    relay holds the spool; 78 configuration.
+    primary cannot be reached; 75 temporary: mail is still waiting, the primary
+    answers a --probe but would not take mail now, or another relay holds the
+    spool; 78 configuration.
 
 BUGS
     A disk that says "written" before it is cannot be noticed.  A message that
@@ -165,8 +191,8 @@ import threading
 import time
 import traceback
 import urllib.request
-from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                    Sequence, Set, TextIO, Tuple, Type, Union)
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, MutableMapping, NamedTuple,
+                    Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
 try:                            # slim routers leave some modules out; what needs them is refused there, the rest works
     import syslog
@@ -213,6 +239,7 @@ STRESS_TIMEOUT_S = 10.0         # ... and idle clients are given so long; Postfi
 COMMAND_POLL_S = 0.1            # a waiting command looks again so often
 ACCEPTS_PER_TURN = 64           # new connections taken before those already open are looked at again
 SWEEP_S = 1.0                   # how often idle clients are looked for; idle limits are minutes
+NOTIFY_S = 1.0                  # a service manager has so long to take our word that we are ready
 STOP_S = 3.0                    # time given to sessions and deliveries at SIGTERM; contract: stopped within 5 s
 RESERVED_FILES = 64             # descriptors kept from clients for spool, workers, logs and DNS
 DATA_RATE_MIN = 500             # octets a second a client must reach in the long run, as Postfix's smtpd_min_data_rate
@@ -286,6 +313,13 @@ DNS_UDP_MAX = 1232              # octets in EDNS; fits in an unfragmented IPv6 p
 DNS_CNAMES_MAX = 10
 DNS_RECORDS_MAX = 100           # looked at in one answer
 ROUTE_HOSTS_MAX = 20            # addresses tried for one primary
+
+# -- --probe and --check
+PROBE_ROUTE_S = 12.0            # for all questions to the DNS; with the next, a probe takes half a minute at most
+PROBE_HOSTS_S = 16.0            # for all hosts, which are asked beside each other
+PROBE_REPLY_S = 10.0            # for one connection or reply
+CHECK_S = 25.0                  # for all of --check
+CHECK_THREADS = 16              # so many domains are looked at beside each other
 
 # -- the status page
 PAGE_CONNECTIONS = 32           # at once, each a thread; more are closed unheard
@@ -549,6 +583,102 @@ def format_date(second: int) -> str:
 
 def format_peer(address: str, name: str = "unknown") -> str:
     return "%s[%s]" % (name, address)
+
+
+def format_delay(seconds: float) -> str:
+    """As Postfix logs it: two digits of a short one, whole seconds of a long one, never an exponent."""
+    return "%.2g" % seconds if 0.001 <= seconds < 10 else "%d" % seconds
+
+
+class X509(NamedTuple):
+    """What people ask of a certificate.  ssl tells it only of certificates it
+    has verified, and of our own file not at all, so it is read here."""
+    subject: str
+    issuer: str
+    names: Tuple[str, ...]      # DNS names and addresses of the subjectAltName; the common name where there is none
+    since: Time
+    until: Time
+
+    def is_for(self, host: str) -> bool:
+        """A wildcard stands for one whole leftmost label, RFC 6125 6.4.3."""
+        return any(host.lower() == name or (name.startswith("*.") and host.lower().partition(".")[2] == name[2:])
+                   for name in self.names)
+
+
+def parse_der(data: bytes) -> List[Tuple[int, bytes]]:
+    """The elements in `data`, each with its tag (X.690 8.1; no tag of a
+    certificate has a second octet, and DER knows no indefinite length).  Raises ValueError."""
+    out, at = [], 0
+    while at < len(data):
+        tag, size, start = data[at], data[at + 1] if at + 1 < len(data) else 0x80, at + 2
+        if size >= 0x80:
+            start += size - 0x80
+            size = int.from_bytes(data[at + 2:start], "big") if at + 2 < start <= at + 6 else len(data)
+        at = start + size
+        if tag & 0x1f == 0x1f or at > len(data):
+            raise ValueError("not DER")
+        out.append((tag, data[start:at]))
+    return out
+
+
+_DER_NAMES = {b"\x55\x04\x03": "CN", b"\x55\x04\x0a": "O"}     # 2.5.4.3, 2.5.4.10
+_DER_ALTERNATIVES = b"\x55\x1d\x11"                             # 2.5.29.17
+
+
+def parse_certificate(der: bytes) -> X509:
+    """RFC 5280 4.1, as much of it as X509 holds.  Raises ValueError."""
+    try:
+        fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
+        fields = fields[fields[0][0] == 0xa0:]      # version, which the oldest do without
+        issuer, validity, subject = (parse_der(fields[at][1]) for at in (2, 3, 4))
+        names: List[str] = []
+        for tag, data in fields[6:]:
+            for _, extension in parse_der(parse_der(data)[0][1]) if tag == 0xa3 else ():
+                parts = parse_der(extension)
+                if parts[0][1] == _DER_ALTERNATIVES:
+                    names += _alternative_names(parse_der(parse_der(parts[-1][1])[0][1]))
+        common = dict(_distinguished(subject)).get("CN", "")
+        whole = [", ".join("%s=%s" % pair for pair in _distinguished(one)) for one in (subject, issuer)]
+        since, until = (_der_time(*one) for one in validity)
+        return X509(whole[0], whole[1], tuple(names) or ((common.lower(),) if common else ()), since, until)
+    except (IndexError, TypeError, OverflowError):
+        raise ValueError("not a certificate") from None
+
+
+def _distinguished(name: Sequence[Tuple[int, bytes]]) -> Iterator[Tuple[str, str]]:
+    for _, group in name:
+        for _, pair in parse_der(group):
+            (_, kind), (tag, value) = parse_der(pair)[:2]
+            if kind in _DER_NAMES:
+                yield _DER_NAMES[kind], value.decode("utf-16-be" if tag == 0x1e else "utf-8", "replace")
+
+
+def _alternative_names(names: Iterable[Tuple[int, bytes]]) -> Iterator[str]:
+    """dNSName and iPAddress, RFC 5280 4.2.1.6."""
+    for tag, value in names:
+        if tag == 0x82:
+            yield value.decode("ascii", "replace").lower()
+        elif tag == 0x87 and len(value) in (4, 16):
+            yield str(ipaddress.ip_address(value))
+
+
+def _der_time(tag: int, value: bytes) -> Time:
+    """RFC 5280 4.1.2.5: years of two digits from 50 on are of the 20th century."""
+    text = value.decode("ascii", "replace")
+    if tag == 0x17:
+        text = ("19" if text >= "5" else "20") + text
+    match = re.fullmatch(r"(\d{4})(\d\d)(\d\d)(\d\d)(\d\d)(\d\d)Z", text)
+    if not match or tag not in (0x17, 0x18):
+        raise ValueError("not a time")
+    return float(calendar.timegm(tuple(map(int, match.groups())) + (0, 0, 0)))
+
+
+def parse_pem(data: bytes) -> X509:
+    """The first certificate of a PEM file: the server's own, as ssl reads it too.  Raises ValueError."""
+    match = re.search(rb"-----BEGIN CERTIFICATE-----(.+?)-----END CERTIFICATE-----", data, re.DOTALL)
+    if not match:
+        raise ValueError("no certificate")
+    return parse_certificate(base64.b64decode(match.group(1)))
 
 
 # == 4. CONFIG =================================================================
@@ -1111,6 +1241,7 @@ class Log:
         self.lines: List[str] = []
         self.stamp = ("", 0)
         self.where = where
+        self.service = ""               # whose tag the next line to syslog gets
         self.file: Optional[TextIO] = None
         self.on_event: Callable[[str, str, str], None] = lambda service, text, level: None     # set by the server
         self.reopen()
@@ -1121,7 +1252,7 @@ class Log:
         if self.where == "syslog":
             if syslog is None:
                 raise OSError("this Python has no syslog module")
-            syslog.openlog("etrn_relay", 0, syslog.LOG_MAIL)
+            self.service = ""
         elif self.where != "stderr":
             new = open(self.where, "a", encoding="utf-8", errors="backslashreplace")
             if self.file:
@@ -1135,10 +1266,20 @@ class Log:
             return
         if level in ("warning", "error"):
             text = "%s: %s" % (level, text)
+        if self.where == "syslog":
+            return self._to_syslog(service, text, level)
         now = int(time.time())
         if now != self.stamp[1]:
             self.stamp = (time.strftime("%b %e %H:%M:%S", time.localtime(now)), now)
         self.lines.append("%s %s etrn_relay/%s[%d]: %s\n" % (self.stamp[0], self.host, service, self.pid, text))
+
+    def _to_syslog(self, service: str, text: str, level: str) -> None:
+        """The tag is the service's, as in a file, and the priority the event's."""
+        if service != self.service:
+            self.service = service
+            syslog.openlog("etrn_relay/" + service, syslog.LOG_PID, syslog.LOG_MAIL)
+        priority = {"debug": syslog.LOG_DEBUG, "info": syslog.LOG_INFO, "warning": syslog.LOG_WARNING}.get(level, syslog.LOG_ERR)
+        syslog.syslog(priority, text.replace("\0", " "))
 
     def bug(self, error: BaseException) -> None:
         """A traceback on one line; the session or job at fault is dropped by the caller."""
@@ -1150,13 +1291,9 @@ class Log:
             return
         lines, self.lines = self.lines, []
         try:
-            if self.where == "syslog":
-                for line in lines:
-                    syslog.syslog(syslog.LOG_INFO, line.split("]: ", 1)[1].rstrip("\n"))
-            else:
-                target = self.file or sys.stderr
-                target.write("".join(lines))
-                target.flush()
+            target = self.file or sys.stderr
+            target.write("".join(lines))
+            target.flush()
         except (OSError, ValueError):
             pass                # a full log disk or a closed terminal must not stop the mail
 
@@ -2157,7 +2294,7 @@ class Session:
         """A protocol error; refused recipients and messages do not come here."""
         self.errors += 1
         if self.errors > ERRORS_MAX:
-            self.out.append(Note("too many errors from %s" % format_peer(self.address, self.name)))
+            self.out.append(Note("too many errors after %s from %s" % (self.stage.name, format_peer(self.address, self.name))))
             self.send(Reply(421, "4.7.0", "%s Error: too many errors" % self.cfg.hostname), close=True)
         else:
             self.send(reply)
@@ -4582,10 +4719,9 @@ class Alerts:
             self.tell("up", site, text, now)
             self.told.discard(site.name)
 
-    def sweep(self, sites: Iterable[Site], free: int, now: Now) -> None:
-        """Once a second: outages that have lasted, mail that nears its end, a disk that fills."""
-        if not (self.cfg.alerts_command or self.cfg.alerts_webhook or self.cfg.alerts_mail):
-            return
+    def sweep(self, sites: Iterable[Site], free: int, now: Now, certificate_end: Time = INF) -> None:
+        """Once a second: outages that have lasted, mail that nears its end, a disk that fills, a
+        certificate that nobody renews."""
         for site in sites:
             at, text = self.down.get(site.name, (INF, ""))
             if at <= now.mono:
@@ -4598,11 +4734,17 @@ class Alerts:
         if free < 2 * self.cfg.min_free_space:
             self.once_a_day("disk", None, "%s left for the spool; below %s mail is refused" % (
                 format_size(free), format_size(self.cfg.min_free_space)), now)
+        if certificate_end - now.wall < CERTIFICATE_WARNING_S:
+            self.once_a_day("certificate", None, "the certificate %s %s" % (
+                self.cfg.tls_certificate, "expires in %s" % format_duration(certificate_end - now.wall)
+                if certificate_end > now.wall else "has expired"), now)
 
     def once_a_day(self, event: str, site: Optional[Site], text: str, now: Now) -> None:
         key = "%s %s" % (event, site.name if site else "")
         if now.wall - self.daily.get(key, 0.0) >= 86400.0:
             self.daily[key] = now.wall
+            about = site.label + ": " if site else ""
+            self.log.write("primary" if site else "master", about + printable(text), "warning")
             self.tell(event, site, text, now)
 
     def tell(self, event: str, site: Optional[Site], text: str, now: Now) -> None:
@@ -4716,6 +4858,7 @@ class Manager:
         self.load_error = ""
         self.free = spool.free()        # octets, as last asked
         self.next_free = now.mono
+        self.certificate_end: Time = INF    # set by the server, which has it
         self.is_stopping = False
         self.is_dirty = False           # something worth saving changed
         self.is_saving = False
@@ -4770,7 +4913,7 @@ class Manager:
 
     def wake(self, now: Now) -> float:
         """The monotonic time at which tick() is next of use."""
-        times = [self.next_save] + [at for at, _ in self.alerts.down.values()]
+        times = [max(self.next_sweep, at) for at in [self.next_save, *(at for at, _ in self.alerts.down.values())]]
         if self.retries:
             times.append(self.retries[0][0])
         for site in self.scheduler.sites.values():
@@ -4802,7 +4945,7 @@ class Manager:
             if not (site.name in self.cfg.domains or site.entries or site.is_held or site in self.couriers.values()
                     or site in self.inquirers.values()):
                 del self.scheduler.sites[site.name]     # of a notice, or a subdomain somebody wrote to once
-        self.alerts.sweep(self.scheduler.sites.values(), self.free, self.now)
+        self.alerts.sweep(self.scheduler.sites.values(), self.free_space(), self.now, self.certificate_end)
         if self.now.mono >= self.next_save:
             self.next_save = self.now.mono + STATE_SAVE_S
             if self.is_dirty or self.memory.is_dirty:
@@ -5043,8 +5186,9 @@ class Manager:
 
     def _log_delivery(self, id: str, address: str, relay: str, delay: float, seconds: float, status: str, what: str,
                       why: str) -> None:
-        self.log.write("smtp", "%s: to=<%s>, relay=%s, delay=%.2g, delays=0/%.2g/0/%.2g, dsn=%s, status=%s (%s)" % (
-            id, printable(address), relay, delay, max(0.0, delay - seconds), seconds, status, what, printable(why)))
+        self.log.write("smtp", "%s: to=<%s>, relay=%s, delay=%s, delays=0/%s/0/%s, dsn=%s, status=%s (%s)" % (
+            id, printable(address), relay, format_delay(delay), format_delay(max(0.0, delay - seconds)), format_delay(seconds),
+            status, what, printable(why)))
 
     # -- outcomes
 
@@ -6499,11 +6643,11 @@ class Certificate:
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0) | ssl.OP_NO_COMPRESSION
         context.load_cert_chain(*self.files)
         try:
-            with open(self.files[0], encoding="latin-1") as file:
-                first = re.search("-----BEGIN CERT.*?-----END CERTIFICATE-----", file.read(), re.S)
-            self.dates = parse_certificate_dates(ssl.PEM_cert_to_DER_cert(first.group() if first else ""))
+            with open(self.files[0], "rb") as file:
+                found = parse_pem(file.read())
+            self.dates = (found.since, found.until)
         except ValueError:
-            self.dates = (0.0, 0.0)     # OpenSSL reads more than we do; only the page misses them
+            self.dates = (0.0, 0.0)     # OpenSSL reads more than we do; page and alerts miss them
         return context
 
     def renew(self, now: float) -> str:
@@ -6558,6 +6702,11 @@ class RecipientFile:
         return frozenset(out), "%s: not an address in line %s" % (self.path, ", ".join(wrong[:10])) if wrong else ""
 
 
+def recipient_paths(cfg: Config) -> List[str]:
+    return sorted({one.recipients[5:] for one in cfg.domains.values()
+                   if isinstance(one.recipients, str) and one.recipients.startswith("file:")})
+
+
 class Controller:
     """One client of the control socket."""
     __slots__ = ("sock", "data", "out", "answers")
@@ -6567,6 +6716,62 @@ class Controller:
         self.data = b""
         self.out = bytearray()
         self.answers: Optional[Answers] = None
+
+
+class Supervisor:
+    """What a service manager and its service say to each other: readiness and
+    watchdog as sd_notify(3), listening sockets as sd_listen_fds(3).  Where there
+    is none, nothing here does anything.  Its variables are taken out of the
+    environment: they are not for the programs we start."""
+
+    def __init__(self, environ: MutableMapping[str, str]) -> None:
+        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+        given = {name: environ.pop(name, "") for name in names}
+        self.address = os.fsencode(given["NOTIFY_SOCKET"])
+        if self.address[:1] == b"@":
+            self.address = b"\0" + self.address[1:]     # abstract, unix(7)
+        # made now, so that a full table of descriptors does not look like a hanging loop
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if self.address else None
+        ours = str(os.getpid())
+        self.interval, self.next_ping = 0.0, INF
+        if self.address and given["WATCHDOG_USEC"].strip("0").isdigit() and given["WATCHDOG_PID"] in ("", ours):
+            self.interval = int(given["WATCHDOG_USEC"]) / 2e6       # half of what it waits, as sd_watchdog_enabled(3) says
+            self.next_ping = 0.0
+        self.names = given["LISTEN_FDNAMES"].split(":")
+        self.count = int(given["LISTEN_FDS"]) if given["LISTEN_PID"] == ours and given["LISTEN_FDS"].isdigit() else 0
+
+    def tell(self, *lines: str, wait_s: float = 0.0) -> None:
+        """A manager that does not listen must not stop the mail."""
+        if self.sock is not None:
+            try:
+                self.sock.settimeout(wait_s)
+                self.sock.sendto("\n".join(lines).encode("utf-8"), self.address)
+            except OSError:
+                pass
+
+    def ping(self, now: float, status: str) -> None:
+        """From the loop alone: when it hangs, the manager hears nothing and starts us anew."""
+        self.next_ping = now + self.interval
+        self.tell("WATCHDOG=1", "STATUS=" + status)
+
+    def sockets(self) -> List[socket.socket]:
+        """Those passed, descriptors from 3 on.  Raises OSError: not a listening TCP socket."""
+        out = []
+        for number in range(self.count):
+            name = self.names[number] if number < len(self.names) else ""
+            try:
+                os.set_inheritable(3 + number, False)
+                sock = socket.socket(fileno=3 + number)
+                if sock.family not in (socket.AF_INET, socket.AF_INET6) or not sock.getsockopt(
+                        socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    raise OSError(errno.EINVAL, "not a listening TCP socket")
+            except OSError as error:
+                raise OSError(error.errno, "descriptor %d of the service manager%s: %s" % (
+                    3 + number, name and " (%s)" % printable(name), error.strerror)) from None
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # as _bind() does
+            out.append(sock)
+        return out
 
 
 # -- the status page: threads of their own, which see nothing but snapshots
@@ -6820,32 +7025,6 @@ def bind_page(where: Endpoint) -> socket.socket:
     return sock
 
 
-def parse_certificate_dates(der: bytes) -> Tuple[Time, Time]:
-    """Begin and end of a certificate, RFC 5280 4.1.  Raises ValueError."""
-    def element(at: int) -> Tuple[int, int, int]:
-        """Tag, begin and end of its content: DER."""
-        tag, length, at = der[at], der[at + 1], at + 2
-        if length & 0x80:
-            size = length & 0x7F
-            length, at = int.from_bytes(der[at:at + size], "big"), at + size
-        return tag, at, at + length
-    try:
-        at = element(element(0)[1])[1]              # within Certificate, within TBSCertificate
-        skip = 4 if der[at] == 0xA0 else 3          # version, where given; serial, signature, issuer
-        for _ in range(skip):
-            at = element(at)[2]
-        out, at = [], element(at)[1]
-        for _ in range(2):
-            tag, begin, at = element(at)
-            text = der[begin:at].decode("ascii")
-            if tag == 0x17:                         # UTCTime: two digits of the year, 4.1.2.5.1
-                text = ("20" if int(text[:2]) < 50 else "19") + text
-            out.append(float(calendar.timegm(time.strptime(text, "%Y%m%d%H%M%SZ"))))
-        return out[0], out[1]
-    except IndexError:
-        raise ValueError("not a certificate") from None
-
-
 class Server:
     """The relay.  run() serves until stop(); a command without a running relay
     uses the same loop without listeners, see run_offline()."""
@@ -6869,6 +7048,9 @@ class Server:
         self.certificate: Optional[Certificate] = None
         self.door = Door(cfg, 0)
         self.listeners: Dict[Endpoint, socket.socket] = {}
+        self.supervisor = Supervisor({})
+        self.passed: Dict[Endpoint, socket.socket] = {}     # listening sockets of a service manager
+        self.is_passed_all = False      # they serve, and `listen` is not bound
         self.control: Optional[socket.socket] = None
         self.connections: Set[Connection] = set()
         self.controllers: Set[Controller] = set()
@@ -6914,12 +7096,32 @@ class Server:
 
     # -- opening
 
+    def adopt(self, sockets: Iterable[socket.socket]) -> None:
+        """Listening sockets of a service manager: each serves as the address of
+        `listen` or `odmr_listen` that it has.  When none has one, all of them
+        serve SMTP, and `listen` is not bound.  SIGHUP leaves them open."""
+        for sock in sockets:
+            where = Endpoint(*sock.getsockname()[:2])
+            self.passed[where] = sock
+            if where.host == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+                self.passed.setdefault(Endpoint("0.0.0.0", where.port), sock)       # takes IPv4 clients, too
+        wanted = {self.passed[where] for where in self.cfg.listen + self.cfg.odmr_listen if where in self.passed}
+        self.is_passed_all = bool(self.passed) and not wanted
+        for where, sock in list(self.passed.items()):
+            if self.is_passed_all and sock not in self.listeners.values():
+                self.listeners[where] = self._serve_on(sock)
+            elif not self.is_passed_all and sock not in wanted:
+                if sock.fileno() >= 0:
+                    self.log.write("master", "the service manager passed %s, which is not in listen: closed" % str(where),
+                                   "warning")
+                self.passed.pop(where).close()
+
     def listen(self) -> None:
         """Bind what the configuration names.  Raises OSError with the address in
         it.  A machine without IPv6 serves the default addresses all the same."""
         default = KINDS["listen"](next(o.default for o in OPTIONS if o.name == "listen" and o.section == "relay"))
-        for where in self.cfg.listen:
-            if where in self.listeners:
+        for where in () if self.is_passed_all else self.cfg.listen:
+            if where in self.listeners or self.passed.get(where) in self.listeners.values():
                 continue
             try:
                 self.listeners[where] = self._bind(where)
@@ -6928,13 +7130,16 @@ class Server:
                     self.log.write("master", "no IPv6 here: %s: %s" % (where, error.strerror), "warning")
                     continue
                 raise OSError(error.errno, "cannot listen on %s: %s" % (str(where), error.strerror)) from None
-        for where in [where for where in self.listeners if where not in self.cfg.listen]:
+        passed = self.passed.values()
+        for where in [where for where, sock in self.listeners.items() if where not in self.cfg.listen and sock not in passed]:
             sock = self.listeners.pop(where)
             self.selector.unregister(sock)
             sock.close()
         self.manager.listeners = tuple(Endpoint(*sock.getsockname()[:2]) for sock in self.listeners.values())
 
     def _bind(self, where: Endpoint) -> socket.socket:
+        if where in self.passed:
+            return self._serve_on(self.passed[where])
         sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -6947,6 +7152,9 @@ class Server:
         except OSError:
             sock.close()
             raise
+        return self._serve_on(sock)
+
+    def _serve_on(self, sock: socket.socket) -> socket.socket:
         self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_accept(sock))
         return sock
 
@@ -6986,9 +7194,7 @@ class Server:
 
     def load_recipients(self) -> None:
         """The files that `recipients` names.  Raises OSError."""
-        paths = {cfg.recipients[5:] for cfg in self.cfg.domains.values()
-                 if isinstance(cfg.recipients, str) and cfg.recipients.startswith("file:")}
-        self.recipient_files = {path: RecipientFile(path) for path in paths}
+        self.recipient_files = {path: RecipientFile(path) for path in recipient_paths(self.cfg)}
         for file in self.recipient_files.values():
             if file.remark:
                 self.log.write("master", file.remark, "warning")
@@ -7020,6 +7226,18 @@ class Server:
             except (OSError, ValueError) as error:
                 raise OSError(0, "certificate %s: %s" % (self.cfg.tls_certificate, error)) from None
         self.door.has_tls = self.certificate is not None
+        self._note_certificate()
+
+    def _note_certificate(self) -> None:
+        self.manager.certificate_end = (self.certificate.dates[1] if self.certificate else 0.0) or INF
+
+    def _renew_certificate(self) -> None:
+        """Now and then; files that cannot be read leave the old one in use."""
+        if self.certificate is not None:
+            remark = self.certificate.renew(self.now.mono)
+            if remark:
+                self.log.write("master", remark, "warning" if "cannot" in remark else "info")
+                self._note_certificate()
 
     def open_control(self) -> None:
         """The socket commands come through; only the spool's owner may connect."""
@@ -7058,7 +7276,12 @@ class Server:
             __version__, os.getpid(), " ".join(map(str, self.manager.listeners)), printable(self.spool.path)))
         self._start_page()
         self.log.flush()
+        self.supervisor.tell("READY=1", "STATUS=" + self._state(), wait_s=NOTIFY_S)
         self._loop()
+
+    def _state(self) -> str:
+        """For the service manager's own status."""
+        return "%d messages waiting, %d connections" % (self.manager.scheduler.messages()[0], len(self.connections))
 
     def _loop(self) -> None:
         while not self._is_over():
@@ -7085,6 +7308,8 @@ class Server:
             self._guard(self._sweep)
         if self.is_news:
             self._guard(self._note_history)
+        if self.now.mono >= self.supervisor.next_ping:
+            self.supervisor.ping(self.now.mono, self._state())
         self.log.flush()
 
     def _guard(self, step: Callable[..., Any], *arguments: Any) -> None:
@@ -7097,7 +7322,7 @@ class Server:
     def _pause(self) -> float:
         if self.reports or self.signals:
             return 0.0
-        at = self.manager.wake(self.now)
+        at = min(self.manager.wake(self.now), self.supervisor.next_ping)
         if self.connections or self.is_sick:
             at = min(at, self.next_sweep)
         if self.stopping is not None:
@@ -7124,7 +7349,11 @@ class Server:
         if number in (signal.SIGTERM, signal.SIGINT):
             self._begin_stop()
         elif number == signal.SIGHUP:
-            self._reload()
+            self.supervisor.tell("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic_ns() // 1000))
+            try:
+                self._reload()
+            finally:
+                self.supervisor.tell("READY=1")
         elif number == signal.SIGUSR1:
             self.log.write("flush", "signal: site=all, messages=%d" % self.manager.scheduler.messages()[0])
             self.manager.flush("all")
@@ -7195,6 +7424,7 @@ class Server:
             return
         self.stopping = self.now.mono
         self.log.write("master", "stopping")
+        self.supervisor.tell("STOPPING=1")
         for sock in list(self.listeners.values()):
             self.selector.unregister(sock)
             sock.close()
@@ -7361,9 +7591,7 @@ class Server:
             assert self.certificate is not None
             connection.tls = Tls.HANDSHAKE
             self._watch(connection, False, False)
-            remark = self.certificate.renew(self.now.mono)
-            if remark:
-                self.log.write("master", remark, "warning" if "cannot" in remark else "info")
+            self._renew_certificate()
             connection.sock = self.certificate.context.wrap_socket(
                 connection.sock, server_side=True, do_handshake_on_connect=False)
         assert isinstance(connection.sock, ssl.SSLSocket)
@@ -7673,6 +7901,7 @@ class Server:
             self._note_history()
             if self.history.is_dirty and self.now.mono >= self.next_history:
                 self._save_history()
+        self._renew_certificate()
         limit = self.cfg.command_timeout
         if len(self.connections) > self.most * STRESS_SHARE:
             limit = min(limit, STRESS_TIMEOUT_S)
@@ -7875,6 +8104,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_mutually_exclusive_group()
     for name in ("check", "demo", "status"):
         commands.add_argument("--" + name, action="store_true")
+    commands.add_argument("--probe", metavar="DOMAIN")
+    commands.add_argument("--print-unit", choices=sorted(UNITS))
     commands.add_argument("--queue", nargs="?", const="all", metavar="DOMAIN")
     commands.add_argument("--show", metavar="ID")
     commands.add_argument("--export", metavar="DOMAIN")
@@ -7882,8 +8113,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name in ENDINGS:
         commands.add_argument("--" + name, metavar="ID|DOMAIN|all")
     given = parser.parse_args(argv)
-    if given.json and not (given.check or given.status or given.queue or given.show or given.flush):
-        raise Usage("--json goes with --check, --flush, --queue, --show or --status")
+    if given.json and not (given.check or given.status or given.queue or given.show or given.flush or given.probe):
+        raise Usage("--json goes with --check, --flush, --probe, --queue, --show or --status")
     return given
 
 
@@ -7906,6 +8137,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return EX_OK
         if given.demo:
             return Demo(print).play()
+        if given.print_unit:
+            print(format_unit(given.print_unit, find_config(given.config)), end="")
+            return EX_OK
         cfg = read_config(find_config(given.config))
         return run_given(given, cfg)
     except ConfigError as error:
@@ -7941,6 +8175,8 @@ def find_config(given: Optional[str]) -> str:
 def run_given(given: argparse.Namespace, cfg: Config) -> int:
     if given.check:
         return check(cfg, given.json)
+    if given.probe:
+        return probe(cfg, given.probe, given.json)
     if given.status:
         return show_status(cfg, given.json)
     if given.queue:
@@ -8009,14 +8245,17 @@ class Account:
 
 def serve(cfg: Config) -> int:
     """Run the relay in the foreground."""
+    supervisor = Supervisor(os.environ)
     account = Account(cfg.user)
     account.assume(cfg.spool)
     log = Log(cfg.log, cfg.log_level, cfg.hostname)
     spool = Spool(cfg.spool)
     spool.open()
     server = Server(cfg, spool, log)
+    server.supervisor = supervisor
     account.resume_root()
     try:
+        server.adopt(supervisor.sockets())
         server.listen()
         server.open_page()
         server.load_certificate()
@@ -8232,6 +8471,342 @@ def change_queue(cfg: Config, command: str, what: str, yes: bool) -> int:
     return code
 
 
+# -- --probe
+
+def in_time(seconds: float, tasks: Sequence[Callable[[], Any]]) -> List[Any]:
+    """What the tasks return, run beside each other.  In its place, the exception
+    of one that failed; of one that did not end in time, a TimeoutError, and its
+    thread is left to its own deadlines."""
+    results: List[Any] = [TimeoutError("no answer within %d s" % seconds) for _ in tasks]
+    todo: "queue.SimpleQueue[Tuple[int, Callable[[], Any]]]" = queue.SimpleQueue()
+    for pair in enumerate(tasks):
+        todo.put(pair)
+
+    def work() -> None:
+        while True:
+            try:
+                number, task = todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                results[number] = task()
+            except Exception as error:
+                results[number] = error
+    end = time.monotonic() + seconds
+    threads = [threading.Thread(target=work, daemon=True) for _ in tasks[:CHECK_THREADS]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return list(results)
+
+
+class Remembering(Resolver):
+    """Asks nothing twice, so that a route can be explained in the terms it was found in."""
+
+    def __init__(self, nameservers: Union[str, Tuple[Endpoint, ...]]) -> None:
+        super().__init__(nameservers)
+        self.known: Dict[Tuple[str, int], Any] = {}
+
+    def _once(self, key: Tuple[str, int], ask: Callable[[], List[Any]]) -> List[Any]:
+        if key not in self.known:
+            try:
+                self.known[key] = ask()
+            except DnsError as error:
+                self.known[key] = error
+        if isinstance(self.known[key], DnsError):
+            raise self.known[key]
+        return list(self.known[key])
+
+    def query(self, name: str, kind: int) -> List[Any]:
+        return self._once((name, kind), lambda: super(Remembering, self).query(name, kind))
+
+    def addresses(self, host: str) -> List[str]:
+        return self._once((host, 0), lambda: super(Remembering, self).addresses(host))
+
+
+def explain_route(plan: Plan) -> Dict[str, Any]:
+    """The hosts a delivery would try, and why it would not try the others."""
+    hops: List[Hop] = []
+    found: Dict[str, Any] = {"hops": hops, "records": [], "warning": None, "error": None}
+    try:
+        route, warning = find_route(plan)
+        hops += route
+        found["warning"] = warning or None
+    except PeerError as error:
+        found["error"] = str(error)
+    if plan.primary == "mx":
+        try:
+            named = [(preference, host, SMTP_PORT) for preference, host in sorted(plan.resolver.query(plan.site, MX))]
+        except DnsError:
+            named = []
+    else:
+        named = [(None, where.host, where.port) for where in plan.primary if isinstance(where, Endpoint)]
+    cut = min((preference for preference, host, _ in named if host == plan.hostname and preference is not None), default=65536)
+    is_looped = False
+    for preference, host, port in named:
+        why, addresses = "", []
+        try:
+            addresses = plan.resolver.addresses(host) if host else []
+        except DnsError as error:
+            why = str(error)
+        if not host:
+            why = "a null MX: the domain says that it takes no mail"
+        elif any(hop.host == host for hop in hops):
+            why = ""
+        elif host == plan.hostname:
+            why = "this host itself"
+        elif (preference or 0) >= cut:
+            why = "no better than this host"
+        elif any(is_own(Hop(host, address, port), plan.listeners) for address in addresses):
+            why, is_looped = "it leads back to this relay", True
+        elif is_looped:
+            why = "behind a host that leads back to this relay"
+        found["records"].append({"preference": preference, "host": host, "addresses": addresses, "why_not": why or None})
+    return found
+
+
+class ProbeClient(Client):
+    """Keeps what it was told, and ends as a whole when its time is over."""
+
+    def __init__(self, hostname: str, until: float) -> None:
+        super().__init__(hostname)
+        self.until = until              # monotonic
+        self.replies: List[str] = []
+
+    def wait(self, seconds: float) -> None:
+        super().wait(min(seconds, PROBE_REPLY_S, self.until - time.monotonic()))
+
+    def getreply(self) -> Tuple[int, bytes]:
+        code, text = super().getreply()
+        self.replies.append(reply_text(code, text))
+        return code, text
+
+
+class Visit:
+    """One host of a route, talked to as a delivery would, but nothing is sent.
+    Whatever `tls` says, its certificate is looked at."""
+
+    def __init__(self, plan: Plan, hop: Hop, until: float, recipient: str = "") -> None:
+        self.plan = plan
+        self.hop = hop
+        self.until = until              # monotonic
+        self.recipient = recipient      # empty: whom the host would take mail for is not asked
+        self.clients: List[ProbeClient] = []
+        self.found: Dict[str, Any] = {
+            "host": hop.host, "address": hop.address, "port": hop.port, "connect_seconds": None, "greeting": None,
+            "extensions": {}, "size": None, "tls": None, "mail": None, "rcpt": None, "takes_mail": False, "error": None}
+
+    def run(self) -> Dict[str, Any]:
+        try:
+            self._walk()
+        except (PeerError, smtplib.SMTPException, OSError, ValueError) as error:
+            self.found["error"] = printable(str(error))
+        for client in self.clients:
+            client.close()
+        return self.found
+
+    def _open(self) -> ProbeClient:
+        client = ProbeClient(self.plan.hostname, self.until)
+        self.clients.append(client)
+        began = time.monotonic()
+        try:
+            sock = socket.create_connection((self.hop.address, self.hop.port), max(0.01, min(PROBE_REPLY_S, self.until - began)))
+        except OSError as error:
+            raise PeerError("connect to %s: %s" % (str(self.hop), error.strerror or error)) from None
+        if self.found["connect_seconds"] is None:
+            self.found["connect_seconds"] = round(time.monotonic() - began, 4)
+        try:
+            client.open(self.hop, sock)
+        finally:
+            self.found["greeting"] = self.found["greeting"] or (client.replies[0] if client.replies else None)
+        client.hello()
+        self._note_extensions(client)
+        return client
+
+    def _note_extensions(self, client: ProbeClient) -> None:
+        """What TLS changes is added to what was offered in the clear."""
+        offered = {name.upper(): text.strip() for name, text in client.esmtp_features.items()}
+        self.found["extensions"].update(offered)
+        if re.fullmatch(r"[0-9]{1,20}", offered.get("SIZE", "")):
+            self.found["size"] = int(offered["SIZE"])
+
+    def _walk(self) -> None:
+        policy = self.plan.cfg.tls
+        client = self._open()
+        is_offered = "starttls" in client.esmtp_features and ssl is not None
+        if is_offered:
+            client = self._look_at_tls(client)
+        tls = self.found["tls"] or {}
+        if not tls.get("protocol"):
+            if policy not in ("none", "may"):
+                raise PeerError(tls.get("error") or "%s does not offer STARTTLS, and tls = %s" % (
+                    self.hop.host, policy.partition(":")[0]))
+        elif policy == "none":
+            self._leave(client)
+            client = self._open()
+        elif policy == "verify" and not tls["verified"]:
+            raise PeerError(tls["error"])
+        else:
+            client.check_pin(policy)
+        self.found["takes_mail"] = bool(self.recipient) and self._ask(client)
+        self._leave(client)
+
+    def _look_at_tls(self, client: ProbeClient) -> ProbeClient:
+        """First as strictly as can be, then as most servers do; each failure costs the
+        connection.  Returns one that is greeted: in TLS, or in the clear where that fails."""
+        tls: Dict[str, Any] = {"protocol": None, "cipher": None, "verified": False, "error": None, "subject": None,
+                               "issuer": None, "names": [], "not_before": None, "not_after": None, "sha256": None}
+        self.found["tls"] = tls
+        for policy in ("verify", "require"):
+            try:
+                client.secure(policy)
+            except TlsError as error:
+                tls["error"] = tls["error"] or re.sub(r" \(_ssl\.c:\d+\)", "", str(error))
+                client = self._open()
+                continue
+            assert isinstance(client.sock, ssl.SSLSocket)
+            self._note_extensions(client)
+            der, cipher = client.sock.getpeercert(binary_form=True) or b"", client.sock.cipher()
+            tls.update(protocol=client.sock.version(), cipher=cipher[0] if cipher else None, verified=policy == "verify",
+                       sha256=hashlib.sha256(der).hexdigest())
+            try:
+                facts = parse_certificate(der)
+                tls.update(subject=facts.subject, issuer=facts.issuer, names=list(facts.names), not_before=facts.since,
+                           not_after=facts.until)
+            except ValueError:
+                pass                    # the handshake took it; only its description is missing
+            break
+        return client
+
+    def _ask(self, client: ProbeClient) -> bool:
+        lines = {"mail": "MAIL FROM:<>", "rcpt": "RCPT TO:<%s>" % self.recipient}
+        for name, line in lines.items():
+            client.write(line.encode("ascii") + b"\r\n", PROBE_REPLY_S)
+            client.wait(COMMAND_S)
+            code, _ = client.getreply()
+            self.found[name] = client.replies[-1]
+            if code // 100 != 2:
+                return False
+        return True
+
+    @staticmethod
+    def _leave(client: ProbeClient) -> None:
+        try:
+            client.wait(2.0)
+            client.docmd("RSET")
+            client.docmd("QUIT")
+        except (PeerError, smtplib.SMTPException, OSError):
+            pass                        # everything of interest was said before
+
+
+def remembered_route(cfg: Config, name: str) -> Tuple[Endpoint, ...]:
+    """The route that worked last, as the relay wrote it down."""
+    try:
+        route = Spool(cfg.spool).load_state()["sites"][name]["route"]
+        return tuple(Endpoint(str(ipaddress.ip_address(host)), int(port)) for host, port in route)
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def probe_plan(cfg: Config, name: str, one: DomainConfig, resolver: Resolver) -> Plan:
+    listeners = tuple(cfg.listen) + tuple(cfg.odmr_listen)
+    return Plan(name, one, one.primary, cfg.hostname, resolver, listeners, remembered_route(cfg, name))
+
+
+def probe(cfg: Config, what: str, as_json: bool) -> int:
+    """Walk a domain's route as a mail admin would.  Nothing is sent, and no lock is needed."""
+    try:
+        name = parse_domain(what)
+    except ValueError:
+        raise Usage("'%s' is not a domain" % printable(what, 100)) from None
+    one = cfg.domain(name)
+    if one is None:
+        if as_json:
+            print_json({"domain": name, "served": False})
+        print("etrn_relay.py: %s: no such domain here" % name, file=sys.stderr)
+        return EX_MISSING
+    found = walk_route(cfg, name, one)
+    if as_json:
+        print_json(found)
+    else:
+        print(format_probe(found), end="")
+    if any(host["takes_mail"] for host in found["hosts"]):
+        return EX_OK
+    return EX_TEMPFAIL if any(host["mail"] for host in found["hosts"]) else EX_UNAVAILABLE
+
+
+def walk_route(cfg: Config, name: str, one: DomainConfig) -> Dict[str, Any]:
+    """The route, then all its hosts beside each other."""
+    primary = one.primary if isinstance(one.primary, str) else [str(where) for where in one.primary]
+    found: Dict[str, Any] = {"domain": name, "served": True, "primary": primary, "tls_policy": one.tls.partition(":")[0],
+                             "records": [], "warning": None, "error": None, "hosts": []}
+    if primary in ("atrn", "etrn"):
+        found["error"] = "mail waits until its server asks for it; there is no host to probe"
+        return found
+    plan = probe_plan(cfg, name, one, Remembering(cfg.nameservers))
+    route = in_time(PROBE_ROUTE_S, [lambda: explain_route(plan)])[0]
+    if isinstance(route, TimeoutError):
+        route = {"hops": [], "error": "DNS: %s" % route}
+    elif isinstance(route, Exception):
+        raise route                     # a bug: nothing else comes out of there
+    hops = route.pop("hops")
+    found.update(route)
+    until = time.monotonic() + PROBE_HOSTS_S
+    visits = [Visit(plan, hop, until, "postmaster@" + name) for hop in hops]
+    for visit, result in zip(visits, in_time(PROBE_HOSTS_S, [visit.run for visit in visits])):
+        found["hosts"].append(dict(visit.found, error=str(result)) if isinstance(result, Exception) else result)
+    return found
+
+
+def format_day(at: Optional[Time]) -> str:
+    try:
+        return time.strftime("%Y-%m-%d", time.gmtime(at)) if at is not None else "?"
+    except (OverflowError, ValueError, OSError):
+        return "beyond this machine's calendar"
+
+
+def format_probe(found: Mapping[str, Any]) -> str:
+    """For people; what comes from outside was through printable(), or goes through it here."""
+    primary = found["primary"] if isinstance(found["primary"], str) else ", ".join(found["primary"])
+    lines = ["%s: primary = %s, tls = %s" % (found["domain"], primary, found["tls_policy"])]
+    for record in found["records"]:
+        rank = "%5s " % record["preference"] if record["preference"] is not None else "  "
+        lines.append("%s%s  %s%s" % (rank, printable(record["host"]) or ".", ", ".join(record["addresses"]) or "no address",
+                                     "  (not used: %s)" % printable(record["why_not"]) if record["why_not"] else ""))
+    lines += ["  %s: %s" % (name, printable(found[name])) for name in ("warning", "error") if found[name]]
+    for host in found["hosts"]:
+        lines += ["", str(Hop(printable(host["host"]), host["address"], host["port"]))]
+        lines += ["  " + line for line in _probe_lines(host, found["domain"])]
+    return "\n".join(lines) + "\n"
+
+
+def _probe_lines(host: Mapping[str, Any], domain: str) -> Iterator[str]:
+    if host["connect_seconds"] is not None:
+        yield "connected in %.0f ms" % (host["connect_seconds"] * 1000)
+    if host["greeting"]:
+        yield "greeting: %s" % host["greeting"]
+    if host["extensions"]:
+        yield "EHLO: %s" % printable(", ".join(" ".join(filter(None, pair)) for pair in sorted(host["extensions"].items())))
+    if host["size"]:
+        yield "SIZE: messages up to %s" % format_size(host["size"])
+    tls = host["tls"]
+    if tls and tls["protocol"]:
+        yield "TLS: %s, %s" % (tls["protocol"], tls["cipher"])
+        yield "certificate: %s; for %s; by %s; %s to %s" % (
+            printable(tls["subject"] or "no subject"), printable(", ".join(tls["names"]) or "no name"),
+            printable(tls["issuer"] or "?"), format_day(tls["not_before"]), format_day(tls["not_after"]))
+        yield "certificate: sha256:%s" % tls["sha256"]
+        yield "certificate: %s" % ("verified for %s" % printable(host["host"]) if tls["verified"] else
+                                   "not verified: %s" % printable(tls["error"]))
+    elif host["extensions"]:
+        yield "TLS: %s" % (printable(tls["error"]) if tls else "not offered")
+    for name, command in (("mail", "MAIL FROM:<>"), ("rcpt", "RCPT TO:<postmaster@%s>" % domain)):
+        if host[name]:
+            yield "%s: %s" % (command, host[name])
+    yield host["error"] or ("it would take mail" if host["takes_mail"] else "it would not take mail now")
+
+
 # -- --check
 
 class Finding(NamedTuple):
@@ -8246,16 +8821,14 @@ VOLATILE = {"tmpfs": "is lost at a power cut", "ramfs": "is lost at a power cut"
 
 
 def check(cfg: Config, as_json: bool) -> int:
-    """Look at DNS, ports and spool; say what is wrong.  Nothing is changed."""
-    findings = [Finding("ok", "config", "%s: %d domains" % (cfg.file, len(cfg.domains)))]
-    if not cfg.domains:
-        findings.append(Finding("warning", "config", "no domain is served: all mail will be refused"))
-    findings += check_spool(cfg)
-    findings += check_ports(cfg)
-    resolver = Resolver(cfg.nameservers)
-    for name, one in cfg.domains.items():
-        if name[0] != ".":
-            findings += check_domain(cfg, one, resolver)
+    """Look at configuration, DNS, ports and spool; say what is wrong.  Nothing is changed."""
+    findings = check_config(cfg) + check_spool(cfg) + check_ports(cfg) + check_certificate(cfg)
+    until = time.monotonic() + CHECK_S
+    names = [name for name in cfg.domains if name[0] != "."]
+    tasks: List[Callable[[], List[Finding]]] = [functools.partial(check_hostname, cfg, Resolver(cfg.nameservers))]
+    tasks += [functools.partial(check_domain, cfg, cfg.domains[name], Remembering(cfg.nameservers), until) for name in names]
+    for name, result in zip(["hostname", *names], in_time(CHECK_S, tasks)):
+        findings += [Finding("warning", name, str(result))] if isinstance(result, Exception) else result
     if as_json:
         print_json([finding._asdict() for finding in findings])
     else:
@@ -8264,13 +8837,54 @@ def check(cfg: Config, as_json: bool) -> int:
     return EX_CONFIG if any(finding.level == "error" for finding in findings) else EX_OK
 
 
+def check_config(cfg: Config) -> List[Finding]:
+    out = [Finding("ok", "config", "%s: %d domains" % (cfg.file, len(cfg.domains)))]
+    if not cfg.domains:
+        out.append(Finding("warning", "config", "no domain is served: all mail will be refused"))
+    for option, address in (("[alerts] mail", cfg.alerts_mail), ("[bounces] postmaster", cfg.bounces_postmaster)):
+        domain = address.rpartition("@")[2].lower()
+        if address and cfg.domain(domain) is not None:
+            out.append(Finding("warning", "config", "%s = %s: this relay serves %s, so that what it has to tell would wait for "
+                               "the very primary that is down" % (option, address, domain)))
+    try:
+        command = shlex.split(cfg.alerts_command)[:1]
+        if command and shutil.which(command[0]) is None:
+            out.append(Finding("error", "config", "[alerts] command: there is no program %s" % command[0]))
+    except ValueError as error:
+        out.append(Finding("error", "config", "[alerts] command: %s" % error))
+    if cfg.log == "syslog" and (syslog is None or not os.path.exists("/dev/log")):
+        out.append(Finding("warning", "config", "log = syslog, but there is %s: nothing will be logged" % (
+            "no /dev/log" if syslog else "no syslog module")))
+    for path in recipient_paths(cfg):
+        try:
+            remark = RecipientFile(path).remark
+            out += [Finding("warning", "config", remark)] if remark else []
+        except OSError as error:
+            out.append(Finding("error", "config", "recipients = file:%s: %s" % (path, error.strerror)))
+    if time.time() < os.path.getmtime(__file__) - 86400.0:
+        out.append(Finding("warning", "clock", "it is %s here: before this program was written" % format_day(time.time())))
+    return out
+
+
 def check_spool(cfg: Config) -> List[Finding]:
+    out: List[Finding] = []
     folder = cfg.spool
     while not os.path.isdir(folder) and folder != os.path.dirname(folder):
         folder = os.path.dirname(folder)
-    out = []
-    if not os.access(folder, os.W_OK | os.X_OK):
-        out.append(Finding("error", "spool", "%s cannot be written" % folder))
+    try:
+        account = Account(cfg.user)
+        wanted = [(path, os.R_OK) for path in [cfg.file, cfg.tls_certificate, cfg.tls_key, *recipient_paths(cfg)]
+                  if path and account.name]
+        if folder == cfg.spool:         # else root makes it, and gives it to the account
+            wanted.append((folder, os.R_OK | os.W_OK | os.X_OK))
+        who = cfg.user or "this account"
+        out += [Finding("error", "spool", "%s cannot write %s" % (who, path)) if path == cfg.spool else
+                Finding("warning", "user", "%s cannot read %s: SIGHUP and renewals will fail" % (who, path))
+                for path in denied(account, wanted)]
+        if folder != cfg.spool and not os.access(folder, os.W_OK | os.X_OK):
+            out.append(Finding("error", "spool", "%s cannot be written" % folder))
+    except OSError as error:
+        out.append(Finding("error", "user", describe(error)))
     kind = file_system(folder)
     if kind in VOLATILE:
         out.append(Finding("warning", "spool", "%s is on %s: mail there %s" % (cfg.spool, kind, VOLATILE[kind])))
@@ -8281,6 +8895,26 @@ def check_spool(cfg: Config) -> List[Finding]:
     return out
 
 
+def denied(account: Account, wanted: Sequence[Tuple[str, int]]) -> List[str]:
+    """Paths that the account may not use so: asked in a child that has become it."""
+    if not account.name:
+        return [path for path, mode in wanted if not os.access(path, mode)]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.initgroups(account.name, account.gid)
+            account.become()
+            os.write(writer, bytes(os.access(path, mode) for path, mode in wanted))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as answers:
+        allowed = answers.read().ljust(len(wanted), b"\0")
+    os.waitpid(child, 0)
+    return [path for (path, _), may in zip(wanted, allowed) if not may]
+
+
 def file_system(folder: str) -> str:
     """The type of the file system a folder is on, where /proc tells."""
     best, kind = "", ""
@@ -8288,6 +8922,7 @@ def file_system(folder: str) -> str:
         with open("/proc/mounts", encoding="utf-8", errors="replace") as mounts:
             for line in mounts:
                 _, point, its, *_ = line.split()
+                point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), point)     # a blank is \040
                 if (os.path.realpath(folder) + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best):
                     best, kind = point, its
     except (OSError, ValueError):
@@ -8297,7 +8932,7 @@ def file_system(folder: str) -> str:
 
 def check_ports(cfg: Config) -> List[Finding]:
     out = []
-    for where in cfg.listen:
+    for where in [*cfg.listen, *cfg.odmr_listen, *filter(None, [cfg.status_listen])]:
         sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
         with sock:
             try:
@@ -8309,8 +8944,9 @@ def check_ports(cfg: Config) -> List[Finding]:
                 out.append(Finding("ok", "port", "%s is free" % str(where)))
             except OSError as error:
                 ours = error.errno == errno.EADDRINUSE and is_running(cfg)
-                out.append(Finding("ok" if ours else "error", "port", "%s: %s" % (
-                    where, "in use by the running relay" if ours else error.strerror)))
+                hint = "; ports below 1024 need root or a service manager" if error.errno == errno.EACCES else ""
+                out.append(Finding("ok" if ours else "error", "port", "%s: %s%s" % (
+                    where, "in use by the running relay" if ours else error.strerror, hint)))
     return out
 
 
@@ -8328,8 +8964,58 @@ def is_running(cfg: Config) -> bool:
                 os.close(directory)
 
 
-def check_domain(cfg: Config, one: DomainConfig, resolver: Resolver) -> List[Finding]:
-    """The MX records must name this host, and a better one; the primary must be found."""
+def check_certificate(cfg: Config) -> List[Finding]:
+    if not cfg.tls_certificate:
+        return [Finding("ok", "tls", "no certificate: STARTTLS is not offered")]
+    if ssl is None:
+        return [Finding("warning", "tls", "this Python has no ssl module: STARTTLS is not offered")]
+    try:
+        Certificate(cfg.tls_certificate, cfg.tls_key)
+        with open(cfg.tls_certificate, "rb") as file:
+            facts = parse_pem(file.read())
+    except (OSError, ValueError) as error:
+        return [Finding("error", "tls", "%s: %s" % (cfg.tls_certificate, error))]
+    left = facts.until - time.time()
+    level, text = "ok", "for %s, until %s" % (", ".join(facts.names), format_day(facts.until))
+    if left < 0:
+        level, text = "error", "expired on %s" % format_day(facts.until)
+    elif left < CERTIFICATE_WARNING_S:
+        level, text = "warning", "expires in %s" % format_duration(left)
+    elif facts.since > time.time():
+        level, text = "warning", "is not valid before %s" % format_day(facts.since)
+    out = [Finding(level, "tls", "%s: %s" % (cfg.tls_certificate, text))]
+    if not facts.is_for(cfg.hostname):
+        out.append(Finding("warning", "tls", "%s: not for %s, but for %s" % (
+            cfg.tls_certificate, cfg.hostname, ", ".join(facts.names) or "no name")))
+    return out
+
+
+def check_hostname(cfg: Config, resolver: Resolver) -> List[Finding]:
+    """Its name must lead here and, as many receivers of notices insist, its address back to the name."""
+    name = cfg.hostname
+    if name.split(".")[-1] in ("localhost", "localdomain", "local") or "." not in name:
+        return [Finding("warning", "hostname", "%s is no name that others know this host by: set hostname" % name)]
+    try:
+        addresses = resolver.addresses(name)
+    except DnsError as error:
+        return [Finding("warning", "hostname", str(error))]
+    if not addresses:
+        return [Finding("warning", "hostname", "%s has no address" % name)]
+    out = [Finding("ok", "hostname", "%s: %s%s" % (name, ", ".join(addresses), "" if any(map(is_local, addresses)) else
+                                                   ", none of them of this machine: it is behind a NAT, or the name is wrong"))]
+    for address in addresses:
+        if ipaddress.ip_address(address).is_global:
+            try:
+                names = resolver.query(ipaddress.ip_address(address).reverse_pointer, PTR)
+            except DnsError:
+                names = []
+            what = "is called " + ", ".join(names) if names else "has no name: many servers refuse notices from there"
+            out.append(Finding("ok" if name in names else "warning", "hostname", "%s %s" % (address, what)))
+    return out
+
+
+def check_domain(cfg: Config, one: DomainConfig, resolver: Resolver, until: float) -> List[Finding]:
+    """The MX records must name this host, and a better one; the primary must be found, and should answer."""
     out = []
     try:
         records: List[Tuple[int, str]] = resolver.query(one.name, MX)
@@ -8337,19 +9023,290 @@ def check_domain(cfg: Config, one: DomainConfig, resolver: Resolver) -> List[Fin
         best = min(records, default=(0, ""))[0]
         if not ours:
             out.append(Finding("warning", one.name, "its MX records do not name %s: no mail will come here" % cfg.hostname))
-        elif min(ours) <= best and all(host == cfg.hostname for preference, host in records if preference <= min(ours)):
+        elif min(ours) <= best:
             out.append(Finding("warning", one.name, "its MX records name no better host than %s" % cfg.hostname))
         else:
             out.append(Finding("ok", one.name, "MX: %s" % ", ".join("%d %s" % record for record in sorted(records))))
     except DnsError as error:
         out.append(Finding("warning", one.name, str(error)))
-    plan = Plan(one.name, one, one.primary, cfg.hostname, resolver, cfg.listen, ())
+    if one.primary in ("atrn", "etrn"):
+        return out
+    plan = probe_plan(cfg, one.name, one, resolver)
     try:
-        hops, _ = find_route(plan)
-        out.append(Finding("ok", one.name, "primary: %s" % ", ".join(map(str, hops))))
+        hops, warning = find_route(plan)
+        out.append(Finding("warning" if warning else "ok", one.name, "primary: %s%s" % (
+            ", ".join(map(str, hops)), " (%s)" % warning if warning else "")))
     except PeerError as error:
-        out.append(Finding("error", one.name, str(error)))
-    return out
+        return [*out, Finding("error", one.name, str(error))]
+    visit: Dict[str, Any] = {"error": "no answer"}
+    for hop in hops:
+        visit = Visit(plan, hop, until, "").run()
+        if not visit["error"]:
+            return [*out, Finding("ok", one.name, "%s answers in %.0f ms%s" % (
+                str(hop), visit["connect_seconds"] * 1000, _size_note(cfg, visit["size"])))]
+    return [*out, Finding("warning", one.name, "its primary does not answer now: %s" % visit["error"])]
+
+
+def _size_note(cfg: Config, size: Optional[int]) -> str:
+    if size and (not cfg.max_message_size or size < cfg.max_message_size):
+        return "; it takes messages up to %s, which is then what this relay announces (max_message_size = %s)" % (
+            format_size(size), format_size(cfg.max_message_size) if cfg.max_message_size else "0")
+    return ""
+
+
+# -- --print-unit
+
+class Service(NamedTuple):
+    """What a unit needs to know."""
+    command: Tuple[str, ...]
+    config: str
+    spool: str
+    log: str                    # a file, stderr or syslog
+    user: str
+    ports: Tuple[int, ...]
+    files: int                  # descriptors
+    remark: str
+
+
+def find_service(config: str) -> Service:
+    """From the configuration, or as it would be without one.  Raises ConfigError and Usage."""
+    config = os.path.abspath(config)
+    command = (sys.executable or "/usr/bin/python3", os.path.abspath(__file__), "--config", config)
+    try:
+        cfg: Optional[Config] = read_config(config)
+    except OSError as error:
+        cfg, remark = None, "%s: %s.  Set  spool = %s  in it" % (config, error.strerror, STATE_SPOOL)
+    if cfg is None:
+        service = Service(command, config, STATE_SPOOL, "stderr", "", (SMTP_PORT,), 65536, remark)
+    else:
+        ports = tuple(where.port for where in [*cfg.listen, *cfg.odmr_listen, *filter(None, [cfg.status_listen])])
+        service = Service(command, config, cfg.spool, cfg.log, cfg.user, ports, max(65536, 2 * cfg.max_connections), "")
+    for path in (*command, service.spool, service.log):
+        if not path.isprintable():
+            raise Usage("%r cannot be named in a unit" % path)
+    return service
+
+
+STATE_SPOOL = "/var/lib/etrn_relay"
+
+
+def quote_systemd(text: str, is_command: bool = False) -> str:
+    """A word of systemd.unit(5), where % starts a specifier; in a command, $ starts a variable."""
+    text = text.replace("%", "%%").replace("$", "$$" if is_command else "$")
+    if not text or re.search(r"[^\w/.:@+=,%$-]", text):
+        return '"%s"' % text.replace("\\", "\\\\").replace('"', '\\"')
+    return text
+
+
+SYSTEMD = """\
+# etrn_relay.service, for /etc/systemd/system.  Then:
+#   systemctl daemon-reload && systemctl enable --now etrn_relay
+# With  log = syslog  the journal's lines have no second time stamp.
+%(remark)s[Unit]
+Description=etrn_relay, a backup mail exchanger
+Wants=network-online.target
+After=network-online.target nss-lookup.target
+
+[Service]
+Type=notify
+ExecStart=%(command)s
+ExecReload=/bin/kill -HUP $MAINPID
+WatchdogSec=60
+Restart=on-failure
+RestartSec=5
+# A wrong command line or configuration does not get better.
+RestartPreventExitStatus=64 78
+TimeoutStopSec=15
+LimitNOFILE=%(files)d
+
+%(account)s
+CapabilityBoundingSet=%(capabilities)s
+AmbientCapabilities=%(capabilities)s
+NoNewPrivileges=yes
+UMask=0077
+ProtectSystem=strict
+%(writable)sProtectHome=%(home)s
+PrivateTmp=%(tmp)s
+PrivateDevices=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RemoveIPC=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+
+# Sockets may be passed instead, and no capability is needed then: as etrn_relay.socket,
+#   [Socket]
+#   ListenStream=0.0.0.0:25
+#   ListenStream=[::]:25
+#   BindIPv6Only=ipv6-only
+#   [Install]
+#   WantedBy=sockets.target
+"""
+
+
+def format_systemd(service: Service) -> str:
+    """Where the spool is below /var/lib, systemd makes it, for an account that exists while the service runs."""
+    account, writable = [], []
+    if is_inside(service.spool, "/var/lib"):
+        account.append("User=%s" % service.user if service.user else "DynamicUser=yes")
+        account.append("StateDirectory=%s" % quote_systemd(os.path.relpath(service.spool, "/var/lib")))
+        account.append("StateDirectoryMode=0700")
+        account.append("# That account must be able to read the configuration, and the files that it names.")
+    else:
+        account.append("User=%s" % service.user if service.user else
+                       "# For an account of its own, set  user,  or  spool = %s.\nUser=root" % STATE_SPOOL)
+        account.append("ExecStartPre=+%s" % " ".join(quote_systemd(word, True) for word in [
+            shutil.which("install") or "/usr/bin/install", "-d", "-m", "0700", "-o", service.user or "root", service.spool]))
+        writable.append(service.spool)
+    if service.log.startswith("/"):
+        writable.append(os.path.dirname(service.log))
+    paths = [*service.command, service.spool, service.log]
+    return SYSTEMD % {
+        "remark": "# %s.\n" % service.remark if service.remark else "", "files": service.files, "account": "\n".join(account),
+        "command": " ".join(quote_systemd(word, True) for word in service.command),
+        "capabilities": "CAP_NET_BIND_SERVICE" if any(0 < port < 1024 for port in service.ports) else "",
+        "writable": "ReadWritePaths=%s\n" % " ".join(map(quote_systemd, writable)) if writable else "",
+        # what a unit hides cannot be run from there
+        "home": "read-only" if any(is_inside(path, "/home", "/root", "/run/user") for path in paths) else "yes",
+        "tmp": "no" if any(is_inside(path, "/tmp", "/var/tmp") for path in paths) else "yes"}
+
+
+def is_inside(path: str, *folders: str) -> bool:
+    return any(path.startswith(folder + "/") for folder in folders)
+
+
+OPENRC = """\
+#!/sbin/openrc-run
+# /etc/init.d/etrn_relay, executable.  Then:  rc-update add etrn_relay && rc-service etrn_relay start
+# It starts as root and becomes the account that  user  in the configuration names.
+%(remark)s
+name="etrn_relay"
+description="A backup mail exchanger"
+supervisor=supervise-daemon
+# Both are evaluated once more, hence quoted twice.
+command=%(program)s
+command_args=%(arguments)s
+umask=077
+no_new_privs=yes
+respawn_delay=5
+respawn_max=0
+rc_ulimit="-n %(files)d"
+%(error_log)sextra_started_commands="reload"
+
+depend() {
+	need net
+	use dns logger
+	after firewall
+}
+
+start_pre() {
+	checkpath -d -m 0700%(owner)s %(spool)s
+}
+
+reload() {
+	ebegin "Rereading the configuration of etrn_relay"
+	supervise-daemon "$RC_SVCNAME" --signal HUP
+	eend $?
+}
+"""
+
+
+def format_openrc(service: Service) -> str:
+    words = [shlex.quote(word) for word in service.command]
+    return OPENRC % {
+        "remark": "# %s.\n" % service.remark if service.remark else "", "files": service.files,
+        "program": shlex.quote(words[0]), "arguments": shlex.quote(" ".join(words[1:])),
+        "owner": " -o " + shlex.quote(service.user) if service.user else "", "spool": shlex.quote(service.spool),
+        "error_log": "error_log=/var/log/etrn_relay.log\n" if service.log == "stderr" else ""}
+
+
+PROCD = """\
+#!/bin/sh /etc/rc.common
+# /etc/init.d/etrn_relay, executable.  Then:  service etrn_relay enable && service etrn_relay start
+# It starts as root and becomes the account that  user  in the configuration names.
+# /var is in memory on most routers: the spool belongs on a disk or stick.
+%(remark)s
+USE_PROCD=1
+START=95
+STOP=10
+
+start_service() {
+	procd_open_instance
+	procd_set_param command %(command)s
+	procd_set_param file %(config)s
+	procd_set_param respawn 3600 5 0
+	procd_set_param limits nofile="%(files)d %(files)d"
+	procd_set_param no_new_privs 1
+	procd_set_param reload_signal HUP
+	procd_set_param stderr 1
+	procd_set_param term_timeout 10
+	procd_close_instance
+}
+"""
+
+
+def format_procd(service: Service) -> str:
+    return PROCD % {"remark": "# %s.\n" % service.remark if service.remark else "", "files": service.files,
+                    "command": " ".join(map(shlex.quote, service.command)), "config": shlex.quote(service.config)}
+
+
+LAUNCHD = """\
+<?xml version="1.0" encoding="UTF-8"?>
+<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
+<!-- /Library/LaunchDaemons/etrn_relay.plist.  Then: launchctl bootstrap system that file.
+     It starts as root and becomes the account that  user  in the configuration names.%(remark)s -->
+<plist version="1.0">
+<dict>
+	<key>Label</key><string>etrn_relay</string>
+	<key>ProgramArguments</key>
+	<array>
+%(command)s
+	</array>
+	<key>RunAtLoad</key><true/>
+	<key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
+	<key>ThrottleInterval</key><integer>10</integer>
+	<key>ExitTimeOut</key><integer>15</integer>
+	<key>Umask</key><integer>63</integer>
+	<key>SoftResourceLimits</key><dict><key>NumberOfFiles</key><integer>%(files)d</integer></dict>
+	<key>HardResourceLimits</key><dict><key>NumberOfFiles</key><integer>%(files)d</integer></dict>
+	<key>StandardErrorPath</key><string>%(error)s</string>
+</dict>
+</plist>
+"""
+
+
+def format_launchd(service: Service) -> str:
+    def escape(text: str) -> str:
+        return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    remark = service.remark.replace("-", "\u2010") if "--" in service.remark else service.remark    # XML comments forbid it
+    return LAUNCHD % {
+        "remark": "\n     %s." % remark if remark else "", "files": service.files,
+        "command": "\n".join("\t\t<string>%s</string>" % escape(word) for word in service.command),
+        "error": "/var/log/etrn_relay.log" if service.log == "stderr" else "/dev/null"}
+
+
+UNITS: Dict[str, Callable[[Service], str]] = {
+    "systemd": format_systemd, "openrc": format_openrc, "procd": format_procd, "launchd": format_launchd}
+
+
+def format_unit(kind: str, config: str) -> str:
+    return UNITS[kind](find_service(config))
 
 
 # -- --demo
