@@ -5449,8 +5449,8 @@ class Bench:
 
 
 # Each fsync takes so many milliseconds longer: what a slow card makes of it.
-SLOW_STARTER = ("import json, os, sys, time; sys.path.insert(0, %r); import etrn_relay; slow = json.loads(sys.argv[1])['SLOW_MS']; "
-                "real = os.fsync; os.fsync = (lambda fd: (time.sleep(slow / 1000), real(fd))[1]) if slow else real; "
+SLOW_STARTER = ("import json, os, sys, time; sys.path.insert(0, %r); import etrn_relay; "
+                "slow = json.loads(sys.argv[1])['SLOW_MS']; real = os.fsync; os.fsync = (lambda fd: (time.sleep(slow / 1000), real(fd))[1]) if slow else real; "
                 "sys.exit(etrn_relay.main(sys.argv[2:]))" % HERE)
 
 
