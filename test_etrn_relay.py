@@ -5414,24 +5414,27 @@ class Bench:
 
     def scale(self) -> None:
         """What a message costs as the queue grows."""
-        for size in [size for size in (1000, 10000, 100000) if size <= self.most]:
-            with Primary() as primary:
-                relay = self.relay(primary)
-                self.start(relay)
-                before = resident_mb(relay)
-                self.stop(relay)
-                for number in range(size):
-                    fill(relay.spool, 0xABC0000000 + number)
-                greeting = self.start(relay)
-                wait(lambda: self.loaded(relay) >= size, "the queue to be read", HARD_S)
-                row("%d messages queued" % size, "", "", "greets after %.1f s" % greeting,
-                    "%.1f KB each" % ((resident_mb(relay) - before) * 1024 / size))
-                self.accept(relay, 1000)
-                began = time.monotonic()
-                relay.run("--queue", DOMAIN)
-                row("--queue %s" % DOMAIN, "", "", "%.1f s" % (time.monotonic() - began), "")
-                self.drain(relay, primary, size + 1000, False)
-                self.stop(relay)
+        for size in (1000, 10000, 100000):
+            if size <= self.most:
+                with Primary() as primary:
+                    self.grown(self.relay(primary), primary, size)
+
+    def grown(self, relay: Relay, primary: Primary, size: int) -> None:
+        self.start(relay)
+        before = resident_mb(relay)
+        self.stop(relay)
+        for number in range(size):
+            fill(relay.spool, 0xABC0000000 + number)
+        greeting = self.start(relay)
+        wait(lambda: self.loaded(relay) >= size, "the queue to be read", HARD_S)
+        row("%d messages queued" % size, "", "", "greets after %.1f s" % greeting,
+            "%.1f KB each" % ((resident_mb(relay) - before) * 1024 / size))
+        self.accept(relay, 1000)
+        began = time.monotonic()
+        relay.run("--queue", DOMAIN)
+        row("--queue %s" % DOMAIN, "", "", "%.1f s" % (time.monotonic() - began), "")
+        self.drain(relay, primary, size + 1000, False)
+        self.stop(relay)
 
     @staticmethod
     def loaded(relay: Relay) -> int:
@@ -5450,7 +5453,8 @@ class Bench:
 
 # Each fsync takes so many milliseconds longer: what a slow card makes of it.
 SLOW_STARTER = ("import json, os, sys, time; sys.path.insert(0, %r); import etrn_relay; "
-                "slow = json.loads(sys.argv[1])['SLOW_MS']; real = os.fsync; os.fsync = (lambda fd: (time.sleep(slow / 1000), real(fd))[1]) if slow else real; "
+                "slow, real = json.loads(sys.argv[1])['SLOW_MS'] / 1000, os.fsync; "
+                "os.fsync = (lambda fd: (time.sleep(slow), real(fd))[1]) if slow else real; "
                 "sys.exit(etrn_relay.main(sys.argv[2:]))" % HERE)
 
 
