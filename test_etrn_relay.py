@@ -237,14 +237,14 @@ class Primary:
                 if not recipients:
                     sock.sendall(b"554 5.5.1 no valid recipients\r\n")
                 elif self._say(sock, verb, argument, "354 go on") == "3":
-                    data = b""
+                    parts = []
                     for one in lines:
                         if one == b".\r\n":
                             break
-                        data += one[1:] if one.startswith(b".") else one
+                        parts.append(one[1:] if one.startswith(b".") else one)
                     else:
                         return          # broke off
-                    message = (sender or "", recipients, data)
+                    message = (sender or "", recipients, b"".join(parts))
                     self._say(sock, ".", argument, "250 2.0.0 taken", functools.partial(self.messages.append, message))
                     sender, recipients = None, []
             elif verb == "BDAT":
