@@ -1218,7 +1218,7 @@ def _parse_option(kind: str, key: str, raw: str, file: str, lines: Sequence[int]
         parsed = KINDS[option.kind](value) if value or option.kind not in ("size", "count", "duration") else None
     except ValueError as error:
         raise ConfigError(file, _line_at_fault(option, parts, lines), "%s: %s" % (key, error)) from None
-    if type(parsed) in (int, float) and not option.low <= parsed <= option.high:
+    if isinstance(parsed, (int, float)) and not isinstance(parsed, bool) and not option.low <= parsed <= option.high:
         raise ConfigError(file, lines[0], "%s: '%s' is out of range (%s)" % (key, value, _range(option)))
     if not _is_built(option, value):
         raise ConfigError(file, lines[0], "%s = %s: not built yet in version %s" % (key, value, __version__))
