@@ -4843,11 +4843,13 @@ class Alerts:
     def sweep(self, sites: Iterable[Site], free: int, now: Now, certificate_end: Time = INF) -> None:
         """Once a second: outages that have lasted, mail that nears its end, a disk that fills, a
         certificate that nobody renews."""
-        for site in sites:
-            at, text = self.down.get(site.name, (INF, ""))
-            if at <= now.mono:
-                del self.down[site.name]
-                self.tell("down", site, text, now)
+        known = {site.name: site for site in sites}
+        for name, (at, text) in list(self.down.items()):
+            if at <= now.mono:          # gone also where its site is: the loop wakes for what is left here
+                del self.down[name]
+                if name in known:
+                    self.tell("down", known[name], text, now)
+        for site in known.values():
             end = site.next_expiry()
             if end is not None and end - now.wall < ALERT_EXPIRY_S and not site.cfg.is_notices:
                 self.once_a_day("expiring", site, "mail will be returned to its senders in %s, %d messages waiting" % (

@@ -5160,6 +5160,18 @@ class LogReaders(Relays):
         self.assertEqual((relay.end(), says(path, "stopped"), says(path + ".1", "configuration reread")), (0, True, False))
 
 
+class Idle(Folder):
+    def test_a_long_outage_that_nobody_is_told_of_lets_the_loop_sleep(self) -> None:
+        with Local(self.folder, domain="probe_interval = 1h\n[alerts]\nafter = 0s\n") as relay:
+            with contextlib.closing(Wire(relay.port)) as client:
+                client.say("EHLO x")
+                client.send(MESSAGE)
+            manager = relay.server.manager
+            wait(lambda: manager.scheduler.sites[DOMAIN].state is etrn.Primary.DOWN, "the outage")
+            wait(lambda: manager.wake(manager.now) > manager.now.mono, "a loop that has nothing to do")
+            self.assertEqual(manager.alerts.down, {})
+
+
 class Misuse(Relays):
     """Odd commands, odd terminals, odd owners."""
 
