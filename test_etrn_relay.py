@@ -30,8 +30,10 @@ import importlib.util
 import io
 import itertools
 import json
+import mailbox
 import os
 import plistlib
+import platform
 import pwd
 import random
 import re
@@ -237,14 +239,14 @@ class Primary:
                 if not recipients:
                     sock.sendall(b"554 5.5.1 no valid recipients\r\n")
                 elif self._say(sock, verb, argument, "354 go on") == "3":
-                    data = b""
+                    parts = []
                     for one in lines:
                         if one == b".\r\n":
                             break
-                        data += one[1:] if one.startswith(b".") else one
+                        parts.append(one[1:] if one.startswith(b".") else one)
                     else:
                         return          # broke off
-                    message = (sender or "", recipients, data)
+                    message = (sender or "", recipients, b"".join(parts))
                     self._say(sock, ".", argument, "250 2.0.0 taken", functools.partial(self.messages.append, message))
                     sender, recipients = None, []
             elif verb == "BDAT":
@@ -433,6 +435,7 @@ primary = %(primary)s
 QUICK = {"PROBE_FIRST_S": 0.05, "TRIGGER_S": 0.05, "RETRY_DISK_S": 0.2}
 STARTER = ("import json, sys; sys.path.insert(0, %r); import etrn_relay; "
            "vars(etrn_relay).update(json.loads(sys.argv[1])); sys.exit(etrn_relay.main(sys.argv[2:]))" % HERE)
+COMMAND = [sys.executable, "-c", STARTER, "{}"]     # as a script would be, without compiling it each time
 
 
 class Relay:
@@ -710,8 +713,83 @@ class Configuration(Folder):
                 ("[domain a.example]\ncutthrough = maybe\n", "etrn.conf:2: cutthrough: 'maybe' is neither yes nor no"),
                 ("[domain a.example]\nretry_interval = 1h\nmax_retry_interval = 1m\n",
                  "etrn.conf:3: max_retry_interval is smaller than retry_interval"),
-                ("[bounces]\npostmaster = me\n", "etrn.conf:2: postmaster: 'me' is not a mail address")]):
+                ("[bounces]\npostmaster = me\n", "etrn.conf:2: postmaster: 'me' is not a mail address"),
+                ("[relay]\nmax_recipients = \u0663\n", "etrn.conf:2: max_recipients: '\u0663' is not a whole number"),
+                ("[relay]\nlisten =\n", "etrn.conf:2: listen: is empty"),
+                ("[relay]\nlisten = ,\n", "etrn.conf:2: listen: is empty"),
+                ("[relay]\nlisten = ::1:25\n", "etrn.conf:2: listen: '::1:25' may or may not end with a port: write [::1]:25"),
+                ("[relay]\nhostname = a\x0bb\n", "etrn.conf:2: hostname: 'a\\x0bb' is not a host name"),
+                ("[domain a.example]\nprimary = mx, mail.a.example\n", "etrn.conf:2: primary: 'mx' stands alone"),
+                ("[domain a.example]\nprimary = mail.a.example:0\n",
+                 "etrn.conf:2: primary: 'mail.a.example:0': there is no port 0"),
+                ("[domain a.example]\nrecipients = file:\n", "etrn.conf:2: recipients: 'file:' needs a path"),
+                ("[domain a.example]\nmax_queue_size = 0\n", "etrn.conf:2: max_queue_size: '0' is out of range"),
+                ("[defaults]\nretry_interval = 1h\nmax_retry_interval = 1m\n[domain a.example]\n",
+                 "etrn.conf:3: max_retry_interval is smaller than retry_interval"),
+                ("[bounces]\npassword = x\n", "etrn.conf:2: password needs username beside it"),
+                ("[tls]\nkey = x\n", "etrn.conf:2: key needs certificate beside it"),
+                ("[relay]\nlifetime = 1d\n",
+                 "etrn.conf:2: unknown option 'lifetime' (it belongs to [domain NAME] or [defaults])"),
+                ("[relay]\npostmaster = a@b.example\n", "etrn.conf:2: unknown option 'postmaster' (it belongs to [bounces])"),
+                ("[Relay]\n", "etrn.conf:1: unknown section [Relay] (did you mean 'relay'?)"),
+                ("[DEFAULT]\nlifetime = 1d\n", "etrn.conf:1: unknown section [DEFAULT] (did you mean 'defaults'?)"),
+                ("[domains a.example]\n", "etrn.conf:1: unknown section [domains a.example] (did you mean 'domain a.example'?)"),
+                ("[domaina.example]\n", "etrn.conf:1: unknown section [domaina.example] (did you mean 'domain a.example'?)"),
+                ("[domain *.example]\n", "etrn.conf:1: [domain *.example]: '*.example' is not a domain (all subdomains"),
+                ("[domain a.example] primary = mx\n", "etrn.conf:1: 'primary = mx' stands behind a [section]")]):
             self.assertTrue(self.error(text).startswith(expected), self.error(text))
+
+    def test_a_fault_is_told_at_its_own_line_wherever_that_is(self) -> None:
+        for text, line in cases(self, [
+                ("[relay]\nlisten = 127.0.0.1:25,\n  # more\n\n  [::1]:zz\n", 5),        # within a list
+                ("[relay]\nlisten =\n  127.0.0.1:25\n  [::1]:25\nzzz = 1\n", 5),          # behind one
+                ("[relay]\n  hostname = a\n  zzz = 1\n", 3),                              # a section all indented
+                ("[relay]\nhostname = a\n  listen = 25\n", 3),                            # goes on with the line above
+                ("[relay]\r\nhostname = a\r\nzzz = 1\r\n", 3),
+                ("[relay]\nhostname = a\x0c\nzzz = 1\n", 3),                              # no line ends there
+                ("\ufeff[relay]\nzzz = 1\n", 2),
+                ("[relay]\nlisten = 25\n; [domain b]\n#zzz = 2\n\n[domain a.example]\nzzz = 1\n", 7)]):
+            self.assertEqual(self.error(text).split(":")[:2], ["etrn.conf", str(line)])
+
+    def test_what_people_write_is_understood(self) -> None:
+        for text, name, value in cases(self, [
+                ("\ufeff[relay]\nhostname = a.example\n", "hostname", "a.example"),
+                ("[relay]\r\nHostName: a.example\r\n", "hostname", "a.example"),
+                ("[relay]\nlisten = 127.0.0.1:25,   # one\n  # more\n\t[::1]:26 ; two\n  ::1\n", "listen",
+                 (("127.0.0.1", 25), ("::1", 26), ("::1", 25))),
+                ("[relay]\ncommand_timeout = 1.5m\n", "command_timeout", 90),
+                ("[relay]\nmax_message_size = 1g\n", "max_message_size", 1 << 30),
+                ("[relay]\nuser = mail # the account\n", "user", "mail"), ("[relay]\nuser = none\n", "user", ""),
+                ("[relay]\nlog = stderr ; for systemd\n", "log", "stderr"),
+                ("[bounces]\nusername = u\npassword = a;b # %d = c\n", "bounces_password", "a;b # %d = c"),
+                ("[bounces]\nusername = u\npassword = file:pw\n", "bounces_password", "file:/x/pw"),
+                ("[alerts]\ncommand = logger %(x)s; true # it\n", "alerts_command", "logger %(x)s; true # it")]):
+            self.assertEqual(getattr(etrn.parse_config(text, "/x/etrn.conf"), name), value)
+        for section, text, name, value in cases(self, [
+                ("[domain a.example]", "cutthrough = yes", "cutthrough", True),
+                ("[domain\tA.Example]", "xclient = on", "xclient", True),
+                ("[ domain  a.example ]", "cutthrough = No", "cutthrough", False),
+                ("[domain a.example]", "max_queue_size = none", "max_queue_size", None),
+                ("[domain a.example]", "delay_notice = 4h", "delay_notice", 14400),
+                ("[domain a.example]", "retry_interval = 2h", "max_retry_interval", 7200),
+                ("[domain a.example]", "max_retry_interval = 5s", "retry_interval", 5),
+                ("[domain a.example]", "primary = [2001:db8::1]\n  mail.example:26", "primary",
+                 (("2001:db8::1", 25), ("mail.example", 26)))]):
+            cfg = etrn.parse_config("%s\n%s\n" % (section, text), "/x/etrn.conf")
+            self.assertEqual(getattr(cfg.domain("a.example"), name), value)
+
+    def test_a_domain_may_be_listed_and_have_a_section(self) -> None:
+        cfg = etrn.parse_config("[relay]\ndomains = A.example b.example\n[domain a.example]\nlifetime = 1h\n", "etrn.conf")
+        self.assertEqual([(name, one.lifetime) for name, one in cfg.domains.items()],
+                         [("a.example", 3600), ("b.example", 604800)])
+
+    def test_the_machine_is_asked_for_its_name_only_where_none_is_given(self) -> None:
+        file = os.path.join(self.folder, "etrn.conf")
+        with mock.patch.object(etrn, "fully_qualified_name", side_effect=["machine.example"]):
+            for text, name in cases(self, [("[relay]\nhostname = a.example\n", "a.example"), ("", "machine.example")]):
+                with open(file, "w", encoding="utf-8") as stream:
+                    stream.write(text)
+                self.assertEqual(etrn.read_config(file).hostname, name)
 
     def test_an_option_whose_feature_is_to_come_is_refused_not_ignored(self) -> None:
         with mock.patch.object(etrn, "OPTIONS", tuple(
@@ -746,8 +824,8 @@ class Configuration(Folder):
             self.assertEqual(getattr(cfg.domain(DOMAIN), name), value)
 
     def test_comments_stand_behind_values_too(self) -> None:
-        cfg = etrn.parse_config("[relay] ; here\n# and\n; there\nmax_recipients = 7   # few\nspool = a #1\n", "/x/etrn.conf")
-        self.assertEqual((cfg.max_recipients, cfg.spool), (7, "/x/a #1"))
+        cfg = etrn.parse_config("[relay] ; here\n# and\n; there\nmax_recipients = 7   # few\nspool = a#1 #2\n", "/x/etrn.conf")
+        self.assertEqual((cfg.max_recipients, cfg.spool), (7, "/x/a#1"))
 
     def test_a_bare_port_means_all_addresses(self) -> None:
         self.assertEqual(config("listen = 2525").listen, (("0.0.0.0", 2525), ("::", 2525)))
@@ -5080,6 +5158,328 @@ class LogReaders(Relays):
         relay.signal(signal.SIGHUP)
         wait(lambda: says(path, "configuration reread"))
         self.assertEqual((relay.end(), says(path, "stopped"), says(path + ".1", "configuration reread")), (0, True, False))
+
+
+class Idle(Folder):
+    def test_a_long_outage_that_nobody_is_told_of_lets_the_loop_sleep(self) -> None:
+        with Local(self.folder, domain="probe_interval = 1h\n[alerts]\nafter = 0s\n") as relay:
+            with contextlib.closing(Wire(relay.port)) as client:
+                client.say("EHLO x")
+                client.send(MESSAGE)
+            manager = relay.server.manager
+            wait(lambda: manager.scheduler.sites[DOMAIN].state is etrn.Primary.DOWN, "the outage")
+            wait(lambda: not manager.alerts.down, "the pending alert to go")      # till then the loop wakes for it at once
+
+
+class Misuse(Relays):
+    """Odd commands, odd terminals, odd owners."""
+
+    def terminal(self, relay: Relay, *arguments: str, answer: bytes = b"") -> Tuple[int, str]:
+        """A command whose input and output are a terminal: exit status and what it showed."""
+        master, slave = os.openpty()
+        with os.fdopen(master, "rb", buffering=0) as screen:
+            process = subprocess.Popen([*COMMAND, "--config", relay.file, *arguments], stdin=slave, stdout=slave,
+                                       stderr=slave)
+            os.close(slave)
+            os.write(master, answer)
+            shown = b""
+            with contextlib.suppress(OSError):              # Linux: EIO when the other side is closed
+                while True:
+                    part = screen.read(4096)
+                    if not part:
+                        break
+                    shown += part
+            return process.wait(DEADLINE_S), shown.decode()
+
+    def test_no_odd_command_starts_a_relay_or_does_anything(self) -> None:
+        relay = Relay(self.folder, "127.0.0.1:9")
+        for arguments in cases(self, [["--flush", ""], ["--queue="], ["--hold", ""], ["--show", ""], ["--config", "", "--queue"],
+                                      ["--yes"], ["--raw"], ["--no-wait"], ["--queue", "--yes"], ["--flush", "#queue"],
+                                      ["--hold", "a b"], ["--delete", "all"], ["--bounce", "ALL"], ["--show"]]):
+            with mock.patch.object(etrn, "serve", side_effect=AssertionError("a relay was started")):
+                code, out, errors = relay.run(*arguments)
+            self.assertEqual((code, out, errors[:14], os.path.exists(relay.spool)), (64, "", "etrn_relay.py:", False))
+        for arguments in cases(self, [["--show", "nosuchid"], ["--show", "../../etc"], ["--show", "ABCDEF12"],
+                                      ["--flush", "x.example"],
+                                      ["--flush", "@x.example"], ["--flush", "b\u00fccher.example"], ["--queue", "abcdef12"],
+                                      ["--export", "x.example"], ["--export", "@x.example"], ["--delete", "x.example"]]):
+            code, out, errors = relay.run(*arguments)
+            self.assertEqual((code, out, errors.count("\n")), (1, "", 1), errors)
+
+    def test_without_any_configuration_it_says_where_one_is_looked_for(self) -> None:
+        if os.path.exists("/etc/etrn.conf"):
+            self.skipTest("this machine has /etc/etrn.conf")
+        environment = {key: value for key, value in os.environ.items() if key != "ETRN_RELAY_CONFIG"}
+        done = subprocess.run([*COMMAND, "--queue"], cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env=environment, check=False)
+        self.assertEqual((done.returncode, done.stdout), (78, b""))
+        self.assertIn(b"neither ./etrn.conf nor /etc/etrn.conf", done.stderr)
+
+    def test_one_message_is_listed_alone_and_shown_with_the_same_attempts(self) -> None:
+        relay = self.relay()
+        relay.send()
+        relay.send(sender="", recipients=["Other@OURDOM.example"])
+        wait(lambda: min(row["recipients"][0]["attempts"] for row in relay.queue()) >= 2, "two attempts each")
+        id = relay.queue()[1]["id"]
+        self.assertEqual([row["id"] for row in relay.json("--queue", id.lower())], [id])
+        one, = relay.json("--show", id)["recipients"]
+        self.assertGreaterEqual(one["attempts"], 2)
+        self.assertRegex(one["last_response"], r"^connect to 127\.0\.0\.1:\d+: Connection refused$")
+        self.assertRegex(relay.run("--show", id)[1], r"<Other@ourdom\.example>: queued, [2-9] attempts")
+
+    def test_a_hold_of_subdomains_or_of_all_holds_the_first_mail_too(self) -> None:
+        for what in cases(self, ["@" + DOMAIN, "all", DOMAIN.upper()]):
+            relay = self.relay(self.primary().start())
+            self.assertEqual(relay.run("--hold", what)[0], 0)
+            relay.send()
+            self.assertEqual([row["state"] for row in relay.queue()], ["held"])
+            relay.run("--release", what)
+            wait(relay.is_empty, "an empty spool")
+
+    def test_flush_tells_of_held_mail(self) -> None:
+        relay = self.relay()
+        relay.send()
+        id = relay.queue()[0]["id"]
+        self.assertEqual(relay.run("--hold", id)[1], "%s: 1 message held\n" % id)
+        self.assertEqual(relay.run("--flush", DOMAIN), (0, DOMAIN + ": nothing is queued, 1 held message not touched\n", ""))
+
+    def test_flush_draws_its_progress_on_a_terminal(self) -> None:
+        primary = self.primary()
+        relay = self.relay(primary)
+        for _ in range(3):
+            relay.send()
+        relay.logged(": down: ")
+        primary.start()
+        code, shown = self.terminal(relay, "--flush", DOMAIN.upper())
+        self.assertEqual(code, 0, shown)
+        last = shown.replace("\r\n", "\n").split("\r")[-1]
+        self.assertRegex(last, r"(?:\[#{40}\] \d of \d\n)?ourdom\.example: (?:3 delivered|\d delivered|nothing is queued)")
+        wait(relay.is_empty, "an empty spool")
+        primary.stop()
+        relay.send()
+        relay.end()
+        primary.start()
+        code, shown = self.terminal(relay, "--flush", "all")        # without a relay
+        self.assertEqual((code, shown.replace("\r\n", "\n").split("\r")[-1]),
+                         (0, "[%s] 1 of 1\nall: 1 delivered, 0 returned, 0 still waiting\n" % ("#" * 40)))
+
+    def test_delete_all_asks_on_a_terminal(self) -> None:
+        relay = self.relay()
+        relay.send()
+        relay.end()
+        for answer, left in cases(self, [(b"\n", 1), (b"\x04", 1), (b"y\n", 0)]):
+            code, shown = self.terminal(relay, "--delete", "all", answer=answer)
+            self.assertEqual((code, "Really delete all queued mail?" in shown, len(relay.queue())), (0, True, left), shown)
+
+    def test_mailbox_reads_an_export_and_its_bodies_come_back(self) -> None:
+        relay = self.relay()
+        bodies = [b"", b"one\r\n", b"From here\r\n>From there\r\n\r\n\r\n", b"no end of line",
+                  "From\u00e9\r\n".encode(), b".\r\n..\r\n"]
+        for body in bodies:
+            relay.send(b"Subject: x\r\n\r\n" + body + (b"" if body.endswith(b"\n") or not body else b"\r\n"))
+        relay.send(sender="j\u00f6rg@sender.example", parameters=" SMTPUTF8")
+        relay.end()
+        file = os.path.join(self.folder, "mbox")
+        with open(file, "wb") as out:
+            subprocess.run([*COMMAND, "--config", relay.file, "--export", "all"], stdout=out, check=True)
+        with contextlib.closing(mailbox.mbox(file)) as box:
+            mails = [box.get_bytes(key).split(b"\n\n", 1)[1] for key in box.keys()]
+            self.assertEqual(box[len(bodies)].get_from().split()[0], "j_rg@sender.example")
+        for body, mail in zip(bodies, mails):
+            back = re.sub(rb"(?m)^>(>*From )", rb"\1", mail).replace(b"\n", b"\r\n")
+            self.assertEqual(back.rstrip(b"\r\n"), body.rstrip(b"\r\n"))
+        if os.path.exists("/dev/full"):
+            with open("/dev/full", "wb") as full:
+                done = subprocess.run([*COMMAND, "--config", relay.file, "--export", "all"], stdout=full,
+                                      stderr=subprocess.PIPE, check=False)
+            self.assertEqual((done.returncode, done.stderr), (75, b"etrn_relay.py: No space left on device\n"))
+
+    def test_a_reader_that_leaves_is_no_error(self) -> None:
+        relay = self.relay()
+        relay.send(b"Subject: x\r\n\r\n" + b"y" * 200000 + b"\r\n")
+        id = relay.queue()[0]["id"]
+        for arguments in cases(self, [["--export", DOMAIN], ["--show", id, "--raw"]]):
+            reader, writer = os.pipe()
+            os.close(reader)
+            done = subprocess.run([*COMMAND, "--config", relay.file, *arguments], stdout=writer, stderr=subprocess.PIPE,
+                                  check=False)
+            os.close(writer)
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root, to become another account")
+    def test_an_account_owns_all_of_its_spool_whoever_commands(self) -> None:
+        os.chmod(self.folder, 0o755)
+        relay = Relay(self.folder, self.primary().address, relay="user = nobody")
+        with relay:
+            relay.send()
+            relay.logged(": down: ")
+            self.assertEqual(relay.end(), 0)
+        self.assertEqual(relay.run("--hold", "all")[0], 0)          # by root, on the spool itself
+        owners = {os.stat(os.path.join(folder, name)).st_uid
+                  for folder, _, files in os.walk(relay.spool) for name in [".", *files]}
+        self.assertEqual((owners, os.geteuid(), os.getegid()), ({pwd.getpwnam("nobody").pw_uid}, 0, 0))
+        for user, why in cases(self, [("nosuch", "there is no such account"), ("nobody", "that account cannot write the spool")]):
+            os.chown(relay.spool, 0, 0)
+            relay.write_config(relay="user = " + user)
+            done = subprocess.run([*COMMAND, "--config", relay.file], stderr=subprocess.PIPE, check=False)
+            self.assertEqual((done.returncode, why in done.stderr.decode()), (78, True), done.stderr)
+
+    def test_what_the_configuration_names_must_be_there_before_a_port_is_bound(self) -> None:
+        for lines in cases(self, [{"relay": "log = missing/relay.log"}, {"bounces": "username = u\npassword = file:missing"},
+                                  {"domain": "recipients = file:missing"},
+                                  {"domain": "[tls]\ncertificate = missing\nkey = missing"},
+                                  {"relay": "spool = etrn.conf"}]):
+            relay = Relay(tempfile.mkdtemp(dir=self.folder), "127.0.0.1:9", **lines)
+            with mock.patch.object(etrn.Server, "listen", side_effect=AssertionError("a port was bound")):
+                code, _, errors = relay.run()
+            self.assertEqual((code, errors.count("\n")), (78, 1), errors)
+
+
+def program(name: str) -> str:
+    """The path of a real program; its test is skipped where there is none."""
+    path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+    if path is None:
+        raise unittest.SkipTest("no %s here" % name)
+    return path
+
+
+class Outage(Relays):
+    """The main job, with programs that are not ours."""
+
+    def smtp_sink(self, port: int, folder: str) -> "subprocess.Popen[bytes]":
+        """Postfix's smtp-sink, which leaves a file for each message; as root it wants to become somebody."""
+        os.chmod(folder, 0o777)
+        command = [program("smtp-sink"), "-d", os.path.join(folder, "mail."), "127.0.0.1:%d" % port, "64"]
+        if os.geteuid() == 0:
+            command[1:1] = ["-u", "nobody"]
+            os.chmod(self.folder, 0o755)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def smtp_source(self, relay: Relay, *arguments: str) -> None:
+        subprocess.run([program("smtp-source"), *arguments, "-t", "user@" + DOMAIN, "127.0.0.1:%d" % relay.port],
+                       check=True, timeout=3 * DEADLINE_S, stdout=subprocess.DEVNULL)
+
+    def test_smtp_source_sends_while_there_is_no_primary_and_smtp_sink_gets_it_all_on_its_return(self) -> None:
+        primary = self.primary()            # for a port that nobody has
+        relay = self.relay(primary)
+        self.smtp_source(relay, "-m", "150", "-s", "10", "-l", "3000", "-N")
+        relay.logged(": down: ")
+        self.assertEqual(len(relay.files()), 300)
+        primary.sock.close()
+        folder = tempfile.mkdtemp(dir=self.folder)
+        self.smtp_sink(primary.port, folder)
+        wait(relay.is_empty, "an empty spool")
+        texts = []
+        for name in os.listdir(folder):
+            with open(os.path.join(folder, name), "rb") as file:
+                texts.append(file.read())
+        self.assertEqual(len({re.search(rb"X-Rcpt-Args: <([^>]*)>", text).group(1) for text in texts}), 150)      # type: ignore
+        self.assertEqual({len(re.findall(rb"(?m)^\tby backup\.example\.net ", text)) for text in texts}, {1})
+
+    def test_mail_of_all_sizes_arrives_octet_for_octet_over_kills_of_the_relay(self) -> None:
+        chance = random.Random(20)
+        sizes = [int(2 ** chance.uniform(6, 17)) for _ in range(60)] + [40 << 20]
+        line = bytes(chance.randrange(32, 256) for _ in range(70)) + b"\r\n"
+        bodies = {"s%d@x.example" % number: b"Subject: %d\r\n\r\n" % number + line * (size // len(line)) + b".\r\n..\r\n"
+                  for number, size in enumerate(sizes)}
+        primary = self.primary()
+        primary.extensions[-1] = "SIZE 100000000"
+        relay = self.relay(primary)
+        taken: List[str] = []
+
+        def send(senders: List[str]) -> None:
+            for sender in senders:
+                while sender not in taken:
+                    with contextlib.suppress(OSError, IndexError):
+                        if relay.send(bodies[sender], sender=sender)[:3] == "250":
+                            taken.append(sender)
+                    time.sleep(0.001)
+        threads = [threading.Thread(target=send, args=([*bodies][part::4],)) for part in range(4)]
+        for thread in threads:
+            thread.start()
+        wait(lambda: len(taken) >= 20)
+        relay.end(signal.SIGKILL)           # in mid-receive
+        relay.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(taken), sorted(bodies))
+        primary.start()
+        wait(lambda: len(primary.messages) >= 20)
+        relay.end(signal.SIGKILL)           # in mid-delivery
+        relay.start()
+        wait(relay.is_empty, "an empty spool")
+        got: Dict[str, set] = collections.defaultdict(set)
+        for sender, _, data in primary.messages:
+            got[sender].add(hashlib.sha256(without_received(data)).digest())
+        self.assertEqual(got, {sender: {hashlib.sha256(body).digest()} for sender, body in bodies.items()})
+
+    def test_fetchmail_asks_for_each_of_its_domains(self) -> None:
+        fetchmail, primary = program("fetchmail"), self.primary()
+        relay = self.relay(primary, domain="[domain two.example]\nprimary = %s" % primary.address)
+        relay.send(recipients=["u@" + DOMAIN])
+        relay.send(recipients=["u@two.example"])
+        file = os.path.join(self.folder, "fetchmailrc")
+        with open(file, "w", encoding="ascii", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+            stream.write("poll 127.0.0.1 service %d protocol ETRN fetchdomains %s two.example\n" % (relay.port, DOMAIN))
+        primary.start()
+        done = subprocess.run([fetchmail, "--nodetach", "--nosyslog", "-f", file, "--pidfile", file + ".pid"], check=False,
+                              env=dict(os.environ, HOME=self.folder, FETCHMAILHOME=self.folder),
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=DEADLINE_S)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        for name in cases(self, [DOMAIN, "two.example"]):
+            relay.logged(r"etrn: site=%s, client=unknown\[127\.0\.0\.1\], messages=\d, reply=25[03]" % re.escape(name))
+        wait(relay.is_empty, "an empty spool")
+
+    def test_msmtp_asks_for_a_queue(self) -> None:
+        msmtp, primary = program("msmtp"), self.primary()
+        relay = self.relay(primary, domain="probe_interval = 1h", PROBE_FIRST_S=3600.0)
+        relay.send()
+        relay.logged(": down: ")
+        primary.start()
+        for queue, status in cases(self, [("other.example", 69), (DOMAIN, 0)]):
+            done = subprocess.run([msmtp, "--file=/dev/null", "--host=127.0.0.1", "--port=%d" % relay.port, "--rmqs=" + queue],
+                                  check=False, stderr=subprocess.PIPE, timeout=DEADLINE_S)
+            self.assertEqual(done.returncode, status, done.stderr)
+        wait(relay.is_empty, "an empty spool")
+
+    def test_the_sample_runs_as_it_is_and_small(self) -> None:
+        """From a fresh folder, as a script; but its two ports are ones that are free here."""
+        primary, own = self.primary(), self.primary()
+        with open(SAMPLE, encoding="utf-8") as file:
+            text = file.read().replace("127.0.0.1:2525", own.address).replace("127.0.0.1:2526", primary.address)
+        with open(os.path.join(self.folder, "etrn.conf.sample"), "w", encoding="utf-8") as file:
+            file.write(text)
+        shutil.copy(SOURCE, self.folder)
+        own.sock.close()
+        with open(os.path.join(self.folder, "log"), "w+", encoding="utf-8") as log:
+            process = subprocess.Popen([sys.executable, "etrn_relay.py", "--config", "etrn.conf.sample"], cwd=self.folder,
+                                       stderr=log)
+            self.addCleanup(process.wait)
+            self.addCleanup(process.kill)
+
+            def has(text: str) -> bool:
+                log.seek(0)
+                return text in log.read()
+            wait(lambda: has("started: "), "the relay")
+            self.memory_is_small(process.pid)
+            with contextlib.closing(Wire(own.port)) as client:
+                client.say("EHLO x")
+                self.assertEqual(client.send(MESSAGE, recipients=["user@example.com"])[:3], "250")
+            primary.start()
+            wait(lambda: primary.messages, "the mail")
+            process.terminate()
+            self.assertEqual(process.wait(DEADLINE_S), 0)
+        self.assertEqual(sorted(os.listdir(self.folder)), ["etrn.conf.sample", "etrn_relay.py", "log", "spool"])
+
+    def memory_is_small(self, pid: int) -> None:
+        """Under 35 MB, with a margin.  Only where Linux tells, and glibc can be asked to give back what it does not need."""
+        with contextlib.suppress(OSError), open("/proc/%d/status" % pid, encoding="ascii") as file:
+            octets = int(re.search(r"VmRSS:\s+(\d+) kB", file.read()).group(1)) << 10      # type: ignore[union-attr]
+            if "glibc" in platform.libc_ver()[0]:
+                self.assertLess(octets, 33 << 20)
 
 
 # == 13. LAYERS ================================================================
