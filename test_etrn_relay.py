@@ -1263,10 +1263,10 @@ class Sessions(unittest.TestCase):
         player = play(b"HELO x\xe2\x80\xae\r\nMAIL FROM:<\"a b\"@b.example>\r\nRCPT TO:<u\xc2\x85@other.example>\r\n"
                       b"RCPT TO:<u@other.example>\r\n")
         notes = [value[0] for what, value in player.actions if what == "note"]
-        self.assertEqual(len(notes), 1)
-        self.assertTrue(notes[0].isprintable(), notes)
-        self.assertTrue(notes[0].startswith("NOQUEUE: reject: RCPT from unknown[192.0.2.7]: 554 5.7.1 <u@other.example>: "),
-                        notes)
+        self.assertTrue(all(note.isprintable() for note in notes), notes)
+        self.assertEqual([note[:54] for note in notes], ["NOQUEUE: reject: RCPT from unknown[192.0.2.7]: 553 5.6",
+                                                         "NOQUEUE: reject: RCPT from unknown[192.0.2.7]: 554 5.7"])
+        self.assertIn(": 554 5.7.1 <u@other.example>: ", notes[1])
 
     def test_our_received_field_is_in_form_whatever_the_client_said(self) -> None:
         for helo, protocol in cases(self, [("EHLO mx.b.example", b"ESMTP"), ("HELO (x); by y", b"SMTP"),
