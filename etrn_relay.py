@@ -3991,6 +3991,8 @@ class Client(smtplib.SMTP):
             self.sock = client_context(policy).wrap_socket(self.sock, server_hostname=self._host)
         except (OSError, ValueError) as error:
             raise TlsError("TLS with %s failed: %s" % (self._host, printable(str(error), 200))) from None
+        except PeerError as error:      # some cut the connection instead of answering
+            raise TlsError(str(error)) from None
         self.check_pin(policy)
         self.helo_resp = self.ehlo_resp = None
         self.esmtp_features = {}
@@ -7264,6 +7266,16 @@ class Server:
                 raise OSError(0, "certificate %s: %s" % (self.cfg.tls_certificate, error)) from None
         return None
 
+    def _reload_certificate(self) -> Optional[Certificate]:
+        """At SIGHUP.  The same files, half renewed or now only root's to read, leave the old certificate in use."""
+        try:
+            return self.load_certificate()
+        except OSError as error:
+            if self.certificate is None or self.certificate.files != (self.cfg.tls_certificate, self.cfg.tls_key):
+                raise
+            self.log.write("master", "%s; the old one stays" % error.strerror, "warning")
+            return self.certificate
+
     def set_certificate(self, certificate: Optional[Certificate]) -> None:
         self.certificate = certificate
         self.door.has_tls = certificate is not None
@@ -7407,12 +7419,13 @@ class Server:
             cfg = read_config(self.cfg.file)
             old, self.cfg = self.cfg, cfg
             try:
-                certificate = self.load_certificate()
+                certificate = self._reload_certificate()
                 self.load_recipients()
             finally:
                 self.cfg = old
         except (ConfigError, OSError) as error:
-            self.log.write("master", "not reloaded, the old configuration stays: %s" % printable(str(error)), "error")
+            text = str(error.strerror if isinstance(error, OSError) and not error.errno else error)
+            self.log.write("master", "not reloaded, the old configuration stays: %s" % printable(text), "error")
             return
         for name in ("spool", "user", "log"):
             if getattr(cfg, name) != getattr(self.cfg, name):

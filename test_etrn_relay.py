@@ -48,8 +48,14 @@ import tempfile
 import threading
 import time
 import unittest
+import warnings
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 from unittest import mock
+
+try:
+    import ssl
+except ImportError:             # the tests that need it are skipped
+    ssl = None                  # type: ignore[assignment]
 
 import etrn_relay as etrn
 
@@ -539,6 +545,56 @@ def run(*arguments: str) -> Tuple[int, str, str]:
         stream.flush()
         texts.append(stream.buffer.getvalue().decode("utf-8"))      # type: ignore[attr-defined]
     return code, texts[0], texts[1]
+
+
+# -- certificates of nobody, for primary.example, localhost and 127.0.0.1, until 2120
+
+PEMS = {"one.pem": """\
+-----BEGIN CERTIFICATE-----
+MIIBkDCCATWgAwIBAgIUBZq752QYadyTpOzi8yGa2ZtttOMwCgYIKoZIzj0EAwIw
+DjEMMAoGA1UEAwwDb25lMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAw
+WjAOMQwwCgYDVQQDDANvbmUwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAAQMNEOd
+g6rYPGgqeqnN+WeKom/xUUbs4XaeMSBpOoQ5euI4RtQdirZze1ZNwI7pEcPFYFXL
+aqnmtF4lEzG1ZVmio28wbTAPBgNVHRMBAf8EBTADAQH/MA4GA1UdDwEB/wQEAwIC
+hDArBgNVHREEJDAigglsb2NhbGhvc3SCD3ByaW1hcnkuZXhhbXBsZYcEfwAAATAd
+BgNVHQ4EFgQUMOcjv8l/5zVs9ndZAcP2uEKKsMkwCgYIKoZIzj0EAwIDSQAwRgIh
+AMAfyL1Uorp/dXzt5j+S8SNR68L8EVr/3iuqKwcoqC+tAiEAz5bPMpsN2JJLQfaq
+D3ULSSMnictwzEkLeN8mrguAqPE=
+-----END CERTIFICATE-----
+""", "one.key": """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQggPjz3lqmiX2VxwIV
+jjzoEF9FDiebsIyjYRj8LOsyrm6hRANCAAQMNEOdg6rYPGgqeqnN+WeKom/xUUbs
+4XaeMSBpOoQ5euI4RtQdirZze1ZNwI7pEcPFYFXLaqnmtF4lEzG1ZVmi
+-----END PRIVATE KEY-----
+""", "two.pem": """\
+-----BEGIN CERTIFICATE-----
+MIIBkDCCATWgAwIBAgIUQL3Rkpd2W86RgQLBobhG1sZEYNEwCgYIKoZIzj0EAwIw
+DjEMMAoGA1UEAwwDdHdvMCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAw
+WjAOMQwwCgYDVQQDDAN0d28wWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAAQTlSqf
+EkFoh0r7wzWt+nua8RyDciO3eP8xD59+VV4Bg7XAMQg3Rn3GI4t75/0vZM1VQnaP
+S4xkYH7lZ9J/5bywo28wbTAPBgNVHRMBAf8EBTADAQH/MA4GA1UdDwEB/wQEAwIC
+hDArBgNVHREEJDAigglsb2NhbGhvc3SCD3ByaW1hcnkuZXhhbXBsZYcEfwAAATAd
+BgNVHQ4EFgQUq3AMYWryfRD4GjwDVuhMcNvvlvwwCgYIKoZIzj0EAwIDSQAwRgIh
+AP9VTPesz5kNvFlloCM7aKURrFRQKUiPXekXj1MVeqo2AiEAn/5pCiQGeY4jw7IQ
+2egupt8KW0FsFyZ9+7w7J8qkOLI=
+-----END CERTIFICATE-----
+""", "two.key": """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg9EXkMXwZOJLEzT/m
+rSRNPqYZEueS2bLNey5BS3UiU1KhRANCAAQTlSqfEkFoh0r7wzWt+nua8RyDciO3
+eP8xD59+VV4Bg7XAMQg3Rn3GI4t75/0vZM1VQnaPS4xkYH7lZ9J/5byw
+-----END PRIVATE KEY-----
+"""}
+LOCKED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIHrMFYGCSqGSIb3DQEFDTBJMCgGCSqGSIb3DQEFDDAbBAh0+ghcUl58RAIBATAM
+BggqhkiG9w0CCQUAMB0GCWCGSAFlAwQBAgQQvqgYjFmZAm7xLxgyJKRJhASBkGP+
+DGRxenJGubVdM8amHyJk796IwA6wdWib1Q3P99eyps09kG0M4SbPi+ESPXHWoS2p
+NLx4yB5DtH05ulwgVCox6FbvKjESbLdtELa7a7aP1VZtoTFjdXsduNlBa1bDNwOu
+wsrvA954zyk8osSizI8qhntTfsoV4SFCFDNquID7hMPGaJpB3mS9E2Bm46rP5A==
+-----END ENCRYPTED PRIVATE KEY-----
+"""
 
 
 # == 2. GRAMMAR ================================================================
@@ -3213,6 +3269,8 @@ class Local:
         log.flush = keep                # type: ignore[method-assign]
         self.server = etrn.Server(self.cfg, self.spool, log)
         self.server.listen()
+        self.server.set_certificate(self.server.load_certificate())
+        self.server.load_recipients()
         self.port = self.server.manager.listeners[0].port
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -3370,6 +3428,453 @@ class Etrn(Relays):
             for name in cases(self, ["../../x", "%2e%2e", "a b", "-x", "*", "@", "@@", "x" * 1500, "ünï..cöde"]):
                 self.assertIn(client.say("ETRN " + name)[:3], ("500", "501", "459"))
         self.assertEqual((sorted(os.listdir(relay.folder)), sorted(os.listdir(relay.spool))), before)
+
+
+# -- TLS
+
+@unittest.skipIf(ssl is None, "this Python has no ssl module")
+class Secured(Relays):
+    """Tests with certificates: files one.pem, one.key, two.pem and two.key."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        for name, text in PEMS.items():
+            with open(os.path.join(self.folder, name), "w", encoding="ascii") as file:
+                file.write(text)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def install(self, certificate: str = "one", key: str = "") -> None:
+        """Put a pair where the relay's is, as a renewal does."""
+        for kind, name in (("pem", certificate), ("key", key or certificate)):
+            shutil.copy(self.path("%s.%s" % (name, kind)), self.path("new"))
+            os.replace(self.path("new"), self.path("relay." + kind))
+
+    def local(self, relay: str = "") -> "Local":
+        self.install()
+        return Local(self.folder, relay, "[tls]\ncertificate = relay.pem\nkey = relay.key\n")
+
+    def quiet(self, local: "Local") -> None:
+        """Nothing that a client did was a bug of ours."""
+        self.assertEqual([line for line in local.log if "bug: " in line], [])
+
+
+class TlsWire(Wire):
+    """A client that has said EHLO and, unless it says otherwise, STARTTLS."""
+
+    def __init__(self, port: int, secure: bool = True, **options: Any) -> None:
+        super().__init__(port)
+        self.say("EHLO client.example")
+        if secure:
+            assert self.say("STARTTLS")[:3] == "220"
+            self.handshake(**options)
+
+    def handshake(self, **options: Any) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        for name, value in options.items():
+            setattr(context, name, value)
+        self.lines.close()
+        self.sock = context.wrap_socket(self.sock)
+        self.lines = self.sock.makefile("rb")
+
+    @property
+    def certificate(self) -> bytes:
+        return self.sock.getpeercert(True)      # type: ignore[attr-defined,no-any-return]
+
+    def rest(self) -> bytes:
+        """All that still comes until the relay closes."""
+        try:
+            return self.lines.read()
+        except OSError:
+            return b""
+
+
+class TlsClients(Secured):
+    def test_a_session_over_tls_is_shown_in_received_and_sidecar(self) -> None:
+        with self.local() as local, TlsWire(local.port, secure=False) as client:
+            self.assertIn("STARTTLS", client.say("EHLO client.example").replace("250-", "").split("\n"))
+            client.say("STARTTLS")
+            client.handshake()
+            self.assertEqual(client.say("MAIL FROM:<>")[:9], "503 5.5.1")
+            self.assertNotIn("STARTTLS", client.say("EHLO again.example"))
+            self.assertEqual(client.say("STARTTLS")[:9], "503 5.5.1")
+            id = client.send(MESSAGE).split()[-1]
+            version = client.sock.version()     # type: ignore[attr-defined]
+            sidecar = local.spool.read_sidecar(id)
+            self.assertEqual(sidecar["client"], {"address": "127.0.0.1", "helo": "again.example", "tls": version})
+            self.assertIn(version, ("TLSv1.2", "TLSv1.3"))
+            header = local.spool.read_header(id).decode()
+            self.assertRegex(header, r"\AReceived: from again\.example \(unknown \[127\.0\.0\.1\]\)\r\n"
+                             r"\t\(using %s with cipher [A-Z0-9_-]+\)\r\n\tby .* with ESMTPS id %s\r\n" % (version, id))
+            self.quiet(local)
+
+    def test_what_comes_behind_starttls_in_the_clear_ends_the_session(self) -> None:
+        with self.local() as local:
+            for injected in cases(self, [b"NOOP\r\n", b"RSET\r\nMAIL FROM:<a@b.example>\r\n", b"\r\n", b"\x16\x03\x01", b"x",
+                                         b"QUIT\r\n" * 3000]):
+                for ahead in (b"", b"NOOP\r\n"):
+                    with TlsWire(local.port, secure=False) as client:
+                        client.raw(ahead + b"STARTTLS\r\n" + injected)
+                        replies = [client.reply()[:9] for _ in range(2 if ahead else 1)]
+                        self.assertEqual((replies[-1], client.rest()), ("501 5.5.1", b""))
+            self.quiet(local)
+
+    def test_what_comes_in_the_clear_after_the_220_is_never_a_command(self) -> None:
+        with self.local() as local:
+            for injected in cases(self, [b"NOOP\r\n", b"MAIL FROM:<a@b.example>\r\n" * 50]):
+                with TlsWire(local.port, secure=False) as client:
+                    client.say("STARTTLS")
+                    client.raw(injected)
+                    with contextlib.suppress(OSError, ValueError):      # the alert of a failed handshake, or nothing
+                        self.assertNotRegex(client.rest(), rb"(?m)^[245]\d\d ")
+            self.assertEqual(spool_files(local.spool.path), [])
+            self.quiet(local)
+
+    def test_all_that_was_said_before_tls_is_forgotten(self) -> None:
+        with self.local() as local:
+            for before in cases(self, [["MAIL FROM:<a@b.example>", "RSET"], ["NOOP"]]):
+                with TlsWire(local.port, secure=False) as client:
+                    client.say(*before, "STARTTLS")
+                    client.handshake()
+                    for command in ("RCPT TO:<u@%s>" % DOMAIN, "DATA", "MAIL FROM:<a@b.example>", "ETRN " + DOMAIN):
+                        self.assertEqual(client.say(command)[:9], "503 5.5.1")
+            with TlsWire(local.port, secure=False) as client:
+                client.say("MAIL FROM:<a@b.example>", "RCPT TO:<u@%s>" % DOMAIN)
+                self.assertEqual(client.say("STARTTLS")[:9], "503 5.5.1")
+                self.assertEqual(client.say("DATA")[:3], "354")
+
+    def test_errors_before_tls_still_count(self) -> None:
+        with self.local() as local, TlsWire(local.port, secure=False) as client:
+            client.say(*["WHAT"] * 10, "STARTTLS")
+            client.handshake()
+            self.assertEqual((client.say("WHAT")[:9], client.rest()), ("421 4.7.0", b""))
+
+    def test_starttls_with_an_argument_and_where_it_is_not_configured(self) -> None:
+        with self.local() as local, TlsWire(local.port, secure=False) as client:
+            self.assertEqual(client.say("STARTTLS now")[:9], "501 5.5.4")
+            self.assertEqual(client.say("NOOP")[:3], "250")
+        with Local(os.path.join(self.folder, "other")) as local, TlsWire(local.port, secure=False) as client:
+            self.assertNotIn("STARTTLS", client.say("EHLO x"))
+            self.assertEqual(client.say("STARTTLS")[:9], "502 5.5.1")
+
+    def test_a_handshake_that_fails_or_stalls_costs_its_own_session_alone(self) -> None:
+        with shorten(HANDSHAKE_S=0.3, SWEEP_S=0.05), self.local() as local, TlsWire(local.port) as good:
+            for said in cases(self, [b"SOMEFAILINGHANDSHAKE\r\n", b"\x16\x03\x01\x40\x00" + b"\0" * 50,
+                                     b"\x15\x03\x03\x00\x02\x02\x28", None, b"", b"\x16\x03"]):
+                with TlsWire(local.port, secure=False) as client:
+                    client.say("STARTTLS")
+                    if said is None:
+                        client.sock.shutdown(socket.SHUT_WR)
+                    else:
+                        client.raw(said)
+                    began = time.monotonic()
+                    self.assertEqual(good.say("NOOP")[:3], "250")
+                    self.assertNotRegex(client.rest(), rb"(?m)^[245]\d\d ")
+                    self.assertLess(time.monotonic() - began, 5.0)
+            wait(lambda: len(local.server.connections) == 1, "the others to be gone")
+            self.quiet(local)
+
+    def test_stalled_handshakes_hold_nobody_up(self) -> None:
+        with self.local() as local, contextlib.ExitStack() as stack:
+            for number in range(40):
+                client = stack.enter_context(TlsWire(local.port, secure=False))
+                client.say("STARTTLS")
+                client.raw(b"\x16\x03\x01\x02\x00\x01"[:number % 7])
+            began = time.monotonic()
+            with TlsWire(local.port) as good:
+                good.say("EHLO x")
+                self.assertEqual(good.send(MESSAGE)[:3], "250")
+            self.assertLess(time.monotonic() - began, 2.0)
+
+    def test_who_does_not_even_read_our_220_is_dropped(self) -> None:
+        class Stuffed(socket.socket):
+            def send(self, data: Any, flags: int = 0) -> int:
+                raise BlockingIOError
+        self.install()
+        local = self.local()
+        spool = opened(local.cfg.spool)
+        self.addCleanup(spool.close)
+        server = etrn.Server(local.cfg, spool, etrn.Log("stderr", "error", "x"))
+        server.set_certificate(server.load_certificate())
+        ours, theirs = socket.socketpair()
+        with theirs:
+            server._welcome(Stuffed(fileno=ours.detach()), "192.0.2.7")
+            connection, = server.connections
+            server._act(connection, connection.session.receive(b"STARTTLS\r\n"))
+            self.assertIs(connection.tls, etrn.Tls.ASKED)
+            server._sweep()
+            self.assertEqual(server.connections, {connection})
+            server.now = etrn.Now(server.now.mono + etrn.HANDSHAKE_S + 1, server.now.wall)
+            server._sweep()
+            self.assertEqual(server.connections, set())
+        server._close()
+
+    def test_old_protocols_are_refused(self) -> None:
+        with self.local() as local:
+            for version in cases(self, ["TLSv1", "TLSv1_1"]):
+                with TlsWire(local.port, secure=False) as client:
+                    client.say("STARTTLS")
+                    with self.assertRaises(OSError), warnings.catch_warnings():
+                        warnings.simplefilter("ignore", DeprecationWarning)
+                        old = ssl.TLSVersion[version]
+                        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+                        context.minimum_version = context.maximum_version = old
+                        context.wrap_socket(client.sock)
+            wait(lambda: sum("TLS handshake failed" in line for line in local.log) == 2, "both refusals in the log")
+            for version in cases(self, ["TLSv1_2", "TLSv1_3"]):
+                with TlsWire(local.port, maximum_version=ssl.TLSVersion[version]) as client:
+                    self.assertEqual(client.sock.version(), version.replace("_", "."))      # type: ignore[attr-defined]
+                    self.assertEqual(client.say("NOOP")[:3], "250")
+
+    @unittest.skipUnless(shutil.which("openssl"), "no openssl program")
+    def test_openssl_s_client_talks_and_cannot_renegotiate(self) -> None:
+        with self.local() as local:
+            context = local.server.load_certificate().context       # type: ignore[union-attr]
+            self.assertTrue(context.options & getattr(ssl, "OP_NO_RENEGOTIATION", 0x40000000))
+            for commands, expected in cases(self, [(b"EHLO x\nnoop\nquit\n", rb"221 2\.0\.0"),
+                                                   (b"R\n", rb"RENEGOTIATING\n[^\n]*error:")]):
+                client = subprocess.Popen(["openssl", "s_client", "-starttls", "smtp", "-tls1_2", "-connect",
+                                           "127.0.0.1:%d" % local.port], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                          stderr=subprocess.STDOUT)
+                assert client.stdin is not None and client.stdout is not None
+                with client.stdin, client.stdout:
+                    said = b""
+                    while b"LIMITS" not in said:        # what was offered in the clear: from now on what is typed is sent
+                        said += client.stdout.readline()
+                    client.stdin.write(commands)
+                    client.stdin.flush()
+                    self.assertRegex(said + client.stdout.read(), expected)
+                    client.wait(DEADLINE_S)
+            self.quiet(local)
+
+    def test_a_renewed_certificate_is_used_and_a_broken_one_is_not(self) -> None:
+        def shown() -> bytes:
+            with TlsWire(local.port) as client:
+                self.assertEqual(client.say("NOOP")[:3], "250")
+                return client.certificate
+        pems = {name: ssl.PEM_cert_to_DER_cert(PEMS[name + ".pem"]) for name in ("one", "two")}
+        with self.local() as local:
+            self.assertEqual(shown(), pems["one"])
+            self.install("two")
+            self.assertEqual(shown(), pems["two"])
+            for text in cases(self, [PEMS["one.pem"], PEMS["one.pem"][:200], "", "-----BEGIN CERTIFICATE-----\n"]):
+                with open(self.path("relay.pem"), "w", encoding="ascii") as file:
+                    file.write(text)            # not the key's, half written, empty
+                for _ in range(3):
+                    self.assertEqual(shown(), pems["two"])
+            os.unlink(self.path("relay.key"))
+            self.assertEqual((shown(), shown()), (pems["two"], pems["two"]))
+            self.install("one")
+            self.assertEqual(shown(), pems["one"])
+            said = [line.partition("]: ")[2][:45].strip() for line in local.log if "certificate" in line]
+            self.assertEqual(said, ["certificate renewed"] + ["warning: the certificate cannot be read, the"] * 5
+                             + ["certificate renewed"])
+
+    def test_a_key_with_a_password_is_refused_not_asked_for(self) -> None:
+        with open(self.path("one.key"), "w", encoding="ascii") as file:
+            file.write(LOCKED_KEY)
+        with self.assertRaisesRegex(OSError, "^"), mock.patch("getpass.getpass", side_effect=AssertionError):
+            etrn.Certificate(self.path("one.pem"), self.path("one.key"))
+
+    def test_sighup_takes_a_new_certificate_and_refuses_a_bad_one(self) -> None:
+        self.install()
+        section = "[tls]\ncertificate = %s\nkey = %s\n" % (self.path("relay.pem"), self.path("relay.key"))
+        relay = self.relay(domain=section)
+        with TlsWire(relay.port, secure=False) as early:
+            relay.write_config(domain=section.replace("relay.", "absent."))
+            relay.signal(signal.SIGHUP)
+            relay.logged("not reloaded, the old configuration stays: certificate ")
+            with TlsWire(relay.port) as client:
+                self.assertEqual(client.say("NOOP")[:3], "250")
+            with open(self.path("relay.pem"), "w", encoding="ascii") as file:
+                file.write("half")
+            relay.write_config(domain=section)
+            relay.signal(signal.SIGHUP)
+            relay.logged("certificate .*; the old one stays")
+            relay.logged("configuration reread")
+            with TlsWire(relay.port) as client:
+                self.assertEqual(client.say("NOOP")[:3], "250")
+            relay.write_config(domain="")
+            since = len(relay.log)
+            relay.signal(signal.SIGHUP)
+            relay.logged("configuration reread", since)
+            with TlsWire(relay.port, secure=False) as client:
+                self.assertEqual(client.say("STARTTLS")[:3], "502")
+            self.assertEqual(early.say("STARTTLS")[:3], "220")      # what was offered holds
+            early.handshake()
+            self.assertEqual(early.say("NOOP")[:3], "250")
+        relay.end()
+        relay.write_config(domain=section)
+        status, _, error = relay.run()
+        self.assertEqual((status, "relay.pem" in error), (etrn.EX_CONFIG, True))
+
+    def test_what_lies_in_the_tls_layer_is_not_forgotten(self) -> None:
+        """A record of many commands, read in small pieces, and reading paused by a client that does not read."""
+        count = 2000                    # one record: no other comes to wake the relay
+        with shorten(COMMAND_OCTETS=64, OUTPUT_MAX=256), self.local() as local, TlsWire(local.port) as client:
+            client.raw(b"NOOP\r\n" * count)
+            self.assertEqual([client.reply()[:3] for _ in range(count)], ["250"] * count)
+            client.say("EHLO x")
+            body = b"x" * 70 + b"\r\n"
+            opening = b"MAIL FROM:<>\r\nRCPT TO:<u@%s>\r\n" % DOMAIN.encode()
+            client.raw(opening + b"DATA\r\n" + body * 100 + b".\r\nNOOP\r\n"
+                       + opening + b"BDAT 7200 LAST\r\n" + body * 100 + b"NOOP\r\n" * 50)
+            self.assertEqual([client.reply()[:3] for _ in range(58)],
+                             ["250", "250", "354"] + ["250"] * 55)
+            self.assertEqual(len(spool_files(local.spool.path)), 4)
+            wait(lambda: not local.server.decrypted, "nothing to be left")
+
+    def test_a_large_message_over_tls_waits_for_a_slow_disk(self) -> None:
+        append = etrn.Spool.append
+
+        def slowly(*arguments: Any) -> None:
+            time.sleep(0.02)
+            append(*arguments)
+        with shorten(UNWRITTEN_MAX=20000, SPILL_OCTETS=10000), mock.patch.object(etrn.Spool, "append", slowly):
+            with self.local() as local, TlsWire(local.port) as client:
+                client.say("EHLO x")
+                data = b"".join(b"%06d %s\r\n" % (number, b"y" * 60) for number in range(6000))
+                id = client.send(data).split()[-1]
+                self.assertEqual(client.say("NOOP")[:3], "250")
+                with open(os.path.join(local.spool.path, id + ".eml"), "rb") as file:
+                    self.assertEqual(without_received(file.read()), data)
+
+    def test_smuggling_vectors_within_tls(self) -> None:
+        with self.local() as local, TlsWire(local.port) as client:
+            client.say("EHLO x")
+            for vector in cases(self, VECTORS):
+                reply = client.say("MAIL FROM:<>", "RCPT TO:<u@%s>" % DOMAIN, "DATA")
+                self.assertEqual(reply[:3], "354")
+                for part in (b"x", vector, EVIL, b"\r\n.", b"\r\n"):
+                    client.raw(part)
+                self.assertEqual((client.reply()[:3], client.say("NOOP")[:3]), ("250", "250"))
+            self.assertEqual(len(spool_files(local.spool.path)), 2 * len(VECTORS))
+
+
+class SecurePrimary(Primary):
+    """A scripted primary that offers STARTTLS.  Script verbs of its own: "STARTTLS", and "TLS", said instead of a handshake."""
+
+    def __init__(self, certificate: str, **script: Any) -> None:
+        super().__init__(**script)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(certificate, certificate.replace(".pem", ".key"))
+        self.connections = 0
+        self.secured = 0
+        self.greeted: List[Any] = []
+
+    def _serve(self, sock: socket.socket) -> None:
+        self.connections += 1
+        try:
+            with sock, sock.makefile("rb") as lines:
+                self._say(sock, "greeting", "", "220 primary.example ESMTP")
+                self.greeted.append(sock)
+                for line in lines:
+                    verb = line.upper().strip()
+                    if verb.startswith(b"EHLO"):
+                        sock.sendall(b"250-primary.example\r\n250-PIPELINING\r\n250 STARTTLS\r\n")
+                    elif verb == b"STARTTLS":
+                        said = self._say(sock, "STARTTLS", "", "220 2.0.0 go")
+                        if "TLS" in self.script:
+                            self._say(sock, "TLS", "", "")
+                        elif said == "2":
+                            return self._secure(sock)
+                    else:
+                        return self._talk(sock, itertools.chain([line], lines))     # type: ignore[arg-type]
+        except (OSError, ValueError):
+            pass
+
+    def _secure(self, sock: socket.socket) -> None:
+        secure = self.context.wrap_socket(sock, server_side=True)
+        self.clients.append(secure)
+        self.secured += 1
+        self.greeted.append(secure)
+        with secure, secure.makefile("rb") as lines:
+            self._talk(secure, lines)
+
+    def _say(self, sock: socket.socket, verb: str, argument: str, default: str) -> str:
+        return "2" if verb == "greeting" and sock in self.greeted else super()._say(sock, verb, argument, default)
+
+
+class TlsPrimaries(Secured):
+    """The `tls` option of a domain."""
+
+    def primary(self, **script: Any) -> SecurePrimary:
+        primary = SecurePrimary(self.path("one.pem"), **script)
+        self.addCleanup(primary.__exit__)
+        primary.start()
+        return primary
+
+    def deliver(self, primary: Primary, policy: str) -> Tuple[str, str]:
+        """What became of a message, and how the connection ended."""
+        spool = opened(os.path.join(self.folder, "spool-%d" % primary.port))
+        self.addCleanup(spool.close)
+        self.assertIsNone(store(spool, "ABC123"))
+        cfg = config("", "primary = localhost:%d\ntls = %s" % (primary.port, policy)).domain(DOMAIN)
+        reports: List[Any] = []
+        courier = etrn.Courier(spool, make_plan(cfg, (etrn.Endpoint("127.0.0.1", primary.port),)), reports.append)
+        courier.jobs["ABC123"] = mock.sentinel.entry
+        courier.inbox.put(etrn.Job("ABC123", DOMAIN))
+        courier.inbox.put(None)
+        courier.start()
+        courier.join(DEADLINE_S)
+        self.assertIsNone(reports[-1].bug)
+        kinds = [result.kind for one in reports if isinstance(one, etrn.Outcome) for result in one.results]
+        return " ".join(kinds), reports[-1].error
+
+    def test_each_policy_with_a_primary_that_offers_tls(self) -> None:
+        pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(PEMS["one.pem"])).hexdigest()
+        for policy, trusted, kind, secured, error in cases(self, [
+                ("none", "", "sent", 0, ""), ("may", "", "sent", 1, ""), ("require", "", "sent", 1, ""),
+                ("verify", "one", "sent", 1, ""), ("verify", "", "", 0, "TLS with .* failed"),
+                ("verify", "two", "", 0, "TLS with .* failed"), ("sha256:" + pin, "", "sent", 1, ""),
+                ("sha256:" + ":".join(re.findall("..", pin.upper())), "", "sent", 1, ""),
+                ("sha256:" + "00" * 32, "", "", 1, "is not the pinned one: sha256:" + pin)]):
+            primary = self.primary()
+            store_of_trust = {"SSL_CERT_FILE": self.path(trusted + ".pem"), "SSL_CERT_DIR": self.path("none")}
+            with mock.patch.dict(os.environ, store_of_trust):
+                got, problem = self.deliver(primary, policy)
+            self.assertEqual((got, primary.connections, len(primary.messages)), (kind, 1, 1 if kind else 0), problem)
+            self.assertRegex(problem, error if error else r"\A\Z")
+            if kind:
+                self.assertEqual(primary.secured, secured)
+            primary.stop()
+
+    def test_only_may_goes_on_in_the_clear_and_on_a_new_connection(self) -> None:
+        faults: List[Dict[str, Any]] = [
+            {"STARTTLS": "454 4.7.0 not now"}, {"STARTTLS": "500 5.5.1 what?"}, {"STARTTLS": CUT}, {"TLS": "no ServerHello"},
+            {"TLS": CUT}, {"STARTTLS": b"220 go\r\n250 INJECTED\r\n", "TLS": CUT}]
+        for fault, policy in cases(self, itertools.product(faults, ("may", "require", "verify", "sha256:" + "00" * 32))):
+            primary = self.primary(**fault)
+            got, error = self.deliver(primary, policy)
+            if policy == "may":
+                self.assertEqual((got, error, primary.connections, primary.secured), ("sent", "", 2, 0))
+            else:
+                self.assertEqual((got, primary.messages, primary.secured), ("", [], 0))
+                self.assertTrue(error)
+            self.assertNotIn("INJECTED", error)
+            primary.stop()
+
+    def test_a_primary_without_starttls_gets_mail_in_the_clear_only_where_that_may_be(self) -> None:
+        for policy, kind in cases(self, [("none", "sent"), ("may", "sent"), ("require", ""), ("verify", ""),
+                                         ("sha256:" + "00" * 32, "")]):
+            primary = Primary().start()
+            self.addCleanup(primary.__exit__)
+            got, error = self.deliver(primary, policy)
+            self.assertEqual((got, "does not offer STARTTLS" in error), (kind, not kind))
+
+    def test_mail_waits_for_a_primary_whose_tls_is_broken_and_is_not_returned(self) -> None:
+        primary = self.primary(TLS=CUT)
+        relay = self.relay(primary, domain="tls = require\nlifetime = 1h")
+        relay.send()
+        relay.logged(r"ourdom\.example: down: TLS with .* failed")
+        self.assertEqual(len(relay.queue()), 1)
+        del primary.script["TLS"]
+        wait(relay.is_empty, "the mail to be delivered")
+        self.assertEqual(primary.secured, 1)
 
 
 class Promise(Relays):
