@@ -1262,6 +1262,177 @@ script("stray newlines in bdat are refused where so configured", RCPT + r"R: BDA
        bodies=[])
 
 
+# -- dialogues that other servers' suites have, 55 of them, by their number in our notes; what deviates says so
+
+def portable(number: int, text: str, ours: str = "", **options: Any) -> None:
+    """`ours`: where our answer is another than those of the server it comes from, and why."""
+    script("portable %02d%s" % (number, " ours" if ours else ""), text, **options)
+
+
+def each(prologue: str, commands: Sequence[str], code: str) -> str:
+    return prologue + "".join("C: %s S: %s\n" % (command, code) for command in commands)
+
+
+def each_mail(paths: Sequence[str], code: str) -> str:
+    return READY + "".join("C: MAIL FROM:%s S: %s\nC: RSET S: 250\n" % (path, code) for path in paths)
+
+
+portable(1, r"S: 220 C: \x80FAIL S: 500")
+portable(2, r"S: 220 C: HELO S: 501 C: EHLO S: 501")
+portable(3, r"S: 220 C: HELO a S: 250 C: HELO b S: 250 C: EHLO c S: 250 C: HELO d S: 250")
+portable(4, r"S: 220 C: EHLO client.example S: 250")
+portable(5, r"S: 220 C: NOOP S: 250 C: NOOP ok S: 250")
+portable(6, r"S: 220 C: QUIT oops S: 221 close", "an argument is ignored, as Postfix does")
+portable(7, r"S: 220 C: HELP S: 214 C: HELP MAIL S: 214")
+portable(8, r"S: 220 C: EXPN a@b S: 502 5.5.1")
+portable(9, r"S: 220 C: MAIL FROM:<a@b.example> S: 503 5.5.1 C: RCPT TO:<u@ourdom.example> S: 503 5.5.1 C: DATA S: 503 5.5.1")
+portable(10, each(READY, ["MAIL", "MAIL <a@b.example>", "MAIL FROM:", "MAIL LALA: <>"], "501"))
+portable(11, r"S: 220 C: HELO a S: 250 C: MAIL FROM:<a@b.example> SIZE=10000 S: 250", "RFC 1870 does no harm after HELO")
+portable(12, each_mail([r"<a@b.example> SIZE=10000", r"  <a@b.example>   SIZE=10000\x20\x20"], "250"))
+portable(13, each_mail(["<> SIZE 10000", "<> SIZE", "<> #$%=!@#", "<> SIZE = 10000"], "501") + "C: MAIL FROM:<> FOO=BAR S: 555")
+portable(14, READY + "C: MAIL FROM:<> SIZE=10001 S: 552 5.3.4", size_limit=10000)
+portable(15, each_mail(["<> SIZE=abc", "<> SIZE=-1"], "501") + "C: MAIL FROM:<> SIZE=99999999999999999999 S: 552",
+         size_limit=10000)
+portable(16, MAIL + "C: MAIL FROM:<b@c.example> S: 503")
+portable(17, each_mail(["<>", " <>"], "250"))
+portable(18, READY + "C: MAIL FROM: Anne <a@b.example> S: 501")
+portable(19, each_mail(['<""@d.example>', '<"Fred Bloggs"@d.example>', r'<"Joe\\\\Blow"@d.example>', '<"Abc@def"@d.example>',
+                        '<"much.more unusual"@d.example>', "<a+b@d.example>", "<customer/department=shipping@d.example>",
+                        "<$A12345@d.example>", "<!def!xyz%abc@d.example>", "<_somename@d.example>", "<x@d>", "<a'b@d.example>",
+                        "<admin@mailserver1>", '<"()<>[]:,;@!#$%&*+-/=?^_`{}| ~.a"@d.example>', "<u@[127.0.0.1]>",
+                        "<u@[IPv6:::1]>", "<u@[ipv6:2001:db8::1]>", "<@r1.example,@r2.example:u@d.example>"], "250"))
+portable(20, each_mail(["<@d.example>", "<u@>", "a b c", "a @ b", "<x y>", "><", "<a@b.example", "<a b@c.example>"], "501"))
+script("more senders that are none", each_mail(["<<a@b.example>>", "<.a@b.example>", "<a..b@c.example>", "<a.@b.example>",
+                                                '<"a"b"@c.example>', "<a@b..example>", "<a@-b.example>", "<a@[1.2.3]>"], "501"))
+portable(21, READY + "C: MAIL FROM:<a@xn---> S: 501")
+portable(22, READY + "C: MAIL FROM:<%s@%s> S: 501" % ("x" * 75, ".".join(["y" * 75] * 4)))
+portable(23, each_mail(["<> BODY=FOOBAR"], "501") + "C: MAIL FROM:<> BODY 9BIT S: 5")
+portable(24, READY + "C: MAIL FROM:<> SMTPUTF8=YES S: 501")
+portable(25, READY + r"C: MAIL FROM:<\xff@d.example> S: 501 C: MAIL FROM:<\xc3\xa9@d.example> S: 553 5.6.7")
+portable(26, READY + "C: RCPT TO:<u@ourdom.example> S: 503")
+portable(27, each(MAIL, ["RCPT", "RCPT <a@b.example>", "RCPT TO:", "RCPT TO:bart <a@b.example>", "RCPT LALA:"], "501"))
+portable(28, MAIL + "C: RCPT TO:<u@ourdom.example> FOOBAR S: 555")
+portable(29, each(MAIL, ["RCPT TO:<Postmaster>", "RCPT TO:<postmaster>", "RCPT TO:<POSTMASTER>"], "250"))
+portable(30, each(MAIL, ["RCPT TO:<u@other.example>"], "554 5.7.1"))
+portable(31, RCPT + "C: RCPT TO:<v@ourdom.example> S: 452 4.5.3 C: DATA S: 354 C: . S: 250", max_recipients=1)
+portable(32, MAIL + "C: RCPT TO:<u@ourdom.example> S: 451", answers={"rcpt": etrn.Reply(451, "4.3.0", "later")})
+portable(33, MAIL + "C: RSET S: 250 C: RSET FOO S: 250 C: DATA S: 503", "an argument is ignored")
+portable(34, MAIL + "C: RSET S: 250 C: RCPT TO:<u@ourdom.example> S: 503\n" + "".join(
+    "C: MAIL FROM:<> S: 250 C: RCPT TO:<u@ourdom.example> S: 250\n"
+    "C: %s S: 250 C: RCPT TO:<u@ourdom.example> S: 503 C: DATA S: 503\n" % greeting for greeting in ("HELO x", "EHLO x", "RSET")))
+portable(35, r"S: 220 C: VRFY a@b.example S: 252 C: VRFY <a@b.example> S: 252 C: VRFY Fred S: 252 C: VRFY S: 501 5.5.4"
+         r" C: VRFY @@ S: 501 5.1.3 C: VRFY a@ S: 501 5.1.3")
+portable(36, READY + "C: DATA S: 503 C: MAIL FROM:<> S: 250 C: DATA S: 503\n"
+         "C: RCPT TO:<u@ourdom.example> S: 250 C: DATA FOOBAR S: 501")
+portable(37, "S: 220\nC:\nS: 500\nC: NOOP S: 250")
+portable(38, "S: 220\nC: %s S: 500\nC: %s S: 500\nC: NOOP S: 250" % ("x" * 513, "x" * 1000000))
+portable(39, "S: 220\n" + "C: FOO S: 500 5.5.2\n" * 10 + "C: FOO S: 421 4.7.0 close", "eleven, of whatever kind")
+portable(40, "S: 220 C: GET / HTTP/1.1 S: 521 5.5.1 close")
+portable(41, DATA + "R: .\\r\\n S: 250", bodies=[b""])
+portable(42, DATA + r"R: test\r\nmail\rdelimiters\nsaved\r\n.\r\n S: 250", "stray newlines are mended, or refused: 550",
+         bodies=[b"test\r\nmail delimiters\r\nsaved\r\n"])
+portable(43, DATA + "C: ..From\nC: ...x\nC: ..\nC: ..This\nC: .\nS: 250", bodies=[b".From\r\n..x\r\n.\r\n.This\r\n"])
+portable(44, DATA + "C: %s\nC: .\nS: 552 5.3.4\n"
+         "C: MAIL FROM:<> S: 250 C: RCPT TO:<u@ourdom.example> S: 250 C: DATA S: 354\nC: %s\nC: .\nS: 250"
+         % ("z" * 99, "z" * 98), size_limit=100, bodies=[b"z" * 98 + b"\r\n"])
+portable(45, DATA + "C: %s" % ("z" * 200), size_limit=100)
+portable(46, DATA + "C: %s\nC: .\nS: 250" % ("y" * 1001), "lines of any length pass unchanged", bodies=[b"y" * 1001 + b"\r\n"])
+portable(47, DATA + "C: %s\nC: %s\nC: .\nS: 552" % ("z" * 600, "y" * 1001), size_limit=500, bodies=[])
+portable(53, r"S: 220 C: HELO a\x00b S: 500")
+portable(54, r"S: 220 C: STARTTLS S: 502 C: EHLO x S: 250 C: STARTTLS S: 502")
+portable(55, READY + r"C: ETRN S: 500 5.5.4 C: ETRN a.example b.example S: 501 5.5.4 C: ETRN a..b S: 501"
+         r" C: ETRN ourdom.example S: 250 C: MAIL FROM:<> S: 250 C: ETRN ourdom.example S: 503",
+         "two names are not a domain: 501; the rest in Etrn")
+ELSEWHERE = {48: "Smuggling", 49: "Attacks.test_who_breaks_off_leaves_nothing_behind",
+             50: "Refusals.test_who_is_idle_too_long_is_told_421",
+             51: "Attacks.test_floods_are_answered_and_hold_nobody_up",      # ours: no limit but of errors
+             52: "Dialogues.test_pipelined_commands_are_answered_in_order"}
+
+script("the eleventh error of any kind and no refusal counts", READY + r"""
+    C: MAIL FROM:<a@b.example> SIZE=99999       S: 552
+    C: MAIL FROM:<\xc3\xa9@b.example>           S: 553
+    C: MAIL FROM:<a@b.example>                  S: 250
+    C: RCPT TO:<u@other.example>                S: 554
+    C: RCPT TO:<a%%b@ourdom.example>            S: 554
+    C: RCPT TO:<\xc3\xa9@ourdom.example>        S: 553
+    C: DATA                     S: 503
+    C: DATA                     S: 503
+    C: MAIL FROM:<>             S: 503
+    C: RCPT TO:<>               S: 501
+    C: RCPT TO:<u@ourdom.example> X=Y           S: 555
+    C: WHAT                     S: 500
+    C: EXPN x                   S: 502
+    C: NOOP \x01                S: 500
+    C: %s                       S: 500
+    C: ETRN ourdom.example      S: 503
+    C: BDAT x                   S: 501
+    C: STARTTLS                 S: 503
+    C: RCPT TO:<u@other.example>                S: 554
+    C: HELO                     S: 421 4.7.0 close""" % ("x" * 3000), size_limit=10000)
+script("any 421 ends the session", READY + "C: MAIL FROM:<> S: 421 close C: NOOP",
+       answers={"mail": etrn.Reply(421, "4.3.2", "bye")})
+script("after a refused chunk there is a way on by rset or the last chunk",
+       RCPT + "R: BDAT 2000\\r\\n%s S: 552" % ("z" * 2000) + r"""
+    C: MAIL FROM:<>             S: 503
+    C: RSET                     S: 250
+    C: MAIL FROM:<>             S: 250
+    C: RCPT TO:<u@ourdom.example>       S: 250
+    R: BDAT 1500\r\n%s          S: 552
+    R: BDAT 3\r\nabc            S: 552
+    C: DATA                     S: 503
+    C: BDAT 0 LAST              S: 552
+    C: MAIL FROM:<>             S: 250""" % ("z" * 1500), size_limit=1000, bodies=[])
+script("a chunk that is over the limit alone ends the session", RCPT + "C: BDAT 2001 S: 552 close", size_limit=1000)
+script("hops are counted in a bdat message too",
+       RCPT + "R: BDAT 2900 LAST\\r\\n%s S: 554 5.4.6" % (r"Received: from a by b; xxxx\r\n" * 100),
+       bodies=[])
+script("a body without a header has no hops", DATA + "C:\nC: text\n" + "C: Received: from a by b; x\n" * 120 + "C:\nC: .\nS: 250")
+script("nothing but nuls is cut off as well", DATA + "R: %s S: 552 5.3.4 close" % ("\\x00" * 80000), size_limit=1000, bodies=[])
+script("without a limit any size is taken", READY + "C: MAIL FROM:<> SIZE=99999999999999999999 S: 250")
+script("names need smtputf8 as well as local parts", READY + r"""
+    C: MAIL FROM:<a@m\xc3\xbcnchen.example>     S: 553 5.6.7
+    C: MAIL FROM:<a@b.example>                  S: 250
+    C: RCPT TO:<u@m\xc3\xbcnchen.example>       S: 553 5.6.7
+    C: RCPT TO:<u@ourdom.example> ORCPT=utf-8;\xc3\xa9@x        S: 553 5.6.7
+    C: RCPT TO:<u@xn--mnchen-3ya.example>       S: 250""")
+script("dsn parameters in and out of form", MAIL + "".join("C: RCPT TO:<u@ourdom.example> %s S: %s\n" % pair for pair in (
+    ("NOTIFY=", "501"), ("NOTIFY=NEVER", "250"), ("NOTIFY=success,delay,failure", "250"), ("NOTIFY=SUCCESS,SUCCESS", "501"),
+    ("NOTIFY=NEVER,NEVER", "501"), ("NOTIFY=DELAY NOTIFY=DELAY", "501"), ("ORCPT=rfc822", "501"), ("ORCPT=;x", "501"),
+    ("ORCPT=rfc822;a+3Db", "250"), ("ORCPT=rfc822;a+3db", "501"), ("ORCPT=rfc822;a+", "501"), ("ORCPT=rfc822;a=b", "501"),
+    ("ORCPT=rfc822;%s" % ("x" * 600), "501"), ("NOTIFY=DELAY ORCPT=rfc822;x", "250"))))
+script("what clients may not pretend to be", each(READY, [
+    "XCLIENT ADDR=192.0.2.1", "XFORWARD ADDR=192.0.2.1", "PROXY TCP4 192.0.2.1 192.0.2.2 1 2", "XEXCH50 1"], "500 5.5.2"))
+
+
+class Portable(unittest.TestCase):
+    def test_all_fifty_five_are_there(self) -> None:
+        here = {int(name.split("_")[2]) for name in dir(Dialogues) if name.startswith("test_portable_")}
+        self.assertEqual(here | set(ELSEWHERE), set(range(1, 56)))
+        for name in cases(self, ELSEWHERE.values()):
+            self.assertTrue(all(hasattr(globals()[name.partition(".")[0]], part) for part in name.split(".")[1:]))
+
+    def test_no_reply_precedes_the_question(self) -> None:
+        """Each command waits for what the server is asked, and gets its own answer."""
+        chance = random.Random(7)
+        session = new_session()
+        session.greet()
+        session.receive(b"EHLO x\r\n")
+        expected, sent = [], b""
+        for number in range(200):
+            code = chance.choice(["250", "450", "550", "452"])
+            expected.append("%s 2.1.%d" % (code, number))
+            sent += b"RCPT TO:<u%d@ourdom.example>\r\n" % number
+        session.receive(b"MAIL FROM:<>\r\n")
+        session.resume(None)
+        replies, actions = b"", session.receive(sent)
+        for text in expected:
+            self.assertIsInstance(actions[-1], etrn.Ask)
+            replies += b"".join(one.data for one in actions if isinstance(one, etrn.Send))
+            actions = session.resume(None if text[0] == "2" else etrn.Reply(int(text[:3]), text[4:], "no"))
+        replies += b"".join(one.data for one in actions if isinstance(one, etrn.Send))
+        self.assertEqual([line[:3] for line in replies.decode().splitlines()], [text[:3] for text in expected])
+
+
 class Sessions(unittest.TestCase):
     def test_the_ehlo_reply_offers_what_the_contract_lists(self) -> None:
         player = play(b"EHLO x\r\n", size_limit=4711)
@@ -3875,6 +4046,383 @@ class TlsPrimaries(Secured):
         del primary.script["TLS"]
         wait(relay.is_empty, "the mail to be delivered")
         self.assertEqual(primary.secured, 1)
+
+
+# -- attacks
+
+def memory_of(pid: int) -> int:
+    """Octets in RAM; 0 where the system does not say."""
+    try:
+        with open("/proc/%d/statm" % pid, encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def processor_time_of(pid: int) -> float:
+    with open("/proc/%d/stat" % pid, encoding="ascii") as file:
+        return sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+LONG = float(os.environ.get("ETRN_RELAY_LONG", "1"))    # so many times longer the fuzz runs, and more clients attack
+
+
+class Attacks(Relays):
+    def opened(self, relay: Relay, count: int) -> List[socket.socket]:
+        """Connections that were greeted."""
+        socks = [socket.create_connection(("127.0.0.1", relay.port), DEADLINE_S) for _ in range(count)]
+        for sock in socks:
+            self.addCleanup(sock.close)
+            self.assertRegex(b"".join(iter(functools.partial(sock.recv, 1), b"\n")), rb"\A220 [^\r]+\r\Z")
+        return socks
+
+    def timed_message(self, relay: Relay) -> float:
+        began = time.monotonic()
+        self.assertEqual(relay.send()[:3], "250")
+        return time.monotonic() - began
+
+    def test_hundreds_of_slow_clients_hold_nobody_up(self) -> None:
+        count = min(900, int(250 * LONG))
+        relay = self.relay(relay="max_connections_per_client = 0")
+        socks = self.opened(relay, count)
+        for number, sock in enumerate(socks):   # each stops at another point of the dialogue
+            sock.sendall([b"", b"EH", OPENING, OPENING + b"DATA\r\nx", OPENING + b"BDAT 100000\r\nx"][number % 5])
+        wait(lambda: relay.json("--status")["connections"] == count, "all to be connected")
+        assert relay.process is not None
+        used = processor_time_of(relay.process.pid)
+        self.assertLess(min(self.timed_message(relay) for _ in range(3)), 1.0)
+        time.sleep(0.5)                 # nothing happens in it, which is what is measured
+        self.assertLess(processor_time_of(relay.process.pid) - used, 0.4)
+
+    def test_floods_are_answered_and_hold_nobody_up(self) -> None:
+        relay = self.relay()
+        opening = b"EHLO x\r\nMAIL FROM:<>\r\n"
+        floods = [b"NOOP\r\n", b"RSET\r\n", b"EHLO x\r\n", b"VRFY x\r\n", b"HELP\r\n", b"RCPT TO:<u@other.example>\r\n",
+                  b"RCPT TO:<u@ourdom.example>\r\n", b"RSET\r\nETRN ourdom.example\r\n", b"RSET\r\nMAIL FROM:<>\r\n"]
+        socks = self.opened(relay, len(floods))
+        stop = threading.Event()
+
+        def flood() -> None:
+            left = {sock: opening + line * 1000 for sock, line in zip(socks, floods)}
+            lines = dict(zip(socks, floods))
+            for sock in socks:
+                sock.setblocking(False)
+            while not stop.is_set():
+                readable, writable, _ = select.select(socks, socks, [], 1.0)
+                for sock in readable:
+                    counts[sock] += sock.recv(65536).count(b"\n")
+                for sock in writable:
+                    left[sock] = left[sock][sock.send(left[sock]):] or lines[sock] * 1000
+        counts: Dict[socket.socket, int] = collections.Counter()
+        thread = threading.Thread(target=flood, daemon=True)
+        thread.start()
+        try:
+            wait(lambda: all(counts[sock] > 200 for sock in socks), "replies to each flood")
+            self.assertLess(min(self.timed_message(relay) for _ in range(5)), 2.0)
+        finally:
+            stop.set()
+            thread.join(DEADLINE_S)
+        assert relay.process is not None
+        self.assertLess(memory_of(relay.process.pid), 200 << 20)
+        unknown, = self.opened(relay, 1)
+        with contextlib.suppress(OSError):
+            unknown.sendall(b"WHAT\r\n" * 100000)
+        self.assertIn(b"421 4.7.0", b"".join(iter(lambda: self.read(unknown), b"")))
+
+    @staticmethod
+    def read(sock: socket.socket) -> bytes:
+        try:
+            return sock.recv(65536)
+        except OSError:
+            return b""
+
+    def test_clients_that_never_read_cost_little_and_are_cut_off(self) -> None:
+        relay = self.relay(relay="command_timeout = 1s", LINGER_S=0.3)
+        assert relay.process is not None
+        before = memory_of(relay.process.pid)
+        socks = self.opened(relay, 10)
+        for sock in socks:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                for _ in range(2000):
+                    sock.send(b"HELP\r\n" * 1000)
+        self.assertLess(self.timed_message(relay), 2.0)
+        self.assertLess(memory_of(relay.process.pid) - before, 30 << 20)
+        wait(lambda: relay.json("--status")["connections"] == 0, "them to be cut off")
+
+    def test_slow_loris_is_cut_off_at_every_stage(self) -> None:
+        relay = self.relay(relay="command_timeout = 1s")
+        opening = b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<u@ourdom.example>\r\n"
+        stages = [b"", b"EHLO x\r\nNO", opening + b"DATA\r\n", opening + b"BDAT 99999\r\n", b"EHLO x\r\nBDAT 99999\r\n",
+                  b"EHLO x\r\n" + b"z" * 5000, opening + b"DATA\r\nSubject: "]
+        drips = [b"", b"x", b"x", b"x", b"x", b"x", b"\0"]
+        socks = self.opened(relay, len(stages))
+        for sock, stage in zip(socks, stages):
+            sock.sendall(stage)
+        ended: Dict[socket.socket, bytes] = {}
+        said: Dict[socket.socket, bytes] = collections.defaultdict(bytes)
+
+        def drip() -> bool:
+            time.sleep(0.05)
+            for sock, octet in zip(socks, drips):
+                if sock in ended:
+                    continue
+                with contextlib.suppress(OSError):
+                    sock.sendall(octet)
+                while select.select([sock], [], [], 0)[0]:
+                    data = self.read(sock)
+                    said[sock] += data
+                    if not data:
+                        ended[sock] = said[sock]
+                        break
+            return len(ended) == len(socks)
+        wait(drip, "all to be cut off")
+        for sock in cases(self, socks):
+            self.assertIn(b"421 4.4.2", ended[sock])
+        self.assertEqual((relay.files(), os.listdir(os.path.join(relay.spool, "incoming"))), ([], []))
+
+    def test_endless_lines_headers_and_data_take_no_memory(self) -> None:
+        relay = self.relay(relay="max_message_size = 2M")
+        assert relay.process is not None
+        relay.send()
+        before = memory_of(relay.process.pid)
+        block = b"y" * 65536
+        opening = "MAIL FROM:<>", "RCPT TO:<u@%s>" % DOMAIN
+        for start, part, closes in cases(self, [("", block, False), ("DATA", block, True), ("DATA", b"X-Y: z\r\n" * 8192, True),
+                                                ("DATA", b"\r\n" * 32768, True), ("BDAT 2100000", block, False),
+                                                ("DATA", b"\0" * 65536, True), ("DATA", b"\r\n..\r\n." * 8192, True)]):
+            with relay.client() as client:
+                if start:
+                    client.say(*opening)
+                    client.raw(start.encode() + b"\r\n")
+                with contextlib.suppress(OSError):
+                    for _ in range(120 if closes else 32):
+                        client.raw(part)
+                if closes:
+                    client.sock.settimeout(DEADLINE_S)
+                    with contextlib.suppress(OSError):          # our 552, unless the reset came before it
+                        self.assertIn(client.reply()[:3], ("354", "552"))
+                else:
+                    client.raw(b"\r\nNOOP\r\n" if not start else b"y" * (2100000 - 32 * 65536 if 2100000 > 32 * 65536 else 0))
+                    if not start:
+                        self.assertEqual((client.reply()[:9], client.reply()[:3]), ("500 5.5.2", "250"))
+            self.assertLess(memory_of(relay.process.pid) - before, 24 << 20)
+        self.assertLess(self.timed_message(relay), 2.0)
+        self.assertEqual(len(relay.files()), 6)        # two small ones, and that of 2,100,000 octets
+        wait(lambda: os.listdir(os.path.join(relay.spool, "incoming")) == [], "nothing to be half kept")
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
+    def test_out_of_descriptors_new_clients_are_turned_away_and_the_loop_rests(self) -> None:
+        import resource
+        relay = self.relay(relay="max_connections_per_client = 0")
+        assert relay.process is not None
+        pid = relay.process.pid
+        held = self.opened(relay, 5)
+        hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
+        highest = max(map(int, os.listdir("/proc/%d/fd" % pid)))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 4, hard))
+        late = [socket.create_connection(("127.0.0.1", relay.port), DEADLINE_S) for _ in range(20)]
+        for sock in late:
+            self.addCleanup(sock.close)
+        said = [self.read(sock)[:4] for sock in late]
+        self.assertEqual(set(said), {b"220 ", b"421 "})
+        self.assertGreaterEqual(said.count(b"421 "), 10)
+        used = processor_time_of(pid)
+        time.sleep(0.5)                 # the loop must have nothing to do
+        self.assertLess(processor_time_of(pid) - used, 0.2)
+        held[0].sendall(b"NOOP\r\n")    # who is in is served
+        self.assertIn(b"250 2.0.0", b"".join(iter(lambda: held[0].recv(1), b"\n")))
+        for sock in [*held, *late]:
+            sock.close()
+        wait(lambda: self.greeted(relay.port), "room for a new client")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+        self.assertEqual(relay.send()[:3], "250")
+        self.assertEqual([line for line in relay.log if "bug: " in line], [])
+
+    @staticmethod
+    def greeted(port: int) -> bool:
+        with Wire(port) as wire:
+            return wire.greeting.startswith("220")
+
+    def test_a_listener_rests_when_even_the_reserve_is_gone(self) -> None:
+        with shorten(SWEEP_S=0.05), Local(self.folder) as local:
+            real = socket.socket.accept
+            failures = [errno.EMFILE, errno.ENFILE, errno.ENOMEM]
+
+            def accept(sock: socket.socket) -> Any:
+                if failures and sock in local.server.listeners.values():
+                    if local.server.reserve >= 0:
+                        os.close(local.server.reserve)
+                        local.server.reserve = -1
+                    raise OSError(failures.pop(), "none left")
+                return real(sock)
+            with mock.patch.object(socket.socket, "accept", accept):
+                with Wire(local.port) as client:
+                    self.assertEqual(client.greeting[:3], "220")
+            self.assertEqual(failures, [])
+            self.assertGreaterEqual(local.server.reserve, 0)
+            self.assertEqual(sum("out of file descriptors" in line for line in local.log), 3)
+
+    def test_who_breaks_off_leaves_nothing_behind(self) -> None:
+        relay = self.relay()
+        opening = b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<u@ourdom.example>\r\n"
+        for sent, how in cases(self, itertools.product(
+                [b"", b"EH", b"HELO x\r\n", b"z" * 5000, opening + b"DATA\r\n", opening + b"DATA\r\nhalf a line",
+                 opening + b"DATA\r\n" + b"x" * 200000 + b"\r\n.", opening + b"BDAT 5\r\nabcdeBDAT 10 LAST\r\nabc"],
+                ("FIN", "RST"))):
+            sock, = self.opened(relay, 1)
+            sock.sendall(sent)
+            if how == "RST":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+        wait(lambda: relay.json("--status")["connections"] == 0, "all to be gone")
+        wait(lambda: os.listdir(os.path.join(relay.spool, "incoming")) == [], "nothing to be half kept")
+        self.assertEqual((relay.files(), [line for line in relay.log if "bug: " in line]), ([], []))
+
+    def test_a_client_that_sends_all_and_closes_its_half_gets_its_replies(self) -> None:
+        relay = self.relay()
+        sock, = self.opened(relay, 1)
+        sock.sendall(b"EHLO x\r\nMAIL FROM:<>\r\nRCPT TO:<u@ourdom.example>\r\nDATA\r\nx\r\n.\r\nQUIT\r\n")
+        sock.shutdown(socket.SHUT_WR)
+        self.assertRegex(b"".join(iter(lambda: self.read(sock), b"")),
+                         rb"354 [^\r]*\r\n250 2\.0\.0 Ok: queued[^\r]*\r\n221 [^\r]*\r\n\Z")
+
+    def test_timeouts_shrink_when_connections_run_short(self) -> None:
+        relay = self.relay(relay="max_connections = 10", STRESS_TIMEOUT_S=0.3, SWEEP_S=0.1)
+        calm = self.opened(relay, 7)
+        self.assertEqual(select.select(calm, [], [], 1.0)[0], [])
+        more = self.opened(relay, 2)
+        wait(lambda: len(select.select(calm, [], [], 0)[0]) >= 1, "a 421 to the idle")
+        self.assertIn(b"421 4.4.2", b"".join(self.read(sock) for sock in select.select(calm, [], [], 0)[0]))
+        self.assertEqual(len(more), 2)
+
+    def test_who_speaks_before_the_banner_is_turned_away(self) -> None:
+        relay = self.relay(relay="greet_pause = 1s")
+        hasty, patient, gone = (socket.create_connection(("127.0.0.1", relay.port), DEADLINE_S) for _ in range(3))
+        began = time.monotonic()
+        with hasty, patient:
+            gone.close()
+            hasty.sendall(b"EHLO x\r\n")
+            self.assertRegex(b"".join(iter(lambda: self.read(hasty), b"")), rb"\A521 5\.5\.1 [^\r]*\r\n\Z")
+            self.assertLess(time.monotonic() - began, 0.9)
+            self.assertEqual(patient.recv(4), b"220 ")
+            self.assertGreater(time.monotonic() - began, 0.9)
+        relay.logged(r"NOQUEUE: reject: PREGREET from unknown\[127\.0\.0\.1\]: 521 5\.5\.1")
+
+    def test_messages_a_minute_are_limited_but_not_for_the_trusted(self) -> None:
+        for trusted, limited in cases(self, [("none", True), ("127.0.0.0/8", False)]):
+            relay = self.relay(relay="max_message_rate = 2\ntrusted_clients = " + trusted)
+            with relay.client() as client:
+                replies = []
+                for _ in range(6):              # the minute may end meanwhile, once
+                    replies.append(client.say("MAIL FROM:<>")[:9])
+                    client.say("RSET")
+            self.assertEqual(set(replies), {"250 2.1.0", "450 4.7.1"} if limited else {"250 2.1.0"})
+
+    def test_a_queue_that_is_full_takes_no_more_declared_or_not(self) -> None:
+        relay = self.relay(domain="max_queue_size = 3000\n[domain roomy.example]\n")
+        with relay.client() as client:
+            self.assertEqual(client.send(b"x" * 2000 + b"\r\n")[:3], "250")
+            self.assertEqual(client.send(b"x" * 20 + b"\r\n", parameters=" SIZE=2000")[:9], "452 4.2.2")
+            client.say("RSET")
+            self.assertEqual(client.send(b"x" * 2000 + b"\r\n")[:9], "452 4.2.2")
+            self.assertEqual(client.send(b"x" * 2000 + b"\r\n", recipients=["u@roomy.example"])[:3], "250")
+            self.assertEqual(client.send(b"x" * 20 + b"\r\n")[:3], "250")
+        self.assertEqual(len(relay.files()), 6)
+        wait(lambda: os.listdir(os.path.join(relay.spool, "incoming")) == [], "nothing to be half kept")
+
+    def test_an_ipv6_network_is_one_client(self) -> None:
+        cfg = config("max_connections_per_client = 2\ntrusted_clients = 2001:db8:9::/48", file=os.path.join(self.folder, "x"))
+        spool = opened(cfg.spool)
+        self.addCleanup(spool.close)
+        server = etrn.Server(cfg, spool, etrn.Log("stderr", "error", "x"))
+        for address, code in cases(self, [
+                ("2001:db8::1", b"220"), ("2001:db8::ffff:1", b"220"), ("2001:db8:0:0:1::1", b"421"), ("2001:db8:0:1::1", b"220"),
+                ("192.0.2.1", b"220"), ("192.0.2.2", b"220"), ("::ffff:192.0.2.1", b"220"), ("192.0.2.1", b"421"),
+                ("fe80::1%lo", b"220"), ("2001:db8:9::1", b"220"), ("2001:db8:9::1", b"220"), ("2001:db8:9::1", b"220")]):
+            ours, theirs = socket.socketpair()
+            self.addCleanup(theirs.close)
+            ours.setblocking(False)
+            server._welcome(ours, address)
+            self.assertEqual(theirs.recv(3), code)
+        server._close()
+
+    def test_a_stop_lets_a_message_end_and_takes_no_other(self) -> None:
+        with shorten(STOP_S=4.0), Local(self.folder) as local:
+            with Wire(local.port) as idle, Wire(local.port) as busy:
+                busy.say("EHLO x", "MAIL FROM:<>", "RCPT TO:<u@%s>" % DOMAIN)
+                self.assertEqual(busy.say("DATA")[:3], "354")
+                local.server.stop()
+                self.assertEqual((idle.reply()[:9], idle.reply()), ("421 4.3.2", ""))
+                busy.raw(b"x\r\n.\r\n")
+                self.assertEqual(busy.reply()[:3], "250")
+                self.assertEqual((busy.say("MAIL FROM:<>")[:9], busy.reply()), ("421 4.3.2", ""))
+            self.assertEqual(len(spool_files(local.spool.path)), 2)
+
+    def test_nothing_from_the_network_forges_a_log_line_a_header_or_a_file_name(self) -> None:
+        relay = self.relay()
+        nasty = ["<script>alert(1)</script>", '{"a": "b\\u0000"}', "x\u2028y\u2029z", "\u202eevil", "x status=sent (250 ok)",
+                 "x]: 5F0A21: removed", "\x85\x9b31m", "%s%n%x", "../../etc/passwd", "a\\r\\nb", "\U0001f600", "x" * 1900]
+        for text in cases(self, nasty):
+            with relay.client("EHLO " + text) as client:
+                quoted = '"%s"' % text.replace('"', "")
+                for command in ("MAIL FROM:<%s@b.example> SMTPUTF8" % text, "MAIL FROM:<%s@b.example> SMTPUTF8" % quoted,
+                                "MAIL FROM:<> SMTPUTF8", "RCPT TO:<%s@other.example>" % quoted,
+                                "RCPT TO:<%s@%s>" % (text, DOMAIN), "RCPT TO:<u@%s>" % DOMAIN):
+                    client.say(command)
+                client.say("DATA")
+                client.raw(b"Subject: x\r\n\r\nx\r\n.\r\n")
+                client.reply()
+                client.say("RSET", "ETRN " + text, "VRFY " + text)
+        rows = relay.queue()
+        self.assertGreaterEqual(len(rows), len(nasty) - 1)      # one name is over the length of a command
+        for row in rows:
+            header = relay.run("--show", row["id"], "--raw")[1].partition("\r\n\r\n")[0]
+            self.assertRegex(header, r"\AReceived: from [^\r\n<>(){}\"\\]* \(unknown \[127\.0\.0\.1\]\)\r\n\t[^\r]+\r\n\t[^\r]+"
+                             r"(\r\n\t[^\r]+)?\r\nSubject: x\Z")
+        assert relay.process is not None
+        start = r"\A[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d backup etrn_relay/[a-z]+\[%d\]: " % relay.process.pid
+        for line in relay.log:
+            self.assertRegex(line, start)
+            self.assertTrue(line.isprintable())
+        self.assertEqual([line for line in relay.log if "bug: " in line], [])
+        for name in itertools.chain.from_iterable(names for _, _, names in os.walk(relay.spool)):
+            self.assertRegex(name, r"\A(?:[0-9A-F]{6,20}\.(?:eml|json|new)|(?:state|recipients)\.(?:json|new)|control|lock)\Z")
+
+
+@unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "only root can become another account")
+class Accounts(Relays):
+    """The `user` option."""
+
+    def test_root_is_given_up_once_ports_are_bound(self) -> None:
+        os.chmod(self.folder, 0o755)
+        relay = self.relay(relay="user = nobody")
+        assert relay.process is not None
+        with open("/proc/%d/status" % relay.process.pid, encoding="ascii") as file:
+            ids = re.findall(r"(?m)^[UG]id:\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d+)$", file.read())
+        account = pwd.getpwnam("nobody")
+        self.assertEqual(ids, [(str(account.pw_uid),) * 4, (str(account.pw_gid),) * 4])
+        self.assertEqual(relay.send()[:3], "250")
+        self.assertEqual({os.stat(os.path.join(relay.spool, name)).st_uid for name in relay.files()}, {account.pw_uid})
+        self.assertEqual(relay.end(), 0)
+
+    def test_an_account_that_cannot_work_is_refused_before_a_port_is_bound(self) -> None:
+        folder = os.path.join(self.folder, "closed")
+        os.makedirs(os.path.join(folder, "spool"))
+        os.chmod(self.folder, 0o755)
+        for user, why in cases(self, [("nobody", "cannot write the spool"), ("no-such-account", "no such account")]):
+            with socket.socket() as taken:      # a port that is in use would be told first, were it looked at
+                taken.bind(("127.0.0.1", 0))
+                relay = Relay(folder, "127.0.0.1:9", relay="user = " + user)
+                with open(relay.file, encoding="utf-8") as file:
+                    text = file.read().replace("127.0.0.1:0", "127.0.0.1:%d" % taken.getsockname()[1])
+                with open(relay.file, "w", encoding="utf-8") as file:
+                    file.write(text)
+                done = subprocess.run([sys.executable, SOURCE, "--config", relay.file], stderr=subprocess.PIPE, check=False,
+                                      timeout=DEADLINE_S)
+            self.assertEqual(done.returncode, etrn.EX_CONFIG)
+            self.assertIn(why, done.stderr.decode())
 
 
 class Promise(Relays):
