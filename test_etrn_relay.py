@@ -801,6 +801,11 @@ class Configuration(Folder):
                 ("retry_interval", 300), ("max_retry_interval", 3600), ("recovery_grace", 3600), ("max_queue_size", None)]):
             self.assertEqual(getattr(cfg.domain(DOMAIN), name), value)
 
+    def test_flags_can_be_set_as_well_as_cleared(self) -> None:
+        for text, value in cases(self, [("yes", True), ("On", True), ("1", True), ("no", False), ("false", False)]):
+            cfg = config(domain="cutthrough = %s\nxclient = %s" % (text, text)).domains[DOMAIN]
+            self.assertEqual((cfg.cutthrough, cfg.xclient), (value, value))
+
     def test_comments_stand_behind_values_too(self) -> None:
         cfg = etrn.parse_config("[relay] ; here\n# and\n; there\nmax_recipients = 7   # few\nspool = a #1\n", "/x/etrn.conf")
         self.assertEqual((cfg.max_recipients, cfg.spool), (7, "/x/a #1"))
@@ -4423,6 +4428,273 @@ class Accounts(Relays):
                                       timeout=DEADLINE_S)
             self.assertEqual(done.returncode, etrn.EX_CONFIG)
             self.assertIn(why, done.stderr.decode())
+
+
+# -- recipients, cut-through, while_up
+
+def only(*good: str) -> Callable[[str], Optional[str]]:
+    """A primary's RCPT: these local parts exist."""
+    return lambda argument: None if re.match(r"TO:<(?:%s)@" % "|".join(good), argument) else "550 5.1.1 no such user here"
+
+
+class Recipients(Relays):
+    def answers(self, relay: Relay, *users: str) -> List[str]:
+        with relay.client() as client:
+            client.say("MAIL FROM:<a@sender.example>")
+            return [client.say("RCPT TO:<%s@%s>" % (user, DOMAIN))[:9] for user in users]
+
+    def test_a_list_is_obeyed_and_postmaster_is_on_it(self) -> None:
+        relay = self.relay(domain="recipients = one@ourdom.example, Two@OURDOM.example")
+        self.assertEqual(self.answers(relay, "one", "ONE", "two", "three", "PostMaster"),
+                         ["250 2.1.5"] * 3 + ["550 5.1.1", "250 2.1.5"])
+
+    def test_a_file_is_obeyed_and_read_again_when_it_changes(self) -> None:
+        path = os.path.join(self.folder, "recipients")
+
+        def write(text: str) -> None:
+            with open(path + ".new", "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(path + ".new", path)
+        write("# ours\none@ourdom.example   # the first\nnobody\n\n")
+        relay = self.relay(domain="recipients = file:" + path, FILE_CHECK_S=0.05, SWEEP_S=0.05)
+        relay.logged(r"recipients: not an address in line 3")
+        self.assertEqual(self.answers(relay, "one", "two"), ["250 2.1.5", "550 5.1.1"])
+        write("two@ourdom.example\n")
+        wait(lambda: self.answers(relay, "one", "two") == ["550 5.1.1", "250 2.1.5"], "the new list")
+        os.unlink(path)
+        with relay.client():
+            relay.logged("recipients: not read again: ")
+            self.assertEqual(self.answers(relay, "one", "two"), ["550 5.1.1", "250 2.1.5"])
+
+    def test_the_primary_is_asked_and_its_word_remembered(self) -> None:
+        primary = self.primary(RCPT=only("good", "late")).start()
+        for policy, code in cases(self, [("accept", "250 2.1.5"), ("defer", "450 4.1.1")]):
+            relay = self.relay(primary, domain="recipients = verify\nunknown_recipients = " + policy)
+            self.assertEqual(self.answers(relay, "good", "bad", "good"), ["250 2.1.5", "550 5.1.1", "250 2.1.5"])
+            with relay.client() as client:
+                self.assertIn("(550 5.1.1 no such user here)", client.say("MAIL FROM:<>", "RCPT TO:<worse@%s>" % DOMAIN))
+            primary.stop()
+            self.answers(relay, "other")
+            relay.logged(r"ourdom\.example: down: ")
+            self.assertEqual(self.answers(relay, "good", "bad", "late", "Postmaster"),
+                             ["250 2.1.5", "550 5.1.1", code, "250 2.1.5"])
+            relay.end()
+            relay.start()               # what was learned is on disk
+            self.assertEqual(self.answers(relay, "good", "bad", "late"), ["250 2.1.5", "550 5.1.1", code])
+            primary.start()
+            wait(lambda relay=relay: self.answers(relay, "late", "new") == ["250 2.1.5", "550 5.1.1"], "the primary's own word")
+
+    def test_knowledge_has_its_time(self) -> None:
+        memory = etrn.Memory()
+        memory.learn("Good@x.example", True, 1000.0)
+        memory.learn("bad@x.example", False, 1000.0)
+        memory.learn_accept_all("y.example", True, 1000.0)
+        day = 86400.0
+        for after, good, bad, any_other in cases(self, [
+                (0.9, True, False, True), (1.1, True, False, None), (2.9, True, False, None), (3.1, True, None, None),
+                (30.9, True, None, None), (31.1, None, None, None)]):
+            now = 1000.0 + after * day
+            self.assertEqual([memory.knows(one, now) for one in ("good@x.example", "bad@x.example", "any@y.example")],
+                             [good, bad, any_other])
+        again = etrn.Memory()
+        again.from_values(json.loads(json.dumps(memory.to_values(1000.0))))
+        self.assertEqual((again.known, again.accept_all), (memory.known, memory.accept_all))
+        again.from_values({"recipients": {"x": [1, "y"], "z": 5}, "accept_all": [1]})
+        self.assertEqual(again.known, memory.known)
+
+    def test_only_a_real_verdict_counts(self) -> None:
+        nothing = [{"RCPT": "450 4.2.0 later"}, {"RCPT": "554 5.7.1 not from you"}, {"RCPT": "421 4.7.0 bye"},
+                   {"RCPT": "552 5.2.2 full"}, {"RCPT": b"gibberish\r\n"}, {"RCPT": CUT}, {"MAIL": "550 5.1.1 no"},
+                   {"greeting": "550 5.1.1 no"}, {"EHLO": "550 5.1.1 no", "HELO": "550 5.1.1 no"},
+                   {"RCPT": b"550-5.1.1 a\r\n250 b\r\n"}, {"RCPT": b"350 5.1.1 what\r\n"}]
+        verdicts = [{"RCPT": text} for text in ("550 no such user", "551 5.1.6 moved", "553 mailbox name not allowed",
+                                                "554 5.1.1 nobody", "550 5.1.10 null mx")]
+        relay = self.relay(domain="".join(
+            "[domain d%d.example]\nprimary = %s\nrecipients = verify\nunknown_recipients = defer\n"
+            % (number, self.primary(**script_).start().address) for number, script_ in enumerate(nothing + verdicts)))
+        with relay.client() as client:
+            client.say("MAIL FROM:<>")
+            for number, script_ in cases(self, enumerate(nothing + verdicts)):
+                self.assertEqual(client.say("RCPT TO:<user@d%d.example>" % number)[:9],
+                                 "450 4.1.1" if script_ in nothing else "550 5.1.1")
+        relay.end()
+        relay.start()                   # until something new was learned nothing is written
+        relay.end()
+        with open(os.path.join(relay.spool, "recipients.json"), "rb") as file:
+            known = json.load(file)["recipients"]
+        self.assertEqual(sorted(known), sorted("user@d%d.example" % number for number in range(11, 16)))
+
+    def test_a_primary_that_takes_everybody_is_not_asked_again(self) -> None:
+        primary = self.primary().start()
+        relay = self.relay(primary, domain="recipients = verify\nunknown_recipients = defer", INQUIRER_IDLE_S=0.1)
+        self.assertEqual(self.answers(relay, "one"), ["250 2.1.5"])
+        asked = primary.uses["RCPT"]
+        self.assertEqual(asked, 2)      # and a local part that cannot exist
+        self.assertEqual(self.answers(relay, "two", "three"), ["250 2.1.5"] * 2)
+        self.assertEqual(primary.uses["RCPT"], asked)
+
+    def test_sessions_share_a_question_and_wait_a_few_seconds_at_most(self) -> None:
+        primary = self.primary(RCPT=HANG).start()
+        relay = self.relay(primary, domain="recipients = verify\n[domain other.example]\nrecipients = any", CALL_AHEAD_S=0.6)
+        with contextlib.ExitStack() as stack:
+            began = time.monotonic()
+            clients = [stack.enter_context(relay.client()) for _ in range(5)]
+            for client in clients:
+                client.say("MAIL FROM:<>")
+                client.raw(b"RCPT TO:<user@ourdom.example>\r\nNOOP\r\n")
+            self.assertEqual(relay.send(recipients=["u@other.example"])[:3], "250")     # nobody else waits
+            for client in clients:
+                self.assertEqual((client.reply()[:9], client.reply()[:3]), ("250 2.1.5", "250"))
+            self.assertLess(time.monotonic() - began, 5.0)
+        self.assertEqual(sum("user@ourdom.example" in line for line in primary.log), 1 if primary.uses["RCPT"] > 1 else 0)
+
+    def test_a_question_is_given_up_in_its_own_time(self) -> None:
+        cfg = config(file=os.path.join(self.folder, "x"))
+        spool = opened(cfg.spool)
+        self.addCleanup(spool.close)
+        server = etrn.Server(cfg, spool, etrn.Log("stderr", "error", "x"))
+        manager, heard = server.manager, []
+        site = manager.scheduler.site(DOMAIN, server.now)
+
+        def at(seconds: float) -> None:
+            manager.tick(etrn.Now(server.now.mono + seconds, server.now.wall + seconds))
+        with mock.patch.object(etrn.Inquirer, "start"):
+            manager.ask(site, "", lambda *word: heard.append(("first", word)))
+            manager._tell_all(DOMAIN, "", "silent", "")
+            at(etrn.CALL_AHEAD_S - 1)
+            manager.ask(site, "", lambda *word: heard.append(("second", word)))
+            at(etrn.CALL_AHEAD_S + 1)
+            self.assertEqual(heard, [("first", ("silent", ""))])
+            at(2 * etrn.CALL_AHEAD_S)
+            self.assertEqual(heard[1:], [("second", ("down", ""))])
+        server._close()
+
+
+class CutThrough(Relays):
+    OPTIONS = "cutthrough = yes\nrecovery_grace = 0s\n"
+
+    def test_the_client_hears_the_primarys_own_verdict(self) -> None:
+        table = [({}, "250 2.0.0"), ({".": "554 5.6.0 spam"}, "554 5.6.0 spam"),
+                 ({"RCPT": "550 5.1.1 nobody"}, "550 5.1.1 nobody"),
+                 ({"MAIL": "550 5.7.1 not you"}, "550 5.7.1 not you"), ({"DATA": "554 5.5.0 no"}, "554 5.5.0 no"),
+                 ({".": "550 no status"}, "550 5.0.0 no status"), ({".": "550-5.7.1 two\n550 5.7.1 lines"}, "550 5.7.1 two"),
+                 ({".": "451 4.3.0 later"}, "250 2.0.0"), ({"RCPT": "452 4.2.2 full"}, "250 2.0.0"),
+                 ({".": b"gibberish\r\n"}, "250 2.0.0"), ({".": CUT}, "250 2.0.0"),
+                 ({"greeting": "554 5.3.2 closed"}, "250 2.0.0")]
+        primaries = [self.primary(**script_).start() for script_, _ in table]
+        relay = self.relay(domain="".join("[domain d%d.example]\nprimary = %s\nretry_interval = 1h\n%s" % (
+            number, primary.address, self.OPTIONS) for number, primary in enumerate(primaries)), PROBE_FIRST_S=60.0)
+        kept = 0
+        for number, (script_, reply) in cases(self, enumerate(table)):
+            self.assertEqual(relay.send(recipients=["u@d%d.example" % number])[:len(reply)], reply)
+            self.assertEqual(len(primaries[number].messages), 0 if script_ else 1)
+            if reply[0] == "5":         # nothing is kept, and that before the client hears of it
+                self.assertEqual(relay.files(), [])
+                continue
+            kept += 2 if script_ else 0
+            wait(lambda kept=kept: len(relay.files()) == kept, "%d files" % kept)
+        self.assertEqual([line for line in relay.log if "notification" in line], [])
+
+    def test_mixed_verdicts_are_250_and_the_refused_are_told_by_a_notice(self) -> None:
+        primary, smarthost = self.primary(RCPT=only("good")).start(), self.primary().start()
+        relay = self.relay(primary, domain=self.OPTIONS, smarthost=smarthost.address)
+        self.assertEqual(relay.send(recipients=["good@" + DOMAIN, "bad@" + DOMAIN])[:3], "250")
+        wait(lambda: smarthost.messages, "the notice")
+        sender, recipients, data = smarthost.messages[0]
+        self.assertEqual((sender, recipients, len(primary.messages)), ("", ["a@sender.example"], 1))
+        self.assertIn(b"Final-Recipient: rfc822; bad@ourdom.example", data)
+        self.assertNotIn(b"Final-Recipient: rfc822; good@", data)
+        wait(relay.is_empty, "an empty spool")
+
+    def test_two_domains_must_both_refuse(self) -> None:
+        for second, code in cases(self, [({".": "550 5.7.1 no"}, "550 5.7.1"), ({}, "250 2.0.0"),
+                                         ({".": "450 4.7.1 no"}, "250 2.0.0")]):
+            one, two = self.primary(**{".": "550 5.7.1 no"}).start(), self.primary(**second).start()
+            relay = self.relay(one, domain=self.OPTIONS + "[domain two.example]\nprimary = %s\n" % two.address + self.OPTIONS)
+            self.assertEqual(relay.send(recipients=["u@" + DOMAIN, "u@two.example"])[:9], code)
+            if code[0] == "5":
+                self.assertEqual(relay.files(), [])
+            relay.end()
+
+    def test_pipelined_messages_are_each_answered_in_turn(self) -> None:
+        primary = self.primary(**{".": ["250 2.0.0 a", "554 5.6.0 b", "250 2.0.0 c", "451 4.3.0 d"]}).start()
+        relay = self.relay(primary, domain=self.OPTIONS)
+        with relay.client() as client:
+            envelope = b"MAIL FROM:<a@b.example>\r\nRCPT TO:<u@ourdom.example>\r\n"
+            client.raw((envelope + b"BDAT 3 LAST\r\nx\r\n") * 4 + b"NOOP\r\n")
+            self.assertEqual([client.reply()[:3] for _ in range(13)],
+                             ["250"] * 3 + ["250", "250", "554"] + ["250"] * 3 + ["250"] * 3 + ["250"])
+        self.assertEqual(len(relay.files()), 2)
+
+    def test_a_primary_that_hangs_or_dies_half_way_costs_the_time_and_no_mail(self) -> None:
+        for script_ in cases(self, [{".": HANG}, {"RCPT": HANG}, {"DATA": CUT}, {"greeting": HANG}]):
+            primary = self.primary(**script_).start()
+            relay = self.relay(primary, domain=self.OPTIONS, CUT_THROUGH_S=0.5)
+            began = time.monotonic()
+            self.assertEqual(relay.send()[:3], "250")
+            self.assertLess(time.monotonic() - began, 4.0)
+            self.assertEqual(len(relay.files()), 2)
+            primary.stop()
+            primary.script.clear()
+            primary.start()
+            wait(relay.is_empty, "the mail to be delivered")
+            self.assertEqual(len(primary.messages), 1)
+            relay.end()
+            primary.stop()
+
+    def test_a_client_that_leaves_meanwhile_changes_nothing(self) -> None:
+        primary = self.primary(**{".": HANG}).start()
+        relay = self.relay(primary, domain=self.OPTIONS, CUT_THROUGH_S=0.5)
+        client = relay.client()
+        client.say("MAIL FROM:<>", "RCPT TO:<u@%s>" % DOMAIN, "DATA")
+        client.raw(b"x\r\n.\r\n")
+        wait(lambda: primary.uses["."], "the message to be on its way")
+        client.close()
+        primary.stop()
+        primary.script.clear()
+        primary.start()
+        wait(lambda: primary.messages, "the mail")
+
+
+class WhileUp(Relays):
+    def rcpt(self, relay: Relay, sender: str = "a@b.example", user: str = "u") -> str:
+        with relay.client() as client:
+            return client.say("MAIL FROM:<%s>" % sender, "RCPT TO:<%s@%s>" % (user, DOMAIN))[:9]
+
+    def test_mail_stays_out_while_the_primary_is_up_but_for_who_persists(self) -> None:
+        primary = self.primary().start()
+        relay = self.relay(primary, domain="while_up = defer", PERSISTENCE_S=0.5)
+        self.assertEqual([self.rcpt(relay) for _ in range(2)], ["450 4.3.2"] * 2)
+        self.assertEqual(self.rcpt(relay, user="v"), "450 4.3.2")
+        time.sleep(0.6)                 # the five minutes
+        self.assertEqual([self.rcpt(relay), self.rcpt(relay)], ["250 2.1.5"] * 2)
+        self.assertEqual([self.rcpt(relay, user="v"), self.rcpt(relay, sender="c@b.example")], ["450 4.3.2"] * 2)
+        self.assertEqual(self.rcpt(relay, user="v"), "250 2.1.5")
+
+    def test_mail_is_taken_as_soon_as_the_primary_is_not_known_to_be_up(self) -> None:
+        primary = self.primary()
+        relay = self.relay(primary, domain="while_up = defer", KNOWN_UP_S=0.3, INQUIRER_IDLE_S=0.1)
+        self.assertEqual(self.rcpt(relay), "250 2.1.5")
+        primary.start()
+        wait(lambda: self.rcpt(relay) == "450 4.3.2", "the relay to see that the primary is up")
+        primary.stop()
+        wait(lambda: self.rcpt(relay, sender="new@b.example") == "250 2.1.5", "mail to be taken")
+
+    def test_persistence_is_three_tries_and_five_minutes_of_the_same_three(self) -> None:
+        def tries(*times: float, **other: str) -> List[bool]:
+            persistence = etrn.Persistence()
+            who = dict({"address": "192.0.2.1", "sender": "a@b.example", "recipient": "u@x.example"}, **other)
+            return [persistence.is_taken(now=time, **who) for time in times]
+        for times, taken in cases(self, [
+                ([0, 299, 299.9], [False] * 3), ([0, 1, 300], [False, False, True]), ([0, 400], [False, False]),
+                ([0, 400, 401, 500], [False, False, True, True]), ([0, 1, 90000, 90001, 90301], [False] * 4 + [True])]):
+            self.assertEqual(tries(*times), taken)
+        persistence = etrn.Persistence()
+        for address, now, taken in cases(self, [
+                ("192.0.2.1", 0.0, False), ("192.0.2.99", 1.0, False), ("192.0.3.1", 500.0, False), ("192.0.2.7", 500.0, True),
+                ("2001:db8::1", 0.0, False), ("2001:db8::2", 1.0, False), ("2001:db8:0:1::1", 500.0, False),
+                ("2001:db8::3", 500.0, True)]):
+            self.assertEqual(persistence.is_taken(address, "A@b.example", "U@x.example", now), taken)
 
 
 class Promise(Relays):
