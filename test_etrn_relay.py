@@ -4697,6 +4697,336 @@ class WhileUp(Relays):
             self.assertEqual(persistence.is_taken(address, "A@b.example", "U@x.example", now), taken)
 
 
+# -- fuzz: a second each, seeded; ETRN_RELAY_LONG=600 makes it ten minutes
+
+def seeds(test: unittest.TestCase, seconds: float = 1.0) -> Iterator[random.Random]:
+    """Sources of chance until the time is over; a failure names the seed."""
+    end = time.monotonic() + seconds * LONG
+    for seed in itertools.count(int(LONG * 1000)):
+        if time.monotonic() > end:
+            break
+        test.row = seed                 # type: ignore[attr-defined]
+        yield random.Random(seed)
+    del test.row                        # type: ignore[attr-defined]
+
+
+def mutated(chance: random.Random, data: bytes, words: Sequence[bytes]) -> bytes:
+    """Some octets changed, left out, doubled, or replaced by what may hurt."""
+    out = bytearray(data)
+    for _ in range(chance.randrange(1, 6)):
+        at = chance.randrange(len(out) + 1)
+        end = min(len(out), at + chance.choice([0, 1, 1, 2, 5, 40]))
+        out[at:end] = chance.choice([b"", bytes([chance.randrange(256)]), bytes(out[at:end]) * 2, chance.choice(words),
+                                     bytes(chance.randrange(256) for _ in range(chance.randrange(8)))])
+    return bytes(out)
+
+
+COMMAND_WORDS = [b"\r\n", b"\n", b"\r", b"\0", b"\r\n.\r\n", b"<>", b" ", b"DATA\r\n", b"RSET\r\n", b"QUIT\r\n", b"BDAT 3\r\nabc",
+                 b"BDAT 0 LAST\r\n", b"BDAT 99999999999\r\n", b"EHLO x\r\n", b"MAIL FROM:<a@b.example>\r\n", b"SIZE=1",
+                 b" BODY=8BITMIME",
+                 b"RCPT TO:<u@ourdom.example>\r\n", b"RCPT TO:<u@other.example>\r\n", b"ETRN ourdom.example\r\n",
+                 b"\xc3\xa9", b"\xff",
+                 b" SMTPUTF8", b"NOTIFY=NEVER", b"x" * 2100, b"@", b'"', b"\\", b"Received: by backup.example.net\r\n" * 3,
+                 b"STARTTLS\r\n", b"GET / HTTP/1.1\r\n", b"VRFY @@\r\n", b"HELP\r\n", b"xn--", b"[127.0.0.1]", b"..", b"%", b"!"]
+DIALOGUE = (b"EHLO x\r\nMAIL FROM:<a@b.example> SIZE=100 BODY=8BITMIME RET=HDRS ENVID=x\r\n"
+            b"RCPT TO:<u@ourdom.example> NOTIFY=DELAY\r\nRCPT TO:<postmaster>\r\n"
+            b"DATA\r\nSubject: x\r\n\r\n..text\r\n.\r\nNOOP\r\nMAIL FROM:<>\r\nRCPT TO:<u@a.wild.example>\r\n"
+            b"BDAT 8\r\na: b\r\n\r\nBDAT 3 LAST\r\nxy\nVRFY u\r\nETRN @ourdom.example\r\n"
+            b"MAIL FROM:<\"a b\"@[192.0.2.1]>\r\nRSET\r\nQUIT\r\n")
+
+
+class Whims(Player):
+    """A server that answers by the question alone, so that every cut of a dialogue gets the same answers."""
+
+    def add(self, what: str, value: Any) -> None:
+        super().add(what, value)
+        refusal = [None, None, None, etrn.Reply(450, "4.2.0", "no"), etrn.Reply(550, "5.1.1", "no")][
+            hashlib.sha256(repr((what, value)).encode()).digest()[0] % 5]
+        self.answers.update(mail=refusal, rcpt=refusal, starttls=("TLSv1.3", "X"),
+                            commit=refusal or etrn.Reply(250, "2.0.0", "queued"))
+
+
+class Fuzz(unittest.TestCase):
+    def played(self, data: bytes, cuts: Iterable[int], chance_options: Dict[str, Any], has_tls: bool) -> Player:
+        session = new_session(**chance_options)
+        session.door.has_tls = has_tls
+        player = Whims(session)
+        bounds = [0, *sorted(cuts), len(data)]
+        for start, end in zip(bounds, bounds[1:]):
+            player.receive(data[start:end])
+            self.assertLessEqual(len(session.buffer), max(etrn.COMMAND_MAX, end - start))
+        return player
+
+    def test_any_dialogue_is_answered_in_order_however_it_is_cut(self) -> None:
+        for chance in seeds(self, 2.0):
+            options = {"size_limit": chance.choice([0, 0, 150, 3000]), "bare_newline": chance.choice(["normalize", "reject"]),
+                       "max_recipients": chance.choice([1, 1000])}
+            data = mutated(chance, DIALOGUE, COMMAND_WORDS)
+            has_tls = chance.random() < 0.2     # then a cut behind STARTTLS is where TLS begins, and not the same
+            whole = self.played(data, (), options, has_tls)
+            for cuts in (range(len(data)), chance.sample(range(len(data)), min(len(data), 4))):
+                other = self.played(data, cuts, options, has_tls)
+                if not has_tls:
+                    self.assertEqual(other.actions, whole.actions)
+            sent = b"".join(data for what, data in whole.actions if what == "send")
+            self.assertRegex(sent, rb"\A(?:[2-5]\d\d[ -][^\r\n\0]*\r\n)+\Z")
+            self.assertNotRegex(sent, rb"(?m)^250-[^\n]*\n(?!250)")
+            for body in whole.bodies:
+                self.assertIsNone(re.search(rb"\r(?!\n)|(?<!\r)\n|\0", body))
+            if whole.is_closed:
+                self.assertEqual(whole.actions[-1][0], "close")
+            for note in [value[0] for what, value in whole.actions if what == "note"]:
+                self.assertTrue(note.isprintable())
+
+    def test_random_octets_in_every_state(self) -> None:
+        states = [b"", b"EHLO x\r\n", OPENING[:-len(b"RCPT TO:<u@ourdom.example>\r\n")], OPENING, OPENING + b"DATA\r\n",
+                  OPENING + b"BDAT 100\r\n", OPENING + b"BDAT 1\r\nx", b"x" * 3000]
+        for chance in seeds(self):
+            state = chance.choice(states)
+            noise = b"".join(chance.choice([bytes([chance.randrange(256)]), chance.choice(COMMAND_WORDS)])
+                             for _ in range(chance.randrange(60)))
+            cuts = [len(state)] + [len(state) + chance.randrange(len(noise) + 1) for _ in range(3)]
+            whole = self.played(state + noise, (), {}, False)
+            self.assertEqual(self.played(state + noise, cuts, {}, False).actions, whole.actions)
+
+    def test_paths_that_are_taken_are_paths_when_they_are_sent(self) -> None:
+        """What was judged is what is sent: a path parsed, shown and parsed again is the same."""
+        letters = ["a", "b", ".", "@", '"', "\\", " ", "<", ">", "[", "]", ":", ",", "%", "!", "é", "xn--", "-", "1",
+                   "127.0.0.1", "IPv6:::1"]
+        for chance in seeds(self, 0.5):
+            for _ in range(200):
+                text = "<" + "".join(chance.choice(letters) for _ in range(chance.randrange(1, 10))) + ">"
+                with contextlib.suppress(etrn.Refuse):
+                    path, rest = etrn.parse_path(text, "5.1.3")
+                    again, left = etrn.parse_path("<%s>" % str(path), "5.1.3")
+                    self.assertEqual((str(again), again.domain, left), (str(path), path.domain, ""))
+                    self.assertTrue(rest[:1] in ("", " "))
+                    self.assertIsNone(re.search(r"[\x00-\x1f\x7f]", str(path)))
+
+    def test_any_packet_is_an_answer_or_an_error(self) -> None:
+        name = "mail.example.org"
+        good = [dns_answer(7, name, kind, [record(name, kind, data)] * 3) for kind, data in (
+            (etrn.A, "192.0.2.1"), (etrn.AAAA, "2001:db8::1"), (etrn.MX, (10, "mx.example.org")))]
+        words = [b"\xc0\x0c", b"\xc0\x00", b"\xc0\xff", b"\0", b"\xff\xff", b"\x3f" + b"x" * 63, b"\x40", b"\x80",
+                 struct.pack("!HH", 5, 1)]
+        for chance in seeds(self):
+            kind = chance.choice([etrn.A, etrn.AAAA, etrn.MX, etrn.CNAME])
+            packet = mutated(chance, chance.choice(good), words)
+            if chance.random() < 0.5:   # its head as it should be
+                packet = dns_answer(7, name, kind)[:6] + packet[6:12] + dns_answer(7, name, kind)[12:] + packet[12:]
+            with contextlib.suppress(etrn.DnsError):
+                answer = etrn.parse_answer(packet, 7, name, kind)
+                if answer is not None:
+                    self.assertLessEqual(len(answer.records), etrn.DNS_RECORDS_MAX)
+
+    def test_hosts_that_are_no_names_are_errors_of_the_dns(self) -> None:
+        for host in cases(self, ["", "a b", "x" * 64 + ".example", "\xff.example", "a..b", "x" * 300, "-a.example", "a\r\nb"]):
+            with self.assertRaises(etrn.DnsError):
+                etrn.Resolver((etrn.Endpoint("127.0.0.1", 9),)).addresses(host)
+
+    def test_any_reply_is_a_code_or_an_error_however_it_is_cut(self) -> None:
+        class Peer:
+            """A socket that says what it was given, in pieces, and then closes."""
+
+            def __init__(self, data: bytes, cuts: Iterable[int]) -> None:
+                bounds = [0, *sorted(cuts), len(data)]
+                self.pieces = [data[start:end] for start, end in zip(bounds, bounds[1:]) if start < end]
+
+            def recv(self, size: int) -> bytes:
+                piece = self.pieces.pop(0) if self.pieces else b""
+                if piece[size:]:
+                    self.pieces.insert(0, piece[size:])
+                return piece[:size]
+
+            def settimeout(self, seconds: float) -> None:
+                pass
+
+            def sendall(self, data: bytes) -> None:
+                pass
+
+        def read(data: bytes, cuts: Iterable[int]) -> List[Any]:
+            client = etrn.Client("backup.example.net")
+            client.sock, client._host, client.end = Peer(data, cuts), "mx.example", float("inf")     # type: ignore[assignment]
+            out: List[Any] = []
+            try:
+                client.hello()
+                out.append(dict(client.esmtp_features))
+                while True:
+                    code, text = client.getreply()
+                    self.assertTrue(200 <= code <= 599)
+                    self.assertTrue(etrn.reply_text(code, text).isprintable())
+                    self.assertRegex(etrn.reply_status(code, text), r"\A%d\.\d{1,3}\.\d{1,3}\Z" % (code // 100))
+                    out.append((code, text))
+            except etrn.PeerError as error:
+                self.assertTrue(str(error).isprintable())
+                out.append(str(error))
+            return out
+        real = (b"250-mx.example\r\n250-PIPELINING\r\n250-SIZE 1000\r\n250-AUTH=LOGIN PLAIN\r\n250 8BITMIME\r\n250 2.1.0 ok\r\n"
+                b"550-5.1.1 no\r\n550 5.1.1 user\r\n354 go\r\n250 2.0.0 taken\r\n421 bye\r\n")
+        words = [b"\r\n", b"\n", b"\r", b"250-", b"250 ", b"550 ", b"25", b"999 ", b"-1", b"\0", b"\xff", b"4.7.0 ",
+                 b" ", b"500 no\r\n"]
+        for chance in seeds(self):
+            data = mutated(chance, real, words)
+            whole = read(data, ())
+            self.assertEqual(read(data, range(len(data))), whole)
+            self.assertEqual(read(data, chance.sample(range(len(data)), 3)), whole)
+
+
+# -- real programs
+
+def program(name: str) -> Any:
+    return unittest.skipUnless(shutil.which(name), "no %s program" % name)
+
+
+class RealClients(Secured):
+    def run_program(self, *command: str) -> Tuple[int, str]:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+                              timeout=DEADLINE_S, env=dict(os.environ, HOME=self.folder, FETCHMAILHOME=self.folder))
+        return done.returncode, done.stdout.decode("utf-8", "replace")
+
+    def secured_relay(self, **options: Any) -> Relay:
+        domain = options.pop("domain", "")
+        return self.relay(domain=domain + "\n[tls]\ncertificate = %s\nkey = %s\n" % (self.path("one.pem"), self.path("one.key")),
+                          **options)
+
+    @program("swaks")
+    def test_swaks_sends_over_starttls_and_in_the_clear(self) -> None:
+        relay = self.secured_relay()
+        command = ["swaks", "--server", "127.0.0.1", "--port", str(relay.port), "--from", "a@sender.example", "--to"]
+        for options, tls in cases(self, [(["--tls"], "TLSv1.3"), ([], None), (["--protocol", "SMTP"], None),
+                                         (["--pipeline"], None)]):
+            status, text = self.run_program(*command, "u@%s,v@%s" % (DOMAIN, DOMAIN), "--helo", "swaks.example", *options)
+            self.assertEqual(status, 0, text)
+            row = relay.queue()[-1]
+            self.assertEqual((row["client"]["helo"], row["client"]["tls"], len(row["recipients"])), ("swaks.example", tls, 2))
+        status, text = self.run_program(*command, "u@other.example", "--quit-after", "RCPT")
+        self.assertEqual((status, "554 5.7.1" in text), (24, True), text)
+
+    @program("fetchmail")
+    def test_fetchmail_flushes_two_domains(self) -> None:
+        primary = self.primary()
+        relay = self.relay(primary, domain="probe_interval = 1h\n[domain two.example]\nprimary = %s\nprobe_interval = 1h\n"
+                           % primary.address, PROBE_FIRST_S=3600.0)
+        for domain in (DOMAIN, "two.example"):
+            relay.send(recipients=["u@" + domain])
+            relay.logged(r"%s: down: " % re.escape(domain))
+        primary.start()
+        file = os.path.join(self.folder, "fetchmailrc")
+        with open(file, "w", encoding="ascii") as stream:
+            stream.write("poll 127.0.0.1 proto ETRN port %d fetchdomains %s,two.example\n" % (relay.port, DOMAIN))
+        os.chmod(file, 0o600)
+        status, text = self.run_program("fetchmail", "-v", "--nodetach", "--nosyslog", "-f", file, "--pidfile",
+                                        os.path.join(self.folder, "fetchmail.pid"))
+        wait(lambda: len(primary.messages) == 2, "mail of both domains; fetchmail said %d: %s" % (status, text))
+        for domain in (DOMAIN, "two.example"):
+            relay.logged(r"etrn: site=%s, client=unknown\[127\.0\.0\.1\], messages=1, reply=253" % re.escape(domain))
+
+    @program("msmtp")
+    def test_msmtp_asks_for_its_mail(self) -> None:
+        relay = self.secured_relay()
+        for tls, domain, said in cases(self, [
+                (tls, domain, said) for tls in ("off", "on") for domain, said in (
+                    (DOMAIN, "250 2.0.0 OK, queuing for node ourdom.example started"), ("@other.example", "459 4.7.1 "))]):
+            status, text = self.run_program("msmtp", "--host=127.0.0.1", "--port=%d" % relay.port, "--tls=" + tls,
+                                            "--tls-certcheck=off", "--auth=off", "--rmqs=" + domain, "--debug")
+            self.assertEqual((status == 0, said in text), (said[0] == "2", True), text)
+
+
+POSTFIX = """\
+compatibility_level = 3.6
+queue_directory = %(folder)s/spool
+data_directory = %(folder)s/data
+command_directory = /usr/sbin
+daemon_directory = /usr/lib/postfix/sbin
+mail_owner = postfix
+setgid_group = postdrop
+myhostname = primary.example
+mydestination =
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+mynetworks = 127.0.0.0/8
+relay_domains = ourdom.example
+transport_maps = inline:{ourdom.example=discard:, far.example=smtp:[127.0.0.1]:%(relay)d}
+relay_recipient_maps =
+smtpd_tls_security_level = may
+smtpd_tls_cert_file = %(pems)s/one.pem
+smtpd_tls_key_file = %(pems)s/one.key
+smtpd_tls_loglevel = 1
+smtpd_tls_received_header = yes
+smtp_tls_security_level = encrypt
+smtp_tls_loglevel = 1
+maillog_file = %(folder)s/spool/mail.log
+maillog_file_prefixes = %(folder)s
+alias_maps =
+notify_classes =
+"""
+
+
+@unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "only root can start a Postfix of its own")
+@unittest.skipUnless(os.path.exists("/usr/share/postfix/master.cf.dist"), "no Debian postfix")
+class RealPostfix(Secured):
+    def setUp(self) -> None:
+        super().setUp()
+        os.chmod(self.folder, 0o755)
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            self.port = sock.getsockname()[1]
+
+    def start_postfix(self, relay: int) -> None:
+        """A Postfix of the test's own: a primary for ourdom.example, and a sender to far.example."""
+        folder = self.path("postfix")
+        for name in ("etc", "spool", "data"):
+            os.makedirs(os.path.join(folder, name))
+        os.chmod(folder, 0o755)
+        shutil.chown(os.path.join(folder, "data"), "postfix")
+        with open(os.path.join(folder, "etc", "main.cf"), "w", encoding="ascii") as file:
+            file.write(POSTFIX % {"folder": folder, "relay": relay, "pems": self.folder})
+        with open("/usr/share/postfix/master.cf.dist", encoding="utf-8") as file:
+            master = re.sub(r"(?m)^smtp(\s+inet\s)", r"%d\1" % self.port, file.read())
+        master = re.sub(r"(?m)^(\S+\s+(?:unix|inet|fifo)\s+\S+\s+\S+\s+)y", r"\1n", master)     # no chroot
+        with open(os.path.join(folder, "etc", "master.cf"), "w", encoding="utf-8") as file:
+            file.write(master)
+        self.log = os.path.join(folder, "spool", "mail.log")
+        command = ["postfix", "-c", os.path.join(folder, "etc")]
+        subprocess.run([*command, "start"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
+        self.addCleanup(subprocess.run, [*command, "stop"], check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                        timeout=60)
+        wait(lambda: self.logged("daemon started"), "Postfix to start")
+
+    def logged(self, pattern: str) -> bool:
+        try:
+            with open(self.log, encoding="utf-8", errors="replace") as file:
+                return re.search(pattern, file.read()) is not None
+        except FileNotFoundError:
+            return False
+
+    def test_mail_goes_over_starttls_from_a_postfix_and_to_a_postfix(self) -> None:
+        pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(PEMS["one.pem"])).hexdigest()
+        relay = self.relay("127.0.0.1:%d" % self.port, domain=(
+            "tls = sha256:%s\nrecipients = verify\ncutthrough = yes\n[domain far.example]\nprimary = 127.0.0.1:9\n"
+            "[tls]\ncertificate = %s\nkey = %s\n" % (pin, self.path("one.pem"), self.path("one.key"))))
+        self.start_postfix(relay.port)
+        # To the primary: asked for the recipient, then given the message while the client waits.
+        self.assertEqual(relay.send()[:3], "250")
+        wait(lambda: self.logged(r"to=<user@ourdom\.example>.*status=sent"), "the message at Postfix")
+        self.assertTrue(self.logged(r"Anonymous TLS connection established from .*127\.0\.0\.1.*TLSv1\.[23]"))
+        relay.logged(r"to=<user@ourdom\.example>, relay=127\.0\.0\.1\[127\.0\.0\.1\]:%d, .*dsn=2\.0\.0, "
+                     r"status=sent \(250 2\.0\.0 Ok" % self.port)
+        wait(relay.is_empty, "an empty spool")
+        # From Postfix, as a sender.
+        with Wire(self.port) as client:
+            client.say("EHLO client.example")
+            self.assertEqual(client.send(MESSAGE, recipients=["u@far.example", "v@far.example"])[:3], "250")
+        wait(lambda: self.logged(r"to=<v@far\.example>.*status=sent \(250 2\.0\.0 Ok: queued as"), "Postfix to be rid of it")
+        row = relay.queue()[0]
+        self.assertRegex(row["client"]["tls"], r"\ATLSv1\.[23]\Z")
+        self.assertEqual([one["address"] for one in row["recipients"]], ["u@far.example", "v@far.example"])
+        self.assertRegex(relay.run("--show", row["id"], "--raw")[1],
+                         r"\AReceived: from primary\.example \(unknown \[127\.0\.0\.1\]\)\r\n"
+                         r"\t\(using TLSv1\.[23] with cipher [A-Z0-9_-]+\)\r\n"
+                         r"\tby backup\.example\.net \(etrn_relay\) with ESMTPS id ")
+
+
 class Promise(Relays):
     """Every 250 arrives, whoever is killed and when."""
 
