@@ -224,6 +224,7 @@ PATH_MAX = 256                  # octets with the angle brackets, RFC 5321 4.5.3
 ERRORS_MAX = 10                 # protocol errors in a session; the next one is answered 421
 HOPS_MAX = 100                  # Received fields, RFC 5321 6.3: "SHOULD use a large rejection threshold, normally at least 100"
 OWN_HOPS_MAX = 3                # our own name in them: mail that comes back is in a loop long before a hundred hops
+HEADER_FIELD_KEPT = 2000        # octets of one field looked at; `by` stands near its front
 HEADER_SCAN_MAX = 262144        # octets of header searched for Received fields; hops are added at the top
 ENVID_MAX = 100                 # octets, RFC 3461 4.4
 ORCPT_MAX = 500                 # octets, RFC 3461 4.2
@@ -235,6 +236,8 @@ COMMAND_OCTETS = 4096           # ... while it sends commands: some hundreds of 
 OUTPUT_MAX = 65536              # octets of replies a client may leave unread before we stop reading from it
 SPILL_OCTETS = 131072           # of a body in memory before it is handed to a committer
 UNWRITTEN_MAX = 524288          # octets of one body in memory, then the client waits for the disk
+UNWRITTEN_TOTAL = 33554432      # ... and of all bodies: many clients have smaller shares, so that a small machine lives
+UNWRITTEN_LEAST = 16384         # ... but no smaller than this
 LISTEN_BACKLOG = 512            # connections the kernel may keep for us between two turns
 HANDSHAKE_S = 30.0              # for a client's side of a TLS handshake
 LINGER_S = 2.0                  # for a client to read our last reply before the connection is reset
@@ -1996,9 +1999,41 @@ class Recipient(NamedTuple):
         return str(self.path)
 
 
+class Hops:
+    """Counts Received fields as the header passes by, and keeps no more of it
+    than the field it is in: a thousand endless headers take no memory."""
+    __slots__ = ("line", "field", "left", "fields", "names")
+
+    def __init__(self) -> None:
+        self.line = b""                 # not ended yet
+        self.field = b""                # unfolded
+        self.left = HEADER_SCAN_MAX
+        self.fields = 0
+        self.names: List[bytes] = []    # those after `by`, RFC 5321 4.4
+
+    def feed(self, data: bytes) -> bool:
+        """Part of the message, its newlines mended.  True when the header is over."""
+        *lines, rest = (self.line + data[:self.left]).split(b"\r\n")
+        self.left -= len(data)
+        for line in lines:
+            if not line:
+                return True
+            if line[:1] not in (b" ", b"\t"):
+                self.end_field()
+            self.field = (self.field + line)[:HEADER_FIELD_KEPT]
+        self.line = rest[:HEADER_FIELD_KEPT] + (b"\r" if rest[HEADER_FIELD_KEPT:].endswith(b"\r") else b"")
+        return self.left <= 0
+
+    def end_field(self) -> None:
+        if self.field[:9].lower() == b"received:":
+            self.fields += 1
+            self.names += [name.lower().rstrip(b".") for name in BY.findall(self.field)[:1]]
+        self.field = b""
+
+
 class Transaction:
     """One message being given to us; the session outlives many."""
-    __slots__ = ("sender", "size", "body", "smtputf8", "ret", "envid", "recipients", "refused", "octets", "received", "header",
+    __slots__ = ("sender", "size", "body", "smtputf8", "ret", "envid", "recipients", "refused", "octets", "received", "hops",
                  "rcpt_refused")
 
     def __init__(self, sender: str, size: int, body: str, smtputf8: bool, ret: str, envid: str) -> None:
@@ -2013,7 +2048,7 @@ class Transaction:
         self.refused: Optional[Reply] = None    # the answer its end of data will get
         self.octets = 0                         # of the message
         self.received = 0                       # ... and as they came, with dots and NULs that are not kept
-        self.header: Optional[bytearray] = bytearray()      # as far as it was scanned for hops; None when done
+        self.hops: Optional[Hops] = Hops()      # None when the header is over
 
 
 class DataReader:
@@ -2105,7 +2140,6 @@ def too_big(limit: int) -> Reply:
     return Reply(552, "5.3.4", "Message size exceeds the limit of %d octets" % limit)
 
 
-RECEIVED = re.compile(rb"^Received:((?:[^\r]|\r(?!\n(?![ \t])))*)", re.I | re.M)
 BY = re.compile(rb"(?:^|\s)by\s+([^\s;()]+)", re.I)
 HTTP = frozenset(b"GET POST PUT HEAD CONNECT OPTIONS DELETE PATCH TRACE".split())
 
@@ -2246,29 +2280,19 @@ class Session:
             self._refuse(transaction, too_big(limit))
         if limit and transaction.received > limit * OVERSIZE_FACTOR + RECEIVE_OCTETS:
             return self.send(transaction.refused or too_big(limit), close=True)
-        if transaction.header is not None and data:
-            self._scan_header(transaction, transaction.header, data)
+        if transaction.hops is not None and transaction.hops.feed(data):
+            self._count_hops(transaction, transaction.hops)
         if data and transaction.refused is None:
             self.out.append(Body(data))
 
-    def _scan_header(self, transaction: Transaction, header: bytearray, data: bytes) -> None:
-        """Gather the header until it is whole.  Only what is new is searched, or
-        a header that comes octet by octet would cost its square."""
-        fresh = max(0, len(header) - 3)
-        header += data
-        end = 0 if header[:2] == b"\r\n" else header.find(b"\r\n\r\n", fresh)
-        if end >= 0 or len(header) > HEADER_SCAN_MAX:
-            self._count_hops(transaction, bytes(header[:HEADER_SCAN_MAX if end < 0 else min(end, HEADER_SCAN_MAX)]))
-
-    def _count_hops(self, transaction: Transaction, header: bytes) -> None:
+    def _count_hops(self, transaction: Transaction, hops: Hops) -> None:
         """RFC 5321 6.3.  What came before our own field counts; our name only as a whole `by` name."""
-        transaction.header = None
-        fields = RECEIVED.findall(header)
-        own = self.cfg.hostname.encode("ascii")
-        ours = sum(any(name.lower().rstrip(b".") == own for name in BY.findall(field)[:1]) for field in fields)
-        if len(fields) >= HOPS_MAX or ours >= OWN_HOPS_MAX:
+        transaction.hops = None
+        hops.end_field()
+        ours = hops.names.count(self.cfg.hostname.encode("ascii"))
+        if hops.fields >= HOPS_MAX or ours >= OWN_HOPS_MAX:
             self._refuse(transaction, Reply(554, "5.4.6", "Too many hops: %d Received fields, %d of them ours"
-                                            % (len(fields), ours)))
+                                            % (hops.fields, ours)))
 
     def _refuse(self, transaction: Transaction, reply: Reply) -> None:
         if transaction.refused is None:
@@ -2461,8 +2485,8 @@ class Session:
         assert transaction is not None
         if self.mode is Mode.CLOSED:
             return
-        if transaction.header is not None:
-            self._count_hops(transaction, bytes(transaction.header))
+        if transaction.hops is not None:
+            self._count_hops(transaction, transaction.hops)
         if self.newlines.found and self.cfg.bare_newline == "reject":
             self._refuse(transaction, Reply(550, "5.6.0", "Bare CR, bare LF or NUL in the message"))
         if transaction.refused is not None:
@@ -7697,7 +7721,7 @@ class Server:
         self.decrypted.discard(connection)
         try:
             is_talking = connection.session.mode is Mode.COMMAND
-            data = connection.sock.recv(COMMAND_OCTETS if is_talking else RECEIVE_OCTETS)
+            data = connection.sock.recv(COMMAND_OCTETS if is_talking else min(RECEIVE_OCTETS, self._share()))
             if connection.tls is Tls.READY and connection.sock.pending():       # type: ignore[attr-defined]
                 self.decrypted.add(connection)
         except WANTS:
@@ -7773,7 +7797,7 @@ class Server:
                 return self._drop(connection)
         draft = connection.draft
         reading = not connection.is_ended and len(connection.out) < OUTPUT_MAX and len(session.buffer) < RECEIVE_OCTETS and (
-            draft is None or draft.pending < UNWRITTEN_MAX)
+            draft is None or draft.pending < self._share())
         self._watch(connection, reading, bool(connection.out))
 
     @staticmethod
@@ -7913,9 +7937,13 @@ class Server:
             draft.pending += len(data)
             self._spill(connection, draft)
 
+    def _share(self) -> int:
+        """Octets of a body that one client may have in memory."""
+        return max(UNWRITTEN_LEAST, min(UNWRITTEN_MAX, UNWRITTEN_TOTAL // max(1, len(self.connections))))
+
     def _spill(self, connection: Connection, draft: Draft) -> None:
         """Hand a large part of a body to a committer, one part at a time."""
-        if draft.pending < SPILL_OCTETS or draft.busy:
+        if draft.pending < min(SPILL_OCTETS, self._share()) or draft.busy:
             return
         blocks = draft.take()
         draft.busy = True
