@@ -105,6 +105,7 @@ FILES
     SPOOL/done/                     being removed, after delivery
     SPOOL/corrupt/                  pairs that could not be trusted
     SPOOL/state.json                what is known of the primaries; counters
+    SPOOL/recipients.json           which recipients the primaries take
     SPOOL/history.json              what the status page draws; a week at most
     SPOOL/control, SPOOL/lock       how commands reach the running relay
 
@@ -117,6 +118,10 @@ LOG LINES
     qmgr: ID: removed
     bounce: ID: sender non-delivery notification: NEW-ID
     smtpd: NOQUEUE: reject: RCPT from NAME[ADDRESS]: REPLY; from=<> to=<> ...
+          (also CONNECT, PREGREET, MAIL, END-OF-MESSAGE, STARTTLS, GET ...)
+    smtpd: timeout after STAGE from NAME[ADDRESS]
+    smtpd: too many errors from NAME[ADDRESS]
+    smtpd: TLS handshake failed from NAME[ADDRESS]: WHY
     flush: etrn: site=DOMAIN, client=NAME[ADDRESS], messages=N, reply=CODE
     smtpd: too many errors after STAGE from NAME[ADDRESS]
     primary: DOMAIN: up after 2h14m, 1841 messages waiting
@@ -941,7 +946,8 @@ OPTIONS: Tuple[Option, ...] = (
     Option("relay", "bare_newline", "newline", "normalize", 0, 0, "Stray CR and LF in mail: normalize, or reject (550)."),
     Option("relay", "greet_pause", "duration", "0", 0, 60, "Wait before the banner; who speaks first is turned away."),
     Option("relay", "odmr_listen", "listen", "", 0, 0, "Addresses for on-demand relay (ATRN), usually port 366.", LATER),
-    Option("tls", "certificate", "path", "", 0, 0, "PEM files; with both, STARTTLS is offered.\nReread when they change."),
+    Option("tls", "certificate", "path", "", 0, 0, "PEM files; with both, STARTTLS is offered.\n"
+           "Reread when they change; with user set, that account must be able to."),
     Option("tls", "key", "path", "", 0, 0, ""),
     Option("bounces", "route", "route", "mx", 0, 0, "How notices to senders leave: mx, or a smarthost host[:port]."),
     Option("bounces", "username", "text", "", 0, 0, "AUTH at the smarthost, over TLS only."),
@@ -1371,6 +1377,7 @@ class Spool:
         self.sick = ""                  # why no new mail is taken, or empty
         self.corrupt_count = 0
         self.state_lock = threading.Lock()
+        self.saved: Dict[str, int] = {}         # the number of the last save of each
 
     # -- opening
 
@@ -1747,13 +1754,15 @@ class Spool:
         except (OSError, ValueError):
             return {}
 
-    def save_state(self, state: Mapping[str, Any], recipients: Optional[Mapping[str, Any]] = None) -> None:
-        """In one committer at a time; what is older than the last save is not written."""
+    def save_state(self, state: Mapping[str, Any], recipients: Optional[Mapping[str, Any]] = None, number: int = 0) -> None:
+        """In one committer at a time.  `number` grows from save to save: several are
+        under way at once, and what is older than the last one written is not written."""
         with self.state_lock:
             for name, values in (("state", state), ("recipients", recipients)):
-                if values is not None:
+                if values is not None and number >= self.saved.get(name, 0):
                     self._replace(os.path.join(self.path, name + ".json"), os.path.join(self.path, name + ".new"),
                                   json.dumps(values, indent=1, sort_keys=True).encode("ascii") + b"\n")
+                    self.saved[name] = number
 
     def save_history(self, history: Mapping[str, Any]) -> None:
         """What the status page draws; short, because it is written again and again."""
@@ -4918,6 +4927,7 @@ class Manager:
         self.is_saving = False
         self.alerts = Alerts(cfg, log, self._mail_alert)
         self.alerts.on_failure = lambda text: post([(self._log_failure, OSError(text))])    # type: ignore[method-assign]
+        self.saves = 0                  # of the state, so far
         self.next_save = now.mono + STATE_SAVE_S
         self.next_sweep = now.mono
         self.drift = now.wall - now.mono
@@ -5611,10 +5621,15 @@ class Manager:
         state = {"format": FORMAT, "saved": self.now.wall, "sites": sites}
         memory = self.memory.to_values(self.now.wall) if self.memory.is_dirty else None
 
+        self.saves = number = self.saves + 1
+
         def saved(result: Any) -> None:
+            if isinstance(result, Exception):
+                self.is_dirty = True
+                self.memory.is_dirty = self.memory.is_dirty or memory is not None       # again with the next save
             self._log_failure(result)
             then(result)
-        self.committers.submit(Task(lambda spool: spool.save_state(state, memory)), saved)
+        self.committers.submit(Task(lambda spool: spool.save_state(state, memory, number)), saved)
 
     def load_state(self) -> None:
         """What was known before the restart.  A primary that was up is unknown now;
