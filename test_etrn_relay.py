@@ -3981,8 +3981,8 @@ class SecurePrimary(Primary):
         with secure, secure.makefile("rb") as lines:
             self._talk(secure, lines)
 
-    def _say(self, sock: socket.socket, verb: str, argument: str, default: str) -> str:
-        return "2" if verb == "greeting" and sock in self.greeted else super()._say(sock, verb, argument, default)
+    def _say(self, sock: socket.socket, verb: str, *rest: Any) -> str:
+        return "2" if verb == "greeting" and sock in self.greeted else super()._say(sock, verb, *rest)
 
 
 class TlsPrimaries(Secured):
