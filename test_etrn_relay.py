@@ -6380,7 +6380,7 @@ class Watchfulness(Folder):
         cfg = config("[tls]\ncertificate = %s\nkey = %s" % files)
         server = etrn.Server(cfg, spool, etrn.Log("stderr", "error", "x"))
         self.addCleanup(server._close)
-        server.load_certificate()
+        server.set_certificate(server.load_certificate())
         self.assertAlmostEqual(server.manager.certificate_end, time.time() + 3 * 86400, delta=60)
         make_certificate(self, self.folder, days=90)
         server.now = etrn.Now(server.now.mono + 60, server.now.wall + 60)
