@@ -105,6 +105,7 @@ FILES
     SPOOL/done/                     being removed, after delivery
     SPOOL/corrupt/                  pairs that could not be trusted
     SPOOL/state.json                what is known of the primaries; counters
+    SPOOL/recipients.json           which recipients the primaries take
     SPOOL/history.json              what the status page draws; a week at most
     SPOOL/control, SPOOL/lock       how commands reach the running relay
 
@@ -117,6 +118,10 @@ LOG LINES
     qmgr: ID: removed
     bounce: ID: sender non-delivery notification: NEW-ID
     smtpd: NOQUEUE: reject: RCPT from NAME[ADDRESS]: REPLY; from=<> to=<> ...
+          (also CONNECT, PREGREET, MAIL, END-OF-MESSAGE, STARTTLS, GET ...)
+    smtpd: timeout after STAGE from NAME[ADDRESS]
+    smtpd: too many errors from NAME[ADDRESS]
+    smtpd: TLS handshake failed from NAME[ADDRESS]: WHY
     flush: etrn: site=DOMAIN, client=NAME[ADDRESS], messages=N, reply=CODE
     smtpd: too many errors after STAGE from NAME[ADDRESS]
     primary: DOMAIN: up after 2h14m, 1841 messages waiting
@@ -224,6 +229,7 @@ PATH_MAX = 256                  # octets with the angle brackets, RFC 5321 4.5.3
 ERRORS_MAX = 10                 # protocol errors in a session; the next one is answered 421
 HOPS_MAX = 100                  # Received fields, RFC 5321 6.3: "SHOULD use a large rejection threshold, normally at least 100"
 OWN_HOPS_MAX = 3                # our own name in them: mail that comes back is in a loop long before a hundred hops
+HEADER_FIELD_KEPT = 2000        # octets of one field looked at; `by` stands near its front
 HEADER_SCAN_MAX = 262144        # octets of header searched for Received fields; hops are added at the top
 ENVID_MAX = 100                 # octets, RFC 3461 4.4
 ORCPT_MAX = 500                 # octets, RFC 3461 4.2
@@ -231,12 +237,14 @@ OVERSIZE_FACTOR = 2             # a client that sends more than this times the l
 
 # -- the loop
 RECEIVE_OCTETS = 65536          # read from one client at a time, so that no client holds the others up
+COMMAND_OCTETS = 4096           # ... while it sends commands: some hundreds of them, a few milliseconds' work
 OUTPUT_MAX = 65536              # octets of replies a client may leave unread before we stop reading from it
 SPILL_OCTETS = 131072           # of a body in memory before it is handed to a committer
 UNWRITTEN_MAX = 524288          # octets of one body in memory, then the client waits for the disk
+UNWRITTEN_TOTAL = 33554432      # ... and of all bodies: many clients have smaller shares, so that a small machine lives
+UNWRITTEN_LEAST = 16384         # ... but no smaller than this
 LISTEN_BACKLOG = 512            # connections the kernel may keep for us between two turns
 HANDSHAKE_S = 30.0              # for a client's side of a TLS handshake
-CERTIFICATE_CHECK_S = 10.0      # how often the certificate's files are looked at for a renewal
 LINGER_S = 2.0                  # for a client to read our last reply before the connection is reset
 STRESS_SHARE = 0.8              # of max_connections in use ...
 STRESS_TIMEOUT_S = 10.0         # ... and idle clients are given so long; Postfix's stress mode
@@ -308,7 +316,7 @@ KNOWN_UP_S = 60.0               # word from the primary within so long means tha
 PERSISTENCE_S = 300.0           # while_up = defer: the third try so long after the first is taken
 PERSISTENCE_TRIES = 3
 PERSISTENCE_MAX = 50000         # clients, senders and recipients remembered for that, a day long
-FILE_CHECK_S = 10.0             # how often a file of recipients is looked at for changes
+FILE_CHECK_S = 1.0              # how often a file of recipients is looked at for changes
 
 # -- names
 DNS_TRY_S = 3.0                 # for one answer from one server, then the next server is asked
@@ -350,6 +358,7 @@ QUEUE_BOUNDS = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0, 86
 # -- texts
 LOG_TEXT_MAX = 500              # characters of foreign text in one log line
 RESPONSE_MAX = 400              # characters kept of a reply
+REPLY_PART_MAX = 120            # characters of it within a reply of ours; RFC 5321 4.5.3.1.5 gives a line 512 octets
 NOTICE_FULL_MAX = 1 << 20       # octets; a larger original is returned as headers even when RET=FULL
 
 Time = float                    # seconds since the epoch
@@ -975,7 +984,8 @@ OPTIONS: Tuple[Option, ...] = (
     Option("relay", "bare_newline", "newline", "normalize", 0, 0, "Stray CR and LF in mail: normalize, or reject (550)."),
     Option("relay", "greet_pause", "duration", "0", 0, 60, "Wait before the banner; who speaks first is turned away."),
     Option("relay", "odmr_listen", "listen", "", 0, 0, "Addresses for on-demand relay (ATRN), usually port 366.", LATER),
-    Option("tls", "certificate", "path", "", 0, 0, "PEM files; with both, STARTTLS is offered.\nReread when they change."),
+    Option("tls", "certificate", "path", "", 0, 0, "PEM files; with both, STARTTLS is offered.\n"
+           "Reread when they change; with user set, that account must be able to."),
     Option("tls", "key", "path", "", 0, 0, ""),
     Option("bounces", "route", "route", "mx", 0, 0, "How notices to senders leave: mx, or a smarthost host[:port]."),
     Option("bounces", "username", "word", "", 0, 0, "AUTH at the smarthost, over TLS only."),
@@ -1479,6 +1489,7 @@ class Spool:
         self.sick = ""                  # why no new mail is taken, or empty
         self.corrupt_count = 0
         self.state_lock = threading.Lock()
+        self.saved: Dict[str, int] = {}         # the number of the last save of each
 
     # -- opening
 
@@ -1855,13 +1866,15 @@ class Spool:
         except (OSError, ValueError):
             return {}
 
-    def save_state(self, state: Mapping[str, Any], recipients: Optional[Mapping[str, Any]] = None) -> None:
-        """In one committer at a time; what is older than the last save is not written."""
+    def save_state(self, state: Mapping[str, Any], recipients: Optional[Mapping[str, Any]] = None, number: int = 0) -> None:
+        """In one committer at a time.  `number` grows from save to save: several are
+        under way at once, and what is older than the last one written is not written."""
         with self.state_lock:
             for name, values in (("state", state), ("recipients", recipients)):
-                if values is not None:
+                if values is not None and number >= self.saved.get(name, 0):
                     self._replace(os.path.join(self.path, name + ".json"), os.path.join(self.path, name + ".new"),
                                   json.dumps(values, indent=1, sort_keys=True).encode("ascii") + b"\n")
+                    self.saved[name] = number
 
     def save_history(self, history: Mapping[str, Any]) -> None:
         """What the status page draws; short, because it is written again and again."""
@@ -2107,9 +2120,41 @@ class Recipient(NamedTuple):
         return str(self.path)
 
 
+class Hops:
+    """Counts Received fields as the header passes by, and keeps no more of it
+    than the field it is in: a thousand endless headers take no memory."""
+    __slots__ = ("line", "field", "left", "fields", "names")
+
+    def __init__(self) -> None:
+        self.line = b""                 # not ended yet
+        self.field = b""                # unfolded
+        self.left = HEADER_SCAN_MAX
+        self.fields = 0
+        self.names: List[bytes] = []    # those after `by`, RFC 5321 4.4
+
+    def feed(self, data: bytes) -> bool:
+        """Part of the message, its newlines mended.  True when the header is over."""
+        *lines, rest = (self.line + data[:self.left]).split(b"\r\n")
+        self.left -= len(data)
+        for line in lines:
+            if not line:
+                return True
+            if line[:1] not in (b" ", b"\t"):
+                self.end_field()
+            self.field = (self.field + line)[:HEADER_FIELD_KEPT]
+        self.line = rest[:HEADER_FIELD_KEPT] + (b"\r" if rest[HEADER_FIELD_KEPT:].endswith(b"\r") else b"")
+        return self.left <= 0
+
+    def end_field(self) -> None:
+        if self.field[:9].lower() == b"received:":
+            self.fields += 1
+            self.names += [name.lower().rstrip(b".") for name in BY.findall(self.field)[:1]]
+        self.field = b""
+
+
 class Transaction:
     """One message being given to us; the session outlives many."""
-    __slots__ = ("sender", "size", "body", "smtputf8", "ret", "envid", "recipients", "refused", "octets", "header",
+    __slots__ = ("sender", "size", "body", "smtputf8", "ret", "envid", "recipients", "refused", "octets", "received", "hops",
                  "rcpt_refused")
 
     def __init__(self, sender: str, size: int, body: str, smtputf8: bool, ret: str, envid: str) -> None:
@@ -2122,8 +2167,9 @@ class Transaction:
         self.recipients: List[Recipient] = []
         self.rcpt_refused = False
         self.refused: Optional[Reply] = None    # the answer its end of data will get
-        self.octets = 0
-        self.header: Optional[bytearray] = bytearray()      # as far as it was scanned for hops; None when done
+        self.octets = 0                         # of the message
+        self.received = 0                       # ... and as they came, with dots and NULs that are not kept
+        self.hops: Optional[Hops] = Hops()      # None when the header is over
 
 
 class DataReader:
@@ -2215,7 +2261,6 @@ def too_big(limit: int) -> Reply:
     return Reply(552, "5.3.4", "Message size exceeds the limit of %d octets" % limit)
 
 
-RECEIVED = re.compile(rb"^Received:((?:[^\r]|\r(?!\n(?![ \t])))*)", re.I | re.M)
 BY = re.compile(rb"(?:^|\s)by\s+([^\s;()]+)", re.I)
 HTTP = frozenset(b"GET POST PUT HEAD CONNECT OPTIONS DELETE PATCH TRACE".split())
 
@@ -2330,7 +2375,7 @@ class Session:
     def _read_data(self) -> None:
         data, rest = self.reader.feed(bytes(self.buffer))
         self.buffer.clear()
-        self._keep(self.newlines.feed(data, last=rest is not None))
+        self._keep(self.newlines.feed(data, last=rest is not None), len(data))
         if rest is not None and self.mode is Mode.DATA:
             self.buffer += rest
             self.mode = Mode.COMMAND
@@ -2341,38 +2386,34 @@ class Session:
         del self.buffer[:self.chunk_left]
         self.chunk_left -= len(data)
         if self.chunk_refused is None:
-            self._keep(self.newlines.feed(data))
+            self._keep(self.newlines.feed(data), len(data))
         if not self.chunk_left:
             self._end_of_chunk()
 
-    def _keep(self, data: bytes) -> None:
+    def _keep(self, data: bytes, received: int) -> None:
         """Body octets: counted, searched for hops, passed on."""
         transaction = self.transaction
         assert transaction is not None
         transaction.octets += len(data)
+        transaction.received += received
         limit = self.door.size_limit
-        if limit and transaction.octets > limit:
-            if transaction.refused is None:
-                self._refuse(transaction, too_big(limit))
-            if transaction.octets > limit * OVERSIZE_FACTOR + RECEIVE_OCTETS:
-                return self.send(too_big(limit), close=True)
-        if transaction.header is not None and data:
-            transaction.header += data
-            end = transaction.header.find(b"\r\n\r\n")
-            if end >= 0 or transaction.header[:2] == b"\r\n" or len(transaction.header) > HEADER_SCAN_MAX:
-                self._count_hops(transaction, bytes(transaction.header if end < 0 else transaction.header[:end]))
+        if limit and transaction.octets > limit and transaction.refused is None:
+            self._refuse(transaction, too_big(limit))
+        if limit and transaction.received > limit * OVERSIZE_FACTOR + RECEIVE_OCTETS:
+            return self.send(transaction.refused or too_big(limit), close=True)
+        if transaction.hops is not None and transaction.hops.feed(data):
+            self._count_hops(transaction, transaction.hops)
         if data and transaction.refused is None:
             self.out.append(Body(data))
 
-    def _count_hops(self, transaction: Transaction, header: bytes) -> None:
+    def _count_hops(self, transaction: Transaction, hops: Hops) -> None:
         """RFC 5321 6.3.  What came before our own field counts; our name only as a whole `by` name."""
-        transaction.header = None
-        fields = RECEIVED.findall(header)
-        own = self.cfg.hostname.encode("ascii")
-        ours = sum(any(name.lower().rstrip(b".") == own for name in BY.findall(field)[:1]) for field in fields)
-        if len(fields) >= HOPS_MAX or ours >= OWN_HOPS_MAX:
+        transaction.hops = None
+        hops.end_field()
+        ours = hops.names.count(self.cfg.hostname.encode("ascii"))
+        if hops.fields >= HOPS_MAX or ours >= OWN_HOPS_MAX:
             self._refuse(transaction, Reply(554, "5.4.6", "Too many hops: %d Received fields, %d of them ours"
-                                            % (len(fields), ours)))
+                                            % (hops.fields, ours)))
 
     def _refuse(self, transaction: Transaction, reply: Reply) -> None:
         if transaction.refused is None:
@@ -2462,9 +2503,9 @@ class Session:
             raise Refuse(501, "5.5.4", "Syntax error in parameters")
         if given:
             raise Refuse(555, "5.5.4", "Unsupported parameter: %s" % next(iter(given)))
-        if not smtputf8 and not str(path).isascii():
-            raise Refuse(553, "5.6.7", "Address needs SMTPUTF8")
         transaction = Transaction(str(path), size, body, smtputf8, ret, envid)
+        if not smtputf8 and not text.isascii():
+            return self._mail_answer(transaction, Reply(553, "5.6.7", "Address needs SMTPUTF8"))
         if self.door.size_limit and size > self.door.size_limit:
             return self._mail_answer(transaction, too_big(self.door.size_limit))
         self.ask("mail", transaction, lambda refused: self._mail_answer(transaction, refused))
@@ -2472,7 +2513,7 @@ class Session:
     def _mail_answer(self, transaction: Transaction, refused: Optional[Reply]) -> None:
         if refused is not None:
             self.note_reject("MAIL", refused, " from=<%s>" % printable(transaction.sender))
-            return self.send(refused)
+            return self.send(refused, close=refused.code == 421)
         self.transaction, self.stage = transaction, Stage.MAIL
         self.send(Reply(250, "2.1.0", "Ok"))
 
@@ -2487,8 +2528,8 @@ class Session:
         orcpt = parse_orcpt(given.pop("ORCPT")) if "ORCPT" in given else ""
         if given:
             raise Refuse(555, "5.5.4", "Unsupported parameter: %s" % next(iter(given)))
-        if not transaction.smtputf8 and not path.local.isascii():
-            raise Refuse(553, "5.6.7", "Address needs SMTPUTF8")
+        if not transaction.smtputf8 and not text.isascii():
+            return self._rcpt_answer(Recipient(path, notify, orcpt), Reply(553, "5.6.7", "Address needs SMTPUTF8"))
         if not path.domain:
             if path.local.lower() != "postmaster" or not self.cfg.first_domain:
                 raise Refuse(501, "5.1.3", "Recipient address needs a domain")
@@ -2553,7 +2594,7 @@ class Session:
         if self.chunk_refused is not None:
             return self._no_recipients()
         if self.chunk_last:
-            self._keep(self.newlines.feed(b"", last=True))
+            self._keep(self.newlines.feed(b"", last=True), 0)
             self._end_of_data()
         elif self.transaction is not None and self.transaction.refused is not None:
             self.send(self.transaction.refused)
@@ -2565,8 +2606,8 @@ class Session:
         assert transaction is not None
         if self.mode is Mode.CLOSED:
             return
-        if transaction.header is not None:
-            self._count_hops(transaction, bytes(transaction.header))
+        if transaction.hops is not None:
+            self._count_hops(transaction, transaction.hops)
         if self.newlines.found and self.cfg.bare_newline == "reject":
             self._refuse(transaction, Reply(550, "5.6.0", "Bare CR, bare LF or NUL in the message"))
         if transaction.refused is not None:
@@ -2590,8 +2631,11 @@ class Session:
         self.send(Reply(250, "2.0.0", "Ok"))
 
     def do_vrfy(self, text: str) -> None:
+        """RFC 5321 3.5.3: an address or a user's name, and nothing is told of either."""
         if not text:
             raise Refuse(501, "5.5.4", "Syntax: VRFY address")
+        if "@" in text:
+            parse_path(text if text[0] == "<" else "<%s>" % text, "5.1.3")
         self.send(Reply(252, "2.0.0", "Send some mail, it will be tried"))
 
     def do_expn(self, text: str) -> None:
@@ -3585,6 +3629,10 @@ class Resolver:
             return [str(ipaddress.ip_address(host))]
         except ValueError:
             pass
+        try:
+            host = parse_domain(host)
+        except ValueError:              # an MX record may hold any octets
+            raise DnsError("not a host name: %s" % printable(host, 100)) from None
         if isinstance(self.nameservers, str):
             try:
                 found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
@@ -3911,7 +3959,11 @@ def connect_each(hops: Sequence[Hop]) -> Iterator[Tuple[Hop, Union[socket.socket
                 if waiting:
                     hop = waiting.pop(0)
                     end = time.monotonic() + CONNECT_S
-                    sock = socket.socket(socket.AF_INET6 if ":" in hop.address else socket.AF_INET, socket.SOCK_STREAM)
+                    try:
+                        sock = socket.socket(socket.AF_INET6 if ":" in hop.address else socket.AF_INET, socket.SOCK_STREAM)
+                    except OSError as error:        # a kernel without IPv6, or no descriptor left
+                        yield hop, error
+                        continue
                     sock.setblocking(False)
                     code = sock.connect_ex((hop.address, hop.port))
                     if code in (0, errno.EINPROGRESS):
@@ -4089,10 +4141,17 @@ class Client(smtplib.SMTP):
             self.sock = client_context(policy).wrap_socket(self.sock, server_hostname=self._host)
         except (OSError, ValueError) as error:
             raise TlsError("TLS with %s failed: %s" % (self._host, printable(str(error), 200))) from None
+        except PeerError as error:      # some cut the connection instead of answering
+            raise TlsError(str(error)) from None
         self.check_pin(policy)
         self.helo_resp = self.ehlo_resp = None
         self.esmtp_features = {}
-        self.hello()                    # what was offered in the clear does not count, RFC 3207 4.2
+        try:
+            self.hello()                # what was offered in the clear does not count, RFC 3207 4.2
+        except PeerError as error:
+            if error.closing:
+                raise
+            raise TlsError(str(error)) from None        # TLS 1.3 shows only now that the other side did not agree
 
     def check_pin(self, policy: str) -> None:
         if policy.startswith("sha256:"):
@@ -4996,6 +5055,7 @@ class Manager:
         self.is_saving = False
         self.alerts = Alerts(cfg, log, self._mail_alert)
         self.alerts.on_failure = lambda text: post([(self._log_failure, OSError(text))])    # type: ignore[method-assign]
+        self.saves = 0                  # of the state, so far
         self.next_save = now.mono + STATE_SAVE_S
         self.next_sweep = now.mono
         self.drift = now.wall - now.mono
@@ -5564,8 +5624,12 @@ class Manager:
         waiting = self.questions.get(key)
         if waiting is not None:
             return waiting.append(then)
-        self.questions[key] = [then]
-        self.later(CALL_AHEAD_S, lambda: self._tell_all(site.name, address, "down", ""))
+        waiting = self.questions[key] = [then]
+
+        def give_up() -> None:
+            if self.questions.get(key) is waiting:      # and not a later question for the same
+                self._tell_all(site.name, address, "down", "")
+        self.later(CALL_AHEAD_S, give_up)
         mine = [inquirer for inquirer, its in self.inquirers.items() if its is site]
         inquirer = min(mine, key=lambda one: len(one.open), default=None)
         if inquirer is None and len(self.inquirers) >= LINES_MAX:
@@ -5686,11 +5750,16 @@ class Manager:
         state = {"format": FORMAT, "saved": self.now.wall, "sites": sites}
         memory = self.memory.to_values(self.now.wall) if self.memory.is_dirty else None
 
+        self.saves = number = self.saves + 1
+
         def save(spool: Spool) -> None:
-            spool.save_state(state, memory)
-            release_memory()          # now and then, and not in the loop
+            spool.save_state(state, memory, number)
+            release_memory()            # now and then, and not in the loop
 
         def saved(result: Any) -> None:
+            if isinstance(result, Exception):
+                self.is_dirty = True
+                self.memory.is_dirty = self.memory.is_dirty or memory is not None       # again with the next save
             self._log_failure(result)
             then(result)
         self.committers.submit(Task(save), saved)
@@ -6735,9 +6804,10 @@ def _events(events: Sequence[Event], now: Time) -> str:
 class Connection:
     """One SMTP client: its socket, its session, and the message on its way to the spool."""
     __slots__ = ("sock", "session", "network", "out", "draft", "commit", "last", "data_since", "is_closing", "is_ended",
-                 "is_reading", "is_writing", "is_greeted", "tls")
+                 "is_reading", "is_writing", "is_greeted", "tls", "certificate")
 
-    def __init__(self, sock: socket.socket, session: Session, network: str, now: float) -> None:
+    def __init__(self, sock: socket.socket, session: Session, network: str, now: float,
+                 certificate: Optional["Certificate"]) -> None:
         self.sock = sock
         self.session = session
         self.network = network          # what counts as one client; empty for trusted ones
@@ -6752,6 +6822,7 @@ class Connection:
         self.is_writing = False
         self.is_greeted = True          # False during greet_pause
         self.tls = Tls.NONE
+        self.certificate = certificate  # as offered to it, whatever a SIGHUP brings
 
 
 class Tls(enum.Enum):
@@ -6771,16 +6842,15 @@ class Certificate:
         self.dates = (0.0, 0.0)         # begin and end, as far as they could be read
         self.stamp = self._stamp()
         self.context = self._load()
-        self.checked = time.monotonic()
 
     def _stamp(self) -> Tuple[Any, ...]:
-        return tuple((found.st_mtime_ns, found.st_size, found.st_ino) for found in map(os.stat, self.files))
+        return tuple((found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino) for found in map(os.stat, self.files))
 
     def _load(self) -> "ssl.SSLContext":
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0) | ssl.OP_NO_COMPRESSION
-        context.load_cert_chain(*self.files)
+        context.load_cert_chain(*self.files, password="")       # a key with a password is refused, not asked for on a terminal
         try:
             with open(self.files[0], "rb") as file:
                 found = parse_pem(file.read())
@@ -6789,21 +6859,25 @@ class Certificate:
             self.dates = (0.0, 0.0)     # OpenSSL reads more than we do; page and alerts miss them
         return context
 
-    def renew(self, now: float) -> str:
-        """Look for new files now and then.  Returns what to log, or nothing;
-        files that cannot be read leave the old certificate in use."""
-        if now - self.checked < CERTIFICATE_CHECK_S:
-            return ""
-        self.checked = now
+    def renew(self) -> str:
+        """Look for new files, before each handshake: two stats cost nothing
+        beside it.  Returns what to log, or nothing.  Files that cannot be
+        read, or do not belong together yet, leave the old certificate in
+        use, and are told once and tried again when they change again."""
         try:
             stamp = self._stamp()
-            if stamp == self.stamp:
-                return ""
-            self.context = self._load()
-            self.stamp = stamp
-            return "certificate renewed"
+        except OSError as error:
+            stamp, problem = (error.errno,), str(error)
+        if stamp == self.stamp:
+            return ""
+        self.stamp = stamp
+        try:
+            if len(stamp) == 2:
+                self.context = self._load()
+                return "certificate renewed"
         except (OSError, ValueError) as error:
-            return "the certificate cannot be read, the old one stays: %s" % printable(str(error))
+            problem = str(error)
+        return "the certificate cannot be read, the old one stays: %s" % printable(problem)
 
 
 class RecipientFile:
@@ -7192,6 +7266,7 @@ class Server:
         self.is_passed_all = False      # they serve, and `listen` is not bound
         self.control: Optional[socket.socket] = None
         self.connections: Set[Connection] = set()
+        self.decrypted: Set[Connection] = set()         # with octets left in their TLS layer
         self.controllers: Set[Controller] = set()
         self.clients: Dict[str, int] = {}       # connections per network
         self.most = cfg.max_connections
@@ -7354,29 +7429,41 @@ class Server:
             self.log.write("master", "%s: %d recipients%s" % (
                 file.path, len(file.addresses), "; " + file.remark if file.remark else ""))
 
-    def load_certificate(self) -> None:
+    def load_certificate(self) -> Optional[Certificate]:
         """Raises OSError when it is configured but of no use."""
-        self.certificate = None
         if self.cfg.tls_certificate and ssl is None:
             self.log.write("master", "this Python has no ssl module: STARTTLS is not offered", "warning")
         elif self.cfg.tls_certificate:
             try:
-                self.certificate = Certificate(self.cfg.tls_certificate, self.cfg.tls_key)
+                return Certificate(self.cfg.tls_certificate, self.cfg.tls_key)
             except (OSError, ValueError) as error:
                 raise OSError(0, "certificate %s: %s" % (self.cfg.tls_certificate, error)) from None
-        self.door.has_tls = self.certificate is not None
+        return None
+
+    def _reload_certificate(self) -> Optional[Certificate]:
+        """At SIGHUP.  The same files, half renewed or now only root's to read, leave the old certificate in use."""
+        try:
+            return self.load_certificate()
+        except OSError as error:
+            if self.certificate is None or self.certificate.files != (self.cfg.tls_certificate, self.cfg.tls_key):
+                raise
+            self.log.write("master", "%s; the old one stays" % error.strerror, "warning")
+            return self.certificate
+
+    def set_certificate(self, certificate: Optional[Certificate]) -> None:
+        self.certificate = certificate
+        self.door.has_tls = certificate is not None
         self._note_certificate()
 
     def _note_certificate(self) -> None:
         self.manager.certificate_end = (self.certificate.dates[1] if self.certificate else 0.0) or INF
 
-    def _renew_certificate(self) -> None:
-        """Now and then; files that cannot be read leave the old one in use."""
-        if self.certificate is not None:
-            remark = self.certificate.renew(self.now.mono)
-            if remark:
-                self.log.write("master", remark, "warning" if "cannot" in remark else "info")
-                self._note_certificate()
+    def _renew_certificate(self, certificate: Optional[Certificate]) -> None:
+        """Before each handshake, and now and then; files that cannot be read leave the old one in use."""
+        remark = certificate.renew() if certificate is not None else ""
+        if remark:
+            self.log.write("master", remark, "warning" if "cannot" in remark else "info")
+            self._note_certificate()
 
     def open_control(self) -> None:
         """The socket commands come through; only the spool's owner may connect."""
@@ -7434,6 +7521,8 @@ class Server:
         self.manager.now = self.now
         for key, mask in events:
             self._guard(key.data, mask)
+        for connection in [one for one in self.decrypted if one.is_reading]:
+            self._guard(self._on_client, connection, selectors.EVENT_READ)
         while self.signals:
             self._guard(self._on_signal, self.signals.popleft())
         self.is_woken = False           # before the reports are read: what comes later wakes again
@@ -7459,7 +7548,7 @@ class Server:
             self.log.bug(error)
 
     def _pause(self) -> float:
-        if self.reports or self.signals:
+        if self.reports or self.signals or any(one.is_reading for one in self.decrypted):
             return 0.0
         at = min(self.manager.wake(self.now), self.supervisor.next_ping)
         if self.connections or self.is_sick:
@@ -7504,11 +7593,13 @@ class Server:
             cfg = read_config(self.cfg.file)
             old, self.cfg = self.cfg, cfg
             try:
+                certificate = self._reload_certificate()
                 self.load_recipients()
             finally:
                 self.cfg = old
         except (ConfigError, OSError) as error:
-            self.log.write("master", "not reloaded, the old configuration stays: %s" % printable(str(error)), "error")
+            text = str(error.strerror if isinstance(error, OSError) and not error.errno else error)
+            self.log.write("master", "not reloaded, the old configuration stays: %s" % printable(text), "error")
             return
         for name in ("spool", "user", "log"):
             if getattr(cfg, name) != getattr(self.cfg, name):
@@ -7526,11 +7617,8 @@ class Server:
             self.log.write("master", "status page: %s; the old one stays" % error.strerror, "error")
             self.cfg = cfg = dataclasses.replace(cfg, status_listen=old.status_listen, status_token=old.status_token)
         self.log.level = LEVELS[cfg.log_level]
-        self.door = Door(cfg, 0, self.door.has_tls)     # sessions under way keep the old one to their end
-        try:
-            self.load_certificate()
-        except OSError as error:
-            self.log.write("master", "%s; STARTTLS is not offered" % error.strerror, "error")
+        self.door = Door(cfg, 0)        # sessions under way keep the old one to their end
+        self.set_certificate(certificate)
         self.manager.reconfigure(cfg)
         self._set_size_limit()
         self.log.write("master", "configuration reread")
@@ -7547,14 +7635,14 @@ class Server:
         try:
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             reserved = RESERVED_FILES + (PAGE_CONNECTIONS if self.page is not None else 0)
-            wanted = self.cfg.max_connections + reserved
+            wanted = 2 * (self.cfg.max_connections + LINES_MAX) + reserved     # each client may have a file open, too
             if soft < wanted:
                 soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             self.most = min(self.cfg.max_connections, max(10, soft - reserved))
         except (OSError, ValueError):
             self.most = self.cfg.max_connections
-        self.reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._keep_reserve()
 
     # -- stopping
 
@@ -7661,22 +7749,45 @@ class Server:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE) and self.reserve >= 0:
-                    self._turn_away(listener)
-                    continue
-                return                  # gone again before we looked
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    return              # gone again before we looked
+                if not self._turn_away(listener):
+                    return self._listen_later(listener)
+                continue
             sock.setblocking(False)
             self._welcome(sock, str(where[0]))
 
-    def _turn_away(self, listener: socket.socket) -> None:
-        """No descriptor is left: the reserve is lent to tell one client so."""
+    def _turn_away(self, listener: socket.socket) -> bool:
+        """No descriptor is left: the reserve is lent to tell one client so.
+        False when there is none, because a thread was quicker to take it."""
+        if self.reserve < 0:
+            return False
         os.close(self.reserve)
+        self.reserve = -1
         try:
             sock, _ = listener.accept()
             self._refuse(sock, "too many connections")
         except OSError:
             pass
-        self.reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        return self._keep_reserve()
+
+    def _keep_reserve(self) -> bool:
+        try:
+            self.reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            pass                        # asked for again with the next client
+        return self.reserve >= 0
+
+    def _listen_later(self, listener: socket.socket) -> None:
+        """Who waits at the listener cannot be taken: to look at it again at once would spin the loop."""
+        self.selector.unregister(listener)
+        self.log.write("smtpd", "out of file descriptors: no new connection for %d s" % SWEEP_S, "warning")
+
+        def again() -> None:
+            if listener in self.listeners.values():
+                self._keep_reserve()
+                self.selector.register(listener, selectors.EVENT_READ, lambda mask: self._on_accept(listener))
+        self.manager.later(SWEEP_S, again)
 
     def _refuse(self, sock: socket.socket, why: str) -> None:
         try:
@@ -7696,7 +7807,7 @@ class Server:
         if len(self.connections) >= self.most or (network and most and self.clients.get(network, 0) >= most):
             self.log.write("smtpd", "NOQUEUE: reject: CONNECT from %s: 421 4.7.0 too many connections" % format_peer(address))
             return self._refuse(sock, "too many connections")
-        connection = Connection(sock, Session(self.door, address), network, self.now.mono)
+        connection = Connection(sock, Session(self.door, address), network, self.now.mono, self.certificate)
         self.connections.add(connection)
         if network:
             self.clients[network] = self.clients.get(network, 0) + 1
@@ -7726,15 +7837,10 @@ class Server:
 
     def _handshake(self, connection: Connection) -> None:
         """As far as it goes without waiting."""
-        if connection.tls is Tls.ASKED:
-            assert self.certificate is not None
-            connection.tls = Tls.HANDSHAKE
-            self._watch(connection, False, False)
-            self._renew_certificate()
-            connection.sock = self.certificate.context.wrap_socket(
-                connection.sock, server_side=True, do_handshake_on_connect=False)
-        assert isinstance(connection.sock, ssl.SSLSocket)
         try:
+            if connection.tls is Tls.ASKED:
+                self._wrap(connection)
+            assert isinstance(connection.sock, ssl.SSLSocket)
             connection.sock.do_handshake()
         except ssl.SSLWantReadError:
             return self._watch(connection, True, False)
@@ -7750,9 +7856,24 @@ class Server:
         agreed = (connection.sock.version() or "TLS", cipher[0] if cipher else "unknown")
         self._act(connection, connection.session.resume(agreed))
 
+    def _wrap(self, connection: Connection) -> None:
+        """Our 220 has gone out in the clear.  Raises OSError when the client has left."""
+        certificate = connection.certificate
+        assert certificate is not None
+        connection.tls = Tls.HANDSHAKE
+        self._watch(connection, False, False)
+        self._renew_certificate(certificate)
+        connection.sock = certificate.context.wrap_socket(connection.sock, server_side=True, do_handshake_on_connect=False)
+
     def _receive(self, connection: Connection) -> None:
+        """Not all that a TLS record held need be read at once.  The selector does
+        not see what stays in the TLS layer, so that _turn() comes back for it."""
+        self.decrypted.discard(connection)
         try:
-            data = connection.sock.recv(RECEIVE_OCTETS)     # a TLS record is smaller: none is left in its layer
+            is_talking = connection.session.mode is Mode.COMMAND
+            data = connection.sock.recv(COMMAND_OCTETS if is_talking else min(RECEIVE_OCTETS, self._share()))
+            if connection.tls is Tls.READY and connection.sock.pending():       # type: ignore[attr-defined]
+                self.decrypted.add(connection)
         except WANTS:
             return
         except OSError:
@@ -7826,7 +7947,7 @@ class Server:
                 return self._drop(connection)
         draft = connection.draft
         reading = not connection.is_ended and len(connection.out) < OUTPUT_MAX and len(session.buffer) < RECEIVE_OCTETS and (
-            draft is None or draft.pending < UNWRITTEN_MAX)
+            draft is None or draft.pending < self._share())
         self._watch(connection, reading, bool(connection.out))
 
     @staticmethod
@@ -7864,6 +7985,7 @@ class Server:
         if connection not in self.connections:
             return
         self.connections.discard(connection)
+        self.decrypted.discard(connection)
         if connection.network:
             self.clients[connection.network] -= 1
             if not self.clients[connection.network]:
@@ -7906,8 +8028,8 @@ class Server:
         assert session.transaction is not None
         site = self.manager.scheduler.site(domain, self.now)
         cfg = site.cfg
-        if cfg.max_queue_size is not None and site.octets + session.transaction.size > cfg.max_queue_size:
-            return Reply(452, "4.2.2", "The queue for %s is full" % domain)
+        if self._is_full(domain, session.transaction.size):
+            return queue_full(domain)
         is_postmaster = recipient.path.local.lower() == "postmaster"
         known: Optional[bool] = True
         if isinstance(cfg.recipients, frozenset) or cfg.recipients.startswith("file:"):
@@ -7930,6 +8052,10 @@ class Server:
                 self._act(connection, session.resume(self._judge_rcpt(session, site, address, verdict, text)))
         self.manager.ask(site, address if known is None else "", on_word)
         return WAIT
+
+    def _is_full(self, domain: str, octets: int) -> bool:
+        site = self.manager.scheduler.site(domain, self.now)
+        return site.cfg.max_queue_size is not None and site.octets + octets > site.cfg.max_queue_size
 
     def _judge_rcpt(self, session: Session, site: Site, address: str, known: Optional[bool], text: str = "") -> Optional[Reply]:
         """With all there is to know: None in `known` means that nobody can say now."""
@@ -7961,9 +8087,13 @@ class Server:
             draft.pending += len(data)
             self._spill(connection, draft)
 
+    def _share(self) -> int:
+        """Octets of a body that one client may have in memory."""
+        return max(UNWRITTEN_LEAST, min(UNWRITTEN_MAX, UNWRITTEN_TOTAL // max(1, len(self.connections))))
+
     def _spill(self, connection: Connection, draft: Draft) -> None:
         """Hand a large part of a body to a committer, one part at a time."""
-        if draft.pending < SPILL_OCTETS or draft.busy:
+        if draft.pending < min(SPILL_OCTETS, self._share()) or draft.busy:
             return
         blocks = draft.take()
         draft.busy = True
@@ -7994,6 +8124,10 @@ class Server:
             self.manager.committers.submit(Task(lambda spool: spool.discard(draft)), lambda result: None)
 
     def _commit(self, connection: Connection, transaction: Transaction) -> Any:
+        for domain in {one.path.domain for one in transaction.recipients}:
+            if self._is_full(domain, transaction.octets):       # SIZE was not declared, or too small
+                self._discard(connection)
+                return queue_full(domain)
         draft = self._draft(connection, transaction)
         draft.ended = self.now.mono
         if draft.busy:
@@ -8040,7 +8174,7 @@ class Server:
             self._note_history()
             if self.history.is_dirty and self.now.mono >= self.next_history:
                 self._save_history()
-        self._renew_certificate()
+        self._renew_certificate(self.certificate)
         limit = self.cfg.command_timeout
         if len(self.connections) > self.most * STRESS_SHARE:
             limit = min(limit, STRESS_TIMEOUT_S)
@@ -8056,15 +8190,15 @@ class Server:
                 connection.data_since = 0.0
             elif not connection.data_since:
                 connection.data_since = self.now.mono
-            if connection.tls is Tls.HANDSHAKE:
+            if connection.tls in (Tls.ASKED, Tls.HANDSHAKE):
                 if idle > min(limit, HANDSHAKE_S):
                     self._drop(connection)
                 continue
             if session.waiting is not None:
                 continue                # it is our turn
-            transaction = session.transaction
+            came = session.transaction.received if session.transaction is not None else 0
             took = self.now.mono - connection.data_since if connection.data_since else 0.0
-            slow = took > limit and transaction is not None and transaction.octets < took * DATA_RATE_MIN
+            slow = took > limit and came < took * DATA_RATE_MIN
             if idle > limit or slow:
                 self.log.write("smtpd", "timeout after %s from %s" % (
                     "DATA" if in_data else session.stage.name, format_peer(session.address, session.name)))
@@ -8186,10 +8320,14 @@ class Server:
 WAIT = object()                 # the answer to a question comes later
 
 
+def queue_full(domain: str) -> Reply:
+    return Reply(452, "4.2.2", "The queue for %s is full" % domain)
+
+
 def no_such_user(address: str, text: str = "") -> Reply:
     """`text`: the primary's own words, when it was asked just now."""
     return Reply(550, "5.1.1", "<%s>: Recipient address rejected: User unknown%s" % (
-        address, " (%s)" % text if text else ""))
+        address, " (%s)" % printable(text, REPLY_PART_MAX) if text else ""))
 
 
 def short_path(path: str, directory: int) -> str:
@@ -8445,7 +8583,7 @@ def serve(cfg: Config) -> int:
     if cfg.bounces_password.startswith("file:"):
         open(cfg.bounces_password[5:], "rb").close()        # read at each login; a wrong path is said now
     account.resume_root()
-    server.load_certificate()
+    server.set_certificate(server.load_certificate())
     try:
         server.adopt(supervisor.sockets())
         server.listen()
