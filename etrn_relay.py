@@ -294,6 +294,8 @@ CUT_THROUGH_S = 30.0            # a client waits so long at most for the primary
 CALL_AHEAD_S = 5.0              # a client waits so long at most for the primary's word on a recipient
 INQUIRERS_MAX = 4               # connections for such questions to one primary
 LINES_MAX = 100                 # connections to all primaries together, each a thread; and as many for questions
+LINES_RESERVED = 25             # of these, for the first connection to a primary that is not known to be down
+NOTICE_LINES_MAX = 20           # of these, to senders' servers, which are many, far and often dead
 QUESTIONS_PER_INQUIRER = 4      # so many unanswered ones justify another connection
 INQUIRER_IDLE_S = 10.0          # such a connection waits so long for another question
 GOOD_S = 31 * 86400.0           # a recipient the primary took is known so long; contract 5
@@ -2578,6 +2580,16 @@ class Now(NamedTuple):
     wall: Time
 
 
+class Hop(NamedTuple):
+    """Where a connection may lead: one address of a host."""
+    host: str
+    address: str
+    port: int
+
+    def __str__(self) -> str:
+        return "%s[%s]:%d" % (self.host, self.address, self.port)
+
+
 class Primary(enum.Enum):
     UNKNOWN = "unknown"
     UP = "up"
@@ -2652,12 +2664,15 @@ class Site:
         self.size_limit = 0             # the primary's SIZE, 0 when not known
         self.recovered = 0.0            # wall, end of the last outage that we saw
         self.rejected_since = 0.0       # wall, when it last began to reject
-        self.refused = 0                # messages in a row that were refused
-        self.refused_good = 0           # ... and whose recipients were known to be good
+        self.refused: Set[str] = set()          # messages refused in a row
+        self.refused_good: Set[str] = set()     # recipients known to be good refused in a row
+        self.tried: Set[str] = set()    # messages that went alone since the primary last took one
+        self.is_returning = False       # an outage has ended, or it rejects: nothing taken yet
+        self.jumped = -INF              # monotonic, when the wall clock last jumped
         self.canaries = 0               # canaries in a row that were answered 4xx
         self.delays: List[Tuple[Time, str]] = []            # heap: when a sender is told of the delay
         self.last_heard = -INF          # monotonic, when it last answered anything well
-        self.route: List[Endpoint] = [] # where the last connection led, best first
+        self.route: List[Hop] = []      # where the last connections led, best first
         self.route_seen = 0.0           # wall
 
     # -- entries
@@ -2734,13 +2749,9 @@ class Site:
 
     def take(self, most: int, now: Now) -> List[Entry]:
         """Up to `most` messages for one connection, oldest first; they are DELIVERING from now on."""
-        if not self.is_proven:
-            if now.mono < self.next_probe or self.count[State.DELIVERING]:
-                return []
-            most = 1
         self._wake(now)
-        if self.state is Primary.REJECTING and not self.count[State.ACTIVE]:
-            self._wake_one()            # one is tried every probe_interval, whichever is due first
+        if not self.is_proven:
+            return self._take_canary(now)
         out: List[Entry] = []
         while self.active and len(out) < most:
             entry = self.entries.get(heapq.heappop(self.active)[1])
@@ -2749,6 +2760,36 @@ class Site:
                 self._set(entry, State.DELIVERING)
                 out.append(entry)
         return out
+
+    def _take_canary(self, now: Now) -> List[Entry]:
+        """One message: the oldest that has not gone alone since the primary
+        last took one.  A message that it will never take keeps no other waiting."""
+        if now.mono < self.next_probe or self.count[State.DELIVERING]:
+            return []
+        if self.state is Primary.REJECTING and not self.count[State.ACTIVE]:
+            self._wake_one()            # one is tried every probe_interval, whichever is due first
+        found, seen = None, []
+        for tried in (self.tried, set()):       # all of them were: another round
+            while self.active and found is None:
+                item = heapq.heappop(self.active)
+                entry = self.entries.get(item[1])
+                if entry is not None and entry.state is State.ACTIVE:
+                    if item[1] in tried:
+                        seen.append(item)
+                    else:
+                        found = entry
+            for item in seen:
+                heapq.heappush(self.active, item)
+            if found is None:
+                self.tried.clear()
+            seen = []
+        if found is None:
+            return []
+        self.tried.add(found.id)
+        self.last_start = now.mono      # a flood of ETRNs costs one try a second
+        found.again = False
+        self._set(found, State.DELIVERING)
+        return [found]
 
     def _wake(self, now: Now) -> None:
         """Deferred messages whose pause is over."""
@@ -2890,21 +2931,47 @@ class Site:
             self.next_probe = now.mono          # for the canary
         return self.on_heard(now)
 
-    def on_refused(self, now: Now, was_good: bool) -> bool:
-        """A message was answered 5xx, all of its recipients.  `was_good`: they
-        were known to be good, and not the message was refused.  True when
-        this makes the primary `rejecting`: it is there, but not itself."""
-        self.refused = self.refused + 1 if self.is_recovering(now) else 0
-        self.refused_good = self.refused_good + 1 if was_good else 0
+    def on_refused(self, now: Now, id: str, good: Iterable[str]) -> bool:
+        """A message was answered 5xx, all of its recipients.  `good`: those of
+        them known to be good, when not the message was refused.  One message or
+        recipient counts once, however often it is tried: a user who has left
+        is no sign of trouble.  True when this makes the primary `rejecting`:
+        it is there, but not itself."""
+        if not self.is_recovering(now):
+            self.refused.clear()
+        elif len(self.refused) < REFUSED_ROW:
+            self.refused.add(id)
+        if len(self.refused_good) < REFUSED_ROW:
+            self.refused_good.update(good)
         if self.state is Primary.REJECTING:
             self.next_probe = now.mono + self.cfg.probe_interval
             return False
-        if max(self.refused, self.refused_good) < REFUSED_ROW:
+        if max(len(self.refused), len(self.refused_good)) < REFUSED_ROW:
             return False
         self.state, self.since = Primary.REJECTING, now.wall
-        self.is_proven, self.limit = False, 1
+        self.is_proven, self.is_returning, self.limit = False, True, 1
         self.next_probe = now.mono + self.cfg.probe_interval
+        self.round_left = 0             # a flush that finds it so is over
+        self.round += 1
         return True
+
+    def heal(self, now: Now) -> bool:
+        """--flush: the operator says that a rejecting primary is itself again.
+        Believed until it is seen to be otherwise, and the grace begins anew."""
+        if self.state is not Primary.REJECTING:
+            return False
+        self._end_rejecting(now)
+        return True
+
+    def _end_rejecting(self, now: Now) -> None:
+        self.rejected_since = self.since
+        self.state, self.since, self.recovered, self.last_error = Primary.UP, now.wall, now.wall, ""
+        self._forget_row()
+
+    def _forget_row(self) -> None:
+        self.refused.clear()
+        self.refused_good.clear()
+        self.canaries = 0
 
     def on_heard(self, now: Now) -> Optional[float]:
         """It greeted, a courier or somebody with a question."""
@@ -2914,7 +2981,8 @@ class Site:
             return None
         lasted = None
         if self.state is Primary.DOWN:
-            lasted, self.recovered = now.wall - self.since, now.wall
+            lasted, self.recovered, self.is_returning = max(0.0, now.wall - self.since), now.wall, True
+            self._forget_row()
         self.state, self.since = Primary.UP, now.wall
         self.next_probe = now.mono
         self.release_all()
@@ -2937,6 +3005,11 @@ class Site:
     def is_recovering(self, now: Now) -> bool:
         """Whether an outage ended less than `recovery_grace` ago."""
         return now.wall - self.recovered < self.cfg.recovery_grace
+
+    def is_itself(self, now: Now) -> bool:
+        """Whether what it says of a recipient is worth remembering.  Back from
+        an outage it may not have its users yet: not before it took a message."""
+        return self.state is not Primary.REJECTING and (self.is_proven or not self.is_recovering(now))
 
     def may_cut_through(self, now: Now) -> bool:
         """Whether the primary's verdict on a new message is worth the waiting, and may be believed."""
@@ -2988,15 +3061,17 @@ class Site:
         """A message was taken.  True when that healed a `rejecting` primary."""
         self.last_heard = now.mono
         self.verdicts.append(False)
-        self.quick = self.refused = self.refused_good = self.canaries = 0
+        self.quick = 0
+        self._forget_row()
+        self.tried.clear()
         healed = self.state is Primary.REJECTING
         if healed:
-            self.rejected_since = self.since
-            self.state, self.since, self.recovered, self.last_error = Primary.UP, now.wall, now.wall, ""
+            self._end_rejecting(now)
         if self.is_proven:
             self.limit = min(self.cfg.connections, self.limit + 1)
-        else:
-            self.is_proven = True
+        self.is_proven = True
+        if self.is_returning:
+            self.is_returning = False
             self.release_all()          # what it put off before it was quite there
         return healed
 
@@ -3010,7 +3085,7 @@ class Site:
             self.canaries += 1
             self.next_probe = now.mono + self._probe_pause()
             if self.canaries >= CANARIES_DEFERRED:
-                self.is_proven, self.limit = True, 1        # it greylists: all must be offered once
+                self.is_proven, self.is_returning, self.limit = True, False, 1      # it greylists: all must be offered once
         elif len(self.verdicts) == VERDICTS and sum(self.verdicts) * 2 > VERDICTS:
             self.slow_down(now)
 
@@ -3030,6 +3105,8 @@ class Site:
             return False
         if self.state is Primary.UP and now.wall - self.since >= grace and not was_good:
             return True
+        if now.mono - self.jumped < grace:
+            return False                # what the wall clock says of the time between is not true
         return refused_since is not None and now.wall - refused_since >= grace
 
     def expired(self, now: Now) -> List[Entry]:
@@ -3073,7 +3150,12 @@ class Site:
                 out.append(entry)
         return out
 
-    def on_clock_jump(self) -> None:
+    def on_clock_jump(self, now: Now, seconds: float) -> None:
+        """The wall clock was set: what was measured by it is as old as before."""
+        self.since += seconds
+        self.recovered += seconds
+        self.rejected_since += seconds
+        self.jumped = now.mono
         for entry in self.entries.values():
             entry.attempts, entry.tries, entry.base = self.attempts(entry), 0, self.failures
 
@@ -3211,7 +3293,9 @@ class Scheduler:
         """SIGHUP.  A longer or shorter lifetime holds for queued mail too."""
         self.cfg = cfg
         for site in self.sites.values():
-            site.cfg = self.config_of(site.name)
+            primary, site.cfg = site.cfg.primary, self.config_of(site.name)
+            if site.cfg.primary != primary:
+                site.route = []         # mail never goes to a primary that was configured once
             site.limit = min(site.limit, site.cfg.connections)
             site.next_probe = min(site.next_probe, now.mono + site.cfg.probe_interval)
             site.aging.clear()
@@ -3399,11 +3483,11 @@ class Resolver:
     def __init__(self, nameservers: Union[str, Tuple[Endpoint, ...]]) -> None:
         self.nameservers = nameservers
 
-    def query(self, name: str, kind: int) -> List[Any]:
+    def query(self, name: str, kind: int, seconds: Optional[float] = None) -> List[Any]:
         """Records, or an empty list when the name has none of that kind.
         Raises DnsError: no such name, or nobody answers."""
         servers = read_resolv_conf(self.nameservers) if isinstance(self.nameservers, str) else self.nameservers
-        end = time.monotonic() + DNS_TOTAL_S
+        end = time.monotonic() + (seconds or DNS_TOTAL_S)
         problem = "no answer"
         for server in servers * 2:
             left = end - time.monotonic()
@@ -3411,6 +3495,8 @@ class Resolver:
                 break
             try:
                 answer = self._ask(server, name, kind, min(DNS_TRY_S, left))
+            except UnicodeError:        # an MX record may hold any octets
+                raise DnsError("not the name of a host: %s" % printable(name)) from None
             except (OSError, DnsError, struct.error) as error:
                 problem = "%s: %s" % (server, error)
                 continue
@@ -3463,8 +3549,8 @@ class Resolver:
         return answer
 
     def addresses(self, host: str) -> List[str]:
-        """IPv4 first: a host with broken IPv6 is common, one with broken IPv4 is not.  The
-        system resolver is asked, with /etc/hosts, unless nameservers are configured."""
+        """At least one, IPv4 first: a host with broken IPv6 is common, one with broken IPv4 is not.
+        The system resolver is asked, with /etc/hosts, unless nameservers are configured."""
         try:
             return [str(ipaddress.ip_address(host))]
         except ValueError:
@@ -3476,8 +3562,24 @@ class Resolver:
                 raise DnsError("lookup of %s failed: %s" % (host, error)) from None
             out = [str(entry[4][0]) for entry in found]
         else:
-            out = self.query(host, A) + self.query(host, AAAA)
+            out = self._both_kinds(host)
+        if not out:
+            raise DnsError("no address is known for %s" % host)
         return list(dict.fromkeys(sorted(out, key=lambda address: ":" in address)))
+
+    def _both_kinds(self, host: str) -> List[str]:
+        """A and AAAA.  A server that knows the one and fails at the other is a
+        common fault; it is not waited for."""
+        out: List[str] = []
+        problem: Optional[DnsError] = None
+        for kind in (A, AAAA):
+            try:
+                out += self.query(host, kind, DNS_TRY_S if out else None)
+            except DnsError as error:
+                problem = error
+        if problem and not out:
+            raise problem
+        return out
 
 
 # == 10. DSN ===================================================================
@@ -3612,15 +3714,6 @@ class PeerError(Exception):
         self.closing = closing          # the peer said so, with 421
 
 
-class Hop(NamedTuple):
-    host: str
-    address: str
-    port: int
-
-    def __str__(self) -> str:
-        return "%s[%s]:%d" % (self.host, self.address, self.port)
-
-
 class Plan(NamedTuple):
     """All that a connection needs to know; nothing in it changes."""
     site: str
@@ -3629,7 +3722,7 @@ class Plan(NamedTuple):
     hostname: str
     resolver: Resolver
     listeners: Tuple[Endpoint, ...]     # ours, as bound
-    last_route: Tuple[Endpoint, ...]    # used when the DNS fails
+    last_route: Tuple[Hop, ...]         # used when the DNS fails
     login: Optional[Tuple[str, str]] = None     # at a smarthost
 
 
@@ -3715,8 +3808,7 @@ def find_route(plan: Plan) -> Tuple[List[Hop], str]:
         return hops[:ROUTE_HOSTS_MAX], ""
     except DnsError as error:
         if plan.last_route:
-            return [Hop(where.host, where.host, where.port) for where in plan.last_route], (
-                "%s; using the route that worked last" % error)
+            return list(plan.last_route), "%s; using the route that worked last" % error
         raise PeerError(str(error)) from None
 
 
@@ -3749,32 +3841,50 @@ def _mx_route(plan: Plan) -> List[Hop]:
     if plan.cfg.is_notices:
         hops = [hop for hop in hops if ipaddress.ip_address(hop.address).is_global and not is_own(hop, plan.listeners)]
     if not hops:
-        raise PeerError("mail for %s loops back to this host or has no public route" % domain)
+        raise PeerError("mail for %s has no route to a public address" % domain)
     return hops
 
 
 def _mx_hops(plan: Plan, domain: str) -> List[Hop]:
     found: List[Tuple[int, str]] = plan.resolver.query(domain, MX)
-    if any(host == "" for _, host in found):
+    records = [one for one in found if one[1]]
+    if found and not records:           # RFC 7505
         raise PeerError("%s has a null MX record: it says it takes no mail" % domain)
-    records = sorted(found or [(0, domain)], key=lambda record: (record[0], random.random()))
-    cut = min((preference for preference, host in records if host == plan.hostname), default=65536)
     hops: List[Hop] = []
     problem: Optional[DnsError] = None
-    for preference, host in records:
-        if preference >= cut:
+    for _, group in itertools.groupby(sorted(records) or [(0, domain)], key=lambda record: record[0]):
+        hosts = [host for _, host in group]
+        random.shuffle(hosts)
+        equal: List[Hop] = []
+        for host in hosts:
+            try:
+                equal += [Hop(host, address, SMTP_PORT) for address in plan.resolver.addresses(host)]
+            except DnsError as error:
+                problem = error
+        if plan.hostname in hosts or any(is_own(hop, plan.listeners) for hop in equal):
+            if not hops and not problem:
+                raise PeerError("mail for %s loops back to this host: no MX host is preferred to it" % domain)
+            break                       # neither this host nor its equals nor what is behind it
+        hops += equal
+        if len(hops) >= ROUTE_HOSTS_MAX:
             break
-        try:
-            its = [Hop(host, address, SMTP_PORT) for address in plan.resolver.addresses(host)]
-        except DnsError as error:
-            problem = error
-            continue
-        if any(is_own(hop, plan.listeners) for hop in its):
-            break
-        hops += its
     if problem and not hops:
         raise problem
     return hops
+
+
+def begin_connect(hop: Hop) -> socket.socket:
+    """A socket on its way to a host.  Raises OSError, also where the kernel has no IPv6."""
+    sock = socket.socket(socket.AF_INET6 if ":" in hop.address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        code = sock.connect_ex((hop.address, hop.port))
+        if code not in (0, errno.EINPROGRESS):
+            raise OSError(code, os.strerror(code))
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def connect_each(hops: Sequence[Hop]) -> Iterator[Tuple[Hop, Union[socket.socket, OSError]]]:
@@ -3790,16 +3900,13 @@ def connect_each(hops: Sequence[Hop]) -> Iterator[Tuple[Hop, Union[socket.socket
                 if waiting:
                     hop = waiting.pop(0)
                     end = time.monotonic() + CONNECT_S
-                    sock = socket.socket(socket.AF_INET6 if ":" in hop.address else socket.AF_INET, socket.SOCK_STREAM)
-                    sock.setblocking(False)
-                    code = sock.connect_ex((hop.address, hop.port))
-                    if code in (0, errno.EINPROGRESS):
-                        selector.register(sock, selectors.EVENT_WRITE)
-                        trying[sock] = hop
-                    else:
-                        sock.close()
-                        yield hop, OSError(code, os.strerror(code))
+                    try:
+                        sock = begin_connect(hop)
+                    except OSError as error:
+                        yield hop, error
                         continue
+                    selector.register(sock, selectors.EVENT_WRITE)
+                    trying[sock] = hop
                 pause = end - time.monotonic()
                 if waiting:
                     pause = STAGGER_S if waiting[0].host == hop.host else HOST_STAGGER_S
@@ -4564,6 +4671,10 @@ class Recorded(NamedTuple):
     is_finished: bool                       # no recipient is left: the pair may go
 
 
+def format_primary(primary: Union[str, Tuple[Endpoint, ...]]) -> str:
+    return primary if isinstance(primary, str) else ", ".join(map(str, primary))
+
+
 class Queued(NamedTuple):
     """What the loop needs of a sidecar."""
     id: str
@@ -4719,6 +4830,14 @@ class Alerts:
             self.tell("up", site, text, now)
             self.told.discard(site.name)
 
+    def on_known(self, site: Site, is_told: bool, now: Now) -> None:
+        """An outage that began before our own restart."""
+        if is_told:
+            self.told.add(site.name)
+        else:
+            left = self.cfg.alerts_after - max(0.0, now.wall - site.since)
+            self.down[site.name] = (now.mono + max(0.0, left), "down: %s" % site.last_error)
+
     def sweep(self, sites: Iterable[Site], free: int, now: Now, certificate_end: Time = INF) -> None:
         """Once a second: outages that have lasted, mail that nears its end, a disk that fills, a
         certificate that nobody renews."""
@@ -4728,7 +4847,7 @@ class Alerts:
                 del self.down[site.name]
                 self.tell("down", site, text, now)
             end = site.next_expiry()
-            if end is not None and end - now.wall < ALERT_EXPIRY_S and not site.cfg.is_notices:
+            if end is not None and end - now.wall < min(ALERT_EXPIRY_S, site.cfg.lifetime / 2) and not site.cfg.is_notices:
                 self.once_a_day("expiring", site, "mail will be returned to its senders in %s, %d messages waiting" % (
                     format_duration(end - now.wall), len(site.entries)), now)
         if free < 2 * self.cfg.min_free_space:
@@ -4902,9 +5021,7 @@ class Manager:
         while self.retries and self.retries[0][0] <= now.mono:
             heapq.heappop(self.retries)[2]()
         if not self.is_stopping:
-            for site in list(self.scheduler.sites.values()):
-                if site.entries and self.may_connect(site) and len(self.couriers) < LINES_MAX and site.wanted(now):
-                    self._connect(site)
+            self._open_lines()
             for courier, site in self.couriers.items():
                 self._feed(courier, site)
         if now.mono >= self.next_sweep:
@@ -4935,7 +5052,7 @@ class Manager:
             self.log.write("master", "the clock jumped by %d s: nothing expires before it was tried again"
                            % (drift - self.drift), "warning")
             for site in self.scheduler.sites.values():
-                site.on_clock_jump()
+                site.on_clock_jump(self.now, drift - self.drift)
         self.drift = drift
         for site in list(self.scheduler.sites.values()):
             for entry in site.expired(self.now):
@@ -5091,6 +5208,45 @@ class Manager:
 
     # -- connections
 
+    def _open_lines(self) -> None:
+        """Connections where they are wanted.  When they run short, a primary
+        without any comes before others, and whoever waited longest first."""
+        wanting = [site for site in self.scheduler.sites.values()
+                   if site.entries and site.wanted(self.now) and self.may_connect(site)]
+        if not wanting:
+            return
+        lines = collections.Counter(site.name for site in self.couriers.values())
+        notices = sum(site.cfg.is_notices for site in self.couriers.values())
+        wanting.sort(key=lambda site: (lines[site.name], site.last_start))
+        for site in wanting:
+            if len(self.couriers) < self._lines_for(site, lines[site.name]) and not (
+                    site.cfg.is_notices and notices >= NOTICE_LINES_MAX):
+                notices += site.cfg.is_notices
+                self._connect(site)
+            elif not lines[site.name] and site.state is not Primary.DOWN and not site.cfg.is_notices:
+                self._make_room(lines)
+
+    @staticmethod
+    def _lines_for(site: Site, has: int) -> int:
+        """So many connections to all may there be for this site to get one (more).
+        Dead servers hold theirs for long and live ones use many: neither may take the last."""
+        if site.state is Primary.DOWN:
+            return LINES_MAX // 2 if has else LINES_MAX - LINES_RESERVED
+        return LINES_MAX - LINES_RESERVED if has or site.cfg.is_notices else LINES_MAX
+
+    def _make_room(self, lines: Mapping[str, int]) -> None:
+        """Somebody has no connection and there is none left: whoever has most gives one back after its message."""
+        if not any(courier.is_leaving for courier in self.couriers):
+            greeted = [courier for courier in self.couriers if courier.is_greeted]
+            courier = max(greeted, key=lambda one: lines[self.couriers[one].name], default=None)
+            if courier is not None:
+                courier.leave()
+
+    def _is_surplus(self, site: Site) -> bool:
+        """Whether one connection less is wanted: they were halved, or it is to get one message at a time."""
+        return sum(its is site and courier.is_greeted and not courier.is_leaving
+                   for courier, its in self.couriers.items()) > site.limit
+
     def _connect(self, site: Site) -> None:
         site.on_started(self.now)
         plan = self.plan(site)
@@ -5108,7 +5264,11 @@ class Manager:
                     known, login if login and login[0] else None)
 
     def _feed(self, courier: Courier, site: Site) -> None:
-        if not courier.is_greeted or courier.is_leaving or len(courier.jobs) >= JOBS_REFILL or not site.count[State.ACTIVE]:
+        if not courier.is_greeted or courier.is_leaving:
+            return
+        if site.open > site.limit and self._is_surplus(site):
+            return courier.leave()
+        if len(courier.jobs) >= JOBS_REFILL or not (site.count[State.ACTIVE] or site.state is Primary.REJECTING):
             return
         for entry in site.take(JOBS_PER_CONNECTION, self.now):
             courier.jobs[entry.id] = entry
@@ -5133,8 +5293,7 @@ class Manager:
         self._feed(report.courier, site)
 
     def _say_up(self, site: Site, was: Primary, lasted: Optional[float], hop: Hop) -> None:
-        where = Endpoint(hop.address, hop.port)
-        site.route = [where] + [other for other in site.route if other != where][:ROUTE_HOSTS_MAX - 1]
+        site.route = [hop] + [other for other in site.route if other[1:] != hop[1:]][:ROUTE_HOSTS_MAX - 1]
         site.route_seen = self.now.wall
         if was in (Primary.UNKNOWN, Primary.DOWN):
             after = " after %s" % format_duration(lasted) if lasted is not None else ""
@@ -5170,9 +5329,13 @@ class Manager:
                 self._let_go(id)
             self._log_waiting(site, report.error)
             if not site.round_left:
-                for watch in self.watches:
-                    for name, id in [pair for pair in watch.left if pair[0] == site.name]:
-                        watch.settle(name, id, "deferred", report.error)
+                self._end_watches(site, report.error)
+
+    def _end_watches(self, site: Site, error: str) -> None:
+        """Nothing of it leaves soon: a --flush that waits has its answer."""
+        for watch in self.watches:
+            for name, id in [pair for pair in watch.left if pair[0] == site.name]:
+                watch.settle(name, id, "deferred", error)
 
     def _log_waiting(self, site: Site, error: str) -> None:
         """Each message says once in the log that it waits, not at every probe."""
@@ -5238,8 +5401,8 @@ class Manager:
                 state = BOUNCED
             else:
                 state = QUEUED
-                if result.kind == "refused":
-                    since = since or self.now.wall
+                if result.kind == "refused":            # one in the future was written before the clock was set back
+                    since = min(since or self.now.wall, self.now.wall)
             verdicts.append(Verdict(result.address, state, result.status, result.response, result.remote, since, result.is_told))
         return verdicts
 
@@ -5270,18 +5433,29 @@ class Manager:
         kinds = {result.kind for result in outcome.results}
         if "sent" in kinds:
             if site.on_taken(self.now):
-                self._say(site, "up", "up after rejecting for %s" % format_duration(self.now.wall - site.rejected_since))
-        elif kinds == {"refused"} and site.on_refused(self.now, all(self._was_good(result) for result in outcome.results)):
-            self.memory.forget_bad(site.name, site.recovered)
-            self._say(site, "rejecting", "rejecting: %s" % outcome.results[0].response)
-        elif QUEUED in states:
+                self._say(site, "up", "up after rejecting for %s, %d messages waiting" % (
+                    format_duration(self.now.wall - site.rejected_since), len(site.entries)))
+        elif kinds == {"refused"} and site.on_refused(self.now, outcome.job.id, [
+                result.address for result in outcome.results if self._was_good(result)]):
+            self._on_rejecting(site, outcome.results[0].response)
+        elif QUEUED in states and any(result.remote for result in outcome.results):     # the primary's word, not ours
             site.on_deferred(self.now)
         if was is Primary.REJECTING or site.state is Primary.REJECTING:
             site.last_error = site.last_error or outcome.results[0].response
             return                      # it is not itself
         for result in outcome.results:
-            if result.is_good or (result.is_good is False and not (QUEUED in states and self._was_good(result))):
+            kept = QUEUED in states and self._was_good(result)
+            if result.is_good or (result.is_good is False and not kept and site.is_itself(self.now)):
                 self.memory.learn(result.address, result.is_good, self.now.wall)
+
+    def _on_rejecting(self, site: Site, response: str) -> None:
+        """It is there but refuses everybody: sending stops, and what it said is forgotten."""
+        self.memory.forget_bad(site.name, site.recovered)
+        for courier, its in self.couriers.items():
+            if its is site and courier.is_greeted and not courier.is_leaving:
+                courier.leave()         # with what it has not begun
+        self._end_watches(site, response)
+        self._say(site, "rejecting", "rejecting: %s, %d messages waiting" % (response, len(site.entries)))
 
     def _write(self, site: Site, entry: Entry, outcome: Outcome, verdicts: List[Verdict]) -> None:
         states = {verdict.state for verdict in verdicts}
@@ -5466,6 +5640,8 @@ class Manager:
         address, word = report.address, report.word
         report.inquirer.open.discard(address)
         site.last_heard = self.now.mono
+        if not site.is_itself(self.now) and (word == "bad" or site.state is Primary.REJECTING):
+            word = "silent"
         if address and address == report.inquirer.stranger:
             if word in ("good", "bad"):
                 self.memory.learn_accept_all(site.name, word == "good", self.now.wall)
@@ -5490,6 +5666,13 @@ class Manager:
         if self.is_loading:
             self.early.add(what)
         return self.flush_sites(self.scheduler.matching(what))
+
+    def heal(self, sites: Iterable[Site]) -> None:
+        """--flush: the operator says that rejecting primaries are themselves again."""
+        for site in sites:
+            if site.heal(self.now):
+                self._say(site, "up", "up by command after rejecting for %s, %d messages waiting" % (
+                    format_duration(self.now.wall - site.rejected_since), len(site.entries)))
 
     def flush_sites(self, sites: Iterable[Site]) -> bool:
         fresh = [site.flush(self.now) for site in sites if not site.is_held]     # each of them, whatever another says
@@ -5548,6 +5731,7 @@ class Manager:
         sites = {site.name: {"primary": site.state.value, "since": site.since, "recovered": site.recovered,
                              "last_error": site.last_error, "held": site.is_held, "size_limit": site.size_limit,
                              "route": [list(hop) for hop in site.route], "route_seen": site.route_seen,
+                             "route_of": format_primary(site.cfg.primary), "told": site.name in self.alerts.told,
                              "counters": dict(site.counters)}
                  for site in self.scheduler.sites.values()}
         state = {"format": FORMAT, "saved": self.now.wall, "sites": sites}
@@ -5564,7 +5748,7 @@ class Manager:
         self.memory.from_values(self.spool.load_state("recipients.json"))
         for name, known in self.spool.load_state().get("sites", {}).items():
             try:
-                route = [Endpoint(str(host), int(port)) for host, port in known["route"]]
+                route = [Hop(str(host), str(address), int(port)) for host, address, port in known["route"]]
                 seen, limit, held = float(known["route_seen"]), int(known["size_limit"]), bool(known["held"])
                 counters = {key: int(known["counters"].get(key, 0)) for key in COUNTERS.values()}
                 since, recovered, was = float(known["since"]), float(known["recovered"]), str(known["primary"])
@@ -5573,12 +5757,15 @@ class Manager:
             if not held and not self.scheduler.is_served(name):
                 continue
             site = self.scheduler.site(name, self.now)
+            if known.get("route_of") != format_primary(site.cfg.primary):
+                route = []              # mail never goes to a primary that was configured once
             site.route, site.route_seen, site.size_limit, site.is_held = route, seen, limit, held
             site.counters.update(counters)
             site.recovered = recovered
             if was in (Primary.DOWN.value, Primary.REJECTING.value):
                 site.state, site.since, site.last_error = Primary.DOWN, since, printable(str(known["last_error"]))
-            self._on_route(name, [hop.host for hop in route])
+                self.alerts.on_known(site, known.get("told") is True, self.now)
+            self._on_route(name, [hop.address for hop in route])
 
     def _on_route(self, name: str, hosts: Iterable[str]) -> None:
         """Remember a site's hosts as callers that may be back."""
@@ -5732,6 +5919,7 @@ def flush_and_watch(manager: Manager, what: str, wait: bool) -> Answers:
         return
     watch = manager.watch(sites)
     try:
+        manager.heal(sites)
         manager.flush_sites(sites)
         manager.log.write("flush", "command: site=%s, messages=%d" % (what, watch.total))
         last = -1

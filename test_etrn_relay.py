@@ -1743,7 +1743,7 @@ class Schedule(unittest.TestCase):
         for _ in range(10):
             self.probe()
         self.clock.jump(30 * 86400)
-        self.site.on_clock_jump()
+        self.site.on_clock_jump(self.clock.now, 30 * 86400)
         self.assertEqual(self.site.expired(self.clock.now), [])
         self.assertEqual(self.site.attempts(self.site.entries["A00000"]), 10)
         for _ in range(3):
@@ -2049,7 +2049,8 @@ class Nameservers(unittest.TestCase):
                 self.route(domain)
 
     def test_the_last_route_is_used_when_the_dns_fails(self) -> None:
-        self.assertEqual(self.route("none.example", last_route=(etrn.Endpoint("192.0.2.7", 25),)), ["192.0.2.7[192.0.2.7]:25"])
+        last = (etrn.Hop("old.example", "192.0.2.7", 25),)
+        self.assertEqual(self.route("none.example", last_route=last), ["old.example[192.0.2.7]:25"])
         self.assertIn("no such name", self.warning)
 
     def test_notices_go_to_public_addresses_only(self) -> None:
