@@ -2668,6 +2668,8 @@ class Site:
         self.refused_good: Set[str] = set()     # recipients known to be good refused in a row
         self.tried: Set[str] = set()    # messages that went alone since the primary last took one
         self.is_returning = False       # an outage has ended, or it rejects: nothing taken yet
+        self.was_away = False           # could not be reached since it was last heard
+        self.is_release_due = False     # what it put off meanwhile is due when it takes a message
         self.jumped = -INF              # monotonic, when the wall clock last jumped
         self.canaries = 0               # canaries in a row that were answered 4xx
         self.delays: List[Tuple[Time, str]] = []            # heap: when a sender is told of the delay
@@ -2949,7 +2951,7 @@ class Site:
         if max(len(self.refused), len(self.refused_good)) < REFUSED_ROW:
             return False
         self.state, self.since = Primary.REJECTING, now.wall
-        self.is_proven, self.is_returning, self.limit = False, True, 1
+        self.is_proven, self.is_returning, self.is_release_due, self.limit = False, True, True, 1
         self.next_probe = now.mono + self.cfg.probe_interval
         self.round_left = 0             # a flush that finds it so is over
         self.round += 1
@@ -2983,13 +2985,17 @@ class Site:
         if self.state is Primary.DOWN:
             lasted, self.recovered, self.is_returning = max(0.0, now.wall - self.since), now.wall, True
             self._forget_row()
+        if self.was_away or self.state is Primary.UNKNOWN:
+            self.is_release_due = True
+            self.release_all()          # but not what makes it hang up, whenever it comes to that
+        self.was_away = False
         self.state, self.since = Primary.UP, now.wall
         self.next_probe = now.mono
-        self.release_all()
         return lasted
 
     def on_unheard(self, now: Now, error: str) -> bool:
         """Somebody with a question did not reach it.  True when this begins an outage."""
+        self.was_away = True
         return not self.open and self._down(now, error)
 
     def is_known_up(self, now: Now) -> bool:
@@ -3009,7 +3015,7 @@ class Site:
     def is_itself(self, now: Now) -> bool:
         """Whether what it says of a recipient is worth remembering.  Back from
         an outage it may not have its users yet: not before it took a message."""
-        return self.state is not Primary.REJECTING and (self.is_proven or not self.is_recovering(now))
+        return self.state is not Primary.REJECTING and not (self.is_returning and self.is_recovering(now))
 
     def may_cut_through(self, now: Now) -> bool:
         """Whether the primary's verdict on a new message is worth the waiting, and may be believed."""
@@ -3028,6 +3034,7 @@ class Site:
         if self.open:                   # it is there, but takes no more connections
             self.slow_down(now)
             return False
+        self.was_away = True
         return self._down(now, error)
 
     def on_closed(self, now: Now, error: str) -> bool:
@@ -3069,10 +3076,9 @@ class Site:
             self._end_rejecting(now)
         if self.is_proven:
             self.limit = min(self.cfg.connections, self.limit + 1)
-        self.is_proven = True
-        if self.is_returning:
-            self.is_returning = False
+        elif self.is_release_due:
             self.release_all()          # what it put off before it was quite there
+        self.is_proven, self.is_returning, self.is_release_due = True, False, False
         return healed
 
     def on_deferred(self, now: Now) -> None:
@@ -3085,7 +3091,7 @@ class Site:
             self.canaries += 1
             self.next_probe = now.mono + self._probe_pause()
             if self.canaries >= CANARIES_DEFERRED:
-                self.is_proven, self.is_returning, self.limit = True, False, 1      # it greylists: all must be offered once
+                self.is_proven, self.limit = True, 1        # it greylists: all must be offered once
         elif len(self.verdicts) == VERDICTS and sum(self.verdicts) * 2 > VERDICTS:
             self.slow_down(now)
 
@@ -4239,7 +4245,7 @@ class Courier(Line):
             self._serve()
         except PeerError as problem:
             error = str(problem)
-            self._abandon(error)
+            self._abandon(error, problem.closing)
         except Exception as problem:
             error, bug = "internal error: %r" % problem, problem
             self._abandon(error)
@@ -4323,18 +4329,19 @@ class Courier(Line):
         if leg.is_last:
             self._answer(leg.parcel)
 
-    def _abandon(self, error: str) -> None:
+    def _abandon(self, error: str, closing: bool = False) -> None:
         """The connection broke.  What was under way is deferred; what had not
-        begun, or could not have been at fault, goes back untried."""
-        blameless = self.taken > 0
+        begun, or met a peer that has had enough for now, goes back untried."""
+        blameless = closing and self.taken > 0
         while self.flight:
             leg = self.flight.popleft()
             parcel = leg.parcel
             answered = {result.address for result in parcel.results}
             in_doubt = leg.is_sent
             if in_doubt or not blameless or answered:
-                parcel.results += [make_deferral(one, "4.4.2", error) for one in parcel.wanted
-                                   if one["address"] not in answered]
+                taken = {one["address"] for one in leg.accepted}        # RCPT's answer stands
+                parcel.results += [make_deferral(one, "4.4.2", error)._replace(is_good=one["address"] in taken or None)
+                                   for one in parcel.wanted if one["address"] not in answered]
             self._answer(parcel)        # without results: given back
             self.legs = collections.deque(other for other in self.legs if other.parcel is not parcel)
             self.flight = collections.deque(other for other in self.flight if other.parcel is not parcel)
@@ -5435,7 +5442,7 @@ class Manager:
             if site.on_taken(self.now):
                 self._say(site, "up", "up after rejecting for %s, %d messages waiting" % (
                     format_duration(self.now.wall - site.rejected_since), len(site.entries)))
-        elif kinds == {"refused"} and site.on_refused(self.now, outcome.job.id, [
+        elif kinds == {"refused"} and QUEUED in states and site.on_refused(self.now, outcome.job.id, [
                 result.address for result in outcome.results if self._was_good(result)]):
             self._on_rejecting(site, outcome.results[0].response)
         elif QUEUED in states and any(result.remote for result in outcome.results):     # the primary's word, not ours
@@ -5763,7 +5770,8 @@ class Manager:
             site.counters.update(counters)
             site.recovered = recovered
             if was in (Primary.DOWN.value, Primary.REJECTING.value):
-                site.state, site.since, site.last_error = Primary.DOWN, since, printable(str(known["last_error"]))
+                site.state, site.since, site.was_away = Primary.DOWN, since, True
+                site.last_error = printable(str(known["last_error"]))
                 self.alerts.on_known(site, known.get("told") is True, self.now)
             self._on_route(name, [hop.address for hop in route])
 

@@ -2959,6 +2959,504 @@ class Delivery(Folder):
         self.assertIn("loops back", error)
 
 
+class Puppet(etrn.Courier):
+    """A courier without thread and socket: a Simulation says what its primary says."""
+
+    def start(self) -> None:
+        self.hop = etrn.Hop("primary.example", "192.0.2.1", 25)
+        self.began = self.rested = Simulation.current.clock.mono
+        Simulation.current.puppets.append(self)
+
+    def play(self, sim: "Simulation") -> bool:
+        """Its next step, if there is one now; False when it has ended."""
+        if not self.is_greeted:
+            word = sim.reach(self.plan.site)
+            if word is HANG and sim.clock.mono - self.began < etrn.CONNECT_S:
+                return True
+            if word is not None:
+                self.post(etrn.Finished(self, "connect to %s: %s" % (self.hop, "timed out" if word is HANG else word)))
+                return False
+            self.post(etrn.Greeted(self, self.hop, 0))
+            return True
+        if self.inbox.empty():
+            if sim.clock.mono - self.rested < etrn.IDLE_CONNECTION_S:
+                return True
+        else:
+            job = self.inbox.get()
+            if job is not None and not self.is_over:
+                self.rested = sim.clock.mono
+                return self.send(sim, job)
+        self.post(etrn.Finished(self, ""))
+        return False
+
+    def send(self, sim: "Simulation", job: etrn.Job) -> bool:
+        self._open(job)
+        leg = self.legs.popleft()
+        self.flight.append(leg)
+        sim.offered.append((sim.clock.mono, job.id))
+        for one in leg.recipients:
+            said = sim.rcpt(one["address"])
+            code, text = int(said[:3]), said[4:].encode()
+            if code // 100 == 2:
+                leg.accepted.append(one)
+            else:
+                self._give(leg, [one], code, text, False if etrn.is_no_such_user(code, text) else None)
+        if leg.accepted:
+            said = sim.dot(job.id)
+            if said is CUT:
+                self._abandon("lost connection with primary.example")
+                self.post(etrn.Finished(self, "lost connection with primary.example"))
+                return False
+            self._give(leg, leg.accepted, int(said[:3]), said[4:].encode(), True)
+            if said[0] == "2":
+                sim.taken.append(job.id)
+        self._end_leg(leg)
+        return True
+
+
+class Simulation:
+    """A Manager whose clock is not real and whose primaries are functions: days pass in moments."""
+    current: "Simulation"
+
+    def __init__(self, folder: str, domain: str = "", relay: str = "", rest: str = "") -> None:
+        Simulation.current = self
+        self.clock = Clock()
+        self.clock.wall = time.time()
+        self.spool = opened(os.path.join(folder, "spool"))
+        self.reports: "collections.deque[Any]" = collections.deque()
+        self.puppets: List[Puppet] = []
+        self.offered: List[Tuple[float, str]] = []      # (when, ID)
+        self.taken: List[str] = []
+        self.alerts: List[Dict[str, Any]] = []
+        self.reach: Callable[[str], Any] = lambda site: None        # None: it greets; a text: why not; HANG
+        self.rcpt: Callable[[str], str] = lambda address: "250 2.1.5 ok"
+        self.dot: Callable[[str], Any] = lambda id: "250 2.0.0 taken"
+        if "recipients" not in domain:
+            domain += "\nrecipients = any"
+        self.cfg = config("nameservers = 127.0.0.1:9\n" + relay, "primary = 192.0.2.1\n%s\n%s" % (domain, rest))
+        self.log = etrn.Log("stderr", "debug", "backup.example.net")
+        self.serial = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """The relay starts."""
+        self.manager = etrn.Manager(self.cfg, self.spool, self.log, self.reports.append, self.clock.now)
+        self.manager.committers.stop()
+        self.manager.committers.submit = (          # type: ignore[method-assign]
+            lambda work, done: self.reports.append(self.manager.committers._work([(work, done)])))
+        self.manager.alerts.inbox = mock.Mock(put=lambda item: self.alerts.append(item[1]))
+        self.manager.alerts.worker = threading.current_thread()
+        self.puppets.clear()
+        self.reports.clear()
+        self.manager.load_state()
+        self.manager._load(set())
+        self.turn()
+
+    @property
+    def site(self) -> etrn.Site:
+        return self.manager.scheduler.site(DOMAIN, self.clock.now)
+
+    def put(self, *addresses: str, domain: str = DOMAIN, **values: Any) -> str:
+        self.serial += 1
+        id = "%X" % (0xABC000 + self.serial)
+        people = list(addresses) or ["u%d@%s" % (self.serial, domain)]
+        assert store(self.spool, id, recipients=people, now=self.clock.wall, **values) is None
+        self.manager.accept(self.spool.read_sidecar(id))
+        return id
+
+    def turn(self) -> None:
+        while self.reports:
+            self.manager.handle(self.reports.popleft(), self.clock.now)
+        self.manager.tick(self.clock.now)
+        self.puppets = [one for one in self.puppets if one.play(self)]
+
+    def run(self, seconds: float = 0, hours: float = 0, until: Callable[[], Any] = lambda: False) -> None:
+        """Let time pass; what happens at once takes a tenth of a second."""
+        end = self.clock.mono + seconds + 3600 * hours
+        while self.clock.mono < end and not until():
+            self.turn()
+            at = end if not self.reports else self.clock.mono
+            if any(self.reach(one.plan.site) is not HANG or one.is_greeted for one in self.puppets):
+                at = self.clock.mono
+            at = min(at, self.manager.wake(self.clock.now))
+            self.clock.advance(max(0.1, min(at, end) - self.clock.mono))
+
+    def queued(self) -> int:
+        return sum(len(site.entries) for site in self.manager.scheduler.sites.values())
+
+    def logged(self, pattern: str) -> bool:
+        return any(re.search(pattern, line) for line in self.log.lines)
+
+
+class Recovery(Folder):
+    """Days of a primary's life, on a clock that is not real."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        for patch in (mock.patch.object(etrn, "Courier", Puppet), mock.patch("os.fsync")):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def simulate(self, *options: str, **more: str) -> Simulation:
+        sim = Simulation(self.folder, *options, **more)
+        self.addCleanup(sim.spool.close)
+        return sim
+
+    def down(self, sim: Simulation, count: int = 0, seconds: float = 60) -> List[str]:
+        sim.reach = lambda site: "Connection refused"
+        ids = [sim.put() for _ in range(count)]
+        sim.run(seconds)
+        self.assertIs(sim.site.state, etrn.Primary.DOWN)
+        return ids
+
+    def test_a_primary_that_refuses_everybody_for_ten_minutes_loses_nobodys_mail(self) -> None:
+        for reply in cases(self, ["550 5.1.1 no such user", "554 5.7.1 Relay access denied", "551 not here"]):
+            sim = Simulation(os.path.join(self.folder, reply[:3]))
+            ids = self.down(sim, 50)
+            sim.reach, sim.rcpt = lambda site: None, lambda address: reply
+            sim.run(30)
+            self.assertIs(sim.site.state, etrn.Primary.REJECTING)
+            self.assertTrue(sim.logged(": rejecting: " + reply))
+            began, offered = sim.clock.mono, len(sim.offered)
+            late = sim.put()
+            sim.run(570)
+            self.assertLessEqual(len(sim.offered) - offered, 570 / sim.site.cfg.probe_interval + 1)
+            self.assertGreater(len({id for at, id in sim.offered if at >= began}), 40)      # they take turns
+            self.assertEqual((sim.queued(), sim.taken), (51, []))
+            self.assertFalse([one for one, (good, _) in sim.manager.memory.known.items() if not good])
+            sim.rcpt = lambda address: "250 ok"
+            sim.run(30)
+            self.assertEqual((sorted(sim.taken), sim.queued(), sim.site.state), (sorted(ids + [late]), 0, etrn.Primary.UP))
+            self.assertTrue(sim.logged(r": up after rejecting for 9m\d+s, 51 messages waiting"))
+            self.assertFalse(sim.logged("non-delivery"))
+            sim.spool.close()
+
+    def test_a_half_configured_primary_with_one_message_teaches_nothing_wrong(self) -> None:
+        sim = self.simulate()
+        self.down(sim, 1)
+        sim.reach, sim.rcpt = lambda site: None, lambda address: "550 5.1.1 no such user"
+        sim.run(600)
+        self.assertEqual((sim.queued(), sim.manager.memory.knows("u1@" + DOMAIN, sim.clock.wall)), (1, None))
+        sim.rcpt = lambda address: "250 ok"
+        sim.run(hours=1)
+        self.assertEqual(sim.queued(), 0)
+        self.assertTrue(sim.manager.memory.knows("u1@" + DOMAIN, sim.clock.wall))
+
+    def test_after_the_grace_a_second_refusal_is_final_and_a_steady_primary_is_believed_at_once(self) -> None:
+        sim = self.simulate()
+        self.down(sim, 1)
+        sim.reach, sim.rcpt = lambda site: None, lambda address: "550 5.1.1 no such user"
+        sim.run(3500)
+        self.assertIn(DOMAIN, [site.name for site in sim.manager.scheduler.sites.values() if site.entries])
+        sim.run(4500)
+        self.assertEqual((len(sim.site.entries), sim.site.counters["bounced"]), (0, 1))
+        self.assertEqual(sim.manager.memory.knows("u1@" + DOMAIN, sim.clock.wall), False)
+        id = sim.put()
+        sim.run(5)
+        self.assertEqual((sim.site.counters["bounced"], id in sim.site.entries), (2, False))
+
+    def test_a_refusal_right_after_our_own_restart_is_kept(self) -> None:
+        sim = self.simulate()
+        sim.put()
+        sim.run(5)
+        sim.run(hours=5)
+        sim.rcpt = lambda address: "550 5.1.1 no such user"
+        sim.put()
+        sim.run(5)
+        self.assertEqual(sim.site.counters["bounced"], 1)
+        sim.manager.save_state()
+        sim.turn()
+        sim.begin()
+        self.assertIs(sim.site.state, etrn.Primary.UNKNOWN)
+        sim.put()
+        sim.run(5)
+        self.assertEqual((sim.site.counters["bounced"], len(sim.site.entries)), (1, 1))
+        sim.run(hours=2)
+        self.assertEqual(sim.site.counters["bounced"], 2)
+
+    def test_content_a_steady_primary_refuses_is_final_and_a_known_recipient_is_not(self) -> None:
+        sim = self.simulate()
+        sim.put("u@" + DOMAIN)
+        sim.run(hours=2)
+        sim.dot = lambda id: "554 5.7.1 spam"
+        sim.put("u@" + DOMAIN)
+        sim.run(5)
+        self.assertEqual(sim.site.counters["bounced"], 1)
+        sim.rcpt = lambda address: "550 5.1.1 no such user"
+        sim.put("u@" + DOMAIN)
+        sim.run(60)
+        self.assertEqual((sim.site.counters["bounced"], len(sim.site.entries)), (1, 1))
+        self.assertTrue(sim.manager.memory.knows("u@" + DOMAIN, sim.clock.wall))
+        sim.run(hours=2)
+        self.assertEqual((sim.site.counters["bounced"], len(sim.site.entries)), (2, 0))
+        self.assertIs(sim.manager.memory.knows("u@" + DOMAIN, sim.clock.wall), False)
+        self.assertIs(sim.site.state, etrn.Primary.UP)
+
+    def test_one_message_refused_again_and_again_makes_nothing_rejecting(self) -> None:
+        sim = self.simulate("retry_interval = 1m\nmax_retry_interval = 1m")
+        sim.put("u@" + DOMAIN)
+        sim.run(hours=2)
+        for known in cases(self, [True, False]):
+            sim.rcpt = lambda address: "550 5.7.0 no"
+            sim.put("u@" + DOMAIN if known else "v@" + DOMAIN)
+            if not known:
+                self.down(sim)
+                sim.reach = lambda site: None
+            sim.run(3000)
+            self.assertIs(sim.site.state, etrn.Primary.UP)
+            sim.run(3000)
+            self.assertEqual(len(sim.site.entries), 0)
+
+    def test_three_known_recipients_refused_in_a_row_make_even_a_steady_primary_rejecting(self) -> None:
+        sim = self.simulate("probe_interval = 1m")
+        people = ["u%d@%s" % (number, DOMAIN) for number in range(3)]
+        for one in people:
+            sim.put(one)
+        sim.run(hours=5)
+        sim.rcpt = lambda address: "550 5.1.1 no such user" if address in people else "250 ok"
+        for one in people:
+            self.assertIs(sim.site.state, etrn.Primary.UP)
+            sim.put(one)
+            sim.run(2)
+        self.assertIs(sim.site.state, etrn.Primary.REJECTING)
+        sim.run(hours=30)
+        self.assertEqual((len(sim.site.entries), sim.site.state), (3, etrn.Primary.REJECTING))
+        sim.put("other@" + DOMAIN)
+        sim.run(61)
+        self.assertIs(sim.site.state, etrn.Primary.UP)
+        sim.run(60)
+        self.assertEqual(len(sim.site.entries), 0)      # refused for longer than the grace, now by a primary that works
+
+    def test_a_flush_by_command_ends_rejecting_and_one_by_etrn_does_not(self) -> None:
+        sim = self.simulate()
+        self.down(sim, 10)
+        sim.reach, sim.rcpt = lambda site: None, lambda address: "550 5.7.1 no"
+        sim.run(30)
+        self.assertIs(sim.site.state, etrn.Primary.REJECTING)
+        etrn.answer_etrn(sim.manager, DOMAIN, "192.0.2.1", "x")
+        self.assertIs(sim.site.state, etrn.Primary.REJECTING)
+        answers = etrn.run_command(sim.manager, {"command": "flush", "what": DOMAIN})
+        next(answers)
+        self.assertIs(sim.site.state, etrn.Primary.UP)
+        sim.run(30)
+        self.assertIs(sim.site.state, etrn.Primary.REJECTING)
+        last = [one for one in answers if one][-1]
+        self.assertEqual((last["exit"], last["deferred"], last["waiting"]), (etrn.EX_TEMPFAIL, 10, 10))
+
+    def test_a_flood_of_etrns_makes_a_rejecting_primary_try_others_too(self) -> None:
+        sim = self.simulate()
+        ids = self.down(sim, 30)
+        sim.reach, sim.rcpt = lambda site: None, lambda address: "550 no"
+        sim.run(30)
+        sim.offered.clear()
+        for _ in range(200):
+            sim.manager.flush(DOMAIN)
+            sim.run(0.1)
+        self.assertLessEqual(len(sim.offered), 22)
+        self.assertEqual(len({id for _, id in sim.offered}), len(sim.offered))
+        sim.rcpt = lambda address: "550 no" if address.startswith("u1@") else "250 ok"
+        sim.run(20)
+        self.assertEqual(sorted(sim.taken), ids[1:])
+
+    def test_a_message_that_makes_the_primary_hang_up_keeps_no_other_waiting(self) -> None:
+        sim = self.simulate()
+        ids = self.down(sim, 40)
+        sim.reach, sim.dot = lambda site: None, lambda id: CUT if id == ids[0] else "250 ok"
+        sim.run(30)
+        self.assertEqual((sorted(sim.taken), list(sim.site.entries)), (ids[1:], [ids[0]]))
+
+    def test_the_canary_and_then_the_queue_by_ever_more_connections(self) -> None:
+        sim = self.simulate("connections = 4")
+        ids = self.down(sim, 400)
+        sim.reach = lambda site: None
+        seen = []
+        while sim.queued():
+            sim.run(0.1)
+            seen.append((len(sim.taken), len(sim.puppets)))
+        self.assertEqual(max(lines for _, lines in seen), 4)
+        self.assertTrue(all(lines <= 1 for taken, lines in seen if not taken))
+        self.assertEqual(sim.offered[0][1], ids[0])
+        self.assertNotEqual(sim.offered[0][0], sim.offered[1][0])
+        self.assertEqual(sorted(sim.taken), ids)
+
+    def test_halved_connections_close_and_do_not_only_stop_growing(self) -> None:
+        sim = self.simulate("connections = 8")
+        self.down(sim, 700)
+        sim.reach = lambda site: None
+        sim.run(60, until=lambda: len(sim.puppets) == 8)
+        self.assertEqual(len(sim.puppets), 8)
+        sim.dot = lambda id: "451 4.3.0 later"
+        sim.run(10, until=lambda: sim.site.limit == 1)
+        sim.run(1)
+        self.assertLessEqual(len(sim.puppets), 1 + 1)
+
+    def test_a_greylisting_primary_is_offered_all_at_once_and_again_after_a_minute_and_five(self) -> None:
+        sim = self.simulate()
+        ids = self.down(sim, 20)
+        tries: Dict[str, int] = collections.Counter()
+
+        def greylist(id: str) -> str:
+            tries[id] += 1
+            return "450 4.2.0 Greylisted" if tries[id] < 3 else "250 ok"
+        sim.reach, sim.dot = lambda site: None, greylist
+        sim.run(480)
+        self.assertEqual(sorted(sim.taken), ids)
+        its = [at for at, id in sim.offered if id == ids[-1]]
+        self.assertEqual(len(its), 3)
+        self.assertTrue(60 <= its[1] - its[0] < 62 and 300 <= its[2] - its[1] < 302, its)
+
+    def test_many_dead_domains_keep_no_live_one_waiting(self) -> None:
+        dead = ["d%d.example" % number for number in range(150)]
+        sim = self.simulate(rest="".join("[domain %s]\nprimary = 192.0.2.1\n" % one for one in dead))
+        sim.reach = lambda site: HANG if site != DOMAIN else None
+        for one in dead:
+            sim.put(domain=one)
+        sim.run(120)
+        self.assertLessEqual(len(sim.puppets), etrn.LINES_MAX)
+        for _ in range(5):
+            id = sim.put()
+            sim.run(1)
+            self.assertIn(id, sim.taken)
+            sim.run(20)
+        tried = {one.name for one in sim.manager.scheduler.sites.values() if one.failures}
+        self.assertEqual(tried, set(dead))              # nor do they keep one another
+        sim.reach = lambda site: HANG if site not in (DOMAIN, dead[149]) else None
+        sim.run(90)
+        self.assertFalse(sim.manager.scheduler.sites[dead[149]].entries)
+
+    def test_notices_to_dead_hosts_leave_lines_for_the_mail(self) -> None:
+        sim = self.simulate()
+        for number in range(150):
+            sim.put("a@s%d.example" % number, kind="notice", sender="")
+        sim.reach = lambda site: HANG if site.startswith(etrn.NOTICES) else None
+        sim.run(60)
+        self.assertEqual(len(sim.puppets), etrn.NOTICE_LINES_MAX)
+        sim.put()
+        sim.run(1)
+        self.assertEqual(len(sim.taken), 1)
+
+    def test_busy_domains_make_room_for_one_that_has_no_connection(self) -> None:
+        names = ["d%d.example" % number for number in range(4)]
+        sim = self.simulate(rest="".join("[domain %s]\nprimary = 192.0.2.1\nconnections = 100\n" % one for one in names))
+        with shorten(LINES_MAX=8, LINES_RESERVED=2, MESSAGES_PER_CONNECTION=1):
+            for one in names[:3] * 300:
+                sim.put(domain=one)
+            sim.run(8)
+            self.assertGreaterEqual(len(sim.puppets), 6)
+            id = sim.put(domain=names[3])
+            sim.run(3)
+            self.assertIn(id, sim.taken)
+
+    def test_a_primary_away_for_a_week_and_a_relay_away_for_eight_days(self) -> None:
+        sim = self.simulate("probe_interval = 1h")
+        first = self.down(sim, 1)[0]
+        sim.run(hours=24 * 6.9)
+        self.assertEqual(list(sim.site.entries), [first])
+        sim.run(hours=4)
+        self.assertEqual((len(sim.site.entries), sim.site.counters["expired"]), (0, 1))
+        self.assertTrue(sim.logged(r"status=expired \(connect to .*Connection refused"))
+        id = sim.put()
+        sim.run(1)
+        sim.manager.save_state()
+        sim.turn()
+        sim.clock.advance(days=8)
+        sim.begin()
+        failures = sim.site.failures
+        sim.run(hours=4, until=lambda: not sim.site.entries)
+        self.assertEqual((sim.site.counters["expired"], sim.site.failures - failures), (2, etrn.ATTEMPTS_MIN), id)
+
+    def test_a_clock_that_jumps_either_way_expires_and_believes_nothing(self) -> None:
+        for jump in cases(self, [30 * 86400, -30 * 86400]):
+            sim = Simulation(os.path.join(self.folder, str(jump)))
+            sim.put("u@" + DOMAIN)
+            sim.run(60)
+            self.down(sim, 1)
+            sim.reach, sim.rcpt = lambda site: None, lambda address: "550 5.1.1 no such user"
+            sim.run(30)
+            sim.clock.jump(jump)
+            sim.manager.flush(DOMAIN)
+            sim.run(30)
+            self.assertEqual((len(sim.site.entries), sim.site.counters["expired"] + sim.site.counters["bounced"]), (1, 0))
+            sim.run(9000)               # forwards it is past its time after three more attempts
+            self.assertEqual(sim.site.counters["bounced"] + sim.site.counters["expired"], 1)
+            sim.spool.close()
+
+    def test_an_outage_without_alerts_leaves_the_loop_asleep(self) -> None:
+        for relay in cases(self, ["", "[alerts]\ncommand = /bin/true\n"]):
+            sim = Simulation(os.path.join(self.folder, str(len(relay))), rest=relay)
+            self.down(sim, 1)
+            sim.clock.advance(400)
+            sim.turn()
+            sim.turn()
+            self.assertGreater(sim.manager.wake(sim.clock.now), sim.clock.mono)
+            sim.spool.close()
+
+    def test_alerts_come_once_for_each_turn_of_events(self) -> None:
+        sim = self.simulate(rest="[alerts]\ncommand = /bin/true\n")
+        self.down(sim, 3, 290)
+        self.assertEqual(sim.alerts, [])
+        sim.run(20)
+        self.assertEqual([(one["event"], one["domain"], one["waiting"]) for one in sim.alerts], [("down", DOMAIN, 3)])
+        sim.manager.save_state()
+        sim.turn()
+        sim.begin()                     # a restart in the outage neither repeats nor forgets it
+        sim.run(hours=1)
+        sim.reach, sim.rcpt = lambda site: None, lambda address: "550 no"
+        sim.run(60)
+        sim.rcpt = lambda address: "250 ok"
+        sim.run(60)
+        self.assertEqual([one["event"] for one in sim.alerts], ["down", "up", "rejecting", "up"])
+        self.assertRegex(sim.alerts[1]["text"], r"up after 1h5m, 3 messages waiting")
+        self.assertRegex(sim.alerts[3]["text"], r"up after rejecting for \d\ds, 3 messages waiting")
+        self.down(sim, 1, 60)           # too short to be worth a word
+        sim.reach = lambda site: None
+        sim.run(400)
+        self.assertEqual(len(sim.alerts), 4)
+
+    def test_an_outage_that_began_before_a_restart_is_told_in_time(self) -> None:
+        sim = self.simulate(rest="[alerts]\ncommand = /bin/true\n")
+        self.down(sim, 1, 100)
+        sim.manager.save_state()
+        sim.turn()
+        sim.begin()
+        sim.run(150)
+        self.assertEqual(sim.alerts, [])
+        sim.run(100)
+        self.assertEqual([one["event"] for one in sim.alerts], ["down"])
+
+    def test_mail_about_to_expire_is_told_a_day_before_and_short_lifetimes_are_no_cause(self) -> None:
+        sim = self.simulate("probe_interval = 1h", rest="[alerts]\ncommand = /bin/true\nafter = 7d\n")
+        self.down(sim, 1)
+        sim.run(hours=24 * 5.9)
+        self.assertEqual(sim.alerts, [])
+        sim.run(hours=4)
+        self.assertEqual([one["event"] for one in sim.alerts], ["expiring"])
+        self.assertIn("23h", sim.alerts[0]["text"])
+        sim = Simulation(os.path.join(self.folder, "short"), "lifetime = 12h", rest="[alerts]\ncommand = /bin/true\n")
+        sim.put()
+        sim.run(1)
+        self.assertEqual(sim.alerts, [])
+        sim.spool.close()
+
+    def test_word_about_recipients_is_believed_only_of_a_primary_that_is_itself(self) -> None:
+        sim = self.simulate("recipients = verify")
+        with mock.patch.object(etrn.Inquirer, "start", lambda inquirer: None):
+            for state, word, expected, known in cases(self, [
+                    ("fresh", "bad", "bad", False), ("returned", "bad", "silent", None), ("proven", "bad", "bad", False),
+                    ("fresh", "good", "good", True), ("rejecting", "good", "silent", None)]):
+                address = "%s%s@%s" % (state, word, DOMAIN)
+                site, now = sim.site, sim.clock.now
+                site.state = etrn.Primary.REJECTING if state == "rejecting" else etrn.Primary.UP
+                site.recovered = 0.0 if state == "fresh" else now.wall
+                site.is_returning = state == "returned"
+                heard: List[str] = []
+                sim.manager.ask(site, address, lambda word, text: heard.append(word))
+                inquirer, = sim.manager.inquirers
+                sim.manager.handle(etrn.Answered(inquirer, address, word, "550 5.1.1 no"), now)
+                self.assertEqual((heard, sim.manager.memory.knows(address, now.wall)), ([expected], known))
+                sim.manager.inquirers.clear()
+
+
 # == 11. RELAY =================================================================
 # The whole relay, mostly as a process of its own, with real sockets and signals.
 
