@@ -264,6 +264,7 @@ COMMAND_S = 300.0               # 5 min for commands
 DATA_S = 120.0
 BLOCK_S = 180.0
 END_OF_DATA_S = 600.0           # short waits here make duplicates, RFC 1047
+QUIT_S = 2.0                    # for the answer to QUIT, which says nothing any more
 REPLY_LINES_MAX = 100           # of one reply; an EHLO answer has about a dozen
 REPLY_OCTETS_MAX = 65536
 RCPTS_PER_TRANSACTION = 100     # what every server must take, RFC 5321 4.5.3.1.8
@@ -4069,9 +4070,8 @@ class Client(smtplib.SMTP):
             if policy != "may":
                 raise PeerError("%s does not offer STARTTLS, and tls = %s" % (self._host, policy.partition(":")[0]))
             return
-        self.wait(COMMAND_S)
         try:
-            code, text = self.docmd("STARTTLS")
+            code, text = self.ask_tls()
             if code != 220:
                 raise TlsError("%s answers STARTTLS with %s" % (self._host, reply_text(code, text)))
             if self.pending:            # a forged reply waiting to be taken for one from within TLS
@@ -4085,6 +4085,16 @@ class Client(smtplib.SMTP):
         self.helo_resp = self.ehlo_resp = None
         self.esmtp_features = {}
         self.hello()                    # what was offered in the clear does not count, RFC 3207 4.2
+
+    def ask_tls(self) -> Tuple[int, bytes]:
+        self.wait(COMMAND_S)
+        try:
+            code, text = self.docmd("STARTTLS")
+        except PeerError as error:      # it offers what makes it fall over
+            raise TlsError("STARTTLS: %s" % error) from None
+        if code == 421:
+            raise PeerError("%s: %s" % (self._host, reply_text(code, text)), True)
+        return code, text
 
     def check_pin(self, policy: str) -> None:
         if policy.startswith("sha256:"):
@@ -4206,7 +4216,7 @@ class Line(threading.Thread):
 
     def _quit(self) -> None:
         """Everything was answered before: what QUIT brings is of no interest."""
-        self.client.wait(2.0)
+        self.client.wait(QUIT_S)
         try:
             self.client.docmd("QUIT")
         except (PeerError, smtplib.SMTPException, OSError):

@@ -2651,9 +2651,10 @@ class Delivery(Folder):
         self.addCleanup(primary.__exit__)
         return primary.start()
 
-    def deliver(self, primary: Primary, *ids: str) -> Tuple[Dict[str, List[etrn.Result]], str]:
+    def deliver(self, primary: Primary, *ids: str, **options: str) -> Tuple[Dict[str, List[etrn.Result]], str]:
         """Results for each message, in the order they were reported, and how the connection ended."""
-        cfg = config("", "primary = %s\ntls = none" % primary.address).domain(DOMAIN)
+        lines = ["%s = %s" % item for item in {"primary": primary.address, "tls": "none", **options}.items()]
+        cfg = config("", "\n".join(lines)).domain(DOMAIN)
         reports: List[Any] = []
         courier = etrn.Courier(self.spool, make_plan(cfg, cfg.primary), reports.append)
         for id in ids:
@@ -2758,6 +2759,59 @@ class Delivery(Folder):
                 self.assertEqual([one.kind for one in results[id]], ["deferred"])
                 self.assertTrue(error)
                 self.assertTrue(all(one.response.isprintable() and len(one.response) < 1000 for one in results[id]))
+
+    FAULTS = {"4xx": "451 4.3.0 later", "5xx": "554 5.7.1 no", "drop": CUT, "hang": HANG, "garbage": b"hello\r\n",
+              "over-long": OVERLONG, "endless": ENDLESS, "mismatch": b"250-a\r\n550 b\r\n", "421": "421 4.3.2 closing"}
+    # stage: what becomes of the message at each fault, and with a reply of the wrong class; "." alone may make a second copy
+    OUTCOMES = [
+        ("greeting", "354 go on", {"": "untried"}),
+        ("EHLO", "354 go on", {"": "untried", "5xx": "sent"}),                              # HELO will do
+        ("STARTTLS", "250 ok", {"": "sent", "421": "untried"}),                             # tls = may: in the clear
+        ("MAIL", "354 go on", {"": "deferred", "5xx": "refused"}),
+        ("RCPT", "354 go on", {"": "deferred", "5xx": "refused"}),
+        ("DATA", "250 ok", {"": "deferred", "5xx": "refused"}),
+        (".", "354 go on", {"": "deferred", "5xx": "refused"}),
+        ("RSET", "354 go on", {"": "refused"}),                                             # RCPT was; RSET changes nothing
+        ("QUIT", "354 go on", {"": "sent"})]
+
+    def test_every_fault_at_every_stage_has_its_outcome_and_no_message_is_lost_or_doubled(self) -> None:
+        quick = dict.fromkeys(("CONNECT_S", "COMMAND_S", "DATA_S", "END_OF_DATA_S", "QUIT_S"), 0.1)
+        for stage, wrong, outcomes in cases(self, self.OUTCOMES):
+            for fault, said in {**self.FAULTS, "wrong class": wrong}.items():
+                for extensions in (["PIPELINING", "SIZE 1000000"], ["SIZE"]):
+                    self.row = (stage, fault, extensions[0])
+                    primary = self.primary(**{stage: said})
+                    primary.extensions = extensions + ["STARTTLS"] * (stage == "STARTTLS")
+                    if stage == "RSET":
+                        primary.script["RCPT"] = ["550 5.1.1 no", "250 ok"]
+                    ids = [self.put(), self.put()]
+                    with shorten(**quick):
+                        results, error = self.deliver(primary, *ids, tls="may" if stage == "STARTTLS" else "none")
+                    kinds = [[one.kind for one in results.get(id, [])] for id in ids]
+                    expected = outcomes.get(fault, outcomes[""])
+                    self.assertEqual(kinds[0], [] if expected == "untried" else [expected])
+                    if expected == "untried":
+                        self.assertTrue(error)
+                    self.assertTrue(error.isprintable() and len(error) < 1000)
+                    reached = primary.uses["."]
+                    self.assertGreaterEqual(reached, len(primary.messages))
+                    left = [id for id, its in zip(ids, kinds) if its in ([], ["deferred"])]
+                    primary.script.clear()
+                    again, error = self.deliver(primary, *left)
+                    self.assertEqual(([one.kind for id in left for one in again[id]], error), (["sent"] * len(left), ""))
+                    copies = primary.uses["."]
+                    if stage == ".":        # whether it was taken nobody knows; answered, it was not
+                        self.assertEqual(copies - len(left), 2 if expected == "refused" or fault in ("4xx", "wrong class") else 1)
+                    else:
+                        self.assertEqual(copies, len(primary.messages))
+                        self.assertEqual(len(primary.messages), 2 - kinds.count(["refused"]))
+                    primary.__exit__()
+
+    def test_a_primary_that_is_not_there_costs_nobody_an_attempt(self) -> None:
+        with Primary() as primary:
+            results, error = self.deliver(primary, self.put())
+            self.assertEqual(results, {})
+            self.assertIn("Connection refused", error)
 
     def test_a_primary_that_hangs_is_left_at_its_deadline(self) -> None:
         quick = dict.fromkeys(("CONNECT_S", "COMMAND_S", "DATA_S", "END_OF_DATA_S"), 0.15)
