@@ -2053,6 +2053,53 @@ class Nameservers(unittest.TestCase):
         self.assertEqual(self.route("none.example", last_route=last), ["old.example[192.0.2.7]:25"])
         self.assertIn("no such name", self.warning)
 
+    def test_equals_of_this_host_are_cut_however_it_is_known(self) -> None:
+        zone = dict(self.ZONE)
+        zone["alias.example", etrn.MX] = [(5, "m1.example"), (10, "m2.example"), (10, "us.example"), (20, "m3.example")]
+        zone["us.example", etrn.A] = ["192.0.2.99"]
+        zone["twin.example", etrn.MX] = [(10, "m2.example"), (10, "us.example")]
+        server = self.dns(zone=zone)
+        us = (etrn.Endpoint("192.0.2.99", 25),)
+        for _ in range(8):              # equals come in random order
+            self.assertEqual(self.route("alias.example", server, listeners=us),
+                             ["m1.example[192.0.2.1]:25", "m1.example[2001:db8::1]:25"])
+            with self.assertRaisesRegex(etrn.PeerError, "loops back"):
+                self.route("twin.example", server, listeners=us)
+
+    def test_equal_preferences_are_shuffled_and_lower_ones_go_first(self) -> None:
+        zone = {("x.example", etrn.MX): [(20, "c.example"), (10, "a.example"), (10, "b.example")]}
+        zone.update({("%s.example" % name, etrn.A): ["192.0.2.%d" % number] for number, name in enumerate("abc", 1)})
+        server = self.dns(zone=zone)
+        seen = {tuple(hop[0] for hop in self.route("x.example", server)) for _ in range(40)}
+        self.assertEqual(seen, {("a", "b", "c"), ("b", "a", "c")})
+
+    def test_a_null_mx_beside_real_ones_is_no_null_mx(self) -> None:
+        server = self.dns(zone={("x.example", etrn.MX): [(0, ""), (10, "m.example")], ("m.example", etrn.A): ["192.0.2.1"]})
+        self.assertEqual(self.route("x.example", server), ["m.example[192.0.2.1]:25"])
+
+    def test_a_host_without_an_address_is_said_to_be_that(self) -> None:
+        server = self.dns(zone={("x.example", etrn.MX): [(10, "m.example")], ("m.example", etrn.MX): []})
+        with self.assertRaisesRegex(etrn.PeerError, "no address is known for m.example"):
+            self.route("x.example", server)
+        self.assertEqual(self.route("x.example", server, last_route=(etrn.Hop("m.example", "192.0.2.9", 25),)),
+                         ["m.example[192.0.2.9]:25"])
+
+    def test_a_nameserver_that_fails_at_ipv6_costs_neither_the_route_nor_much_time(self) -> None:
+        def mangle(packet: bytes) -> Optional[bytes]:
+            return None if server.asked[-1][2] == etrn.AAAA else packet
+        server = self.dns(mangle=mangle)
+        with shorten(DNS_TRY_S=0.1):
+            self.assertEqual(self.resolver(server).addresses("m1.example"), ["192.0.2.1"])
+        self.assertLessEqual(sum(kind == etrn.AAAA for _, _, kind in server.asked), 2)
+
+    def test_an_mx_record_of_any_octets_is_a_name_that_does_not_resolve(self) -> None:
+        odd = b"\0\x0a\x03a\xffb\x00"
+        server = self.dns(zone={("x.example", etrn.MX): [odd]})
+        with mock.patch.object(sys.modules[__name__], "record", lambda owner, kind, data: (
+                wire_name(owner) + struct.pack("!HHIH", kind, 1, 60, len(data)) + data)), \
+                self.assertRaisesRegex(etrn.PeerError, "not the name of a host"):
+            self.route("x.example", server)
+
     def test_notices_go_to_public_addresses_only(self) -> None:
         cfg = etrn.Scheduler(config()).config_of("notice:public.example")
         plan = make_plan(cfg, "mx", resolver=self.resolver(), site="notice:public.example")
@@ -2999,6 +3046,35 @@ class Delivery(Folder):
             courier.start()
             courier.join(DEADLINE_S)
             self.assertEqual([one.hop.port for one in reports if isinstance(one, etrn.Greeted)], [up.port])
+
+    def test_a_dead_address_family_costs_a_moment_and_one_the_kernel_lacks_nothing(self) -> None:
+        primary = self.primary()
+        good = etrn.Hop("m.example", "127.0.0.1", primary.port)
+        real = socket.socket
+
+        def without_ipv6(family: int = socket.AF_INET, *rest: Any) -> socket.socket:
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "Address family not supported")
+            return real(family, *rest)
+        with mock.patch.object(etrn.socket, "socket", without_ipv6):
+            found = list(itertools.islice(etrn.connect_each([etrn.Hop("m.example", "::1", 25), good]), 2))
+        self.assertIsInstance(found[0][1], OSError)
+        self.assertEqual(found[1][0], good)
+        found[1][1].close()             # type: ignore[union-attr]
+        with real() as deaf, shorten(STAGGER_S=0.1):
+            deaf.bind(("127.0.0.1", 0))
+            deaf.listen(0)
+            dead = etrn.Hop("m.example", "127.0.0.1", deaf.getsockname()[1])
+            full = [real() for _ in range(3)]
+            for sock in full:           # a listener whose queue is full answers no more, like a host that is not there
+                sock.setblocking(False)
+                sock.connect_ex(dead[1:])
+            began = time.monotonic()
+            hop, sock = next(etrn.connect_each([dead, good]))       # type: ignore[assignment]
+            self.assertEqual(hop, good)
+            self.assertLess(time.monotonic() - began, 2)
+            for one in [sock, *full]:
+                one.close()
 
     def test_a_route_back_to_this_relay_is_refused(self) -> None:
         primary = self.primary()
@@ -4104,6 +4180,78 @@ class Bounces(Relays):
         notice, = self.notices()
         self.assertEqual(list(notice.iter_parts())[1].get_payload()[1]["Status"], "5.0.0")
         wait(relay.is_empty, "an empty spool")
+
+
+class Routes(Relays):
+    """Relays that find their primary in a scripted DNS; every host has the same port on an address of its own."""
+
+    def mx_relay(self, dns: Dns, number: int, hostname: str, **options: Any) -> Relay:
+        """A relay that is MX host 127.0.0.NUMBER, and takes our mail on another port."""
+        relay = Relay(os.path.join(self.folder, str(number)), "mx", **options)
+        relay.limits["SMTP_PORT"] = self.port
+        return self.begin(relay, "127.0.0.1:0, 127.0.0.%d:%d" % (number, self.port), hostname, dns)
+
+    def begin(self, relay: Relay, listen: str, hostname: str, dns: Dns) -> Relay:
+        with open(relay.file, encoding="utf-8") as file:
+            text = file.read().replace("127.0.0.1:0", listen).replace("backup.example.net", hostname)
+        with open(relay.file, "w", encoding="utf-8") as file:
+            file.write(text.replace("127.0.0.1:9", str(dns.endpoint)))
+        self.addCleanup(relay.__exit__)
+        return relay.start()
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.mail = self.primary()
+        self.port = self.mail.port
+        for number in (2, 3):
+            os.mkdir(os.path.join(self.folder, str(number)))
+        self.zone: Dict[Tuple[str, int], List[Any]] = {
+            (DOMAIN, etrn.MX): [(10, "mail.example"), (20, "a.example"), (20, "b.example")],
+            ("mail.example", etrn.A): ["127.0.0.1"], ("a.example", etrn.A): ["127.0.0.2"], ("b.example", etrn.A): ["127.0.0.3"]}
+
+    def test_two_relays_of_equal_preference_never_exchange_mail_and_both_deliver(self) -> None:
+        with Dns(self.zone) as dns:     # one is known by its name, the other by its address alone
+            relays = [self.mx_relay(dns, 2, "a.example"), self.mx_relay(dns, 3, "unlisted.example")]
+            for number in range(6):
+                self.assertEqual(relays[number % 2].send(b"Subject: %d\r\n\r\n" % number)[:3], "250")
+            for relay in relays:
+                relay.logged(r": down: connect to mail\.example\[127\.0\.0\.1\]:\d+: Connection refused")
+                relay.run("--flush", DOMAIN)
+                self.assertEqual(len(relay.queue()), 3)
+            self.zone[DOMAIN, etrn.MX] = self.zone[DOMAIN, etrn.MX][1:]         # the two alone are left
+            for relay in relays:
+                self.assertIn("loops back to this host", relay.run("--flush", DOMAIN)[1] + relay.run("--flush", DOMAIN)[2])
+                self.assertEqual(len(relay.queue()), 3)
+            self.zone[DOMAIN, etrn.MX] = [(10, "mail.example"), *self.zone[DOMAIN, etrn.MX]]
+            self.mail.start()
+            for relay in relays:
+                relay.signal(signal.SIGUSR1)
+                wait(relay.is_empty, "an empty spool")
+            subjects = sorted(re.search(rb"Subject: (\d)", data).group(1) for _, _, data in self.mail.messages)   # type: ignore
+            self.assertEqual(subjects, [b"%d" % number for number in range(6)])
+            for relay in relays:
+                self.assertEqual(sum(": client=" in line for line in relay.log), 3)
+
+    def test_the_last_route_serves_when_the_dns_dies_even_after_a_restart(self) -> None:
+        self.mail.start()
+        with Dns(self.zone) as dns:
+            relay = self.mx_relay(dns, 2, "a.example", DNS_TOTAL_S=0.3, DNS_TRY_S=0.1)
+            relay.send()
+            wait(lambda: self.mail.messages, "the first")
+            wait(relay.is_empty, "an empty spool")
+            self.assertEqual(relay.end(), 0)
+            for dead in cases(self, ["silent", "no such name"]):
+                if dead == "silent":
+                    dns.mangle = lambda packet: None
+                else:
+                    dns.mangle = lambda packet: packet
+                    self.zone.clear()
+                self.mail.messages.clear()
+                relay.start()
+                relay.send()
+                wait(lambda: self.mail.messages, "mail by the remembered route")
+                relay.logged("using the route that worked last")
+                self.assertEqual(relay.end(), 0)
 
 
 # == 12. COMMANDS ==============================================================
