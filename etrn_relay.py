@@ -1135,7 +1135,7 @@ def _parse_option(kind: str, key: str, raw: Optional[str], file: str, line: int)
         parsed = KINDS[option.kind](value) if value or option.kind not in ("size", "count", "duration") else None
     except ValueError as error:
         raise ConfigError(file, line, "%s: %s" % (key, error)) from None
-    if isinstance(parsed, (int, float)) and not option.low <= parsed <= option.high:
+    if isinstance(parsed, (int, float)) and option.kind != "flag" and not option.low <= parsed <= option.high:
         raise ConfigError(file, line, "%s: '%s' is out of range (%s)" % (key, value, _range(option)))
     if not _is_built(option, value):
         raise ConfigError(file, line, "%s = %s: not built yet in version %s" % (key, value, __version__))
