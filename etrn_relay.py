@@ -264,6 +264,7 @@ COMMAND_S = 300.0               # 5 min for commands
 DATA_S = 120.0
 BLOCK_S = 180.0
 END_OF_DATA_S = 600.0           # short waits here make duplicates, RFC 1047
+XCLIENT_VALUE_MAX = 255         # characters of a client's HELO; Postfix takes lines of 512 with all attributes
 QUIT_S = 2.0                    # for the answer to QUIT, which says nothing any more
 REPLY_LINES_MAX = 100           # of one reply; an EHLO answer has about a dozen
 REPLY_OCTETS_MAX = 65536
@@ -501,6 +502,17 @@ def parse_xtext(text: Optional[str], longest: int) -> str:
 
 def decode_xtext(text: str) -> str:
     return re.sub(r"\+([0-9A-F]{2})", lambda m: chr(int(m.group(1), 16)), text)
+
+
+def encode_xtext(text: str, longest: int) -> str:
+    """RFC 3461 4, cut to so many characters."""
+    out = ""
+    for octet in text.encode("utf-8"):
+        more = chr(octet) if 33 <= octet <= 126 and octet not in b"+=" else "+%02X" % octet
+        if len(out) + len(more) > longest:
+            break
+        out += more
+    return out
 
 
 def parse_notify(text: Optional[str]) -> str:
@@ -3574,6 +3586,20 @@ class Resolver:
             raise DnsError("no address is known for %s" % host)
         return list(dict.fromkeys(sorted(out, key=lambda address: ":" in address)))
 
+    def name_of(self, address: str) -> str:
+        """The name of a client, when it leads back to the address; else empty.  Raises DnsError when nobody knows now."""
+        pointer = ipaddress.ip_address(address.partition("%")[0]).reverse_pointer
+        try:
+            for name in self.query(pointer, PTR, DNS_TRY_S)[:3]:
+                if address in self.query(parse_domain(name), AAAA if ":" in address else A, DNS_TRY_S):
+                    return str(parse_domain(name))
+        except ValueError:
+            pass                        # no name of a host
+        except DnsError as error:
+            if "no such name" not in str(error):
+                raise
+        return ""
+
     def _both_kinds(self, host: str) -> List[str]:
         """A and AAAA.  A server that knows the one and fails at the other is a
         common fault; it is not waited for."""
@@ -4241,6 +4267,8 @@ class Courier(Line):
         self.chunking = False
         self.is_used = False            # a transaction has been sent
         self.unsent = b""               # of the transactions in flight, not yet written
+        self.introduced: List[str] = []         # the client that the peer was told of last
+        self.named = ("", "")                   # its address, and the name found for it
 
     def leave(self) -> None:
         """From the loop: end in good order after the messages that are under way."""
@@ -4422,28 +4450,51 @@ class Courier(Line):
     def _introduce(self, leg: Leg) -> None:
         """XCLIENT, else XFORWARD: who the original client was, for the primary's
         checks.  A primary that does not trust us with it is no reason to wait."""
-        client, features = leg.parcel.sidecar["client"], self.client.esmtp_features
-        if not self.plan.cfg.xclient or not client["address"]:
+        if not self.plan.cfg.xclient:
             return
-        address = "IPV6:" + client["address"] if ":" in client["address"] else client["address"]
-        helo = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", client["helo"])
-        known = {"NAME": "[UNAVAILABLE]", "ADDR": address, "HELO": helo or "unknown", "PROTO": "ESMTP"}
         for verb in ("xclient", "xforward"):
-            offered = features.get(verb, "").upper().split()
-            words = ["%s=%s" % (name, value) for name, value in known.items() if name in offered]
-            if not words:
+            offered = self.client.esmtp_features.get(verb, "").upper().split()
+            if not offered:
                 continue
+            known = self._origin(leg)
+            words = ["%s=%s" % (name, known[name]) for name in offered if name in known]
+            if not words or (verb == "xclient" and words == self.introduced):
+                return                  # XCLIENT holds until another; XFORWARD for one transaction
+            self.introduced = words
             code, text = self._command(("%s %s\r\n" % (verb.upper(), " ".join(words))).encode("ascii"), COMMAND_S)
             self._leave_if_told(code, text)
             if verb == "xclient" and code == 220:
                 self.client.hello()     # the session begins anew
             return
 
+    def _origin(self, leg: Leg) -> Dict[str, str]:
+        """Attributes as xtext.  Mail of our own comes from ourselves, also where somebody else was introduced before."""
+        sidecar = leg.parcel.sidecar
+        address, helo = sidecar["client"]["address"], sidecar["client"]["helo"]
+        if not address:
+            assert self.client.sock is not None
+            address, helo, name = self.client.sock.getsockname()[0], self.plan.hostname, self.plan.hostname
+        elif self.named[0] == address:
+            name = self.named[1]
+        else:
+            name = self._name_of(address)
+            self.named = (address, name)
+        address = address.partition("%")[0]
+        return {"NAME": name, "ADDR": "IPV6:" + address if ":" in address else address, "PORT": "[UNAVAILABLE]",
+                "HELO": encode_xtext(helo, XCLIENT_VALUE_MAX) or "[UNAVAILABLE]", "PROTO": "ESMTP",
+                "IDENT": sidecar["id"], "SOURCE": "REMOTE"}
+
+    def _name_of(self, address: str) -> str:
+        try:
+            return self.plan.resolver.name_of(address) or "[UNAVAILABLE]"
+        except DnsError:
+            return "[TEMPUNAVAIL]"
+
     def _launch(self, leg: Leg) -> None:
         """Send as much of a transaction as need not wait for an answer."""
-        if not self.flight:
+        self.flight.append(leg)         # first: a peer that breaks off at the introduction has had this message
+        if len(self.flight) == 1:
             self._introduce(leg)
-        self.flight.append(leg)
         if self.chunking:
             self._send_chunk(leg)
         elif self.pipelining:

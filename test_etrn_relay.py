@@ -749,6 +749,11 @@ class Configuration(Folder):
         cfg = etrn.parse_config("[relay] ; here\n# and\n; there\nmax_recipients = 7   # few\nspool = a #1\n", "/x/etrn.conf")
         self.assertEqual((cfg.max_recipients, cfg.spool), (7, "/x/a #1"))
 
+    def test_yes_and_no_are_said_in_every_common_way(self) -> None:
+        for word, value in cases(self, [("yes", True), ("no", False), ("on", True), ("0", False), ("True", True)]):
+            cfg = config("", "xclient = %s\ncutthrough = %s" % (word, word)).domain(DOMAIN)
+            self.assertEqual((cfg.xclient, cfg.cutthrough), (value, value))
+
     def test_a_bare_port_means_all_addresses(self) -> None:
         self.assertEqual(config("listen = 2525").listen, (("0.0.0.0", 2525), ("::", 2525)))
         self.assertEqual(config("listen = localhost:26").listen, (("127.0.0.1", 26), ("::1", 26)))
@@ -2119,6 +2124,9 @@ def make_plan(cfg: etrn.DomainConfig, primary: Any, **values: Any) -> etrn.Plan:
     return plan._replace(**values)
 
 
+MAKE_PLAN = make_plan
+
+
 # == 8. DSN ====================================================================
 
 HOSTILE = ["550 5.1.1 x\r\nBcc: v@other.example\r\n\r\nhello", "550 \r\n--BOUND/backup.example.net--\r\n",
@@ -3046,6 +3054,53 @@ class Delivery(Folder):
             courier.start()
             courier.join(DEADLINE_S)
             self.assertEqual([one.hop.port for one in reports if isinstance(one, etrn.Greeted)], [up.port])
+
+    def introduced(self, verb: str, clients: Sequence[Dict[str, Any]], resolver: Optional[etrn.Resolver] = None,
+                   **script: Any) -> Tuple[List[str], Primary]:
+        """What a primary that offers XCLIENT or XFORWARD is told of each message's client, and the primary."""
+        primary = self.primary(**script)
+        primary.extensions = ["PIPELINING", verb + " NAME ADDR PROTO HELO PORT", "SIZE"]
+        ids = [self.put(client=dict({"helo": "mx.b.example", "tls": None}, **one)) for one in clients]
+        with mock.patch(__name__ + ".make_plan", lambda cfg, route: MAKE_PLAN(cfg, route, resolver=resolver or etrn.Resolver(()))):
+            results, error = self.deliver(primary, *ids, xclient="yes")
+        self.assertEqual(([its[0].kind for its in results.values()], error), (["sent"] * len(ids), ""))
+        return [line for line in primary.log if line.startswith(verb)], primary
+
+    def test_the_original_client_is_handed_on_as_postfix_documents_it(self) -> None:
+        zone = {("7.2.0.192.in-addr.arpa", etrn.PTR): ["mx.b.example"], ("mx.b.example", etrn.A): ["192.0.2.7"],
+                ("8.2.0.192.in-addr.arpa", etrn.PTR): ["liar.example"], ("liar.example", etrn.A): ["192.0.2.1"]}
+        with Dns(zone) as dns:
+            resolver = etrn.Resolver((dns.endpoint,))
+            for client, expected in cases(self, [
+                    ({"address": "192.0.2.7"}, "NAME=mx.b.example ADDR=192.0.2.7 PROTO=ESMTP HELO=mx.b.example"),
+                    ({"address": "192.0.2.8"}, "NAME=[UNAVAILABLE] ADDR=192.0.2.8 PROTO=ESMTP HELO=mx.b.example"),
+                    ({"address": "192.0.2.9"}, "NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=mx.b.example"),
+                    ({"address": "2001:db8::1", "helo": "a b+c=\u00e9<x>"},
+                     "NAME=[UNAVAILABLE] ADDR=IPV6:2001:db8::1 PROTO=ESMTP HELO=a+20b+2Bc+3D+C3+A9<x>"),
+                    ({"address": "192.0.2.9", "helo": ""}, "NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=[UNAVAILABLE]")]):
+                for verb, code in (("XCLIENT", "220 again"), ("XFORWARD", "250 ok")):
+                    said, primary = self.introduced(verb, [client], resolver, **{verb: code})
+                    self.assertEqual(said, ["%s %s PORT=[UNAVAILABLE]" % (verb, expected)])
+                    self.assertEqual(sum(line.upper().startswith("EHLO") for line in primary.log), 2 if verb == "XCLIENT" else 1)
+
+    def test_xclient_comes_once_for_each_client_on_a_connection_and_xforward_for_each_message(self) -> None:
+        one, two, own = {"address": "192.0.2.7"}, {"address": "192.0.2.8"}, {"address": "", "helo": ""}
+        for verb, clients, expected in cases(self, [
+                ("XCLIENT", [one, one, two, two, one], ["192.0.2.7", "192.0.2.8", "192.0.2.7"]),
+                ("XCLIENT", [one, own, own], ["192.0.2.7", "127.0.0.1"]), ("XFORWARD", [one, one], ["192.0.2.7"] * 2)]):
+            said, _ = self.introduced(verb, clients, **{verb: "220 again"})
+            self.assertEqual([re.search("ADDR=(\\S+)", line).group(1) for line in said], expected)       # type: ignore[union-attr]
+
+    def test_a_primary_that_does_not_let_us_introduce_a_client_gets_the_mail_all_the_same(self) -> None:
+        for verb in cases(self, ["XCLIENT", "XFORWARD"]):
+            self.introduced(verb, [{"address": "192.0.2.7"}, {"address": "192.0.2.8"}], **{verb: "550 5.7.0 not you"})
+
+    def test_a_primary_that_hangs_up_on_a_client_has_had_that_message(self) -> None:
+        primary = self.primary(XCLIENT=CUT)
+        primary.extensions = ["XCLIENT ADDR"]
+        ids = [self.put(), self.put()]
+        results, _ = self.deliver(primary, *ids, xclient="yes")
+        self.assertEqual([[one.kind for one in results.get(id, [])] for id in ids], [["deferred"], []])
 
     def test_a_dead_address_family_costs_a_moment_and_one_the_kernel_lacks_nothing(self) -> None:
         primary = self.primary()
