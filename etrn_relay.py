@@ -350,6 +350,8 @@ QUEUE_BOUNDS = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0, 86
 # -- texts
 LOG_TEXT_MAX = 500              # characters of foreign text in one log line
 RESPONSE_MAX = 400              # characters kept of a reply
+LINE_MAX = 990                  # octets of a line in what is returned; RFC 5322 2.1.1 allows 998
+FOLD_WIDTH = 77                 # characters of a field of ours in a notice, RFC 5322 2.1.1
 NOTICE_FULL_MAX = 1 << 20       # octets; a larger original is returned as headers even when RET=FULL
 
 Time = float                    # seconds since the epoch
@@ -3636,7 +3638,11 @@ def utf8_xtext(address: str) -> str:
     """`rfc822; a@b`, or the ASCII form of an internationalized address, RFC 6533 3."""
     if address.isascii():
         return "rfc822; " + printable(address)
-    return "utf-8; " + "".join(c if c.isascii() else "\\x{%X}" % ord(c) for c in printable(address))
+    return "utf-8; " + _utf8_escaped(address)
+
+
+def _utf8_escaped(text: str) -> str:
+    return "".join(c if c.isascii() else "\\x{%X}" % ord(c) for c in printable(text))
 
 
 def _ascii(text: str, longest: int = RESPONSE_MAX) -> str:
@@ -3650,50 +3656,134 @@ _SUBJECTS = {"failed": "Undelivered Mail Returned to Sender", "delayed": "Delaye
 def format_notice(hostname: str, target: str, sidecar: Mapping[str, Any], reports: Sequence[Report], original: bytes,
                   full: bool, now: Time, boundary: str, message_id: str) -> bytes:
     """The message to `target`; `original` is the header of what could not be delivered, or all of it when `full`."""
-    action = reports[0].action
     boundary = "%s/%s" % (boundary, hostname)
-    head = ["From: Mail Delivery System <MAILER-DAEMON@%s>" % hostname,
-            "To: <%s>" % target, "Subject: %s" % _SUBJECTS[action],
-            "Date: %s" % email.utils.formatdate(now, localtime=True), "Message-ID: <%s@%s>" % (message_id, hostname),
+    text = "\r\n".join(_explain(hostname, sidecar, reports, now))
+    status = "\r\n".join(_status_part(hostname, sidecar, reports) + [""])
+    is_global = any(not report.address.isascii() or report.orcpt[:6].lower() == "utf-8;" for report in reports)
+    returned = original if full else _fold_octets(original)
+    kind = {(True, True): "message/global", (True, False): "message/rfc822",       # RFC 6533 5
+            (False, True): "message/global-headers", (False, False): "text/rfc822-headers"}[full, bool(sidecar["smtputf8"])]
+    parts = [("Notification", "text/plain; charset=%s" % ("us-ascii" if text.isascii() else "utf-8"), text.encode("utf-8")),
+             ("Delivery report", "message/global-delivery-status" if is_global else "message/delivery-status",
+              status.encode("ascii")),
+             ("Undelivered Message" if full else "Undelivered Message Headers", kind, returned)]
+    head = ["From: Mail Delivery System <MAILER-DAEMON@%s>" % hostname, "To: <%s>" % target,
+            "Subject: %s" % _SUBJECTS[reports[0].action], "Date: %s" % email.utils.formatdate(now, localtime=True),
+            "Message-ID: <%s@%s>" % (message_id, hostname), *_references(original),
             "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
-            'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary, "",
-            "This is a MIME-encapsulated message.", ""]
-    text = ["--" + boundary, "Content-Description: Notification", "Content-Type: text/plain; charset=us-ascii", ""]
-    text += _explain(hostname, sidecar, reports, now)
-    status = ["", "--" + boundary, "Content-Description: Delivery report", "Content-Type: message/delivery-status", "",
-              "Reporting-MTA: dns; %s" % hostname]
+            'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary]
+    head += ["Content-Transfer-Encoding: 8bit"] * any(_is_8bit(data) for _, _, data in parts)
+    out = [line.encode("utf-8") for line in head + ["", "This is a MIME-encapsulated message.", ""]]
+    for description, kind, data in parts:
+        fields = ["--" + boundary, "Content-Description: " + description, "Content-Type: " + kind]
+        fields += ["Content-Transfer-Encoding: 8bit"] * _is_8bit(data)
+        out += [line.encode("ascii") for line in fields] + [b"", data]
+    return b"\r\n".join(out) + ("\r\n--%s--\r\n" % boundary).encode("ascii")
+
+
+def _is_8bit(data: bytes) -> bool:
+    return not data.isascii()
+
+
+def _references(original: bytes) -> List[str]:
+    """The thread it belongs to, RFC 3834 3.1.5; only what cannot be anything else."""
+    header = original[:HEADER_SCAN_MAX].partition(b"\r\n\r\n")[0]
+    found = re.search(rb"(?im)^message-id:[ \t]*(<[!-;=?-~]{3,250}>)[ \t]*\r?$", header)
+    return ["%s: %s" % (name, found.group(1).decode("ascii")) for name in ("In-Reply-To", "References")] if found else []
+
+
+def _fold_octets(header: bytes) -> bytes:
+    """A header whose lines fit into mail, RFC 5322 2.1.1."""
+    lines = header.split(b"\r\n")
+    if max(map(len, lines)) <= LINE_MAX:
+        return header
+    return b"\r\n".join(b"\r\n ".join(line[at:at + LINE_MAX] for at in range(0, len(line) or 1, LINE_MAX)) for line in lines)
+
+
+def _fold(field: str) -> str:
+    """A field of ours, folded at blanks, RFC 5322 2.2.3."""
+    return "\r\n ".join(_wrap(field, FOLD_WIDTH))
+
+
+def _status_part(hostname: str, sidecar: Mapping[str, Any], reports: Sequence[Report]) -> List[str]:
+    out = ["Reporting-MTA: dns; %s" % hostname]
     if sidecar["envid"]:
-        status.append("Original-Envelope-Id: %s" % _ascii(decode_xtext(sidecar["envid"])))
-    status += ["X-Relay-Queue-ID: %s" % sidecar["id"],
-               "Arrival-Date: %s" % email.utils.formatdate(sidecar["received"], localtime=True)]
+        out.append("Original-Envelope-Id: %s" % _ascii(decode_xtext(sidecar["envid"])))
+    out += ["X-Relay-Queue-ID: %s" % sidecar["id"],
+            "Arrival-Date: %s" % email.utils.formatdate(sidecar["received"], localtime=True)]
     for report in reports:
-        status += [""] + _report_fields(report)
+        out += [""] + _report_fields(report)
         if report.action == "delayed":
-            expires = max(one["expires"] for one in sidecar["recipients"])
-            status.append("Will-Retry-Until: %s" % email.utils.formatdate(expires, localtime=True))
-    eight = any(byte > 127 for byte in original)
-    third = ["", "--" + boundary, "Content-Description: Undelivered %s" % ("Message" if full else "Message Headers"),
-             "Content-Type: %s" % ("message/rfc822" if full else "text/rfc822-headers")]
-    third += ["Content-Transfer-Encoding: 8bit"] * eight + ["", ""]
-    lines = "\r\n".join(head + text + status + third)
-    return lines.encode("ascii", "replace") + original + ("\r\n--%s--\r\n" % boundary).encode("ascii")
+            out.append("Will-Retry-Until: %s" % email.utils.formatdate(_expires(sidecar, report), localtime=True))
+    return out
+
+
+def _expires(sidecar: Mapping[str, Any], report: Report) -> Time:
+    return float(max(one["expires"] for one in sidecar["recipients"] if one["address"] == report.address))
 
 
 def _report_fields(report: Report) -> List[str]:
     out = []
     if report.orcpt:
         kind, _, address = report.orcpt.partition(";")
-        out.append("Original-Recipient: %s; %s" % (kind, _ascii(decode_xtext(address))))
+        out.append("Original-Recipient: %s; %s" % (kind, _utf8_escaped(
+            decode_xtext(address) if kind.lower() != "utf-8" else address)))
     out += ["Final-Recipient: %s" % utf8_xtext(report.address), "Action: %s" % report.action,
             "Status: %s" % report.status]
     if report.remote:
         out.append("Remote-MTA: dns; %s" % _ascii(report.remote, 255))
     if report.response:
         kind = "smtp" if re.match(r"[2-5]\d\d[ -]", report.response) else "X-etrn-relay"
-        out.append("Diagnostic-Code: %s; %s" % (kind, _ascii(report.response)))
+        out.append(_fold("Diagnostic-Code: %s; %s" % (kind, _ascii(report.response))))
     if report.last_attempt:
         out.append("Last-Attempt-Date: %s" % email.utils.formatdate(report.last_attempt, localtime=True))
     return out
+
+
+# What a status or an error means, and what its reader can do, for people who do not know what SMTP is.  Searched in
+# this order in "STATUS RESPONSE", where STATUS is the peer's own when it gave one.
+_ASK = "Reach the addressee in another way, for example by telephone, and ask."
+_AGAIN = "If it still matters, send it again later, or reach the addressee in another way."
+_MEANINGS: Tuple[Tuple[str, str, str], ...] = (
+    (r"^[45]\.1\.[016]\b", "There is no such mailbox at this domain.",
+     "Compare the address letter by letter with the right one; " + _ASK[0].lower() + _ASK[1:]),
+    (r"^[45]\.2\.2\b", "The addressee's mailbox is full.", "Tell the addressee in another way, and send it again later."),
+    (r"^[45]\.2\.1\b", "The addressee's mailbox takes no mail.", _ASK),
+    (r"^[45]\.(3\.4|2\.3)\b", "The message is larger than the addressee's mail server takes.",
+     "Send it in smaller parts, or large files in another way."),
+    (r"^[45]\.6\.7\b", "The message or an address in it has letters that the addressee's mail server cannot handle.",
+     "Use an address in plain letters (a to z) for the sender and the addressee."),
+    (r"Connection refused", "The addressee's computer is there, but its mail service is not running.", _AGAIN),
+    (r"timed out", "The addressee's mail server does not answer.", _AGAIN),
+    (r"unreachable|No route to host", "The addressee's mail server cannot be reached over the network.", _AGAIN),
+    (r"no such name|DNS lookup|no address is known", "The address of the addressee's mail server cannot be found.", _AGAIN),
+    (r"loops back", "No mail server is known for this domain other than its backup servers.", _AGAIN),
+    (r"null MX", "The domain declares that it takes no mail.", _ASK),
+    (r"lost connection|reply of .* is not SMTP|reply from", "The addressee's mail server broke the conversation off.", _AGAIN),
+    (r"^[45]\.7\.\d", "The addressee's mail server does not want this message, or not from this sender.", _ASK),
+    (r"^4|^\S+ 4\d\d[ -]", "The addressee's mail server put the message off again and again.", _AGAIN),
+    (r"", "The addressee's mail server refused the message.", _ASK),
+)
+
+
+def meaning_of(report: Report) -> Tuple[str, str]:
+    """In words: what happened, and what to do about it."""
+    own = re.match(r"[45]\d\d ([45]\.\d{1,3}\.\d{1,3})\b", report.response)
+    text = "%s %s" % (own.group(1) if own else report.status, report.response)
+    return next((why, what) for pattern, why, what in _MEANINGS if re.search(pattern, text))
+
+
+def format_age(seconds: float) -> str:
+    """For people who read a sentence: 3 days and 2 hours."""
+    out: List[str] = []
+    left = max(1, int(seconds))
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        if left >= size and len(out) < 2:
+            out.append("%d %s%s" % (left // size, unit, "" if left // size == 1 else "s"))
+            left %= size
+        elif out:
+            break
+    return " and ".join(out)
 
 
 def _explain(hostname: str, sidecar: Mapping[str, Any], reports: Sequence[Report], now: Time) -> List[str]:
@@ -3711,18 +3801,28 @@ def _explain(hostname: str, sidecar: Mapping[str, Any], reports: Sequence[Report
     else:
         out = ["Your message of %s" % since, "was handed on to a mail server that sends no confirmations:"]
     for report in reports:
-        out += ["", "  <%s>" % _ascii(report.address, 320)]
-        if report.status == "4.4.7" or report.action == "delayed":
-            out.append("    The mail server of this address could not be reached, or took no mail, for %s"
-                       % format_duration(now - sidecar["received"]))
-            out.append("    (%d attempts)." % report.attempts)
-        if report.response:
-            who = _ascii(report.remote, 255) + " answered" if report.remote else "The last result was"
-            out += ["    %s:" % who] + ["      " + line for line in _wrap(_ascii(report.response), 66)]
-    if action == "failed":
-        out += ["", "It will not be tried again.  If it matters, reach the addressee in another way,",
-                "or send it again later."]
-    out += ["", "This notice was made by %s, a backup mail server of the" % hostname, "addressee's domain.", ""]
+        out += ["", "  <%s>" % printable(report.address, 320)]
+        out += ["    " + line for line in _explain_one(sidecar, report, now)]
+    if action == "failed" and sidecar["sender"]:
+        out += ["", "It will not be tried again."]
+        for advice in dict.fromkeys(meaning_of(report)[1] for report in reports):
+            out += _wrap(advice, 72)
+    return out + ["", "This notice was made by %s, a backup mail server of the" % hostname, "addressee's domain.", ""]
+
+
+def _explain_one(sidecar: Mapping[str, Any], report: Report, now: Time) -> List[str]:
+    out: List[str] = []
+    if report.action != "relayed":
+        out += _wrap(meaning_of(report)[0], 66)
+        last = ", the last time on %s" % email.utils.formatdate(report.last_attempt, localtime=True)
+        out += _wrap("It was tried for %s (%d attempt%s%s)." % (
+            format_age(now - sidecar["received"]), report.attempts, "" if report.attempts == 1 else "s",
+            last if report.last_attempt else ""), 66)
+    if report.action == "delayed":
+        out += _wrap("It will be tried until %s." % email.utils.formatdate(_expires(sidecar, report), localtime=True), 66)
+    if report.response:
+        out.append("%s:" % ("The mail server %s said" % _ascii(report.remote, 255) if report.remote else "The last result was"))
+        out += ["  " + line for line in _wrap(_ascii(report.response), 66)]
     return out
 
 
@@ -4829,20 +4929,25 @@ def wants_notice(notify: str, action: str) -> bool:
     return NOTIFY_WORDS[action] in notify if notify else action != "relayed"
 
 
+def notice_status(action: str, status: str) -> str:
+    """RFC 3464 2.3.4: what is delayed has not failed, also where a 5xx was kept."""
+    return "2.0.0" if action == "relayed" else "4" + status[1:] if action == "delayed" else status
+
+
 def send_notice(spool: Spool, sidecar: Dict[str, Any], action: str, recipients: Sequence[Dict[str, Any]], cfg: Config,
                 ids: Ids, now: Time) -> Tuple[List[Dict[str, Any]], List[str]]:
     """Put a notice about these recipients into the spool; raises OSError.
     Returns its sidecar, if one was made, and lines for the log.  A failure that
     cannot be told to a sender is told to [bounces] postmaster, once."""
     told = [one for one in recipients if wants_notice(one["notify"], action)]
-    target = sidecar["sender"]
+    target = sidecar["sender"] if "@" in sidecar["sender"] else ""      # <postmaster> alone is nobody elsewhere
     if told and not target and action == "failed":
         target = "" if sidecar["kind"] == "alert" else cfg.bounces_postmaster
         if not target or any(one["address"] == target for one in told):
             return [], ["%s: double bounce: dropped, nobody to tell" % sidecar["id"]]
     if not told or not target:
         return [], []
-    reports = [Report(one["address"], action, "2.0.0" if action == "relayed" else one["last_status"], one["last_response"],
+    reports = [Report(one["address"], action, notice_status(action, one["last_status"]), one["last_response"],
                       one["last_remote"], one["orcpt"], one["attempts"], one["last_attempt"]) for one in told]
     full = action == "failed" and sidecar["ret"] == "FULL" and sidecar["size"] <= NOTICE_FULL_MAX
     original = b""

@@ -2139,9 +2139,8 @@ def notice(reports: Sequence[etrn.Report], original: bytes = MESSAGE, full: bool
     people = [(one.address, DOMAIN, "", "", 1764600000.0) for one in reports]
     fields = etrn.make_sidecar("ABCDEF", "mail", "a@sender.example", people,
                                1764000000.0, {"address": "192.0.2.7", "helo": "x", "tls": None})
-    data = etrn.format_notice("backup.example.net", fields["sender"], dict(fields, **sidecar), reports, original, full,
-                              1764500000.0,
-                              "BOUND", "mid")
+    fields = dict(fields, **sidecar)
+    data = etrn.format_notice("backup.example.net", fields["sender"], fields, reports, original, full, 1764500000.0, "BOUND", "mid")
     return email.message_from_bytes(data, policy=email.policy.default), data
 
 
@@ -2185,8 +2184,9 @@ class Notices(unittest.TestCase):
     def test_expiry_says_how_long_was_tried_and_why(self) -> None:
         message, _ = notice([report(status="4.4.7", response="connect to 192.0.2.1: Connection refused", remote="", attempts=41)])
         text = next(message.iter_parts()).get_content()
-        for words in cases(self, ["5d18h", "41 attempts", "Connection refused"]):
-            self.assertIn(words, text)
+        for words in cases(self, ["for 5 days and 18 hours", "41 attempts", "Connection refused", "mail service is not running",
+                                  "send it again later"]):
+            self.assertIn(words, " ".join(text.split()))
 
     def test_a_delay_says_until_when_it_is_tried(self) -> None:
         message, _ = notice([report(action="delayed", status="4.4.1")])
@@ -2214,8 +2214,64 @@ class Notices(unittest.TestCase):
         self.assertEqual(list(message.iter_parts())[2]["Content-Transfer-Encoding"], "8bit")
 
     def test_an_internationalized_address_is_named_as_rfc_6533_says(self) -> None:
-        message, data = notice([report(address="é@" + DOMAIN)])
+        message, data = notice([report(address="é@" + DOMAIN, orcpt="utf-8;ü@x.example")])
         self.assertIn(b"Final-Recipient: utf-8; \\x{E9}@" + DOMAIN.encode(), data)
+        self.assertIn(b"Original-Recipient: utf-8; \\x{FC}@x.example\r\n", data)
+        text, status, _ = message.iter_parts()
+        self.assertEqual((status.get_content_type(), message.get_param("report-type")),
+                         ("message/global-delivery-status", "delivery-status"))
+        self.assertIn("<é@%s>" % DOMAIN, text.get_content())
+
+    def test_an_internationalized_sender_and_message_stay_what_they_are(self) -> None:
+        message, data = notice([report()], "Subject: caf\u00e9\r\n".encode(), sender="\u00e9@sender.example", smtputf8=True)
+        self.assertIn("To: <\u00e9@sender.example>\r\n".encode(), data)
+        self.assertEqual(message["Content-Transfer-Encoding"], "8bit")
+        self.assertEqual(list(message.iter_parts())[2].get_content_type(), "message/global-headers")
+        message, _ = notice([report()], "Subject: caf\u00e9\r\n\r\nx\r\n".encode(), True, smtputf8=True)
+        self.assertEqual(list(message.iter_parts())[2].get_content_type(), "message/global")
+
+    def test_every_notice_is_well_formed_for_a_strict_reader(self) -> None:
+        table = itertools.product(("failed", "delayed", "relayed"), (False, True), ("", "\u00e9"), [*HOSTILE, "x" * 380 + " y"])
+        for action, full, accent, response in cases(self, table):
+            _, data = notice([report(action=action, response=response, address="u%s@%s" % (accent, DOMAIN)), report(action=action)],
+                             b"Subject: one\r\nX-Long: " + b"y" * 5000 + b"\r\n\r\nHello.\r\n", full)
+            message = email.message_from_bytes(data, policy=email.policy.strict)
+            self.assertEqual([part.get_content_maintype() for part in message.get_payload()][:2], ["text", "message"])
+            if not full:
+                self.assertLessEqual(max(map(len, data.split(b"\r\n"))), 998)
+            ours = data[:data.index(b"Undelivered Message")]
+            self.assertLessEqual(max(map(len, ours.split(b"\r\n"))), 420)
+            self.assertIsNone(re.search(rb"\r(?!\n)|(?<!\r)\n|\0", data))
+
+    def test_a_notice_belongs_to_the_thread_of_its_message_and_believes_no_odd_id(self) -> None:
+        for header, expected in cases(self, [
+                (b"Message-ID: <a.b@x.example>\r\n", "<a.b@x.example>"), (b"message-id:<a@b>\r\nSubject: x\r\n", "<a@b>"),
+                (b"Message-ID: <a b@x>\r\n", None), (b"Message-ID: <a@x>\r\n Bcc: v@x\r\n", "<a@x>"),
+                (b"Message-ID: \r\n <a@x>\r\n", None), (b"Subject: x\r\n\r\nMessage-ID: <a@x>\r\n", None),
+                (b"Message-ID: <%s@x>\r\n" % (b"y" * 300), None), (b"Message-ID: <\xe9@x>\r\n", None)]):
+            message, _ = notice([report()], header)
+            self.assertEqual((message["References"], message["In-Reply-To"]), (expected, expected))
+
+    def test_a_layman_is_told_what_happened_and_what_to_do(self) -> None:
+        for status, response, happened, to_do in cases(self, [
+                ("5.1.1", "550 5.1.1 unknown", "no such mailbox", "letter by letter"),
+                ("4.4.7", "452 4.2.2 over quota", "mailbox is full", "send it again later"),
+                ("5.3.4", "message of 9 octets exceeds the primary's limit of 5", "larger than", "smaller parts"),
+                ("5.6.7", "the primary does not offer SMTPUTF8, which this message needs", "letters that", "plain letters"),
+                ("5.7.1", "554 5.7.1 spam", "does not want this message", "by telephone"),
+                ("4.4.7", "connect to h[192.0.2.1]:25: Connection timed out", "does not answer", "later"),
+                ("4.4.7", "connect to h[192.0.2.1]:25: No route to host", "cannot be reached", "later"),
+                ("4.4.7", "no such name: x.example", "cannot be found", "later"),
+                ("4.4.7", "mail for x loops back to this host: no MX host", "other than its backup servers", "later"),
+                ("4.4.7", "x.example has a null MX record: it says it takes no mail", "takes no mail", "ask"),
+                ("4.4.7", "lost connection with h", "broke the conversation off", "later"),
+                ("4.4.7", "450 4.7.1 greylisted", "does not want", "ask"), ("4.4.7", "451 later", "put the message off", "later"),
+                ("5.0.0", "550 no", "refused the message", "ask"), ("5.2.1", "550 5.2.1 disabled", "takes no mail", "ask")]):
+            message, _ = notice([report(status=status, response=response)])
+            text = " ".join(next(message.iter_parts()).get_content().split())
+            for words in (happened, to_do, "It was tried for 5 days and 18 hours (3 attempts, the last time on",
+                          "will not be tried again"):
+                self.assertIn(words, text)
 
 
 # == 9. SPOOL ==================================================================
@@ -3176,6 +3232,8 @@ class Puppet(etrn.Courier):
 
     def send(self, sim: "Simulation", job: etrn.Job) -> bool:
         self._open(job)
+        if not self.legs:
+            return True
         leg = self.legs.popleft()
         self.flight.append(leg)
         sim.offered.append((sim.clock.mono, job.id))
@@ -3206,7 +3264,6 @@ class Simulation:
     def __init__(self, folder: str, domain: str = "", relay: str = "", rest: str = "") -> None:
         Simulation.current = self
         self.clock = Clock()
-        self.clock.wall = time.time()
         self.spool = opened(os.path.join(folder, "spool"))
         self.reports: "collections.deque[Any]" = collections.deque()
         self.puppets: List[Puppet] = []
@@ -3278,7 +3335,8 @@ class Recovery(Folder):
 
     def setUp(self) -> None:
         super().setUp()
-        for patch in (mock.patch.object(etrn, "Courier", Puppet), mock.patch("os.fsync")):
+        for patch in (mock.patch.object(etrn, "Courier", Puppet), mock.patch("os.fsync"),
+                      mock.patch("time.time", lambda: Simulation.current.clock.wall)):
             patch.start()
             self.addCleanup(patch.stop)
 
@@ -3404,7 +3462,7 @@ class Recovery(Folder):
             sim.put(one)
             sim.run(2)
         self.assertIs(sim.site.state, etrn.Primary.REJECTING)
-        sim.run(hours=30)
+        sim.run(hours=4)
         self.assertEqual((len(sim.site.entries), sim.site.state), (3, etrn.Primary.REJECTING))
         sim.put("other@" + DOMAIN)
         sim.run(61)
@@ -3452,7 +3510,7 @@ class Recovery(Folder):
 
     def test_the_canary_and_then_the_queue_by_ever_more_connections(self) -> None:
         sim = self.simulate("connections = 4")
-        ids = self.down(sim, 400)
+        ids = self.down(sim, 150)
         sim.reach = lambda site: None
         seen = []
         while sim.queued():
@@ -3466,7 +3524,7 @@ class Recovery(Folder):
 
     def test_halved_connections_close_and_do_not_only_stop_growing(self) -> None:
         sim = self.simulate("connections = 8")
-        self.down(sim, 700)
+        self.down(sim, 400)
         sim.reach = lambda site: None
         sim.run(60, until=lambda: len(sim.puppets) == 8)
         self.assertEqual(len(sim.puppets), 8)
@@ -3524,7 +3582,7 @@ class Recovery(Folder):
         names = ["d%d.example" % number for number in range(4)]
         sim = self.simulate(rest="".join("[domain %s]\nprimary = 192.0.2.1\nconnections = 100\n" % one for one in names))
         with shorten(LINES_MAX=8, LINES_RESERVED=2, MESSAGES_PER_CONNECTION=1):
-            for one in names[:3] * 300:
+            for one in names[:3] * 100:
                 sim.put(domain=one)
             sim.run(8)
             self.assertGreaterEqual(len(sim.puppets), 6)
@@ -3574,6 +3632,92 @@ class Recovery(Folder):
             sim.turn()
             sim.turn()
             self.assertGreater(sim.manager.wake(sim.clock.now), sim.clock.mono)
+            sim.spool.close()
+
+    def notices(self, sim: Simulation) -> List[Tuple[str, Any]]:
+        """Targets and parsed notices that wait in the spool."""
+        sim.turn()
+        out = []
+        for site in sim.manager.scheduler.sites.values():
+            for id in site.entries if site.cfg.is_notices else ():
+                sidecar = sim.spool.read_sidecar(id)
+                message = sim.spool.read_message(id, sidecar)
+                self.assertEqual((sidecar["sender"], sidecar["kind"]), ("", "notice"))
+                parsed = email.message_from_bytes(b"".join(message.blocks()), policy=email.policy.default)
+                message.close()
+                out.append((sidecar["recipients"][0]["address"], parsed))
+        return out
+
+    def test_who_is_told_what_is_as_notify_asks(self) -> None:
+        for notify, failed, delayed, relayed in cases(self, [
+                ("", 1, 1, 0), ("NEVER", 0, 0, 0), ("FAILURE", 1, 0, 0), ("DELAY", 0, 1, 0), ("SUCCESS", 0, 0, 1),
+                ("SUCCESS,FAILURE,DELAY", 1, 1, 1)]):
+            for event, expected in (("failed", failed), ("delayed", delayed), ("relayed", relayed)):
+                sim = Simulation(tempfile.mkdtemp(dir=self.folder), "delay_notice = 4h\nprobe_interval = 1h\nlifetime = 2d")
+                sim.reach = lambda site: "Connection refused"
+                people = [dict(sidecar_of("A")["recipients"][0], address="%s@%s" % (name, DOMAIN), notify=notify,
+                               expires=sim.clock.wall + 2 * 86400, orcpt="rfc822;old+2B@x.example") for name in ("u", "v")]
+                self.assertIsNone(sim.spool.commit([(etrn.Draft("ABC001"), [MESSAGE], dict(
+                    sidecar_of("ABC001"), recipients=people, envid="Q+2BX", received=sim.clock.wall, ret="FULL"))])[0])
+                sim.manager.accept(sim.spool.read_sidecar("ABC001"))
+                if event == "relayed":
+                    sim.reach = lambda site: None if site == DOMAIN else "Connection refused"
+                sim.run(hours={"failed": 49, "delayed": 24, "relayed": 1}[event])
+                found = [one for one in self.notices(sim) if one[1]["Subject"] == etrn._SUBJECTS[event]]
+                self.assertEqual((event, len(found)), (event, expected))        # one for both recipients, once
+                for target, one in found:
+                    self.assertEqual(target, "a@sender.example")
+                    parts = list(one.iter_parts())
+                    whole, first, second = parts[1].get_payload()
+                    self.assertEqual((whole["Original-Envelope-Id"], first["Action"], second["Action"],
+                                      first["Original-Recipient"]), ("Q+X", event, event, "rfc822; old+@x.example"))
+                    self.assertEqual(first["Status"][0], "2" if event == "relayed" else "4")
+                    self.assertEqual("Will-Retry-Until" in first, event == "delayed")
+                    self.assertEqual(parts[2].get_content_type(), "message/rfc822" if event == "failed" else "text/rfc822-headers")
+                sim.spool.close()
+
+    def test_a_primary_that_offers_dsn_confirms_by_itself(self) -> None:
+        sim = self.simulate()
+        with mock.patch.object(etrn.Client, "__init__", lambda client, hostname: (
+                None, setattr(client, "esmtp_features", {"dsn": ""}), setattr(client, "sock", None))[0]), \
+                mock.patch.object(etrn.Client, "close"):
+            sim.reach = lambda site: None if site == DOMAIN else "Connection refused"
+            people = [dict(sidecar_of("A")["recipients"][0], notify="SUCCESS")]
+            sim.spool.commit([(etrn.Draft("ABC001"), [MESSAGE], dict(sidecar_of("ABC001"), recipients=people))])
+            sim.manager.accept(sim.spool.read_sidecar("ABC001"))
+            sim.run(60)
+        self.assertEqual((sim.taken, self.notices(sim)), (["ABC001"], []))
+
+    def test_a_notice_nobody_takes_for_days_goes_to_the_postmaster_once_and_then_ends(self) -> None:
+        for postmaster in cases(self, ["", "postmaster = pm@home.example"]):
+            sim = Simulation(tempfile.mkdtemp(dir=self.folder), "probe_interval = 1h\nlifetime = 1d",
+                             rest="[bounces]\n%s\n[defaults]\nlifetime = 1d\nprobe_interval = 1h\n" % postmaster)
+            sim.reach = lambda site: "Connection refused"
+            sim.put()
+            sim.run(hours=26)
+            self.assertEqual([target for target, _ in self.notices(sim)], ["a@sender.example"])
+            sim.run(hours=24 * 4)
+            self.assertEqual([target for target, _ in self.notices(sim)], ["a@sender.example"])     # 5 days, not one
+            sim.run(hours=26)
+            self.assertEqual([target for target, _ in self.notices(sim)], ["pm@home.example"] if postmaster else [])
+            sim.run(hours=24 * 6)
+            self.assertEqual((self.notices(sim), sim.queued(), spool_files(sim.spool.path)), ([], 0, []))
+            self.assertTrue(sim.logged("double bounce: dropped"))
+            sim.spool.close()
+
+    def test_size_and_smtputf8_end_as_notices_that_say_so(self) -> None:
+        for values, status in cases(self, [({"size": 5000}, "5.3.4"), ({"smtputf8": True}, "5.6.7")]):
+            sim = Simulation(tempfile.mkdtemp(dir=self.folder), "lifetime = 1d")
+            sim.reach = lambda site: None if site == DOMAIN else "Connection refused"
+            id = sim.put(**{name: value for name, value in values.items() if name != "size"})
+            with mock.patch.object(etrn.Courier, "_size_limit", lambda courier: 10 if "size" in values else 0):
+                sim.put()
+                sim.run(hours=23)
+                self.assertIn(id, sim.site.entries)
+                sim.run(hours=2)
+            self.assertNotIn(id, sim.site.entries)
+            (target, one), *_ = self.notices(sim)
+            self.assertEqual((target, list(one.iter_parts())[1].get_payload()[1]["Status"]), ("a@sender.example", status))
             sim.spool.close()
 
     def test_alerts_come_once_for_each_turn_of_events(self) -> None:
