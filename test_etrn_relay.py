@@ -40,6 +40,7 @@ import selectors
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import struct
 import subprocess
@@ -3584,7 +3585,7 @@ class Recovery(Folder):
         with shorten(LINES_MAX=8, LINES_RESERVED=2, MESSAGES_PER_CONNECTION=1):
             for one in names[:3] * 100:
                 sim.put(domain=one)
-            sim.run(8)
+            sim.run(20, until=lambda: len(sim.puppets) >= 6)
             self.assertGreaterEqual(len(sim.puppets), 6)
             id = sim.put(domain=names[3])
             sim.run(3)
@@ -4379,6 +4380,133 @@ class Bounces(Relays):
         notice, = self.notices()
         self.assertEqual(list(notice.iter_parts())[1].get_payload()[1]["Status"], "5.0.0")
         wait(relay.is_empty, "an empty spool")
+
+
+class Webhook(socketserver.ThreadingTCPServer):
+    """Takes HTTP requests; `bodies` are those of its POSTs."""
+    daemon_threads = True
+
+    def __init__(self, status: str = "200 OK") -> None:
+        self.status = status
+        self.bodies: List[bytes] = []
+        super().__init__(("127.0.0.1", 0), self.answer)         # type: ignore[arg-type]
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def answer(self, sock: socket.socket, *_: Any) -> None:
+        with sock.makefile("rb") as lines:
+            head = list(iter(lines.readline, b"\r\n"))
+            size = next(int(line.split(b":")[1]) for line in head if line.lower().startswith(b"content-length"))
+            self.bodies.append(lines.read(size))
+            sock.sendall(b"HTTP/1.1 %s\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % self.status.encode())
+
+
+class Alerting(Relays):
+    """People are told: a program, a web hook, a mail."""
+
+    def test_an_outage_its_end_and_a_refusal_reach_program_web_hook_and_mail(self) -> None:
+        primary, sink = self.primary(), self.primary().start()
+        told = os.path.join(self.folder, "told")
+        program = os.path.join(self.folder, "tell me.sh")
+        with open(program, "w", encoding="ascii") as file:
+            file.write("#!/bin/sh\nprintf '%s %s %s ' \"$ETRN_EVENT\" \"$ETRN_DOMAIN\" \"$ETRN_WAITING\" >> \"$1\"\ncat >> \"$1\"\n"
+                       "echo >> \"$1\"\n")
+        os.chmod(program, 0o700)
+        with Webhook() as hook:
+            self.addCleanup(hook.shutdown)
+            relay = self.relay(primary, domain="[alerts]\nafter = 0s\ncommand = '%s' %s\nwebhook = http://127.0.0.1:%d/x\n"
+                               "mail = admin@home.example\nmail_route = %s" % (
+                                   program, told, hook.server_address[1], sink.address))
+            for _ in range(3):
+                relay.send()
+            wait(lambda: len(hook.bodies) == 1, "the alert")
+            primary.script["RCPT"] = "550 5.1.1 \x1b[2J nobody"
+            primary.start()
+            wait(lambda: len(hook.bodies) == 3, "two more")
+            primary.script.clear()
+            wait(lambda: len(hook.bodies) == 4 and len(sink.messages) == 4, "the last")
+            alerts = [json.loads(body) for body in hook.bodies]
+            self.assertEqual([(one["event"], one["domain"]) for one in alerts],
+                             [("down", DOMAIN), ("up", DOMAIN), ("rejecting", DOMAIN), ("up", DOMAIN)])
+            self.assertEqual([one["waiting"] for one in alerts[1:3]], [3, 3])
+            self.assertRegex(alerts[0]["text"], "Connection refused")
+            self.assertRegex(alerts[1]["text"], r"up after \d+s, 3 messages waiting")
+            self.assertTrue(all(one["text"].isprintable() and one["host"] == "backup.example.net" for one in alerts))
+            wait(lambda: open(told, encoding="utf-8").read().count("\n") == 4, "the program")
+            with open(told, encoding="utf-8") as file:
+                for line, alert in zip(file, alerts):
+                    event, domain, waiting, body = line.split(" ", 3)
+                    self.assertEqual((event, domain, int(waiting)), (alert["event"], DOMAIN, alert["waiting"]))
+                    self.assertEqual(json.loads(body)["text"], alert["text"])
+            for (sender, recipients, data), alert in zip(sink.messages, alerts):
+                mail = email.message_from_bytes(data, policy=email.policy.strict)
+                self.assertEqual((sender, recipients, mail["Auto-Submitted"]), ("", ["admin@home.example"], "auto-generated"))
+                self.assertIn("%s %s" % (DOMAIN, alert["event"]), mail["Subject"])
+            wait(relay.is_empty, "an empty spool")
+
+    def test_alerts_that_cannot_be_told_are_logged_and_hold_nothing_up(self) -> None:
+        primary = self.primary()
+        with Webhook("500 no") as hook:
+            self.addCleanup(hook.shutdown)
+            relay = self.relay(primary, domain="[alerts]\nafter = 0s\ncommand = /nowhere/program\nwebhook = http://127.0.0.1:%d/"
+                               % hook.server_address[1])
+            relay.send()
+            relay.logged("alert run_alert_command: .*No such file")
+            relay.logged("alert post_alert: .*500")
+            primary.start()
+            wait(relay.is_empty, "an empty spool")
+
+
+class Signed(Relays):
+    """A signature made by somebody else's program holds behind us."""
+
+    def test_a_dkim_signed_message_verifies_after_the_passage(self) -> None:
+        openssl = shutil.which("openssl")
+        if not openssl:
+            self.skipTest("no openssl program")
+        key, public = os.path.join(self.folder, "key.pem"), os.path.join(self.folder, "public.pem")
+        for command in (["genrsa", "-out", key, "2048"], ["rsa", "-in", key, "-pubout", "-out", public]):
+            subprocess.run([openssl, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        primary = self.primary().start()
+        relay = self.relay(primary)
+        body = (b".\r\n..two\r\n \t trailing blanks \t\r\ncaf\xe9 \xff\r\n" + b"x" * 3000 + b"\r\n\r\nFrom me\r\n\r\n\r\n")
+        header = b"From:  A  <a@sender.example>\r\nSubject: folded\r\n\tand   spaced\r\nReceived: from elsewhere\r\n"
+        field = (b"DKIM-Signature: v=1; a=rsa-sha256; c=simple/simple; d=sender.example; s=x;\r\n\th=from:subject; bh=%s;\r\n\tb="
+                 % self.digest(body))
+        signature = subprocess.run([openssl, "dgst", "-sha256", "-sign", key], input=self.signed(header, field), check=True,
+                                   stdout=subprocess.PIPE).stdout
+        data = field + base64.b64encode(signature) + b"\r\n" + header + b"\r\n" + body
+        with relay.client() as wire:
+            self.assertEqual(wire.send(data, parameters=" BODY=8BITMIME")[:3], "250")
+            wire.say("MAIL FROM:<a@sender.example>", "RCPT TO:<user@%s>" % DOMAIN)
+            for part, last in ((data[:777], ""), (data[777:], " LAST")):
+                wire.raw(b"BDAT %d%s\r\n" % (len(part), last.encode()) + part)
+                self.assertEqual(wire.reply()[:3], "250")
+        wait(lambda: len(primary.messages) == 2, "both")
+        for _, _, arrived in primary.messages:
+            self.assertTrue(arrived.startswith(b"Received: "))
+            arrived = without_received(arrived)
+            self.assertEqual(arrived, data)
+            head, _, rest = arrived.partition(b"\r\n\r\n")
+            mine = re.match(rb"(DKIM-Signature:.*?\r\n\tb=)([A-Za-z0-9+/=]+)\r\n", head, re.S)
+            assert mine is not None
+            self.assertIn(b"bh=%s;" % self.digest(rest), mine.group(1))
+            sig = os.path.join(self.folder, "sig")
+            with open(sig, "wb") as file:
+                file.write(base64.b64decode(mine.group(2)))
+            verdict = subprocess.run([openssl, "dgst", "-sha256", "-verify", public, "-signature", sig],
+                                     input=self.signed(head[mine.end():] + b"\r\n", mine.group(1)), stdout=subprocess.PIPE)
+            self.assertIn(b"Verified OK", verdict.stdout)
+
+    @staticmethod
+    def digest(body: bytes) -> bytes:
+        """RFC 6376 3.4.3: blank lines at the end count as none."""
+        return base64.b64encode(hashlib.sha256(body.rstrip(b"\r\n") + b"\r\n").digest())
+
+    @staticmethod
+    def signed(header: bytes, field: bytes) -> bytes:
+        """RFC 6376 3.7: the fields as they are, then the signature's own, empty and without its line end."""
+        fields = re.findall(rb"(?:From|Subject):[^\r]*(?:\r\n[ \t][^\r]*)*\r\n", header)
+        return b"".join(fields) + field
 
 
 class Routes(Relays):
