@@ -58,6 +58,18 @@ QUEUE
     goes, oldest first.  After an outage one message goes alone; when it is
     taken, connections are added one by one.
 
+    A primary is unknown, up, down or rejecting.  For recovery_grace after an
+    outage no 5xx is believed: the message is kept and tried again, and a second
+    5xx so long after the first is final.  Three messages refused in a row in
+    that time, or three recipients at any time that the primary took before,
+    make it rejecting: one message is tried every probe_interval, each in its
+    turn, nothing is returned, and what it says of recipients is forgotten,
+    until it takes one, or --flush says that it is itself again.
+
+    A route found through MX never leads to this host, to hosts of the same
+    preference, or beyond: any number of relays may share one.  When the DNS
+    fails, the route that worked last is used for `lifetime`.
+
 ETRN
     RFC 1985.  `ETRN example.org` probes that domain's primary at once and
     delivers everything but held mail; `ETRN @example.org` takes in the
@@ -120,6 +132,9 @@ LOG LINES
     flush: etrn: site=DOMAIN, client=NAME[ADDRESS], messages=N, reply=CODE
     smtpd: too many errors after STAGE from NAME[ADDRESS]
     primary: DOMAIN: up after 2h14m, 1841 messages waiting
+    primary: DOMAIN: down: WHY, N messages waiting
+    primary: DOMAIN: rejecting: REPLY, N messages waiting
+    primary: DOMAIN: up after rejecting for 10m, N messages waiting
     http: reject: GET PATH from NAME[ADDRESS]: 401 wrong token
     `log = syslog` has the same lines, tagged etrn_relay/SERVICE[PID], in the
     mail facility.  Other programs read them:
@@ -4113,12 +4128,13 @@ class Client(smtplib.SMTP):
         assert self.ready is not None
         return self.ready
 
-    def hello(self) -> None:
+    def hello(self, name: str = "") -> None:
+        """EHLO with our own name, or after XCLIENT with the client's: Postfix takes the one said last."""
         self.wait(COMMAND_S)
-        code, text = self.ehlo()
+        code, text = self.ehlo(name)
         if 500 <= code:
             self.esmtp_features = {}
-            code, text = self.helo()    # RFC 5321 3.2
+            code, text = self.helo(name)        # RFC 5321 3.2
         if code != 250:
             raise PeerError("host %s refused our greeting: %s" % (self._host, reply_text(code, text)), code == 421)
 
@@ -4564,7 +4580,8 @@ class Courier(Line):
             code, text = self._command(("%s %s\r\n" % (verb.upper(), " ".join(words))).encode("ascii"), COMMAND_S)
             self._leave_if_told(code, text)
             if verb == "xclient" and code == 220:
-                self.client.hello()     # the session begins anew
+                helo = decode_xtext(known["HELO"])      # the session begins anew
+                self.client.hello(helo if re.fullmatch(r"[!-~]+", helo) and helo[0] != "[" else "[%s]" % known["ADDR"])
             return
 
     def _origin(self, leg: Leg) -> Dict[str, str]:
