@@ -2889,7 +2889,8 @@ class Delivery(Folder):
         ("QUIT", "354 go on", {"": "sent"})]
 
     def test_every_fault_at_every_stage_has_its_outcome_and_no_message_is_lost_or_doubled(self) -> None:
-        quick = dict.fromkeys(("CONNECT_S", "COMMAND_S", "DATA_S", "END_OF_DATA_S", "QUIT_S"), 0.1)
+        deadlines = {"greeting": {"CONNECT_S": 0.1}, "DATA": {"DATA_S": 0.1}, ".": {"END_OF_DATA_S": 0.1},
+                     "QUIT": {"QUIT_S": 0.1}}
         for stage, wrong, outcomes in cases(self, self.OUTCOMES):
             for fault, said in {**self.FAULTS, "wrong class": wrong}.items():
                 for extensions in (["PIPELINING", "SIZE 1000000"], ["SIZE"]):
@@ -2899,7 +2900,7 @@ class Delivery(Folder):
                     if stage == "RSET":
                         primary.script["RCPT"] = ["550 5.1.1 no", "250 ok"]
                     ids = [self.put(), self.put()]
-                    with shorten(**quick):
+                    with shorten(**(deadlines.get(stage, {"COMMAND_S": 0.3}) if fault == "hang" else {"QUIT_S": 2.0})):
                         results, error = self.deliver(primary, *ids, tls="may" if stage == "STARTTLS" else "none")
                     kinds = [[one.kind for one in results.get(id, [])] for id in ids]
                     expected = outcomes.get(fault, outcomes[""])
@@ -3518,7 +3519,7 @@ class Recovery(Folder):
 
     def test_the_canary_and_then_the_queue_by_ever_more_connections(self) -> None:
         sim = self.simulate("connections = 4")
-        ids = self.down(sim, 150)
+        ids = self.down(sim, 300)
         sim.reach = lambda site: None
         seen = []
         while sim.queued():
