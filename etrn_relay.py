@@ -3025,7 +3025,7 @@ class Site:
 
     def on_unheard(self, now: Now, error: str) -> bool:
         """Somebody with a question did not reach it.  True when this begins an outage."""
-        self.was_away = True
+        self.was_away = self.was_away or not self.open
         return not self.open and self._down(now, error)
 
     def is_known_up(self, now: Now) -> bool:
@@ -5633,6 +5633,8 @@ class Manager:
         if was is Primary.REJECTING or site.state is Primary.REJECTING:
             site.last_error = site.last_error or outcome.results[0].response
             return                      # it is not itself
+        if site.cfg.is_notices:
+            return                      # who takes our notices is nobody's recipient here
         for result in outcome.results:
             kept = QUEUED in states and self._was_good(result)
             if result.is_good or (result.is_good is False and not kept and site.is_itself(self.now)):
@@ -5830,13 +5832,14 @@ class Manager:
         address, word = report.address, report.word
         report.inquirer.open.discard(address)
         site.last_heard = self.now.mono
-        if not site.is_itself(self.now) and (word == "bad" or site.state is Primary.REJECTING):
-            word = "silent"
+        is_itself = site.is_itself(self.now)
+        if not is_itself and (site.state is Primary.REJECTING or (word == "bad" and site.entries)):
+            word = "silent"             # it has yet to take what waits for it
         if address and address == report.inquirer.stranger:
             if word in ("good", "bad"):
                 self.memory.learn_accept_all(site.name, word == "good", self.now.wall)
             return
-        if word in ("good", "bad"):
+        if word == "good" or (word == "bad" and is_itself):
             self.memory.learn(address, word == "good", self.now.wall)
         self._tell_all(site.name, address, word, report.text)
 

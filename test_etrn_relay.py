@@ -3781,13 +3781,16 @@ class Recovery(Folder):
         sim = self.simulate("recipients = verify")
         with mock.patch.object(etrn.Inquirer, "start", lambda inquirer: None):
             for state, word, expected, known in cases(self, [
-                    ("fresh", "bad", "bad", False), ("returned", "bad", "silent", None), ("proven", "bad", "bad", False),
-                    ("fresh", "good", "good", True), ("rejecting", "good", "silent", None)]):
+                    ("fresh", "bad", "bad", False), ("returned", "bad", "bad", None), ("proven", "bad", "bad", False),
+                    ("fresh", "good", "good", True), ("rejecting", "good", "silent", None), ("waited for", "bad", "silent", None),
+                    ("waited for", "good", "good", True)]):
                 address = "%s%s@%s" % (state, word, DOMAIN)
                 site, now = sim.site, sim.clock.now
+                if state == "waited for" and not site.entries:
+                    sim.put()
                 site.state = etrn.Primary.REJECTING if state == "rejecting" else etrn.Primary.UP
                 site.recovered = 0.0 if state == "fresh" else now.wall
-                site.is_returning = state == "returned"
+                site.is_returning = state in ("returned", "waited for")
                 heard: List[str] = []
                 sim.manager.ask(site, address, lambda word, text, heard=heard: heard.append(word))      # type: ignore[misc]
                 inquirer, = sim.manager.inquirers
