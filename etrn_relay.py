@@ -3077,6 +3077,7 @@ class Site:
             self.is_proven = self.is_proven and self.open > 0       # the next one is a canary again
             return False
         self.failures += 1
+        self.is_release_due = False     # what it hung up on waits out its own pause
         return self._down(now, error)
 
     def _down(self, now: Now, error: str) -> bool:

@@ -1693,6 +1693,19 @@ class Schedule(unittest.TestCase):
         self.took_one()
         self.assertEqual(len(self.taken()), 3)
 
+    def test_a_primary_that_hung_up_on_a_message_was_not_away_and_gets_others_first(self) -> None:
+        self.configure(count=3)
+        self.probe("")
+        canary, = self.site.take(16, self.clock.now)
+        self.site.defer(canary, self.clock.now, 3000)
+        self.assertTrue(self.site.on_closed(self.clock.now, "lost connection"))
+        self.probe("")
+        second, = self.site.take(16, self.clock.now)
+        self.assertNotEqual(second.id, canary.id)
+        self.took_one()
+        self.site.drop(second.id)
+        self.assertNotIn(canary.id, self.taken())
+
     def test_an_outage_is_told_once_with_its_length(self) -> None:
         self.add()
         self.site.on_started(self.clock.now)
@@ -3516,6 +3529,7 @@ class Recovery(Folder):
         sim.reach, sim.dot = lambda site: None, lambda id: CUT if id == ids[0] else "250 ok"
         sim.run(30)
         self.assertEqual((sorted(sim.taken), list(sim.site.entries)), (ids[1:], [ids[0]]))
+        self.assertLessEqual([id for _, id in sim.offered].count(ids[0]), 5)        # its own pauses: 1, 4, 16 seconds
 
     def test_the_canary_and_then_the_queue_by_ever_more_connections(self) -> None:
         sim = self.simulate("connections = 4")
@@ -3589,15 +3603,16 @@ class Recovery(Folder):
 
     def test_busy_domains_make_room_for_one_that_has_no_connection(self) -> None:
         names = ["d%d.example" % number for number in range(4)]
-        sim = self.simulate(rest="".join("[domain %s]\nprimary = 192.0.2.1\nconnections = 100\n" % one for one in names))
-        with shorten(LINES_MAX=8, LINES_RESERVED=2, MESSAGES_PER_CONNECTION=1):
-            for one in names[:3] * 100:
+        sim = self.simulate(rest="".join("[domain %s]\nprimary = 192.0.2.1\n" % one for one in names))
+        with shorten(LINES_MAX=4, LINES_RESERVED=1):
+            for one in names * 60:
                 sim.put(domain=one)
-            sim.run(20, until=lambda: len(sim.puppets) >= 6)
-            self.assertGreaterEqual(len(sim.puppets), 6)
-            id = sim.put(domain=names[3])
-            sim.run(3)
+            sim.run(2)
+            self.assertEqual(len(sim.puppets), 4)
+            id = sim.put()
+            sim.run(3, until=lambda: id in sim.taken)
             self.assertIn(id, sim.taken)
+            self.assertGreater(sim.queued(), 50)
 
     def test_a_primary_away_for_a_week_and_a_relay_away_for_eight_days(self) -> None:
         sim = self.simulate("probe_interval = 1h")
@@ -3641,6 +3656,8 @@ class Recovery(Folder):
             sim.turn()
             sim.turn()
             self.assertGreater(sim.manager.wake(sim.clock.now), sim.clock.mono)
+            sim.manager.alerts.down[DOMAIN] = (sim.clock.mono, "due before the next sweep")
+            self.assertGreaterEqual(sim.manager.wake(sim.clock.now), min(sim.manager.next_sweep, sim.site.next_probe))
             sim.spool.close()
 
     def notices(self, sim: Simulation) -> List[Tuple[str, Any]]:
