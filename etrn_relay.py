@@ -4861,6 +4861,16 @@ def format_primary(primary: Union[str, Tuple[Endpoint, ...]]) -> str:
     return primary if isinstance(primary, str) else ", ".join(map(str, primary))
 
 
+def parse_known_route(known: Any, primary: Union[str, Tuple[Endpoint, ...]]) -> List[Hop]:
+    """The route of a site in state.json; none when it led to another `primary`: mail never goes where it went once."""
+    try:
+        if known["route_of"] != format_primary(primary):
+            return []
+        return [Hop(str(host), str(ipaddress.ip_address(address)), int(port)) for host, address, port in known["route"]]
+    except (TypeError, ValueError, KeyError):
+        return []                       # written by hand, or by another version: only knowledge is lost
+
+
 class Queued(NamedTuple):
     """What the loop needs of a sidecar."""
     id: str
@@ -5942,7 +5952,7 @@ class Manager:
         self.memory.from_values(self.spool.load_state("recipients.json"))
         for name, known in self.spool.load_state().get("sites", {}).items():
             try:
-                route = [Hop(str(host), str(address), int(port)) for host, address, port in known["route"]]
+                route = parse_known_route(known, self.scheduler.config_of(name).primary)
                 seen, limit, held = float(known["route_seen"]), int(known["size_limit"]), bool(known["held"])
                 counters = {key: int(known["counters"].get(key, 0)) for key in COUNTERS.values()}
                 since, recovered, was = float(known["since"]), float(known["recovered"]), str(known["primary"])
@@ -5951,8 +5961,6 @@ class Manager:
             if not held and not self.scheduler.is_served(name):
                 continue
             site = self.scheduler.site(name, self.now)
-            if known.get("route_of") != format_primary(site.cfg.primary):
-                route = []              # mail never goes to a primary that was configured once
             site.route, site.route_seen, site.size_limit, site.is_held = route, seen, limit, held
             site.counters.update(counters)
             site.recovered = recovered
@@ -8901,8 +8909,8 @@ class Remembering(Resolver):
             raise self.known[key]
         return list(self.known[key])
 
-    def query(self, name: str, kind: int) -> List[Any]:
-        return self._once((name, kind), lambda: super(Remembering, self).query(name, kind))
+    def query(self, name: str, kind: int, seconds: Optional[float] = None) -> List[Any]:
+        return self._once((name, kind), lambda: super(Remembering, self).query(name, kind, seconds))
 
     def addresses(self, host: str) -> List[str]:
         return self._once((host, 0), lambda: super(Remembering, self).addresses(host))
@@ -9083,18 +9091,15 @@ class Visit:
             pass                        # everything of interest was said before
 
 
-def remembered_route(cfg: Config, name: str) -> Tuple[Endpoint, ...]:
+def remembered_route(cfg: Config, name: str, one: DomainConfig) -> Tuple[Hop, ...]:
     """The route that worked last, as the relay wrote it down."""
-    try:
-        route = Spool(cfg.spool).load_state()["sites"][name]["route"]
-        return tuple(Endpoint(str(ipaddress.ip_address(host)), int(port)) for host, port in route)
-    except (KeyError, TypeError, ValueError):
-        return ()
+    known = Spool(cfg.spool).load_state().get("sites", {})
+    return tuple(parse_known_route(known.get(name), one.primary)) if isinstance(known, dict) else ()
 
 
 def probe_plan(cfg: Config, name: str, one: DomainConfig, resolver: Resolver) -> Plan:
     listeners = tuple(cfg.listen) + tuple(cfg.odmr_listen)
-    return Plan(name, one, one.primary, cfg.hostname, resolver, listeners, remembered_route(cfg, name))
+    return Plan(name, one, one.primary, cfg.hostname, resolver, listeners, remembered_route(cfg, name, one))
 
 
 def probe(cfg: Config, what: str, as_json: bool) -> int:

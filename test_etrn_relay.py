@@ -3374,6 +3374,20 @@ class Recovery(Folder):
         self.assertIs(sim.site.state, etrn.Primary.DOWN)
         return ids
 
+    def test_a_route_does_not_outlive_the_primary_it_led_to(self) -> None:
+        good = {"route_of": "mx", "route": [["m.example", "192.0.2.1", 25]]}
+        for known, primary, expected in cases(self, [
+                (good, "mx", [("m.example", "192.0.2.1", 25)]), (good, (etrn.Endpoint("n.example", 25),), []), (None, "mx", []),
+                (dict(good, route=[["192.0.2.1", 25]]), "mx", []), (dict(good, route=[["m.example", "x", 25]]), "mx", []),
+                ({"route": good["route"]}, "mx", []), ([], "mx", [])]):
+            self.assertEqual(etrn.parse_known_route(known, primary), expected)
+        sim = self.simulate()
+        sim.put()
+        sim.run(5)
+        self.assertTrue(sim.manager.plan(sim.site).last_route)
+        sim.manager.scheduler.reconfigure(config("", "primary = n.example"), sim.clock.now)
+        self.assertFalse(sim.manager.plan(sim.site).last_route)
+
     def test_a_primary_that_refuses_everybody_for_ten_minutes_loses_nobodys_mail(self) -> None:
         for reply in cases(self, ["550 5.1.1 no such user", "554 5.7.1 Relay access denied", "551 not here"]):
             sim = Simulation(os.path.join(self.folder, reply[:3]))
@@ -6027,7 +6041,7 @@ class Probes(Relays):
         relay = Relay(self.folder, "mx")
         os.mkdir(relay.spool)
         with open(os.path.join(relay.spool, "state.json"), "w", encoding="utf-8") as file:
-            json.dump({"sites": {DOMAIN: {"route": [["127.0.0.1", primary.port]]}}}, file)
+            json.dump({"sites": {DOMAIN: {"route": [["mail.example", "127.0.0.1", primary.port]], "route_of": "mx"}}}, file)
         code, out, _ = relay.run("--probe", DOMAIN, "--json")
         self.assertEqual((code, "using the route that worked last" in json.loads(out)["warning"]), (0, True))
 
