@@ -58,6 +58,18 @@ QUEUE
     goes, oldest first.  After an outage one message goes alone; when it is
     taken, connections are added one by one.
 
+    A primary is unknown, up, down or rejecting.  For recovery_grace after an
+    outage no 5xx is believed: the message is kept and tried again, and a second
+    5xx so long after the first is final.  Three messages refused in a row in
+    that time, or three recipients at any time that the primary took before,
+    make it rejecting: one message is tried every probe_interval, each in its
+    turn, nothing is returned, and what it says of recipients is forgotten,
+    until it takes one, or --flush says that it is itself again.
+
+    A route found through MX never leads to this host, to hosts of the same
+    preference, or beyond: any number of relays may share one.  When the DNS
+    fails, the route that worked last is used for `lifetime`.
+
 ETRN
     RFC 1985.  `ETRN example.org` probes that domain's primary at once and
     delivers everything but held mail; `ETRN @example.org` takes in the
@@ -125,6 +137,9 @@ LOG LINES
     flush: etrn: site=DOMAIN, client=NAME[ADDRESS], messages=N, reply=CODE
     smtpd: too many errors after STAGE from NAME[ADDRESS]
     primary: DOMAIN: up after 2h14m, 1841 messages waiting
+    primary: DOMAIN: down: WHY, N messages waiting
+    primary: DOMAIN: rejecting: REPLY, N messages waiting
+    primary: DOMAIN: up after rejecting for 10m, N messages waiting
     http: reject: GET PATH from NAME[ADDRESS]: 401 wrong token
     `log = syslog` has the same lines, tagged etrn_relay/SERVICE[PID], in the
     mail facility.  Other programs read them:
@@ -276,6 +291,8 @@ COMMAND_S = 300.0               # 5 min for commands
 DATA_S = 120.0
 BLOCK_S = 180.0
 END_OF_DATA_S = 600.0           # short waits here make duplicates, RFC 1047
+XCLIENT_VALUE_MAX = 255         # characters of a client's HELO; Postfix takes lines of 512 with all attributes
+QUIT_S = 2.0                    # for the answer to QUIT, which says nothing any more
 REPLY_LINES_MAX = 100           # of one reply; an EHLO answer has about a dozen
 REPLY_OCTETS_MAX = 65536
 RCPTS_PER_TRANSACTION = 100     # what every server must take, RFC 5321 4.5.3.1.8
@@ -306,6 +323,8 @@ CUT_THROUGH_S = 30.0            # a client waits so long at most for the primary
 CALL_AHEAD_S = 5.0              # a client waits so long at most for the primary's word on a recipient
 INQUIRERS_MAX = 4               # connections for such questions to one primary
 LINES_MAX = 100                 # connections to all primaries together, each a thread; and as many for questions
+LINES_RESERVED = 25             # of these, for the first connection to a primary that is not known to be down
+NOTICE_LINES_MAX = 20           # of these, to senders' servers, which are many, far and often dead
 QUESTIONS_PER_INQUIRER = 4      # so many unanswered ones justify another connection
 INQUIRER_IDLE_S = 10.0          # such a connection waits so long for another question
 GOOD_S = 31 * 86400.0           # a recipient the primary took is known so long; contract 5
@@ -359,6 +378,8 @@ QUEUE_BOUNDS = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0, 86
 LOG_TEXT_MAX = 500              # characters of foreign text in one log line
 RESPONSE_MAX = 400              # characters kept of a reply
 REPLY_PART_MAX = 120            # characters of it within a reply of ours; RFC 5321 4.5.3.1.5 gives a line 512 octets
+LINE_MAX = 990                  # octets of a line in what is returned; RFC 5322 2.1.1 allows 998
+FOLD_WIDTH = 77                 # characters of a field of ours in a notice, RFC 5322 2.1.1
 NOTICE_FULL_MAX = 1 << 20       # octets; a larger original is returned as headers even when RET=FULL
 
 Time = float                    # seconds since the epoch
@@ -511,6 +532,17 @@ def parse_xtext(text: Optional[str], longest: int) -> str:
 
 def decode_xtext(text: str) -> str:
     return re.sub(r"\+([0-9A-F]{2})", lambda m: chr(int(m.group(1), 16)), text)
+
+
+def encode_xtext(text: str, longest: int) -> str:
+    """RFC 3461 4, cut to so many characters."""
+    out = ""
+    for octet in text.encode("utf-8"):
+        more = chr(octet) if 33 <= octet <= 126 and octet not in b"+=" else "+%02X" % octet
+        if len(out) + len(more) > longest:
+            break
+        out += more
+    return out
 
 
 def parse_notify(text: Optional[str]) -> str:
@@ -2738,6 +2770,21 @@ class Now(NamedTuple):
     wall: Time
 
 
+class Hop(NamedTuple):
+    """Where a connection may lead: one address of a host."""
+    host: str
+    address: str
+    port: int
+
+    def __str__(self) -> str:
+        return "%s[%s]:%d" % (self.host, self.address, self.port)
+
+    @property
+    def where(self) -> str:
+        """For people: an address is not said twice."""
+        return str(self if self.host != self.address else Endpoint(self.address, self.port))
+
+
 class Primary(enum.Enum):
     UNKNOWN = "unknown"
     UP = "up"
@@ -2812,12 +2859,17 @@ class Site:
         self.size_limit = 0             # the primary's SIZE, 0 when not known
         self.recovered = 0.0            # wall, end of the last outage that we saw
         self.rejected_since = 0.0       # wall, when it last began to reject
-        self.refused = 0                # messages in a row that were refused
-        self.refused_good = 0           # ... and whose recipients were known to be good
+        self.refused: Set[str] = set()          # messages refused in a row
+        self.refused_good: Set[str] = set()     # recipients known to be good refused in a row
+        self.tried: Set[str] = set()    # messages that went alone since the primary last took one
+        self.is_returning = False       # an outage has ended, or it rejects: nothing taken yet
+        self.was_away = False           # could not be reached since it was last heard
+        self.is_release_due = False     # what it put off meanwhile is due when it takes a message
+        self.jumped = -INF              # monotonic, when the wall clock last jumped
         self.canaries = 0               # canaries in a row that were answered 4xx
         self.delays: List[Tuple[Time, str]] = []            # heap: when a sender is told of the delay
         self.last_heard = -INF          # monotonic, when it last answered anything well
-        self.route: List[Endpoint] = [] # where the last connection led, best first
+        self.route: List[Hop] = []      # where the last connections led, best first
         self.route_seen = 0.0           # wall
 
     # -- entries
@@ -2894,13 +2946,9 @@ class Site:
 
     def take(self, most: int, now: Now) -> List[Entry]:
         """Up to `most` messages for one connection, oldest first; they are DELIVERING from now on."""
-        if not self.is_proven:
-            if now.mono < self.next_probe or self.count[State.DELIVERING]:
-                return []
-            most = 1
         self._wake(now)
-        if self.state is Primary.REJECTING and not self.count[State.ACTIVE]:
-            self._wake_one()            # one is tried every probe_interval, whichever is due first
+        if not self.is_proven:
+            return self._take_canary(now)
         out: List[Entry] = []
         while self.active and len(out) < most:
             entry = self.entries.get(heapq.heappop(self.active)[1])
@@ -2909,6 +2957,36 @@ class Site:
                 self._set(entry, State.DELIVERING)
                 out.append(entry)
         return out
+
+    def _take_canary(self, now: Now) -> List[Entry]:
+        """One message: the oldest that has not gone alone since the primary
+        last took one.  A message that it will never take keeps no other waiting."""
+        if now.mono < self.next_probe or self.count[State.DELIVERING]:
+            return []
+        if self.state is Primary.REJECTING and not self.count[State.ACTIVE]:
+            self._wake_one()            # one is tried every probe_interval, whichever is due first
+        found, seen = None, []
+        for tried in (self.tried, set()):       # all of them were: another round
+            while self.active and found is None:
+                item = heapq.heappop(self.active)
+                entry = self.entries.get(item[1])
+                if entry is not None and entry.state is State.ACTIVE:
+                    if item[1] in tried:
+                        seen.append(item)
+                    else:
+                        found = entry
+            for item in seen:
+                heapq.heappush(self.active, item)
+            if found is None:
+                self.tried.clear()
+            seen = []
+        if found is None:
+            return []
+        self.tried.add(found.id)
+        self.last_start = now.mono      # a flood of ETRNs costs one try a second
+        found.again = False
+        self._set(found, State.DELIVERING)
+        return [found]
 
     def _wake(self, now: Now) -> None:
         """Deferred messages whose pause is over."""
@@ -3050,21 +3128,47 @@ class Site:
             self.next_probe = now.mono          # for the canary
         return self.on_heard(now)
 
-    def on_refused(self, now: Now, was_good: bool) -> bool:
-        """A message was answered 5xx, all of its recipients.  `was_good`: they
-        were known to be good, and not the message was refused.  True when
-        this makes the primary `rejecting`: it is there, but not itself."""
-        self.refused = self.refused + 1 if self.is_recovering(now) else 0
-        self.refused_good = self.refused_good + 1 if was_good else 0
+    def on_refused(self, now: Now, id: str, good: Iterable[str]) -> bool:
+        """A message was answered 5xx, all of its recipients.  `good`: those of
+        them known to be good, when not the message was refused.  One message or
+        recipient counts once, however often it is tried: a user who has left
+        is no sign of trouble.  True when this makes the primary `rejecting`:
+        it is there, but not itself."""
+        if not self.is_recovering(now):
+            self.refused.clear()
+        elif len(self.refused) < REFUSED_ROW:
+            self.refused.add(id)
+        if len(self.refused_good) < REFUSED_ROW:
+            self.refused_good.update(good)
         if self.state is Primary.REJECTING:
             self.next_probe = now.mono + self.cfg.probe_interval
             return False
-        if max(self.refused, self.refused_good) < REFUSED_ROW:
+        if max(len(self.refused), len(self.refused_good)) < REFUSED_ROW:
             return False
         self.state, self.since = Primary.REJECTING, now.wall
-        self.is_proven, self.limit = False, 1
+        self.is_proven, self.is_returning, self.is_release_due, self.limit = False, True, True, 1
         self.next_probe = now.mono + self.cfg.probe_interval
+        self.round_left = 0             # a flush that finds it so is over
+        self.round += 1
         return True
+
+    def heal(self, now: Now) -> bool:
+        """--flush: the operator says that a rejecting primary is itself again.
+        Believed until it is seen to be otherwise, and the grace begins anew."""
+        if self.state is not Primary.REJECTING:
+            return False
+        self._end_rejecting(now)
+        return True
+
+    def _end_rejecting(self, now: Now) -> None:
+        self.rejected_since = self.since
+        self.state, self.since, self.recovered, self.last_error = Primary.UP, now.wall, now.wall, ""
+        self._forget_row()
+
+    def _forget_row(self) -> None:
+        self.refused.clear()
+        self.refused_good.clear()
+        self.canaries = 0
 
     def on_heard(self, now: Now) -> Optional[float]:
         """It greeted, a courier or somebody with a question."""
@@ -3074,14 +3178,19 @@ class Site:
             return None
         lasted = None
         if self.state is Primary.DOWN:
-            lasted, self.recovered = now.wall - self.since, now.wall
+            lasted, self.recovered, self.is_returning = max(0.0, now.wall - self.since), now.wall, True
+            self._forget_row()
+        if self.was_away or self.state is Primary.UNKNOWN:
+            self.is_release_due = True
+            self.release_all()          # but not what makes it hang up, whenever it comes to that
+        self.was_away = False
         self.state, self.since = Primary.UP, now.wall
         self.next_probe = now.mono
-        self.release_all()
         return lasted
 
     def on_unheard(self, now: Now, error: str) -> bool:
         """Somebody with a question did not reach it.  True when this begins an outage."""
+        self.was_away = self.was_away or not self.open
         return not self.open and self._down(now, error)
 
     def is_known_up(self, now: Now) -> bool:
@@ -3097,6 +3206,11 @@ class Site:
     def is_recovering(self, now: Now) -> bool:
         """Whether an outage ended less than `recovery_grace` ago."""
         return now.wall - self.recovered < self.cfg.recovery_grace
+
+    def is_itself(self, now: Now) -> bool:
+        """Whether what it says of a recipient is worth remembering.  Back from
+        an outage it may not have its users yet: not before it took a message."""
+        return self.state is not Primary.REJECTING and not (self.is_returning and self.is_recovering(now))
 
     def may_cut_through(self, now: Now) -> bool:
         """Whether the primary's verdict on a new message is worth the waiting, and may be believed."""
@@ -3115,6 +3229,7 @@ class Site:
         if self.open:                   # it is there, but takes no more connections
             self.slow_down(now)
             return False
+        self.was_away = True
         return self._down(now, error)
 
     def on_closed(self, now: Now, error: str) -> bool:
@@ -3127,6 +3242,7 @@ class Site:
             self.is_proven = self.is_proven and self.open > 0       # the next one is a canary again
             return False
         self.failures += 1
+        self.is_release_due = False     # what it hung up on waits out its own pause
         return self._down(now, error)
 
     def _down(self, now: Now, error: str) -> bool:
@@ -3148,16 +3264,17 @@ class Site:
         """A message was taken.  True when that healed a `rejecting` primary."""
         self.last_heard = now.mono
         self.verdicts.append(False)
-        self.quick = self.refused = self.refused_good = self.canaries = 0
+        self.quick = 0
+        self._forget_row()
+        self.tried.clear()
         healed = self.state is Primary.REJECTING
         if healed:
-            self.rejected_since = self.since
-            self.state, self.since, self.recovered, self.last_error = Primary.UP, now.wall, now.wall, ""
+            self._end_rejecting(now)
         if self.is_proven:
             self.limit = min(self.cfg.connections, self.limit + 1)
-        else:
-            self.is_proven = True
+        elif self.is_release_due:
             self.release_all()          # what it put off before it was quite there
+        self.is_proven, self.is_returning, self.is_release_due = True, False, False
         return healed
 
     def on_deferred(self, now: Now) -> None:
@@ -3190,6 +3307,8 @@ class Site:
             return False
         if self.state is Primary.UP and now.wall - self.since >= grace and not was_good:
             return True
+        if now.mono - self.jumped < grace:
+            return False                # what the wall clock says of the time between is not true
         return refused_since is not None and now.wall - refused_since >= grace
 
     def expired(self, now: Now) -> List[Entry]:
@@ -3233,7 +3352,12 @@ class Site:
                 out.append(entry)
         return out
 
-    def on_clock_jump(self) -> None:
+    def on_clock_jump(self, now: Now, seconds: float) -> None:
+        """The wall clock was set: what was measured by it is as old as before."""
+        self.since += seconds
+        self.recovered += seconds
+        self.rejected_since += seconds
+        self.jumped = now.mono
         for entry in self.entries.values():
             entry.attempts, entry.tries, entry.base = self.attempts(entry), 0, self.failures
 
@@ -3371,7 +3495,9 @@ class Scheduler:
         """SIGHUP.  A longer or shorter lifetime holds for queued mail too."""
         self.cfg = cfg
         for site in self.sites.values():
-            site.cfg = self.config_of(site.name)
+            primary, site.cfg = site.cfg.primary, self.config_of(site.name)
+            if site.cfg.primary != primary:
+                site.route = []         # mail never goes to a primary that was configured once
             site.limit = min(site.limit, site.cfg.connections)
             site.next_probe = min(site.next_probe, now.mono + site.cfg.probe_interval)
             site.aging.clear()
@@ -3559,11 +3685,11 @@ class Resolver:
     def __init__(self, nameservers: Union[str, Tuple[Endpoint, ...]]) -> None:
         self.nameservers = nameservers
 
-    def query(self, name: str, kind: int) -> List[Any]:
+    def query(self, name: str, kind: int, seconds: Optional[float] = None) -> List[Any]:
         """Records, or an empty list when the name has none of that kind.
         Raises DnsError: no such name, or nobody answers."""
         servers = read_resolv_conf(self.nameservers) if isinstance(self.nameservers, str) else self.nameservers
-        end = time.monotonic() + DNS_TOTAL_S
+        end = time.monotonic() + (seconds or DNS_TOTAL_S)
         problem = "no answer"
         for server in servers * 2:
             left = end - time.monotonic()
@@ -3571,6 +3697,8 @@ class Resolver:
                 break
             try:
                 answer = self._ask(server, name, kind, min(DNS_TRY_S, left))
+            except UnicodeError:        # an MX record may hold any octets
+                raise DnsError("not the name of a host: %s" % printable(name)) from None
             except (OSError, DnsError, struct.error) as error:
                 problem = "%s: %s" % (server, error)
                 continue
@@ -3623,8 +3751,8 @@ class Resolver:
         return answer
 
     def addresses(self, host: str) -> List[str]:
-        """IPv4 first: a host with broken IPv6 is common, one with broken IPv4 is not.  The
-        system resolver is asked, with /etc/hosts, unless nameservers are configured."""
+        """At least one, IPv4 first: a host with broken IPv6 is common, one with broken IPv4 is not.
+        The system resolver is asked, with /etc/hosts, unless nameservers are configured."""
         try:
             return [str(ipaddress.ip_address(host))]
         except ValueError:
@@ -3640,8 +3768,38 @@ class Resolver:
                 raise DnsError("lookup of %s failed: %s" % (host, error)) from None
             out = [str(entry[4][0]) for entry in found]
         else:
-            out = self.query(host, A) + self.query(host, AAAA)
+            out = self._both_kinds(host)
+        if not out:
+            raise DnsError("no address is known for %s" % host)
         return list(dict.fromkeys(sorted(out, key=lambda address: ":" in address)))
+
+    def name_of(self, address: str) -> str:
+        """The name of a client, when it leads back to the address; else empty.  Raises DnsError when nobody knows now."""
+        pointer = ipaddress.ip_address(address.partition("%")[0]).reverse_pointer
+        try:
+            for name in self.query(pointer, PTR, DNS_TRY_S)[:3]:
+                if address in self.query(parse_domain(name), AAAA if ":" in address else A, DNS_TRY_S):
+                    return str(parse_domain(name))
+        except ValueError:
+            pass                        # no name of a host
+        except DnsError as error:
+            if "no such name" not in str(error):
+                raise
+        return ""
+
+    def _both_kinds(self, host: str) -> List[str]:
+        """A and AAAA.  A server that knows the one and fails at the other is a
+        common fault; it is not waited for."""
+        out: List[str] = []
+        problem: Optional[DnsError] = None
+        for kind in (A, AAAA):
+            try:
+                out += self.query(host, kind, DNS_TRY_S if out else None)
+            except DnsError as error:
+                problem = error
+        if problem and not out:
+            raise problem
+        return out
 
 
 # == 10. DSN ===================================================================
@@ -3665,7 +3823,11 @@ def utf8_xtext(address: str) -> str:
     """`rfc822; a@b`, or the ASCII form of an internationalized address, RFC 6533 3."""
     if address.isascii():
         return "rfc822; " + printable(address)
-    return "utf-8; " + "".join(c if c.isascii() else "\\x{%X}" % ord(c) for c in printable(address))
+    return "utf-8; " + _utf8_escaped(address)
+
+
+def _utf8_escaped(text: str) -> str:
+    return "".join(c if c.isascii() else "\\x{%X}" % ord(c) for c in printable(text))
 
 
 def _ascii(text: str, longest: int = RESPONSE_MAX) -> str:
@@ -3679,50 +3841,134 @@ _SUBJECTS = {"failed": "Undelivered Mail Returned to Sender", "delayed": "Delaye
 def format_notice(hostname: str, target: str, sidecar: Mapping[str, Any], reports: Sequence[Report], original: bytes,
                   full: bool, now: Time, boundary: str, message_id: str) -> bytes:
     """The message to `target`; `original` is the header of what could not be delivered, or all of it when `full`."""
-    action = reports[0].action
     boundary = "%s/%s" % (boundary, hostname)
-    head = ["From: Mail Delivery System <MAILER-DAEMON@%s>" % hostname,
-            "To: <%s>" % target, "Subject: %s" % _SUBJECTS[action],
-            "Date: %s" % email.utils.formatdate(now, localtime=True), "Message-ID: <%s@%s>" % (message_id, hostname),
+    text = "\r\n".join(_explain(hostname, sidecar, reports, now))
+    status = "\r\n".join(_status_part(hostname, sidecar, reports) + [""])
+    is_global = any(not report.address.isascii() or report.orcpt[:6].lower() == "utf-8;" for report in reports)
+    returned = original if full else _fold_octets(original)
+    kind = {(True, True): "message/global", (True, False): "message/rfc822",       # RFC 6533 5
+            (False, True): "message/global-headers", (False, False): "text/rfc822-headers"}[full, bool(sidecar["smtputf8"])]
+    parts = [("Notification", "text/plain; charset=%s" % ("us-ascii" if text.isascii() else "utf-8"), text.encode("utf-8")),
+             ("Delivery report", "message/global-delivery-status" if is_global else "message/delivery-status",
+              status.encode("ascii")),
+             ("Undelivered Message" if full else "Undelivered Message Headers", kind, returned)]
+    head = ["From: Mail Delivery System <MAILER-DAEMON@%s>" % hostname, "To: <%s>" % target,
+            "Subject: %s" % _SUBJECTS[reports[0].action], "Date: %s" % email.utils.formatdate(now, localtime=True),
+            "Message-ID: <%s@%s>" % (message_id, hostname), *_references(original),
             "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
-            'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary, "",
-            "This is a MIME-encapsulated message.", ""]
-    text = ["--" + boundary, "Content-Description: Notification", "Content-Type: text/plain; charset=us-ascii", ""]
-    text += _explain(hostname, sidecar, reports, now)
-    status = ["", "--" + boundary, "Content-Description: Delivery report", "Content-Type: message/delivery-status", "",
-              "Reporting-MTA: dns; %s" % hostname]
+            'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary]
+    head += ["Content-Transfer-Encoding: 8bit"] * any(_is_8bit(data) for _, _, data in parts)
+    out = [line.encode("utf-8") for line in head + ["", "This is a MIME-encapsulated message.", ""]]
+    for description, kind, data in parts:
+        fields = ["--" + boundary, "Content-Description: " + description, "Content-Type: " + kind]
+        fields += ["Content-Transfer-Encoding: 8bit"] * _is_8bit(data)
+        out += [line.encode("ascii") for line in fields] + [b"", data]
+    return b"\r\n".join(out) + ("\r\n--%s--\r\n" % boundary).encode("ascii")
+
+
+def _is_8bit(data: bytes) -> bool:
+    return not data.isascii()
+
+
+def _references(original: bytes) -> List[str]:
+    """The thread it belongs to, RFC 3834 3.1.5; only what cannot be anything else."""
+    header = original[:HEADER_SCAN_MAX].partition(b"\r\n\r\n")[0]
+    found = re.search(rb"(?im)^message-id:[ \t]*(<[!-;=?-~]{3,250}>)[ \t]*\r?$", header)
+    return ["%s: %s" % (name, found.group(1).decode("ascii")) for name in ("In-Reply-To", "References")] if found else []
+
+
+def _fold_octets(header: bytes) -> bytes:
+    """A header whose lines fit into mail, RFC 5322 2.1.1."""
+    lines = header.split(b"\r\n")
+    if max(map(len, lines)) <= LINE_MAX:
+        return header
+    return b"\r\n".join(b"\r\n ".join(line[at:at + LINE_MAX] for at in range(0, len(line) or 1, LINE_MAX)) for line in lines)
+
+
+def _fold(field: str) -> str:
+    """A field of ours, folded at blanks, RFC 5322 2.2.3."""
+    return "\r\n ".join(_wrap(field, FOLD_WIDTH))
+
+
+def _status_part(hostname: str, sidecar: Mapping[str, Any], reports: Sequence[Report]) -> List[str]:
+    out = ["Reporting-MTA: dns; %s" % hostname]
     if sidecar["envid"]:
-        status.append("Original-Envelope-Id: %s" % _ascii(decode_xtext(sidecar["envid"])))
-    status += ["X-Relay-Queue-ID: %s" % sidecar["id"],
-               "Arrival-Date: %s" % email.utils.formatdate(sidecar["received"], localtime=True)]
+        out.append("Original-Envelope-Id: %s" % _ascii(decode_xtext(sidecar["envid"])))
+    out += ["X-Relay-Queue-ID: %s" % sidecar["id"],
+            "Arrival-Date: %s" % email.utils.formatdate(sidecar["received"], localtime=True)]
     for report in reports:
-        status += [""] + _report_fields(report)
+        out += [""] + _report_fields(report)
         if report.action == "delayed":
-            expires = max(one["expires"] for one in sidecar["recipients"])
-            status.append("Will-Retry-Until: %s" % email.utils.formatdate(expires, localtime=True))
-    eight = any(byte > 127 for byte in original)
-    third = ["", "--" + boundary, "Content-Description: Undelivered %s" % ("Message" if full else "Message Headers"),
-             "Content-Type: %s" % ("message/rfc822" if full else "text/rfc822-headers")]
-    third += ["Content-Transfer-Encoding: 8bit"] * eight + ["", ""]
-    lines = "\r\n".join(head + text + status + third)
-    return lines.encode("ascii", "replace") + original + ("\r\n--%s--\r\n" % boundary).encode("ascii")
+            out.append("Will-Retry-Until: %s" % email.utils.formatdate(_expires(sidecar, report), localtime=True))
+    return out
+
+
+def _expires(sidecar: Mapping[str, Any], report: Report) -> Time:
+    return float(max(one["expires"] for one in sidecar["recipients"] if one["address"] == report.address))
 
 
 def _report_fields(report: Report) -> List[str]:
     out = []
     if report.orcpt:
         kind, _, address = report.orcpt.partition(";")
-        out.append("Original-Recipient: %s; %s" % (kind, _ascii(decode_xtext(address))))
+        out.append("Original-Recipient: %s; %s" % (kind, _utf8_escaped(
+            decode_xtext(address) if kind.lower() != "utf-8" else address)))
     out += ["Final-Recipient: %s" % utf8_xtext(report.address), "Action: %s" % report.action,
             "Status: %s" % report.status]
     if report.remote:
         out.append("Remote-MTA: dns; %s" % _ascii(report.remote, 255))
     if report.response:
         kind = "smtp" if re.match(r"[2-5]\d\d[ -]", report.response) else "X-etrn-relay"
-        out.append("Diagnostic-Code: %s; %s" % (kind, _ascii(report.response)))
+        out.append(_fold("Diagnostic-Code: %s; %s" % (kind, _ascii(report.response))))
     if report.last_attempt:
         out.append("Last-Attempt-Date: %s" % email.utils.formatdate(report.last_attempt, localtime=True))
     return out
+
+
+# What a status or an error means, and what its reader can do, for people who do not know what SMTP is.  Searched in
+# this order in "STATUS RESPONSE", where STATUS is the peer's own when it gave one.
+_ASK = "Reach the addressee in another way, for example by telephone, and ask."
+_AGAIN = "If it still matters, send it again later, or reach the addressee in another way."
+_MEANINGS: Tuple[Tuple[str, str, str], ...] = (
+    (r"^[45]\.1\.[016]\b", "There is no such mailbox at this domain.",
+     "Compare the address letter by letter with the right one; " + _ASK[0].lower() + _ASK[1:]),
+    (r"^[45]\.2\.2\b", "The addressee's mailbox is full.", "Tell the addressee in another way, and send it again later."),
+    (r"^[45]\.2\.1\b", "The addressee's mailbox takes no mail.", _ASK),
+    (r"^[45]\.(3\.4|2\.3)\b", "The message is larger than the addressee's mail server takes.",
+     "Send it in smaller parts, or large files in another way."),
+    (r"^[45]\.6\.7\b", "The message or an address in it has letters that the addressee's mail server cannot handle.",
+     "Use an address in plain letters (a to z) for the sender and the addressee."),
+    (r"Connection refused", "The addressee's computer is there, but its mail service is not running.", _AGAIN),
+    (r"timed out", "The addressee's mail server does not answer.", _AGAIN),
+    (r"unreachable|No route to host", "The addressee's mail server cannot be reached over the network.", _AGAIN),
+    (r"no such name|DNS lookup|no address is known", "The address of the addressee's mail server cannot be found.", _AGAIN),
+    (r"loops back", "No mail server is known for this domain other than its backup servers.", _AGAIN),
+    (r"null MX", "The domain declares that it takes no mail.", _ASK),
+    (r"lost connection|reply of .* is not SMTP|reply from", "The addressee's mail server broke the conversation off.", _AGAIN),
+    (r"^[45]\.7\.\d", "The addressee's mail server does not want this message, or not from this sender.", _ASK),
+    (r"^4|^\S+ 4\d\d[ -]", "The addressee's mail server put the message off again and again.", _AGAIN),
+    (r"", "The addressee's mail server refused the message.", _ASK),
+)
+
+
+def meaning_of(report: Report) -> Tuple[str, str]:
+    """In words: what happened, and what to do about it."""
+    own = re.match(r"[45]\d\d ([45]\.\d{1,3}\.\d{1,3})\b", report.response)
+    text = "%s %s" % (own.group(1) if own else report.status, report.response)
+    return next((why, what) for pattern, why, what in _MEANINGS if re.search(pattern, text))
+
+
+def format_age(seconds: float) -> str:
+    """For people who read a sentence: 3 days and 2 hours."""
+    out: List[str] = []
+    left = max(1, int(seconds))
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        if left >= size and len(out) < 2:
+            out.append("%d %s%s" % (left // size, unit, "" if left // size == 1 else "s"))
+            left %= size
+        elif out:
+            break
+    return " and ".join(out)
 
 
 def _explain(hostname: str, sidecar: Mapping[str, Any], reports: Sequence[Report], now: Time) -> List[str]:
@@ -3740,18 +3986,28 @@ def _explain(hostname: str, sidecar: Mapping[str, Any], reports: Sequence[Report
     else:
         out = ["Your message of %s" % since, "was handed on to a mail server that sends no confirmations:"]
     for report in reports:
-        out += ["", "  <%s>" % _ascii(report.address, 320)]
-        if report.status == "4.4.7" or report.action == "delayed":
-            out.append("    The mail server of this address could not be reached, or took no mail, for %s"
-                       % format_duration(now - sidecar["received"]))
-            out.append("    (%d attempts)." % report.attempts)
-        if report.response:
-            who = _ascii(report.remote, 255) + " answered" if report.remote else "The last result was"
-            out += ["    %s:" % who] + ["      " + line for line in _wrap(_ascii(report.response), 66)]
-    if action == "failed":
-        out += ["", "It will not be tried again.  If it matters, reach the addressee in another way,",
-                "or send it again later."]
-    out += ["", "This notice was made by %s, a backup mail server of the" % hostname, "addressee's domain.", ""]
+        out += ["", "  <%s>" % printable(report.address, 320)]
+        out += ["    " + line for line in _explain_one(sidecar, report, now)]
+    if action == "failed" and sidecar["sender"]:
+        out += ["", "It will not be tried again."]
+        for advice in dict.fromkeys(meaning_of(report)[1] for report in reports):
+            out += _wrap(advice, 72)
+    return out + ["", "This notice was made by %s, a backup mail server of the" % hostname, "addressee's domain.", ""]
+
+
+def _explain_one(sidecar: Mapping[str, Any], report: Report, now: Time) -> List[str]:
+    out: List[str] = []
+    if report.action != "relayed":
+        out += _wrap(meaning_of(report)[0], 66)
+        last = ", the last time on %s" % email.utils.formatdate(report.last_attempt, localtime=True)
+        out += _wrap("It was tried for %s (%d attempt%s%s)." % (
+            format_age(now - sidecar["received"]), report.attempts, "" if report.attempts == 1 else "s",
+            last if report.last_attempt else ""), 66)
+    if report.action == "delayed":
+        out += _wrap("It will be tried until %s." % email.utils.formatdate(_expires(sidecar, report), localtime=True), 66)
+    if report.response:
+        out.append("%s:" % ("The mail server %s said" % _ascii(report.remote, 255) if report.remote else "The last result was"))
+        out += ["  " + line for line in _wrap(_ascii(report.response), 66)]
     return out
 
 
@@ -3776,20 +4032,6 @@ class PeerError(Exception):
         self.closing = closing          # the peer said so, with 421
 
 
-class Hop(NamedTuple):
-    host: str
-    address: str
-    port: int
-
-    def __str__(self) -> str:
-        return "%s[%s]:%d" % (self.host, self.address, self.port)
-
-    @property
-    def where(self) -> str:
-        """For people: an address is not said twice."""
-        return str(self if self.host != self.address else Endpoint(self.address, self.port))
-
-
 class Plan(NamedTuple):
     """All that a connection needs to know; nothing in it changes."""
     site: str
@@ -3798,7 +4040,7 @@ class Plan(NamedTuple):
     hostname: str
     resolver: Resolver
     listeners: Tuple[Endpoint, ...]     # ours, as bound
-    last_route: Tuple[Endpoint, ...]    # used when the DNS fails
+    last_route: Tuple[Hop, ...]         # used when the DNS fails
     login: Optional[Tuple[str, str]] = None     # at a smarthost
 
 
@@ -3884,8 +4126,7 @@ def find_route(plan: Plan) -> Tuple[List[Hop], str]:
         return hops[:ROUTE_HOSTS_MAX], ""
     except DnsError as error:
         if plan.last_route:
-            return [Hop(where.host, where.host, where.port) for where in plan.last_route], (
-                "%s; using the route that worked last" % error)
+            return list(plan.last_route), "%s; using the route that worked last" % error
         raise PeerError(str(error)) from None
 
 
@@ -3918,32 +4159,50 @@ def _mx_route(plan: Plan) -> List[Hop]:
     if plan.cfg.is_notices:
         hops = [hop for hop in hops if ipaddress.ip_address(hop.address).is_global and not is_own(hop, plan.listeners)]
     if not hops:
-        raise PeerError("mail for %s loops back to this host or has no public route" % domain)
+        raise PeerError("mail for %s has no route to a public address" % domain)
     return hops
 
 
 def _mx_hops(plan: Plan, domain: str) -> List[Hop]:
     found: List[Tuple[int, str]] = plan.resolver.query(domain, MX)
-    if any(host == "" for _, host in found):
+    records = [one for one in found if one[1]]
+    if found and not records:           # RFC 7505
         raise PeerError("%s has a null MX record: it says it takes no mail" % domain)
-    records = sorted(found or [(0, domain)], key=lambda record: (record[0], random.random()))
-    cut = min((preference for preference, host in records if host == plan.hostname), default=65536)
     hops: List[Hop] = []
     problem: Optional[DnsError] = None
-    for preference, host in records:
-        if preference >= cut:
+    for _, group in itertools.groupby(sorted(records) or [(0, domain)], key=lambda record: record[0]):
+        hosts = [host for _, host in group]
+        random.shuffle(hosts)
+        equal: List[Hop] = []
+        for host in hosts:
+            try:
+                equal += [Hop(host, address, SMTP_PORT) for address in plan.resolver.addresses(host)]
+            except DnsError as error:
+                problem = error
+        if plan.hostname in hosts or any(is_own(hop, plan.listeners) for hop in equal):
+            if not hops and not problem:
+                raise PeerError("mail for %s loops back to this host: no MX host is preferred to it" % domain)
+            break                       # neither this host nor its equals nor what is behind it
+        hops += equal
+        if len(hops) >= ROUTE_HOSTS_MAX:
             break
-        try:
-            its = [Hop(host, address, SMTP_PORT) for address in plan.resolver.addresses(host)]
-        except DnsError as error:
-            problem = error
-            continue
-        if any(is_own(hop, plan.listeners) for hop in its):
-            break
-        hops += its
     if problem and not hops:
         raise problem
     return hops
+
+
+def begin_connect(hop: Hop) -> socket.socket:
+    """A socket on its way to a host.  Raises OSError, also where the kernel has no IPv6."""
+    sock = socket.socket(socket.AF_INET6 if ":" in hop.address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        code = sock.connect_ex((hop.address, hop.port))
+        if code not in (0, errno.EINPROGRESS):
+            raise OSError(code, os.strerror(code))
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def connect_each(hops: Sequence[Hop]) -> Iterator[Tuple[Hop, Union[socket.socket, OSError]]]:
@@ -3960,19 +4219,12 @@ def connect_each(hops: Sequence[Hop]) -> Iterator[Tuple[Hop, Union[socket.socket
                     hop = waiting.pop(0)
                     end = time.monotonic() + CONNECT_S
                     try:
-                        sock = socket.socket(socket.AF_INET6 if ":" in hop.address else socket.AF_INET, socket.SOCK_STREAM)
-                    except OSError as error:        # a kernel without IPv6, or no descriptor left
+                        sock = begin_connect(hop)
+                    except OSError as error:
                         yield hop, error
                         continue
-                    sock.setblocking(False)
-                    code = sock.connect_ex((hop.address, hop.port))
-                    if code in (0, errno.EINPROGRESS):
-                        selector.register(sock, selectors.EVENT_WRITE)
-                        trying[sock] = hop
-                    else:
-                        sock.close()
-                        yield hop, OSError(code, os.strerror(code))
-                        continue
+                    selector.register(sock, selectors.EVENT_WRITE)
+                    trying[sock] = hop
                 pause = end - time.monotonic()
                 if waiting:
                     pause = STAGGER_S if waiting[0].host == hop.host else HOST_STAGGER_S
@@ -4046,12 +4298,13 @@ class Client(smtplib.SMTP):
         assert self.ready is not None
         return self.ready
 
-    def hello(self) -> None:
+    def hello(self, name: str = "") -> None:
+        """EHLO with our own name, or after XCLIENT with the client's: Postfix takes the one said last."""
         self.wait(COMMAND_S)
-        code, text = self.ehlo()
+        code, text = self.ehlo(name)
         if 500 <= code:
             self.esmtp_features = {}
-            code, text = self.helo()    # RFC 5321 3.2
+            code, text = self.helo(name)        # RFC 5321 3.2
         if code != 250:
             raise PeerError("host %s refused our greeting: %s" % (self._host, reply_text(code, text)), code == 421)
 
@@ -4129,9 +4382,8 @@ class Client(smtplib.SMTP):
             if policy != "may":
                 raise PeerError("%s does not offer STARTTLS, and tls = %s" % (self._host, policy.partition(":")[0]))
             return
-        self.wait(COMMAND_S)
         try:
-            code, text = self.docmd("STARTTLS")
+            code, text = self.ask_tls()
             if code != 220:
                 raise TlsError("%s answers STARTTLS with %s" % (self._host, reply_text(code, text)))
             if self.pending:            # a forged reply waiting to be taken for one from within TLS
@@ -4152,6 +4404,16 @@ class Client(smtplib.SMTP):
             if error.closing:
                 raise
             raise TlsError(str(error)) from None        # TLS 1.3 shows only now that the other side did not agree
+
+    def ask_tls(self) -> Tuple[int, bytes]:
+        self.wait(COMMAND_S)
+        try:
+            code, text = self.docmd("STARTTLS")
+        except PeerError as error:      # it offers what makes it fall over
+            raise TlsError("STARTTLS: %s" % error) from None
+        if code == 421:
+            raise PeerError("%s: %s" % (self._host, reply_text(code, text)), True)
+        return code, text
 
     def check_pin(self, policy: str) -> None:
         if policy.startswith("sha256:"):
@@ -4273,7 +4535,7 @@ class Line(threading.Thread):
 
     def _quit(self) -> None:
         """Everything was answered before: what QUIT brings is of no interest."""
-        self.client.wait(2.0)
+        self.client.wait(QUIT_S)
         try:
             self.client.docmd("QUIT")
         except (PeerError, smtplib.SMTPException, OSError):
@@ -4298,6 +4560,8 @@ class Courier(Line):
         self.chunking = False
         self.is_used = False            # a transaction has been sent
         self.unsent = b""               # of the transactions in flight, not yet written
+        self.introduced: List[str] = []         # the client that the peer was told of last
+        self.named = ("", "")                   # its address, and the name found for it
 
     def leave(self) -> None:
         """From the loop: end in good order after the messages that are under way."""
@@ -4312,7 +4576,7 @@ class Courier(Line):
             self._serve()
         except PeerError as problem:
             error = str(problem)
-            self._abandon(error)
+            self._abandon(error, problem.closing)
         except Exception as problem:
             error, bug = "internal error: %r" % problem, problem
             self._abandon(error)
@@ -4396,18 +4660,19 @@ class Courier(Line):
         if leg.is_last:
             self._answer(leg.parcel)
 
-    def _abandon(self, error: str) -> None:
+    def _abandon(self, error: str, closing: bool = False) -> None:
         """The connection broke.  What was under way is deferred; what had not
-        begun, or could not have been at fault, goes back untried."""
-        blameless = self.taken > 0
+        begun, or met a peer that has had enough for now, goes back untried."""
+        blameless = closing and self.taken > 0
         while self.flight:
             leg = self.flight.popleft()
             parcel = leg.parcel
             answered = {result.address for result in parcel.results}
             in_doubt = leg.is_sent
             if in_doubt or not blameless or answered:
-                parcel.results += [make_deferral(one, "4.4.2", error) for one in parcel.wanted
-                                   if one["address"] not in answered]
+                taken = {one["address"] for one in leg.accepted}        # RCPT's answer stands
+                parcel.results += [make_deferral(one, "4.4.2", error)._replace(is_good=one["address"] in taken or None)
+                                   for one in parcel.wanted if one["address"] not in answered]
             self._answer(parcel)        # without results: given back
             self.legs = collections.deque(other for other in self.legs if other.parcel is not parcel)
             self.flight = collections.deque(other for other in self.flight if other.parcel is not parcel)
@@ -4478,28 +4743,52 @@ class Courier(Line):
     def _introduce(self, leg: Leg) -> None:
         """XCLIENT, else XFORWARD: who the original client was, for the primary's
         checks.  A primary that does not trust us with it is no reason to wait."""
-        client, features = leg.parcel.sidecar["client"], self.client.esmtp_features
-        if not self.plan.cfg.xclient or not client["address"]:
+        if not self.plan.cfg.xclient:
             return
-        address = "IPV6:" + client["address"] if ":" in client["address"] else client["address"]
-        helo = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", client["helo"])
-        known = {"NAME": "[UNAVAILABLE]", "ADDR": address, "HELO": helo or "unknown", "PROTO": "ESMTP"}
         for verb in ("xclient", "xforward"):
-            offered = features.get(verb, "").upper().split()
-            words = ["%s=%s" % (name, value) for name, value in known.items() if name in offered]
-            if not words:
+            offered = self.client.esmtp_features.get(verb, "").upper().split()
+            if not offered:
                 continue
+            known = self._origin(leg)
+            words = ["%s=%s" % (name, known[name]) for name in offered if name in known]
+            if not words or (verb == "xclient" and words == self.introduced):
+                return                  # XCLIENT holds until another; XFORWARD for one transaction
+            self.introduced = words
             code, text = self._command(("%s %s\r\n" % (verb.upper(), " ".join(words))).encode("ascii"), COMMAND_S)
             self._leave_if_told(code, text)
             if verb == "xclient" and code == 220:
-                self.client.hello()     # the session begins anew
+                helo = decode_xtext(known["HELO"])      # the session begins anew
+                self.client.hello(helo if re.fullmatch(r"[!-~]+", helo) and helo[0] != "[" else "[%s]" % known["ADDR"])
             return
+
+    def _origin(self, leg: Leg) -> Dict[str, str]:
+        """Attributes as xtext.  Mail of our own comes from ourselves, also where somebody else was introduced before."""
+        sidecar = leg.parcel.sidecar
+        address, helo = sidecar["client"]["address"], sidecar["client"]["helo"]
+        if not address:
+            assert self.client.sock is not None
+            address, helo, name = self.client.sock.getsockname()[0], self.plan.hostname, self.plan.hostname
+        elif self.named[0] == address:
+            name = self.named[1]
+        else:
+            name = self._name_of(address)
+            self.named = (address, name)
+        address = address.partition("%")[0]
+        return {"NAME": name, "ADDR": "IPV6:" + address if ":" in address else address, "PORT": "[UNAVAILABLE]",
+                "HELO": encode_xtext(helo, XCLIENT_VALUE_MAX) or "[UNAVAILABLE]", "PROTO": "ESMTP",
+                "IDENT": sidecar["id"], "SOURCE": "REMOTE"}
+
+    def _name_of(self, address: str) -> str:
+        try:
+            return self.plan.resolver.name_of(address) or "[UNAVAILABLE]"
+        except DnsError:
+            return "[TEMPUNAVAIL]"
 
     def _launch(self, leg: Leg) -> None:
         """Send as much of a transaction as need not wait for an answer."""
-        if not self.flight:
+        self.flight.append(leg)         # first: a peer that breaks off at the introduction has had this message
+        if len(self.flight) == 1:
             self._introduce(leg)
-        self.flight.append(leg)
         if self.chunking:
             self._send_chunk(leg)
         elif self.pipelining:
@@ -4744,6 +5033,20 @@ class Recorded(NamedTuple):
     is_finished: bool                       # no recipient is left: the pair may go
 
 
+def format_primary(primary: Union[str, Tuple[Endpoint, ...]]) -> str:
+    return primary if isinstance(primary, str) else ", ".join(map(str, primary))
+
+
+def parse_known_route(known: Any, primary: Union[str, Tuple[Endpoint, ...]]) -> List[Hop]:
+    """The route of a site in state.json; none when it led to another `primary`: mail never goes where it went once."""
+    try:
+        if known["route_of"] != format_primary(primary):
+            return []
+        return [Hop(str(host), str(ipaddress.ip_address(address)), int(port)) for host, address, port in known["route"]]
+    except (TypeError, ValueError, KeyError):
+        return []                       # written by hand, or by another version: only knowledge is lost
+
+
 class Queued(NamedTuple):
     """What the loop needs of a sidecar."""
     id: str
@@ -4830,20 +5133,25 @@ def wants_notice(notify: str, action: str) -> bool:
     return NOTIFY_WORDS[action] in notify if notify else action != "relayed"
 
 
+def notice_status(action: str, status: str) -> str:
+    """RFC 3464 2.3.4: what is delayed has not failed, also where a 5xx was kept."""
+    return "2.0.0" if action == "relayed" else "4" + status[1:] if action == "delayed" else status
+
+
 def send_notice(spool: Spool, sidecar: Dict[str, Any], action: str, recipients: Sequence[Dict[str, Any]], cfg: Config,
                 ids: Ids, now: Time) -> Tuple[List[Dict[str, Any]], List[str]]:
     """Put a notice about these recipients into the spool; raises OSError.
     Returns its sidecar, if one was made, and lines for the log.  A failure that
     cannot be told to a sender is told to [bounces] postmaster, once."""
     told = [one for one in recipients if wants_notice(one["notify"], action)]
-    target = sidecar["sender"]
+    target = sidecar["sender"] if "@" in sidecar["sender"] else ""      # <postmaster> alone is nobody elsewhere
     if told and not target and action == "failed":
         target = "" if sidecar["kind"] == "alert" else cfg.bounces_postmaster
         if not target or any(one["address"] == target for one in told):
             return [], ["%s: double bounce: dropped, nobody to tell" % sidecar["id"]]
     if not told or not target:
         return [], []
-    reports = [Report(one["address"], action, "2.0.0" if action == "relayed" else one["last_status"], one["last_response"],
+    reports = [Report(one["address"], action, notice_status(action, one["last_status"]), one["last_response"],
                       one["last_remote"], one["orcpt"], one["attempts"], one["last_attempt"]) for one in told]
     full = action == "failed" and sidecar["ret"] == "FULL" and sidecar["size"] <= NOTICE_FULL_MAX
     original = b""
@@ -4899,6 +5207,14 @@ class Alerts:
             self.tell("up", site, text, now)
             self.told.discard(site.name)
 
+    def on_known(self, site: Site, is_told: bool, now: Now) -> None:
+        """An outage that began before our own restart."""
+        if is_told:
+            self.told.add(site.name)
+        else:
+            left = self.cfg.alerts_after - max(0.0, now.wall - site.since)
+            self.down[site.name] = (now.mono + max(0.0, left), "down: %s" % site.last_error)
+
     def sweep(self, sites: Iterable[Site], free: int, now: Now, certificate_end: Time = INF) -> None:
         """Once a second: outages that have lasted, mail that nears its end, a disk that fills, a
         certificate that nobody renews."""
@@ -4910,7 +5226,7 @@ class Alerts:
                     self.tell("down", known[name], text, now)
         for site in known.values():
             end = site.next_expiry()
-            if end is not None and end - now.wall < ALERT_EXPIRY_S and not site.cfg.is_notices:
+            if end is not None and end - now.wall < min(ALERT_EXPIRY_S, site.cfg.lifetime / 2) and not site.cfg.is_notices:
                 self.once_a_day("expiring", site, "mail will be returned to its senders in %s, %d messages waiting" % (
                     format_duration(end - now.wall), len(site.entries)), now)
         if free < 2 * self.cfg.min_free_space:
@@ -5094,9 +5410,7 @@ class Manager:
         while self.retries and self.retries[0][0] <= now.mono:
             heapq.heappop(self.retries)[2]()
         if not self.is_stopping:
-            for site in list(self.scheduler.sites.values()):
-                if site.entries and self.may_connect(site) and len(self.couriers) < LINES_MAX and site.wanted(now):
-                    self._connect(site)
+            self._open_lines()
             for courier, site in self.couriers.items():
                 self._feed(courier, site)
         if now.mono >= self.next_sweep:
@@ -5127,7 +5441,7 @@ class Manager:
             self.log.write("master", "the clock jumped by %d s: nothing expires before it was tried again"
                            % (drift - self.drift), "warning")
             for site in self.scheduler.sites.values():
-                site.on_clock_jump()
+                site.on_clock_jump(self.now, drift - self.drift)
         self.drift = drift
         for site in list(self.scheduler.sites.values()):
             for entry in site.expired(self.now):
@@ -5283,6 +5597,45 @@ class Manager:
 
     # -- connections
 
+    def _open_lines(self) -> None:
+        """Connections where they are wanted.  When they run short, a primary
+        without any comes before others, and whoever waited longest first."""
+        wanting = [site for site in self.scheduler.sites.values()
+                   if site.entries and site.wanted(self.now) and self.may_connect(site)]
+        if not wanting:
+            return
+        lines = collections.Counter(site.name for site in self.couriers.values())
+        notices = sum(site.cfg.is_notices for site in self.couriers.values())
+        wanting.sort(key=lambda site: (lines[site.name], site.last_start))
+        for site in wanting:
+            if len(self.couriers) < self._lines_for(site, lines[site.name]) and not (
+                    site.cfg.is_notices and notices >= NOTICE_LINES_MAX):
+                notices += site.cfg.is_notices
+                self._connect(site)
+            elif not lines[site.name] and site.state is not Primary.DOWN and not site.cfg.is_notices:
+                self._make_room(lines)
+
+    @staticmethod
+    def _lines_for(site: Site, has: int) -> int:
+        """So many connections to all may there be for this site to get one (more).
+        Dead servers hold theirs for long and live ones use many: neither may take the last."""
+        if site.state is Primary.DOWN:
+            return LINES_MAX // 2 if has else LINES_MAX - LINES_RESERVED
+        return LINES_MAX - LINES_RESERVED if has or site.cfg.is_notices else LINES_MAX
+
+    def _make_room(self, lines: Mapping[str, int]) -> None:
+        """Somebody has no connection and there is none left: whoever has most gives one back after its message."""
+        if not any(courier.is_leaving for courier in self.couriers):
+            greeted = [courier for courier in self.couriers if courier.is_greeted]
+            courier = max(greeted, key=lambda one: lines[self.couriers[one].name], default=None)
+            if courier is not None:
+                courier.leave()
+
+    def _is_surplus(self, site: Site) -> bool:
+        """Whether one connection less is wanted: they were halved, or it is to get one message at a time."""
+        return sum(its is site and courier.is_greeted and not courier.is_leaving
+                   for courier, its in self.couriers.items()) > site.limit
+
     def _connect(self, site: Site) -> None:
         site.on_started(self.now)
         plan = self.plan(site)
@@ -5300,7 +5653,11 @@ class Manager:
                     known, login if login and login[0] else None)
 
     def _feed(self, courier: Courier, site: Site) -> None:
-        if not courier.is_greeted or courier.is_leaving or len(courier.jobs) >= JOBS_REFILL or not site.count[State.ACTIVE]:
+        if not courier.is_greeted or courier.is_leaving:
+            return
+        if site.open > site.limit and self._is_surplus(site):
+            return courier.leave()
+        if len(courier.jobs) >= JOBS_REFILL or not (site.count[State.ACTIVE] or site.state is Primary.REJECTING):
             return
         for entry in site.take(JOBS_PER_CONNECTION, self.now):
             courier.jobs[entry.id] = entry
@@ -5325,8 +5682,7 @@ class Manager:
         self._feed(report.courier, site)
 
     def _say_up(self, site: Site, was: Primary, lasted: Optional[float], hop: Hop) -> None:
-        where = Endpoint(hop.address, hop.port)
-        site.route = [where] + [other for other in site.route if other != where][:ROUTE_HOSTS_MAX - 1]
+        site.route = [hop] + [other for other in site.route if other[1:] != hop[1:]][:ROUTE_HOSTS_MAX - 1]
         site.route_seen = self.now.wall
         if was in (Primary.UNKNOWN, Primary.DOWN):
             after = " after %s" % format_duration(lasted) if lasted is not None else ""
@@ -5362,9 +5718,13 @@ class Manager:
                 self._let_go(id)
             self._log_waiting(site, report.error)
             if not site.round_left:
-                for watch in self.watches:
-                    for name, id in [pair for pair in watch.left if pair[0] == site.name]:
-                        watch.settle(name, id, "deferred", report.error)
+                self._end_watches(site, report.error)
+
+    def _end_watches(self, site: Site, error: str) -> None:
+        """Nothing of it leaves soon: a --flush that waits has its answer."""
+        for watch in self.watches:
+            for name, id in [pair for pair in watch.left if pair[0] == site.name]:
+                watch.settle(name, id, "deferred", error)
 
     def _log_waiting(self, site: Site, error: str) -> None:
         """Each message says once in the log that it waits, not at every probe."""
@@ -5430,8 +5790,8 @@ class Manager:
                 state = BOUNCED
             else:
                 state = QUEUED
-                if result.kind == "refused":
-                    since = since or self.now.wall
+                if result.kind == "refused":            # one in the future was written before the clock was set back
+                    since = min(since or self.now.wall, self.now.wall)
             verdicts.append(Verdict(result.address, state, result.status, result.response, result.remote, since, result.is_told))
         return verdicts
 
@@ -5462,18 +5822,31 @@ class Manager:
         kinds = {result.kind for result in outcome.results}
         if "sent" in kinds:
             if site.on_taken(self.now):
-                self._say(site, "up", "up after rejecting for %s" % format_duration(self.now.wall - site.rejected_since))
-        elif kinds == {"refused"} and site.on_refused(self.now, all(self._was_good(result) for result in outcome.results)):
-            self.memory.forget_bad(site.name, site.recovered)
-            self._say(site, "rejecting", "rejecting: %s" % outcome.results[0].response)
-        elif QUEUED in states:
+                self._say(site, "up", "up after rejecting for %s, %d messages waiting" % (
+                    format_duration(self.now.wall - site.rejected_since), len(site.entries)))
+        elif kinds == {"refused"} and QUEUED in states and site.on_refused(self.now, outcome.job.id, [
+                result.address for result in outcome.results if self._was_good(result)]):
+            self._on_rejecting(site, outcome.results[0].response)
+        elif QUEUED in states and any(result.remote for result in outcome.results):     # the primary's word, not ours
             site.on_deferred(self.now)
         if was is Primary.REJECTING or site.state is Primary.REJECTING:
             site.last_error = site.last_error or outcome.results[0].response
             return                      # it is not itself
+        if site.cfg.is_notices:
+            return                      # who takes our notices is nobody's recipient here
         for result in outcome.results:
-            if result.is_good or (result.is_good is False and not (QUEUED in states and self._was_good(result))):
+            kept = QUEUED in states and self._was_good(result)
+            if result.is_good or (result.is_good is False and not kept and site.is_itself(self.now)):
                 self.memory.learn(result.address, result.is_good, self.now.wall)
+
+    def _on_rejecting(self, site: Site, response: str) -> None:
+        """It is there but refuses everybody: sending stops, and what it said is forgotten."""
+        self.memory.forget_bad(site.name, site.recovered)
+        for courier, its in self.couriers.items():
+            if its is site and courier.is_greeted and not courier.is_leaving:
+                courier.leave()         # with what it has not begun
+        self._end_watches(site, response)
+        self._say(site, "rejecting", "rejecting: %s, %d messages waiting" % (response, len(site.entries)))
 
     def _write(self, site: Site, entry: Entry, outcome: Outcome, verdicts: List[Verdict]) -> None:
         states = {verdict.state for verdict in verdicts}
@@ -5662,11 +6035,14 @@ class Manager:
         address, word = report.address, report.word
         report.inquirer.open.discard(address)
         site.last_heard = self.now.mono
+        is_itself = site.is_itself(self.now)
+        if not is_itself and (site.state is Primary.REJECTING or (word == "bad" and site.entries)):
+            word = "silent"             # it has yet to take what waits for it
         if address and address == report.inquirer.stranger:
             if word in ("good", "bad"):
                 self.memory.learn_accept_all(site.name, word == "good", self.now.wall)
             return
-        if word in ("good", "bad"):
+        if word == "good" or (word == "bad" and is_itself):
             self.memory.learn(address, word == "good", self.now.wall)
         self._tell_all(site.name, address, word, report.text)
 
@@ -5686,6 +6062,13 @@ class Manager:
         if self.is_loading:
             self.early.add(what)
         return self.flush_sites(self.scheduler.matching(what))
+
+    def heal(self, sites: Iterable[Site]) -> None:
+        """--flush: the operator says that rejecting primaries are themselves again."""
+        for site in sites:
+            if site.heal(self.now):
+                self._say(site, "up", "up by command after rejecting for %s, %d messages waiting" % (
+                    format_duration(self.now.wall - site.rejected_since), len(site.entries)))
 
     def flush_sites(self, sites: Iterable[Site]) -> bool:
         fresh = [site.flush(self.now) for site in sites if not site.is_held]     # each of them, whatever another says
@@ -5745,6 +6128,7 @@ class Manager:
         sites = {site.name: {"primary": site.state.value, "since": site.since, "recovered": site.recovered,
                              "last_error": site.last_error, "held": site.is_held, "size_limit": site.size_limit,
                              "route": [list(hop) for hop in site.route], "route_seen": site.route_seen,
+                             "route_of": format_primary(site.cfg.primary), "told": site.name in self.alerts.told,
                              "counters": dict(site.counters)}
                  for site in self.scheduler.sites.values()}
         state = {"format": FORMAT, "saved": self.now.wall, "sites": sites}
@@ -5770,7 +6154,7 @@ class Manager:
         self.memory.from_values(self.spool.load_state("recipients.json"))
         for name, known in self.spool.load_state().get("sites", {}).items():
             try:
-                route = [Endpoint(str(host), int(port)) for host, port in known["route"]]
+                route = parse_known_route(known, self.scheduler.config_of(name).primary)
                 seen, limit, held = float(known["route_seen"]), int(known["size_limit"]), bool(known["held"])
                 counters = {key: int(known["counters"].get(key, 0)) for key in COUNTERS.values()}
                 since, recovered, was = float(known["since"]), float(known["recovered"]), str(known["primary"])
@@ -5783,8 +6167,10 @@ class Manager:
             site.counters.update(counters)
             site.recovered = recovered
             if was in (Primary.DOWN.value, Primary.REJECTING.value):
-                site.state, site.since, site.last_error = Primary.DOWN, since, printable(str(known["last_error"]))
-            self._on_route(name, [hop.host for hop in route])
+                site.state, site.since, site.was_away = Primary.DOWN, since, True
+                site.last_error = printable(str(known["last_error"]))
+                self.alerts.on_known(site, known.get("told") is True, self.now)
+            self._on_route(name, [hop.address for hop in route])
 
     def _on_route(self, name: str, hosts: Iterable[str]) -> None:
         """Remember a site's hosts as callers that may be back."""
@@ -5940,6 +6326,7 @@ def flush_and_watch(manager: Manager, what: str, wait: bool) -> Answers:
     held = sum(site.count[State.HOLD] for site in sites)
     watch = manager.watch(sites)
     try:
+        manager.heal(sites)
         manager.flush_sites(sites)
         manager.log.write("flush", "command: site=%s, messages=%d" % (what, watch.total))
         last = -1
@@ -8880,8 +9267,8 @@ class Remembering(Resolver):
             raise self.known[key]
         return list(self.known[key])
 
-    def query(self, name: str, kind: int) -> List[Any]:
-        return self._once((name, kind), lambda: super(Remembering, self).query(name, kind))
+    def query(self, name: str, kind: int, seconds: Optional[float] = None) -> List[Any]:
+        return self._once((name, kind), lambda: super(Remembering, self).query(name, kind, seconds))
 
     def addresses(self, host: str) -> List[str]:
         return self._once((host, 0), lambda: super(Remembering, self).addresses(host))
@@ -9062,18 +9449,15 @@ class Visit:
             pass                        # everything of interest was said before
 
 
-def remembered_route(cfg: Config, name: str) -> Tuple[Endpoint, ...]:
+def remembered_route(cfg: Config, name: str, one: DomainConfig) -> Tuple[Hop, ...]:
     """The route that worked last, as the relay wrote it down."""
-    try:
-        route = Spool(cfg.spool).load_state()["sites"][name]["route"]
-        return tuple(Endpoint(str(ipaddress.ip_address(host)), int(port)) for host, port in route)
-    except (KeyError, TypeError, ValueError):
-        return ()
+    known = Spool(cfg.spool).load_state().get("sites", {})
+    return tuple(parse_known_route(known.get(name), one.primary)) if isinstance(known, dict) else ()
 
 
 def probe_plan(cfg: Config, name: str, one: DomainConfig, resolver: Resolver) -> Plan:
     listeners = tuple(cfg.listen) + tuple(cfg.odmr_listen)
-    return Plan(name, one, one.primary, cfg.hostname, resolver, listeners, remembered_route(cfg, name))
+    return Plan(name, one, one.primary, cfg.hostname, resolver, listeners, remembered_route(cfg, name, one))
 
 
 def probe(cfg: Config, what: str, as_json: bool) -> int:

@@ -42,6 +42,7 @@ import selectors
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import struct
 import subprocess
@@ -887,6 +888,11 @@ class Configuration(Folder):
     def test_comments_stand_behind_values_too(self) -> None:
         cfg = etrn.parse_config("[relay] ; here\n# and\n; there\nmax_recipients = 7   # few\nspool = a#1 #2\n", "/x/etrn.conf")
         self.assertEqual((cfg.max_recipients, cfg.spool), (7, "/x/a#1"))
+
+    def test_yes_and_no_are_said_in_every_common_way(self) -> None:
+        for word, value in cases(self, [("yes", True), ("no", False), ("on", True), ("0", False), ("True", True)]):
+            cfg = config("", "xclient = %s\ncutthrough = %s" % (word, word)).domain(DOMAIN)
+            self.assertEqual((cfg.xclient, cfg.cutthrough), (value, value))
 
     def test_a_bare_port_means_all_addresses(self) -> None:
         self.assertEqual(config("listen = 2525").listen, (("0.0.0.0", 2525), ("::", 2525)))
@@ -1998,6 +2004,19 @@ class Schedule(unittest.TestCase):
         self.took_one()
         self.assertEqual(len(self.taken()), 3)
 
+    def test_a_primary_that_hung_up_on_a_message_was_not_away_and_gets_others_first(self) -> None:
+        self.configure(count=3)
+        self.probe("")
+        canary, = self.site.take(16, self.clock.now)
+        self.site.defer(canary, self.clock.now, 3000)
+        self.assertTrue(self.site.on_closed(self.clock.now, "lost connection"))
+        self.probe("")
+        second, = self.site.take(16, self.clock.now)
+        self.assertNotEqual(second.id, canary.id)
+        self.took_one()
+        self.site.drop(second.id)
+        self.assertNotIn(canary.id, self.taken())
+
     def test_an_outage_is_told_once_with_its_length(self) -> None:
         self.add()
         self.site.on_started(self.clock.now)
@@ -2054,7 +2073,7 @@ class Schedule(unittest.TestCase):
         for _ in range(10):
             self.probe()
         self.clock.jump(30 * 86400)
-        self.site.on_clock_jump()
+        self.site.on_clock_jump(self.clock.now, 30 * 86400)
         self.assertEqual(self.site.expired(self.clock.now), [])
         self.assertEqual(self.site.attempts(self.site.entries["A00000"]), 10)
         for _ in range(3):
@@ -2360,8 +2379,56 @@ class Nameservers(unittest.TestCase):
                 self.route(domain)
 
     def test_the_last_route_is_used_when_the_dns_fails(self) -> None:
-        self.assertEqual(self.route("none.example", last_route=(etrn.Endpoint("192.0.2.7", 25),)), ["192.0.2.7[192.0.2.7]:25"])
+        last = (etrn.Hop("old.example", "192.0.2.7", 25),)
+        self.assertEqual(self.route("none.example", last_route=last), ["old.example[192.0.2.7]:25"])
         self.assertIn("no such name", self.warning)
+
+    def test_equals_of_this_host_are_cut_however_it_is_known(self) -> None:
+        zone = dict(self.ZONE)
+        zone["alias.example", etrn.MX] = [(5, "m1.example"), (10, "m2.example"), (10, "us.example"), (20, "m3.example")]
+        zone["us.example", etrn.A] = ["192.0.2.99"]
+        zone["twin.example", etrn.MX] = [(10, "m2.example"), (10, "us.example")]
+        server = self.dns(zone=zone)
+        us = (etrn.Endpoint("192.0.2.99", 25),)
+        for _ in range(8):              # equals come in random order
+            self.assertEqual(self.route("alias.example", server, listeners=us),
+                             ["m1.example[192.0.2.1]:25", "m1.example[2001:db8::1]:25"])
+            with self.assertRaisesRegex(etrn.PeerError, "loops back"):
+                self.route("twin.example", server, listeners=us)
+
+    def test_equal_preferences_are_shuffled_and_lower_ones_go_first(self) -> None:
+        zone = {("x.example", etrn.MX): [(20, "c.example"), (10, "a.example"), (10, "b.example")]}
+        zone.update({("%s.example" % name, etrn.A): ["192.0.2.%d" % number] for number, name in enumerate("abc", 1)})
+        server = self.dns(zone=zone)
+        seen = {tuple(hop[0] for hop in self.route("x.example", server)) for _ in range(40)}
+        self.assertEqual(seen, {("a", "b", "c"), ("b", "a", "c")})
+
+    def test_a_null_mx_beside_real_ones_is_no_null_mx(self) -> None:
+        server = self.dns(zone={("x.example", etrn.MX): [(0, ""), (10, "m.example")], ("m.example", etrn.A): ["192.0.2.1"]})
+        self.assertEqual(self.route("x.example", server), ["m.example[192.0.2.1]:25"])
+
+    def test_a_host_without_an_address_is_said_to_be_that(self) -> None:
+        server = self.dns(zone={("x.example", etrn.MX): [(10, "m.example")], ("m.example", etrn.MX): []})
+        with self.assertRaisesRegex(etrn.PeerError, "no address is known for m.example"):
+            self.route("x.example", server)
+        self.assertEqual(self.route("x.example", server, last_route=(etrn.Hop("m.example", "192.0.2.9", 25),)),
+                         ["m.example[192.0.2.9]:25"])
+
+    def test_a_nameserver_that_fails_at_ipv6_costs_neither_the_route_nor_much_time(self) -> None:
+        def mangle(packet: bytes) -> Optional[bytes]:
+            return None if server.asked[-1][2] == etrn.AAAA else packet
+        server = self.dns(mangle=mangle)
+        with shorten(DNS_TRY_S=0.1):
+            self.assertEqual(self.resolver(server).addresses("m1.example"), ["192.0.2.1"])
+        self.assertLessEqual(sum(kind == etrn.AAAA for _, _, kind in server.asked), 2)
+
+    def test_an_mx_record_of_any_octets_is_a_name_that_does_not_resolve(self) -> None:
+        odd = b"\0\x0a\x03a\xffb\x00"
+        server = self.dns(zone={("x.example", etrn.MX): [odd]})
+        with mock.patch.object(sys.modules[__name__], "record", lambda owner, kind, data: (
+                wire_name(owner) + struct.pack("!HHIH", kind, 1, 60, len(data)) + data)), \
+                self.assertRaisesRegex(etrn.PeerError, "not the name of a host"):
+            self.route("x.example", server)
 
     def test_notices_go_to_public_addresses_only(self) -> None:
         cfg = etrn.Scheduler(config()).config_of("notice:public.example")
@@ -2382,6 +2449,9 @@ def make_plan(cfg: etrn.DomainConfig, primary: Any, **values: Any) -> etrn.Plan:
     return plan._replace(**values)
 
 
+MAKE_PLAN = make_plan
+
+
 # == 8. DSN ====================================================================
 
 HOSTILE = ["550 5.1.1 x\r\nBcc: v@other.example\r\n\r\nhello", "550 \r\n--BOUND/backup.example.net--\r\n",
@@ -2394,9 +2464,9 @@ def notice(reports: Sequence[etrn.Report], original: bytes = MESSAGE, full: bool
     people = [(one.address, DOMAIN, "", "", 1764600000.0) for one in reports]
     fields = etrn.make_sidecar("ABCDEF", "mail", "a@sender.example", people,
                                1764000000.0, {"address": "192.0.2.7", "helo": "x", "tls": None})
-    data = etrn.format_notice("backup.example.net", fields["sender"], dict(fields, **sidecar), reports, original, full,
-                              1764500000.0,
-                              "BOUND", "mid")
+    fields = dict(fields, **sidecar)
+    data = etrn.format_notice("backup.example.net", fields["sender"], fields, reports, original, full,
+                              1764500000.0, "BOUND", "mid")
     return email.message_from_bytes(data, policy=email.policy.default), data
 
 
@@ -2440,8 +2510,9 @@ class Notices(unittest.TestCase):
     def test_expiry_says_how_long_was_tried_and_why(self) -> None:
         message, _ = notice([report(status="4.4.7", response="connect to 192.0.2.1: Connection refused", remote="", attempts=41)])
         text = next(message.iter_parts()).get_content()
-        for words in cases(self, ["5d18h", "41 attempts", "Connection refused"]):
-            self.assertIn(words, text)
+        for words in cases(self, ["for 5 days and 18 hours", "41 attempts", "Connection refused", "mail service is not running",
+                                  "send it again later"]):
+            self.assertIn(words, " ".join(text.split()))
 
     def test_a_delay_says_until_when_it_is_tried(self) -> None:
         message, _ = notice([report(action="delayed", status="4.4.1")])
@@ -2469,8 +2540,65 @@ class Notices(unittest.TestCase):
         self.assertEqual(list(message.iter_parts())[2]["Content-Transfer-Encoding"], "8bit")
 
     def test_an_internationalized_address_is_named_as_rfc_6533_says(self) -> None:
-        message, data = notice([report(address="é@" + DOMAIN)])
+        message, data = notice([report(address="é@" + DOMAIN, orcpt="utf-8;ü@x.example")])
         self.assertIn(b"Final-Recipient: utf-8; \\x{E9}@" + DOMAIN.encode(), data)
+        self.assertIn(b"Original-Recipient: utf-8; \\x{FC}@x.example\r\n", data)
+        text, status, _ = message.iter_parts()
+        self.assertEqual((status.get_content_type(), message.get_param("report-type")),
+                         ("message/global-delivery-status", "delivery-status"))
+        self.assertIn("<é@%s>" % DOMAIN, text.get_content())
+
+    def test_an_internationalized_sender_and_message_stay_what_they_are(self) -> None:
+        message, data = notice([report()], "Subject: caf\u00e9\r\n".encode(), sender="\u00e9@sender.example", smtputf8=True)
+        self.assertIn("To: <\u00e9@sender.example>\r\n".encode(), data)
+        self.assertEqual(message["Content-Transfer-Encoding"], "8bit")
+        self.assertEqual(list(message.iter_parts())[2].get_content_type(), "message/global-headers")
+        message, _ = notice([report()], "Subject: caf\u00e9\r\n\r\nx\r\n".encode(), True, smtputf8=True)
+        self.assertEqual(list(message.iter_parts())[2].get_content_type(), "message/global")
+
+    def test_every_notice_is_well_formed_for_a_strict_reader(self) -> None:
+        table = itertools.product(("failed", "delayed", "relayed"), (False, True), ("", "\u00e9"), [*HOSTILE, "x" * 380 + " y"])
+        for action, full, accent, response in cases(self, table):
+            one = report(action=action, response=response, address="u%s@%s" % (accent, DOMAIN))
+            _, data = notice([one, report(action=action)],
+                             b"Subject: one\r\nX-Long: " + b"y" * 5000 + b"\r\n\r\nHello.\r\n", full)
+            message = email.message_from_bytes(data, policy=email.policy.strict)
+            self.assertEqual([part.get_content_maintype() for part in message.get_payload()][:2], ["text", "message"])
+            if not full:
+                self.assertLessEqual(max(map(len, data.split(b"\r\n"))), 998)
+            ours = data[:data.index(b"Undelivered Message")]
+            self.assertLessEqual(max(map(len, ours.split(b"\r\n"))), 420)
+            self.assertIsNone(re.search(rb"\r(?!\n)|(?<!\r)\n|\0", data))
+
+    def test_a_notice_belongs_to_the_thread_of_its_message_and_believes_no_odd_id(self) -> None:
+        for header, expected in cases(self, [
+                (b"Message-ID: <a.b@x.example>\r\n", "<a.b@x.example>"), (b"message-id:<a@b>\r\nSubject: x\r\n", "<a@b>"),
+                (b"Message-ID: <a b@x>\r\n", None), (b"Message-ID: <a@x>\r\n Bcc: v@x\r\n", "<a@x>"),
+                (b"Message-ID: \r\n <a@x>\r\n", None), (b"Subject: x\r\n\r\nMessage-ID: <a@x>\r\n", None),
+                (b"Message-ID: <%s@x>\r\n" % (b"y" * 300), None), (b"Message-ID: <\xe9@x>\r\n", None)]):
+            message, _ = notice([report()], header)
+            self.assertEqual((message["References"], message["In-Reply-To"]), (expected, expected))
+
+    def test_a_layman_is_told_what_happened_and_what_to_do(self) -> None:
+        for status, response, happened, to_do in cases(self, [
+                ("5.1.1", "550 5.1.1 unknown", "no such mailbox", "letter by letter"),
+                ("4.4.7", "452 4.2.2 over quota", "mailbox is full", "send it again later"),
+                ("5.3.4", "message of 9 octets exceeds the primary's limit of 5", "larger than", "smaller parts"),
+                ("5.6.7", "the primary does not offer SMTPUTF8, which this message needs", "letters that", "plain letters"),
+                ("5.7.1", "554 5.7.1 spam", "does not want this message", "by telephone"),
+                ("4.4.7", "connect to h[192.0.2.1]:25: Connection timed out", "does not answer", "later"),
+                ("4.4.7", "connect to h[192.0.2.1]:25: No route to host", "cannot be reached", "later"),
+                ("4.4.7", "no such name: x.example", "cannot be found", "later"),
+                ("4.4.7", "mail for x loops back to this host: no MX host", "other than its backup servers", "later"),
+                ("4.4.7", "x.example has a null MX record: it says it takes no mail", "takes no mail", "ask"),
+                ("4.4.7", "lost connection with h", "broke the conversation off", "later"),
+                ("4.4.7", "450 4.7.1 greylisted", "does not want", "ask"), ("4.4.7", "451 later", "put the message off", "later"),
+                ("5.0.0", "550 no", "refused the message", "ask"), ("5.2.1", "550 5.2.1 disabled", "takes no mail", "ask")]):
+            message, _ = notice([report(status=status, response=response)])
+            text = " ".join(next(message.iter_parts()).get_content().split())
+            for words in (happened, to_do, "It was tried for 5 days and 18 hours (3 attempts, the last time on",
+                          "will not be tried again"):
+                self.assertIn(words, text)
 
 
 # == 9. SPOOL ==================================================================
@@ -2970,9 +3098,10 @@ class Delivery(Folder):
         self.addCleanup(primary.__exit__)
         return primary.start()
 
-    def deliver(self, primary: Primary, *ids: str) -> Tuple[Dict[str, List[etrn.Result]], str]:
+    def deliver(self, primary: Primary, *ids: str, **options: str) -> Tuple[Dict[str, List[etrn.Result]], str]:
         """Results for each message, in the order they were reported, and how the connection ended."""
-        cfg = config("", "primary = %s\ntls = none" % primary.address).domain(DOMAIN)
+        lines = ["%s = %s" % item for item in {"primary": primary.address, "tls": "none", **options}.items()]
+        cfg = config("", "\n".join(lines)).domain(DOMAIN)
         reports: List[Any] = []
         courier = etrn.Courier(self.spool, make_plan(cfg, cfg.primary), reports.append)
         for id in ids:
@@ -3077,6 +3206,60 @@ class Delivery(Folder):
                 self.assertEqual([one.kind for one in results[id]], ["deferred"])
                 self.assertTrue(error)
                 self.assertTrue(all(one.response.isprintable() and len(one.response) < 1000 for one in results[id]))
+
+    FAULTS = {"4xx": "451 4.3.0 later", "5xx": "554 5.7.1 no", "drop": CUT, "hang": HANG, "garbage": b"hello\r\n",
+              "over-long": OVERLONG, "endless": ENDLESS, "mismatch": b"250-a\r\n550 b\r\n", "421": "421 4.3.2 closing"}
+    # stage: what becomes of the message at each fault, and with a reply of the wrong class; "." alone may make a second copy
+    OUTCOMES = [
+        ("greeting", "354 go on", {"": "untried"}),
+        ("EHLO", "354 go on", {"": "untried", "5xx": "sent"}),                              # HELO will do
+        ("STARTTLS", "250 ok", {"": "sent", "421": "untried"}),                             # tls = may: in the clear
+        ("MAIL", "354 go on", {"": "deferred", "5xx": "refused"}),
+        ("RCPT", "354 go on", {"": "deferred", "5xx": "refused"}),
+        ("DATA", "250 ok", {"": "deferred", "5xx": "refused"}),
+        (".", "354 go on", {"": "deferred", "5xx": "refused"}),
+        ("RSET", "354 go on", {"": "refused"}),                                             # RCPT was; RSET changes nothing
+        ("QUIT", "354 go on", {"": "sent"})]
+
+    def test_every_fault_at_every_stage_has_its_outcome_and_no_message_is_lost_or_doubled(self) -> None:
+        deadlines = {"greeting": {"CONNECT_S": 0.1}, "DATA": {"DATA_S": 0.1}, ".": {"END_OF_DATA_S": 0.1},
+                     "QUIT": {"QUIT_S": 0.1}}
+        for stage, wrong, outcomes in cases(self, self.OUTCOMES):
+            for fault, said in {**self.FAULTS, "wrong class": wrong}.items():
+                for extensions in (["PIPELINING", "SIZE 1000000"], ["SIZE"]):
+                    self.row = (stage, fault, extensions[0])
+                    primary = self.primary(**{stage: said})
+                    primary.extensions = extensions + ["STARTTLS"] * (stage == "STARTTLS")
+                    if stage == "RSET":
+                        primary.script["RCPT"] = ["550 5.1.1 no", "250 ok"]
+                    ids = [self.put(), self.put()]
+                    with shorten(**(deadlines.get(stage, {"COMMAND_S": 0.3}) if fault == "hang" else {"QUIT_S": 2.0})):
+                        results, error = self.deliver(primary, *ids, tls="may" if stage == "STARTTLS" else "none")
+                    kinds = [[one.kind for one in results.get(id, [])] for id in ids]
+                    expected = outcomes.get(fault, outcomes[""])
+                    self.assertEqual(kinds[0], [] if expected == "untried" else [expected])
+                    if expected == "untried":
+                        self.assertTrue(error)
+                    self.assertTrue(error.isprintable() and len(error) < 1000)
+                    reached = primary.uses["."]
+                    self.assertGreaterEqual(reached, len(primary.messages))
+                    left = [id for id, its in zip(ids, kinds) if its in ([], ["deferred"])]
+                    primary.script.clear()
+                    again, error = self.deliver(primary, *left)
+                    self.assertEqual(([one.kind for id in left for one in again[id]], error), (["sent"] * len(left), ""))
+                    copies = primary.uses["."]
+                    if stage == ".":        # whether it was taken nobody knows; answered, it was not
+                        self.assertEqual(copies - len(left), 2 if expected == "refused" or fault in ("4xx", "wrong class") else 1)
+                    else:
+                        self.assertEqual(copies, len(primary.messages))
+                        self.assertEqual(len(primary.messages), 2 - kinds.count(["refused"]))
+                    primary.__exit__()
+
+    def test_a_primary_that_is_not_there_costs_nobody_an_attempt(self) -> None:
+        with Primary() as primary:
+            results, error = self.deliver(primary, self.put())
+            self.assertEqual(results, {})
+            self.assertIn("Connection refused", error)
 
     def test_a_primary_that_hangs_is_left_at_its_deadline(self) -> None:
         quick = dict.fromkeys(("CONNECT_S", "COMMAND_S", "DATA_S", "END_OF_DATA_S"), 0.15)
@@ -3265,6 +3448,87 @@ class Delivery(Folder):
             courier.join(DEADLINE_S)
             self.assertEqual([one.hop.port for one in reports if isinstance(one, etrn.Greeted)], [up.port])
 
+    def introduced(self, verb: str, clients: Sequence[Dict[str, Any]], resolver: Optional[etrn.Resolver] = None,
+                   **script: Any) -> Tuple[List[str], Primary]:
+        """What a primary that offers XCLIENT or XFORWARD is told of each message's client, and the primary."""
+        primary = self.primary(**script)
+        primary.extensions = ["PIPELINING", verb + " NAME ADDR PROTO HELO PORT", "SIZE"]
+        ids = [self.put(client=dict({"helo": "mx.b.example", "tls": None}, **one)) for one in clients]
+        names = resolver or etrn.Resolver(())
+        with mock.patch(__name__ + ".make_plan", lambda cfg, route: MAKE_PLAN(cfg, route, resolver=names)):
+            results, error = self.deliver(primary, *ids, xclient="yes")
+        self.assertEqual(([its[0].kind for its in results.values()], error), (["sent"] * len(ids), ""))
+        return [line for line in primary.log if line.startswith(verb)], primary
+
+    def test_the_original_client_is_handed_on_as_postfix_documents_it(self) -> None:
+        zone = {("7.2.0.192.in-addr.arpa", etrn.PTR): ["mx.b.example"], ("mx.b.example", etrn.A): ["192.0.2.7"],
+                ("8.2.0.192.in-addr.arpa", etrn.PTR): ["liar.example"], ("liar.example", etrn.A): ["192.0.2.1"]}
+        with Dns(zone) as dns:
+            resolver = etrn.Resolver((dns.endpoint,))
+            for client, expected in cases(self, [
+                    ({"address": "192.0.2.7"}, "NAME=mx.b.example ADDR=192.0.2.7 PROTO=ESMTP HELO=mx.b.example"),
+                    ({"address": "192.0.2.8"}, "NAME=[UNAVAILABLE] ADDR=192.0.2.8 PROTO=ESMTP HELO=mx.b.example"),
+                    ({"address": "192.0.2.9"}, "NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=mx.b.example"),
+                    ({"address": "2001:db8::1", "helo": "a b+c=\u00e9<x>"},
+                     "NAME=[UNAVAILABLE] ADDR=IPV6:2001:db8::1 PROTO=ESMTP HELO=a+20b+2Bc+3D+C3+A9<x>"),
+                    ({"address": "192.0.2.9", "helo": ""}, "NAME=[UNAVAILABLE] ADDR=192.0.2.9 PROTO=ESMTP HELO=[UNAVAILABLE]")]):
+                for verb, code in (("XCLIENT", "220 again"), ("XFORWARD", "250 ok")):
+                    said, primary = self.introduced(verb, [client], resolver, **{verb: code})
+                    self.assertEqual(said, ["%s %s PORT=[UNAVAILABLE]" % (verb, expected)])
+                    helos = [line.split()[1] for line in primary.log if line.upper().startswith("EHLO")]
+                    theirs = client.get("helo", "mx.b.example")
+                    if not re.fullmatch("[!-~]+", theirs):
+                        theirs = "[%s]" % re.search("ADDR=(\\S+)", expected).group(1)        # type: ignore[union-attr]
+                    self.assertEqual(helos, ["backup.example.net"] + [theirs] * (verb == "XCLIENT"))
+
+    def test_xclient_comes_once_for_each_client_on_a_connection_and_xforward_for_each_message(self) -> None:
+        one, two, own = {"address": "192.0.2.7"}, {"address": "192.0.2.8"}, {"address": "", "helo": ""}
+        for verb, clients, expected in cases(self, [
+                ("XCLIENT", [one, one, two, two, one], ["192.0.2.7", "192.0.2.8", "192.0.2.7"]),
+                ("XCLIENT", [one, own, own], ["192.0.2.7", "127.0.0.1"]), ("XFORWARD", [one, one], ["192.0.2.7"] * 2)]):
+            said, _ = self.introduced(verb, clients, **{verb: "220 again"})
+            self.assertEqual([re.search("ADDR=(\\S+)", line).group(1) for line in said], expected)       # type: ignore[union-attr]
+
+    def test_a_primary_that_does_not_let_us_introduce_a_client_gets_the_mail_all_the_same(self) -> None:
+        for verb in cases(self, ["XCLIENT", "XFORWARD"]):
+            self.introduced(verb, [{"address": "192.0.2.7"}, {"address": "192.0.2.8"}], **{verb: "550 5.7.0 not you"})
+
+    def test_a_primary_that_hangs_up_on_a_client_has_had_that_message(self) -> None:
+        primary = self.primary(XCLIENT=CUT)
+        primary.extensions = ["XCLIENT ADDR"]
+        ids = [self.put(), self.put()]
+        results, _ = self.deliver(primary, *ids, xclient="yes")
+        self.assertEqual([[one.kind for one in results.get(id, [])] for id in ids], [["deferred"], []])
+
+    def test_a_dead_address_family_costs_a_moment_and_one_the_kernel_lacks_nothing(self) -> None:
+        primary = self.primary()
+        good = etrn.Hop("m.example", "127.0.0.1", primary.port)
+        real = socket.socket
+
+        def without_ipv6(family: int = socket.AF_INET, *rest: Any) -> socket.socket:
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "Address family not supported")
+            return real(family, *rest)
+        with mock.patch.object(etrn.socket, "socket", without_ipv6):
+            found = list(itertools.islice(etrn.connect_each([etrn.Hop("m.example", "::1", 25), good]), 2))
+        self.assertIsInstance(found[0][1], OSError)
+        self.assertEqual(found[1][0], good)
+        found[1][1].close()             # type: ignore[union-attr]
+        with real() as deaf, shorten(STAGGER_S=0.1):
+            deaf.bind(("127.0.0.1", 0))
+            deaf.listen(0)
+            dead = etrn.Hop("m.example", "127.0.0.1", deaf.getsockname()[1])
+            full = [real() for _ in range(3)]
+            for sock in full:           # a listener whose queue is full answers no more, like a host that is not there
+                sock.setblocking(False)
+                sock.connect_ex(dead[1:])
+            began = time.monotonic()
+            hop, sock = next(etrn.connect_each([dead, good]))       # type: ignore[assignment]
+            self.assertEqual(hop, good)
+            self.assertLess(time.monotonic() - began, 2)
+            for one in [sock, *full]:
+                one.close()
+
     def test_a_route_back_to_this_relay_is_refused(self) -> None:
         primary = self.primary()
         cfg = config("", "primary = %s" % primary.address).domain(DOMAIN)
@@ -3276,6 +3540,614 @@ class Delivery(Folder):
         results, error = self.deliver(self.primary(greeting="220 Backup.Example.net ESMTP"), self.put())
         self.assertEqual(results, {})
         self.assertIn("loops back", error)
+
+
+class Puppet(etrn.Courier):
+    """A courier without thread and socket: a Simulation says what its primary says."""
+
+    def start(self) -> None:
+        self.hop = etrn.Hop("primary.example", "192.0.2.1", 25)
+        self.began = self.rested = Simulation.current.clock.mono
+        Simulation.current.puppets.append(self)
+
+    def play(self, sim: "Simulation") -> bool:
+        """Its next step, if there is one now; False when it has ended."""
+        if not self.is_greeted:
+            word = sim.reach(self.plan.site)
+            if word is HANG and sim.clock.mono - self.began < etrn.CONNECT_S:
+                return True
+            if word is not None:
+                self.post(etrn.Finished(self, "connect to %s: %s" % (self.hop, "timed out" if word is HANG else word)))
+                return False
+            self.post(etrn.Greeted(self, self.hop, 0))
+            return True
+        if self.inbox.empty():
+            if sim.clock.mono - self.rested < etrn.IDLE_CONNECTION_S:
+                return True
+        else:
+            job = self.inbox.get()
+            if job is not None and not self.is_over:
+                self.rested = sim.clock.mono
+                return self.send(sim, job)
+        self.post(etrn.Finished(self, ""))
+        return False
+
+    def send(self, sim: "Simulation", job: etrn.Job) -> bool:
+        self._open(job)
+        if not self.legs:
+            return True
+        leg = self.legs.popleft()
+        self.flight.append(leg)
+        sim.offered.append((sim.clock.mono, job.id))
+        for one in leg.recipients:
+            said = sim.rcpt(one["address"])
+            code, text = int(said[:3]), said[4:].encode()
+            if code // 100 == 2:
+                leg.accepted.append(one)
+            else:
+                self._give(leg, [one], code, text, False if etrn.is_no_such_user(code, text) else None)
+        if leg.accepted:
+            said = sim.dot(job.id)
+            if said is CUT:
+                self._abandon("lost connection with primary.example")
+                self.post(etrn.Finished(self, "lost connection with primary.example"))
+                return False
+            self._give(leg, leg.accepted, int(said[:3]), said[4:].encode(), True)
+            if said[0] == "2":
+                sim.taken.append(job.id)
+        self._end_leg(leg)
+        return True
+
+
+class Simulation:
+    """A Manager whose clock is not real and whose primaries are functions: days pass in moments."""
+    current: "Simulation"
+
+    def __init__(self, folder: str, domain: str = "", relay: str = "", rest: str = "") -> None:
+        Simulation.current = self
+        self.clock = Clock()
+        self.spool = opened(os.path.join(folder, "spool"))
+        self.reports: "collections.deque[Any]" = collections.deque()
+        self.puppets: List[Puppet] = []
+        self.offered: List[Tuple[float, str]] = []      # (when, ID)
+        self.taken: List[str] = []
+        self.alerts: List[Dict[str, Any]] = []
+        self.reach: Callable[[str], Any] = lambda site: None        # None: it greets; a text: why not; HANG
+        self.rcpt: Callable[[str], str] = lambda address: "250 2.1.5 ok"
+        self.dot: Callable[[str], Any] = lambda id: "250 2.0.0 taken"
+        if "recipients" not in domain:
+            domain += "\nrecipients = any"
+        self.cfg = config("nameservers = 127.0.0.1:9\n" + relay, "primary = 192.0.2.1\n%s\n%s" % (domain, rest))
+        self.log = etrn.Log("stderr", "debug", "backup.example.net")
+        self.serial = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """The relay starts."""
+        self.manager = etrn.Manager(self.cfg, self.spool, self.log, self.reports.append, self.clock.now)
+        self.manager.committers.stop()
+        self.manager.committers.submit = (          # type: ignore[method-assign]
+            lambda work, done: self.reports.append(self.manager.committers._work([(work, done)])))
+        self.manager.alerts.inbox = mock.Mock(put=lambda item: self.alerts.append(item[1]))
+        self.manager.alerts.worker = threading.current_thread()
+        self.puppets.clear()
+        self.reports.clear()
+        self.manager.load_state()
+        self.manager._load(set())
+        self.turn()
+
+    @property
+    def site(self) -> etrn.Site:
+        return self.manager.scheduler.site(DOMAIN, self.clock.now)
+
+    def put(self, *addresses: str, domain: str = DOMAIN, **values: Any) -> str:
+        self.serial += 1
+        id = "%X" % (0xABC000 + self.serial)
+        people = list(addresses) or ["u%d@%s" % (self.serial, domain)]
+        assert store(self.spool, id, recipients=people, now=self.clock.wall, **values) is None
+        self.manager.accept(self.spool.read_sidecar(id))
+        return id
+
+    def turn(self) -> None:
+        while self.reports:
+            self.manager.handle(self.reports.popleft(), self.clock.now)
+        self.manager.tick(self.clock.now)
+        self.puppets = [one for one in self.puppets if one.play(self)]
+
+    def run(self, seconds: float = 0, hours: float = 0, until: Callable[[], Any] = lambda: False) -> None:
+        """Let time pass; what happens at once takes a tenth of a second."""
+        end = self.clock.mono + seconds + 3600 * hours
+        while self.clock.mono < end and not until():
+            self.turn()
+            at = end if not self.reports else self.clock.mono
+            if any(self.reach(one.plan.site) is not HANG or one.is_greeted for one in self.puppets):
+                at = self.clock.mono
+            at = min(at, self.manager.wake(self.clock.now))
+            self.clock.advance(max(0.1, min(at, end) - self.clock.mono))
+
+    def queued(self) -> int:
+        return sum(len(site.entries) for site in self.manager.scheduler.sites.values())
+
+    def logged(self, pattern: str) -> bool:
+        return any(re.search(pattern, line) for line in self.log.lines)
+
+
+class Recovery(Folder):
+    """Days of a primary's life, on a clock that is not real."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        for patch in (mock.patch.object(etrn, "Courier", Puppet), mock.patch("os.fsync"),
+                      mock.patch("time.time", lambda: Simulation.current.clock.wall)):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def simulate(self, *options: str, **more: str) -> Simulation:
+        sim = Simulation(self.folder, *options, **more)
+        self.addCleanup(sim.spool.close)
+        return sim
+
+    def down(self, sim: Simulation, count: int = 0, seconds: float = 60) -> List[str]:
+        sim.reach = lambda site: "Connection refused"
+        ids = [sim.put() for _ in range(count)]
+        sim.run(seconds)
+        self.assertIs(sim.site.state, etrn.Primary.DOWN)
+        return ids
+
+    def test_a_route_does_not_outlive_the_primary_it_led_to(self) -> None:
+        good = {"route_of": "mx", "route": [["m.example", "192.0.2.1", 25]]}
+        for known, primary, expected in cases(self, [
+                (good, "mx", [("m.example", "192.0.2.1", 25)]), (good, (etrn.Endpoint("n.example", 25),), []), (None, "mx", []),
+                (dict(good, route=[["192.0.2.1", 25]]), "mx", []), (dict(good, route=[["m.example", "x", 25]]), "mx", []),
+                ({"route": good["route"]}, "mx", []), ([], "mx", [])]):
+            self.assertEqual(etrn.parse_known_route(known, primary), expected)
+        sim = self.simulate()
+        sim.put()
+        sim.run(5)
+        self.assertTrue(sim.manager.plan(sim.site).last_route)
+        sim.manager.scheduler.reconfigure(config("", "primary = n.example"), sim.clock.now)
+        self.assertFalse(sim.manager.plan(sim.site).last_route)
+
+    def test_a_primary_that_refuses_everybody_for_ten_minutes_loses_nobodys_mail(self) -> None:
+        for reply in cases(self, ["550 5.1.1 no such user", "554 5.7.1 Relay access denied", "551 not here"]):
+            sim = Simulation(os.path.join(self.folder, reply[:3]))
+            ids = self.down(sim, 50)
+            sim.reach, sim.rcpt = lambda site: None, lambda address, reply=reply: reply     # type: ignore[misc]
+            sim.run(30)
+            self.assertIs(sim.site.state, etrn.Primary.REJECTING)
+            self.assertTrue(sim.logged(": rejecting: " + reply))
+            began, offered = sim.clock.mono, len(sim.offered)
+            late = sim.put()
+            sim.run(570)
+            self.assertLessEqual(len(sim.offered) - offered, 570 / sim.site.cfg.probe_interval + 1)
+            self.assertGreater(len({id for at, id in sim.offered if at >= began}), 40)      # they take turns
+            self.assertEqual((sim.queued(), sim.taken), (51, []))
+            self.assertFalse([one for one, (good, _) in sim.manager.memory.known.items() if not good])
+            sim.rcpt = lambda address: "250 ok"
+            sim.run(30)
+            self.assertEqual((sorted(sim.taken), sim.queued(), sim.site.state), (sorted(ids + [late]), 0, etrn.Primary.UP))
+            self.assertTrue(sim.logged(r": up after rejecting for 9m\d+s, 51 messages waiting"))
+            self.assertFalse(sim.logged("non-delivery"))
+            sim.spool.close()
+
+    def test_a_half_configured_primary_with_one_message_teaches_nothing_wrong(self) -> None:
+        sim = self.simulate()
+        self.down(sim, 1)
+        sim.reach, sim.rcpt = lambda site: None, lambda address: "550 5.1.1 no such user"
+        sim.run(600)
+        self.assertEqual((sim.queued(), sim.manager.memory.knows("u1@" + DOMAIN, sim.clock.wall)), (1, None))
+        sim.rcpt = lambda address: "250 ok"
+        sim.run(hours=1)
+        self.assertEqual(sim.queued(), 0)
+        self.assertTrue(sim.manager.memory.knows("u1@" + DOMAIN, sim.clock.wall))
+
+    def test_after_the_grace_a_second_refusal_is_final_and_a_steady_primary_is_believed_at_once(self) -> None:
+        sim = self.simulate()
+        self.down(sim, 1)
+        sim.reach, sim.rcpt = lambda site: None, lambda address: "550 5.1.1 no such user"
+        sim.run(3500)
+        self.assertIn(DOMAIN, [site.name for site in sim.manager.scheduler.sites.values() if site.entries])
+        sim.run(4500)
+        self.assertEqual((len(sim.site.entries), sim.site.counters["bounced"]), (0, 1))
+        self.assertEqual(sim.manager.memory.knows("u1@" + DOMAIN, sim.clock.wall), False)
+        id = sim.put()
+        sim.run(5)
+        self.assertEqual((sim.site.counters["bounced"], id in sim.site.entries), (2, False))
+
+    def test_a_refusal_right_after_our_own_restart_is_kept(self) -> None:
+        sim = self.simulate()
+        sim.put()
+        sim.run(5)
+        sim.run(hours=5)
+        sim.rcpt = lambda address: "550 5.1.1 no such user"
+        sim.put()
+        sim.run(5)
+        self.assertEqual(sim.site.counters["bounced"], 1)
+        sim.manager.save_state()
+        sim.turn()
+        sim.begin()
+        self.assertIs(sim.site.state, etrn.Primary.UNKNOWN)
+        sim.put()
+        sim.run(5)
+        self.assertEqual((sim.site.counters["bounced"], len(sim.site.entries)), (1, 1))
+        sim.run(hours=2)
+        self.assertEqual(sim.site.counters["bounced"], 2)
+
+    def test_content_a_steady_primary_refuses_is_final_and_a_known_recipient_is_not(self) -> None:
+        sim = self.simulate()
+        sim.put("u@" + DOMAIN)
+        sim.run(hours=2)
+        sim.dot = lambda id: "554 5.7.1 spam"
+        sim.put("u@" + DOMAIN)
+        sim.run(5)
+        self.assertEqual(sim.site.counters["bounced"], 1)
+        sim.rcpt = lambda address: "550 5.1.1 no such user"
+        sim.put("u@" + DOMAIN)
+        sim.run(60)
+        self.assertEqual((sim.site.counters["bounced"], len(sim.site.entries)), (1, 1))
+        self.assertTrue(sim.manager.memory.knows("u@" + DOMAIN, sim.clock.wall))
+        sim.run(hours=2)
+        self.assertEqual((sim.site.counters["bounced"], len(sim.site.entries)), (2, 0))
+        self.assertIs(sim.manager.memory.knows("u@" + DOMAIN, sim.clock.wall), False)
+        self.assertIs(sim.site.state, etrn.Primary.UP)
+
+    def test_one_message_refused_again_and_again_makes_nothing_rejecting(self) -> None:
+        sim = self.simulate("retry_interval = 1m\nmax_retry_interval = 1m")
+        sim.put("u@" + DOMAIN)
+        sim.run(hours=2)
+        for known in cases(self, [True, False]):
+            sim.rcpt = lambda address: "550 5.7.0 no"
+            sim.put("u@" + DOMAIN if known else "v@" + DOMAIN)
+            if not known:
+                self.down(sim)
+                sim.reach = lambda site: None
+            sim.run(3000)
+            self.assertIs(sim.site.state, etrn.Primary.UP)
+            sim.run(3000)
+            self.assertEqual(len(sim.site.entries), 0)
+
+    def test_three_known_recipients_refused_in_a_row_make_even_a_steady_primary_rejecting(self) -> None:
+        sim = self.simulate("probe_interval = 1m")
+        people = ["u%d@%s" % (number, DOMAIN) for number in range(3)]
+        for one in people:
+            sim.put(one)
+        sim.run(hours=5)
+        sim.rcpt = lambda address: "550 5.1.1 no such user" if address in people else "250 ok"
+        for one in people:
+            self.assertIs(sim.site.state, etrn.Primary.UP)
+            sim.put(one)
+            sim.run(2)
+        self.assertIs(sim.site.state, etrn.Primary.REJECTING)
+        sim.run(hours=4)
+        self.assertEqual((len(sim.site.entries), sim.site.state), (3, etrn.Primary.REJECTING))
+        sim.put("other@" + DOMAIN)
+        sim.run(61)
+        self.assertIs(sim.site.state, etrn.Primary.UP)
+        sim.run(60)
+        self.assertEqual(len(sim.site.entries), 0)      # refused for longer than the grace, now by a primary that works
+
+    def test_a_flush_by_command_ends_rejecting_and_one_by_etrn_does_not(self) -> None:
+        sim = self.simulate()
+        self.down(sim, 10)
+        sim.reach, sim.rcpt = lambda site: None, lambda address: "550 5.7.1 no"
+        sim.run(30)
+        self.assertIs(sim.site.state, etrn.Primary.REJECTING)
+        etrn.answer_etrn(sim.manager, DOMAIN, "192.0.2.1", "x")
+        self.assertIs(sim.site.state, etrn.Primary.REJECTING)
+        answers = etrn.run_command(sim.manager, {"command": "flush", "what": DOMAIN})
+        next(answers)
+        self.assertIs(sim.site.state, etrn.Primary.UP)
+        sim.run(30)
+        self.assertIs(sim.site.state, etrn.Primary.REJECTING)
+        last = [one for one in answers if one][-1]
+        self.assertEqual((last["exit"], last["deferred"], last["waiting"]), (etrn.EX_TEMPFAIL, 10, 10))
+
+    def test_a_flood_of_etrns_makes_a_rejecting_primary_try_others_too(self) -> None:
+        sim = self.simulate()
+        ids = self.down(sim, 30)
+        sim.reach, sim.rcpt = lambda site: None, lambda address: "550 no"
+        sim.run(30)
+        sim.offered.clear()
+        for _ in range(200):
+            sim.manager.flush(DOMAIN)
+            sim.run(0.1)
+        self.assertLessEqual(len(sim.offered), 22)
+        self.assertEqual(len({id for _, id in sim.offered}), len(sim.offered))
+        sim.rcpt = lambda address: "550 no" if address.startswith("u1@") else "250 ok"
+        sim.run(20)
+        self.assertEqual(sorted(sim.taken), ids[1:])
+
+    def test_a_message_that_makes_the_primary_hang_up_keeps_no_other_waiting(self) -> None:
+        sim = self.simulate()
+        ids = self.down(sim, 40)
+        sim.reach, sim.dot = lambda site: None, lambda id: CUT if id == ids[0] else "250 ok"
+        sim.run(30)
+        self.assertEqual((sorted(sim.taken), list(sim.site.entries)), (ids[1:], [ids[0]]))
+        self.assertLessEqual([id for _, id in sim.offered].count(ids[0]), 5)        # its own pauses: 1, 4, 16 seconds
+
+    def test_the_canary_and_then_the_queue_by_ever_more_connections(self) -> None:
+        sim = self.simulate("connections = 4")
+        ids = self.down(sim, 300)
+        sim.reach = lambda site: None
+        seen = []
+        while sim.queued():
+            sim.run(0.1)
+            seen.append((len(sim.taken), len(sim.puppets)))
+        self.assertEqual(max(lines for _, lines in seen), 4)
+        self.assertTrue(all(lines <= 1 for taken, lines in seen if not taken))
+        self.assertEqual(sim.offered[0][1], ids[0])
+        self.assertNotEqual(sim.offered[0][0], sim.offered[1][0])
+        self.assertEqual(sorted(sim.taken), ids)
+
+    def test_halved_connections_close_and_do_not_only_stop_growing(self) -> None:
+        sim = self.simulate("connections = 8")
+        self.down(sim, 400)
+        sim.reach = lambda site: None
+        sim.run(60, until=lambda: len(sim.puppets) == 8)
+        self.assertEqual(len(sim.puppets), 8)
+        sim.dot = lambda id: "451 4.3.0 later"
+        sim.run(10, until=lambda: sim.site.limit == 1)
+        sim.run(1)
+        self.assertLessEqual(len(sim.puppets), 1 + 1)
+
+    def test_a_greylisting_primary_is_offered_all_at_once_and_again_after_a_minute_and_five(self) -> None:
+        sim = self.simulate()
+        ids = self.down(sim, 20)
+        tries: Dict[str, int] = collections.Counter()
+
+        def greylist(id: str) -> str:
+            tries[id] += 1
+            return "450 4.2.0 Greylisted" if tries[id] < 3 else "250 ok"
+        sim.reach, sim.dot = lambda site: None, greylist
+        sim.run(480)
+        self.assertEqual(sorted(sim.taken), ids)
+        its = [at for at, id in sim.offered if id == ids[-1]]
+        self.assertEqual(len(its), 3)
+        self.assertTrue(60 <= its[1] - its[0] < 62 and 300 <= its[2] - its[1] < 302, its)
+
+    def test_many_dead_domains_keep_no_live_one_waiting(self) -> None:
+        dead = ["d%d.example" % number for number in range(150)]
+        sim = self.simulate(rest="".join("[domain %s]\nprimary = 192.0.2.1\n" % one for one in dead))
+        sim.reach = lambda site: HANG if site != DOMAIN else None
+        for one in dead:
+            sim.put(domain=one)
+        sim.run(120)
+        self.assertLessEqual(len(sim.puppets), etrn.LINES_MAX)
+        for _ in range(5):
+            id = sim.put()
+            sim.run(1)
+            self.assertIn(id, sim.taken)
+            sim.run(20)
+        tried = {one.name for one in sim.manager.scheduler.sites.values() if one.failures}
+        self.assertEqual(tried, set(dead))              # nor do they keep one another
+        sim.reach = lambda site: HANG if site not in (DOMAIN, dead[149]) else None
+        sim.run(90)
+        self.assertFalse(sim.manager.scheduler.sites[dead[149]].entries)
+
+    def test_notices_to_dead_hosts_leave_lines_for_the_mail(self) -> None:
+        sim = self.simulate()
+        for number in range(150):
+            sim.put("a@s%d.example" % number, kind="notice", sender="")
+        sim.reach = lambda site: HANG if site.startswith(etrn.NOTICES) else None
+        sim.run(60)
+        self.assertEqual(len(sim.puppets), etrn.NOTICE_LINES_MAX)
+        sim.put()
+        sim.run(1)
+        self.assertEqual(len(sim.taken), 1)
+
+    def test_busy_domains_make_room_for_one_that_has_no_connection(self) -> None:
+        names = ["d%d.example" % number for number in range(4)]
+        sim = self.simulate(rest="".join("[domain %s]\nprimary = 192.0.2.1\n" % one for one in names))
+        with shorten(LINES_MAX=4, LINES_RESERVED=1):
+            for one in names * 60:
+                sim.put(domain=one)
+            sim.run(2)
+            self.assertEqual(len(sim.puppets), 4)
+            id = sim.put()
+            sim.run(3, until=lambda: id in sim.taken)
+            self.assertIn(id, sim.taken)
+            self.assertGreater(sim.queued(), 50)
+
+    def test_a_primary_away_for_a_week_and_a_relay_away_for_eight_days(self) -> None:
+        sim = self.simulate("probe_interval = 1h")
+        first = self.down(sim, 1)[0]
+        sim.run(hours=24 * 6.9)
+        self.assertEqual(list(sim.site.entries), [first])
+        sim.run(hours=4)
+        self.assertEqual((len(sim.site.entries), sim.site.counters["expired"]), (0, 1))
+        self.assertTrue(sim.logged(r"status=expired \(connect to .*Connection refused"))
+        id = sim.put()
+        sim.run(1)
+        sim.manager.save_state()
+        sim.turn()
+        sim.clock.advance(days=8)
+        sim.begin()
+        failures = sim.site.failures
+        sim.run(hours=4, until=lambda: not sim.site.entries)
+        self.assertEqual((sim.site.counters["expired"], sim.site.failures - failures), (2, etrn.ATTEMPTS_MIN), id)
+
+    def test_a_clock_that_jumps_either_way_expires_and_believes_nothing(self) -> None:
+        for jump in cases(self, [30 * 86400, -30 * 86400]):
+            sim = Simulation(os.path.join(self.folder, str(jump)))
+            sim.put("u@" + DOMAIN)
+            sim.run(60)
+            self.down(sim, 1)
+            sim.reach, sim.rcpt = lambda site: None, lambda address: "550 5.1.1 no such user"
+            sim.run(30)
+            sim.clock.jump(jump)
+            sim.manager.flush(DOMAIN)
+            sim.run(30)
+            self.assertEqual((len(sim.site.entries), sim.site.counters["expired"] + sim.site.counters["bounced"]), (1, 0))
+            sim.run(9000)               # forwards it is past its time after three more attempts
+            self.assertEqual(sim.site.counters["bounced"] + sim.site.counters["expired"], 1)
+            sim.spool.close()
+
+    def test_an_outage_without_alerts_leaves_the_loop_asleep(self) -> None:
+        for relay in cases(self, ["", "[alerts]\ncommand = /bin/true\n"]):
+            sim = Simulation(os.path.join(self.folder, str(len(relay))), rest=relay)
+            self.down(sim, 1)
+            sim.clock.advance(400)
+            sim.turn()
+            sim.turn()
+            self.assertGreater(sim.manager.wake(sim.clock.now), sim.clock.mono)
+            sim.manager.alerts.down[DOMAIN] = (sim.clock.mono, "due before the next sweep")
+            self.assertGreaterEqual(sim.manager.wake(sim.clock.now), min(sim.manager.next_sweep, sim.site.next_probe))
+            sim.spool.close()
+
+    def notices(self, sim: Simulation) -> List[Tuple[str, Any]]:
+        """Targets and parsed notices that wait in the spool."""
+        sim.turn()
+        out = []
+        for site in sim.manager.scheduler.sites.values():
+            for id in site.entries if site.cfg.is_notices else ():
+                sidecar = sim.spool.read_sidecar(id)
+                message = sim.spool.read_message(id, sidecar)
+                self.assertEqual((sidecar["sender"], sidecar["kind"]), ("", "notice"))
+                parsed = email.message_from_bytes(b"".join(message.blocks()), policy=email.policy.default)
+                message.close()
+                out.append((sidecar["recipients"][0]["address"], parsed))
+        return out
+
+    def test_who_is_told_what_is_as_notify_asks(self) -> None:
+        for notify, failed, delayed, relayed in cases(self, [
+                ("", 1, 1, 0), ("NEVER", 0, 0, 0), ("FAILURE", 1, 0, 0), ("DELAY", 0, 1, 0), ("SUCCESS", 0, 0, 1),
+                ("SUCCESS,FAILURE,DELAY", 1, 1, 1)]):
+            for event, expected in (("failed", failed), ("delayed", delayed), ("relayed", relayed)):
+                sim = Simulation(tempfile.mkdtemp(dir=self.folder), "delay_notice = 4h\nprobe_interval = 1h\nlifetime = 2d")
+                sim.reach = lambda site: "Connection refused"
+                people = [dict(sidecar_of("A")["recipients"][0], address="%s@%s" % (name, DOMAIN), notify=notify,
+                               expires=sim.clock.wall + 2 * 86400, orcpt="rfc822;old+2B@x.example") for name in ("u", "v")]
+                self.assertIsNone(sim.spool.commit([(etrn.Draft("ABC001"), [MESSAGE], dict(
+                    sidecar_of("ABC001"), recipients=people, envid="Q+2BX", received=sim.clock.wall, ret="FULL"))])[0])
+                sim.manager.accept(sim.spool.read_sidecar("ABC001"))
+                if event == "relayed":
+                    sim.reach = lambda site: None if site == DOMAIN else "Connection refused"
+                sim.run(hours={"failed": 49, "delayed": 24, "relayed": 1}[event])
+                found = [one for one in self.notices(sim) if one[1]["Subject"] == etrn._SUBJECTS[event]]
+                self.assertEqual((event, len(found)), (event, expected))        # one for both recipients, once
+                for target, one in found:
+                    self.assertEqual(target, "a@sender.example")
+                    parts = list(one.iter_parts())
+                    whole, first, second = parts[1].get_payload()
+                    self.assertEqual((whole["Original-Envelope-Id"], first["Action"], second["Action"],
+                                      first["Original-Recipient"]), ("Q+X", event, event, "rfc822; old+@x.example"))
+                    self.assertEqual(first["Status"][0], "2" if event == "relayed" else "4")
+                    self.assertEqual("Will-Retry-Until" in first, event == "delayed")
+                    self.assertEqual(parts[2].get_content_type() == "message/rfc822", event == "failed")        # as RET asked
+                sim.spool.close()
+
+    def test_a_primary_that_offers_dsn_confirms_by_itself(self) -> None:
+        sim = self.simulate()
+        with mock.patch.object(etrn.Client, "__init__", lambda client, hostname: (
+                None, setattr(client, "esmtp_features", {"dsn": ""}), setattr(client, "sock", None))[0]), \
+                mock.patch.object(etrn.Client, "close"):
+            sim.reach = lambda site: None if site == DOMAIN else "Connection refused"
+            people = [dict(sidecar_of("A")["recipients"][0], notify="SUCCESS")]
+            sim.spool.commit([(etrn.Draft("ABC001"), [MESSAGE], dict(sidecar_of("ABC001"), recipients=people))])
+            sim.manager.accept(sim.spool.read_sidecar("ABC001"))
+            sim.run(60)
+        self.assertEqual((sim.taken, self.notices(sim)), (["ABC001"], []))
+
+    def test_a_notice_nobody_takes_for_days_goes_to_the_postmaster_once_and_then_ends(self) -> None:
+        for postmaster in cases(self, ["", "postmaster = pm@home.example"]):
+            sim = Simulation(tempfile.mkdtemp(dir=self.folder), "probe_interval = 1h\nlifetime = 1d",
+                             rest="[bounces]\n%s\n[defaults]\nlifetime = 1d\nprobe_interval = 1h\n" % postmaster)
+            sim.reach = lambda site: "Connection refused"
+            sim.put()
+            sim.run(hours=26)
+            self.assertEqual([target for target, _ in self.notices(sim)], ["a@sender.example"])
+            sim.run(hours=24 * 4)
+            self.assertEqual([target for target, _ in self.notices(sim)], ["a@sender.example"])     # 5 days, not one
+            sim.run(hours=26)
+            self.assertEqual([target for target, _ in self.notices(sim)], ["pm@home.example"] if postmaster else [])
+            sim.run(hours=24 * 6)
+            self.assertEqual((self.notices(sim), sim.queued(), spool_files(sim.spool.path)), ([], 0, []))
+            self.assertTrue(sim.logged("double bounce: dropped"))
+            sim.spool.close()
+
+    def test_size_and_smtputf8_end_as_notices_that_say_so(self) -> None:
+        for values, status in cases(self, [({"size": 5000}, "5.3.4"), ({"smtputf8": True}, "5.6.7")]):
+            sim = Simulation(tempfile.mkdtemp(dir=self.folder), "lifetime = 1d")
+            sim.reach = lambda site: None if site == DOMAIN else "Connection refused"
+            id = sim.put(**{name: value for name, value in values.items() if name != "size"})
+            limit = 10 if "size" in values else 0
+            with mock.patch.object(etrn.Courier, "_size_limit", lambda courier, limit=limit: limit):
+                sim.put()
+                sim.run(hours=23)
+                self.assertIn(id, sim.site.entries)
+                sim.run(hours=2)
+            self.assertNotIn(id, sim.site.entries)
+            (target, one), *_ = self.notices(sim)
+            self.assertEqual((target, list(one.iter_parts())[1].get_payload()[1]["Status"]), ("a@sender.example", status))
+            sim.spool.close()
+
+    def test_alerts_come_once_for_each_turn_of_events(self) -> None:
+        sim = self.simulate(rest="[alerts]\ncommand = /bin/true\n")
+        self.down(sim, 3, 290)
+        self.assertEqual(sim.alerts, [])
+        sim.run(20)
+        self.assertEqual([(one["event"], one["domain"], one["waiting"]) for one in sim.alerts], [("down", DOMAIN, 3)])
+        sim.manager.save_state()
+        sim.turn()
+        sim.begin()                     # a restart in the outage neither repeats nor forgets it
+        sim.run(hours=1)
+        sim.reach, sim.rcpt = lambda site: None, lambda address: "550 no"
+        sim.run(60)
+        sim.rcpt = lambda address: "250 ok"
+        sim.run(60)
+        self.assertEqual([one["event"] for one in sim.alerts], ["down", "up", "rejecting", "up"])
+        self.assertRegex(sim.alerts[1]["text"], r"up after 1h5m, 3 messages waiting")
+        self.assertRegex(sim.alerts[3]["text"], r"up after rejecting for \d\ds, 3 messages waiting")
+        self.down(sim, 1, 60)           # too short to be worth a word
+        sim.reach = lambda site: None
+        sim.run(400)
+        self.assertEqual(len(sim.alerts), 4)
+
+    def test_an_outage_that_began_before_a_restart_is_told_in_time(self) -> None:
+        sim = self.simulate(rest="[alerts]\ncommand = /bin/true\n")
+        self.down(sim, 1, 100)
+        sim.manager.save_state()
+        sim.turn()
+        sim.begin()
+        sim.run(150)
+        self.assertEqual(sim.alerts, [])
+        sim.run(100)
+        self.assertEqual([one["event"] for one in sim.alerts], ["down"])
+
+    def test_mail_about_to_expire_is_told_a_day_before_and_short_lifetimes_are_no_cause(self) -> None:
+        sim = self.simulate("probe_interval = 1h", rest="[alerts]\ncommand = /bin/true\nafter = 7d\n")
+        self.down(sim, 1)
+        sim.run(hours=24 * 5.9)
+        self.assertEqual(sim.alerts, [])
+        sim.run(hours=4)
+        self.assertEqual([one["event"] for one in sim.alerts], ["expiring"])
+        self.assertIn("23h", sim.alerts[0]["text"])
+        sim = Simulation(os.path.join(self.folder, "short"), "lifetime = 12h", rest="[alerts]\ncommand = /bin/true\n")
+        sim.put()
+        sim.run(1)
+        self.assertEqual(sim.alerts, [])
+        sim.spool.close()
+
+    def test_word_about_recipients_is_believed_only_of_a_primary_that_is_itself(self) -> None:
+        sim = self.simulate("recipients = verify")
+        with mock.patch.object(etrn.Inquirer, "start", lambda inquirer: None):
+            for state, word, expected, known in cases(self, [
+                    ("fresh", "bad", "bad", False), ("returned", "bad", "bad", None), ("proven", "bad", "bad", False),
+                    ("fresh", "good", "good", True), ("rejecting", "good", "silent", None), ("waited for", "bad", "silent", None),
+                    ("waited for", "good", "good", True)]):
+                address = "%s%s@%s" % (state, word, DOMAIN)
+                site, now = sim.site, sim.clock.now
+                if state == "waited for" and not site.entries:
+                    sim.put()
+                site.state = etrn.Primary.REJECTING if state == "rejecting" else etrn.Primary.UP
+                site.recovered = 0.0 if state == "fresh" else now.wall
+                site.is_returning = state in ("returned", "waited for")
+                heard: List[str] = []
+                sim.manager.ask(site, address, lambda word, text, heard=heard: heard.append(word))      # type: ignore[misc]
+                inquirer, = sim.manager.inquirers
+                sim.manager.handle(etrn.Answered(inquirer, address, word, "550 5.1.1 no"), now)
+                self.assertEqual((heard, sim.manager.memory.knows(address, now.wall)), ([expected], known))
+                sim.manager.inquirers.clear()
 
 
 # == 11. RELAY =================================================================
@@ -5276,17 +6148,21 @@ class Bounces(Relays):
         relay.logged("status=bounced")
 
     def test_a_server_that_comes_back_half_configured_loses_nobodys_mail(self) -> None:
-        primary = self.primary(RCPT="550 5.7.1 relaying denied")
-        relay = self.relay_to_sink(primary, domain="retry_interval = 1s")
-        for _ in range(5):
-            relay.send()
+        primary = self.primary(RCPT="550 5.1.1 no such user")
+        relay = self.relay_to_sink(primary, domain="recipients = verify\ncutthrough = yes\nretry_interval = 1s")
+        for number in range(5):
+            relay.send(recipients=["u%d@%s" % (number, DOMAIN)])
         relay.logged(": down: ")
         primary.start()
-        wait(lambda: primary.uses["RCPT"] >= 2, "some refusals")
+        relay.logged(r"primary\[\d+\]: warning: ourdom\.example: rejecting: 550 5\.1\.1 no such user, 5 messages waiting")
+        status = relay.json("--status")["domains"][DOMAIN]
+        self.assertEqual((status["primary"], status["queued"], status["bounced"]), ("rejecting", 5, 0))
+        for number in range(6):         # nor is anybody turned away at the door
+            self.assertEqual(relay.send(recipients=["u%d@%s" % (number, DOMAIN)])[:3], "250")
         primary.script.clear()
-        relay.run("--flush", DOMAIN, "--no-wait")
         wait(relay.is_empty, "an empty spool")
-        self.assertEqual((len(primary.messages), self.sink.messages), (5, []))
+        relay.logged(r": up after rejecting for \d+s, 11 messages waiting")
+        self.assertEqual((len(primary.messages), self.sink.messages), (11, []))
 
     def test_a_hostile_answer_makes_a_harmless_notice(self) -> None:
         said = b"550-5.1.1 a\r\n550-5.1.1 Bcc: v@x.example\r\n550-5.1.1 \x1b[2J\xff\x00\r\n550 5.1.1 \r\n"
@@ -5309,6 +6185,330 @@ class Bounces(Relays):
         notice, = self.notices()
         self.assertEqual(list(notice.iter_parts())[1].get_payload()[1]["Status"], "5.0.0")
         wait(relay.is_empty, "an empty spool")
+
+
+class Webhook(socketserver.ThreadingTCPServer):
+    """Takes HTTP requests; `bodies` are those of its POSTs."""
+    daemon_threads = True
+
+    def __init__(self, status: str = "200 OK") -> None:
+        self.status = status
+        self.bodies: List[bytes] = []
+        super().__init__(("127.0.0.1", 0), self.answer)         # type: ignore[arg-type]
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def answer(self, sock: socket.socket, *_: Any) -> None:
+        with sock.makefile("rb") as lines:
+            head = list(iter(lines.readline, b"\r\n"))
+            size = next(int(line.split(b":")[1]) for line in head if line.lower().startswith(b"content-length"))
+            self.bodies.append(lines.read(size))
+            sock.sendall(b"HTTP/1.1 %s\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % self.status.encode())
+
+
+class Alerting(Relays):
+    """People are told: a program, a web hook, a mail."""
+
+    def test_an_outage_its_end_and_a_refusal_reach_program_web_hook_and_mail(self) -> None:
+        primary, sink = self.primary(), self.primary().start()
+        told = os.path.join(self.folder, "told")
+        program = os.path.join(self.folder, "tell me.sh")
+        with open(program, "w", encoding="ascii") as file:
+            file.write("#!/bin/sh\nexec >> \"$1\"\nprintf '%s %s %s ' \"$ETRN_EVENT\" \"$ETRN_DOMAIN\" \"$ETRN_WAITING\"\n"
+                       "cat\necho\n")
+        os.chmod(program, 0o700)
+        with Webhook() as hook:
+            self.addCleanup(hook.shutdown)
+            relay = self.relay(primary, domain="[alerts]\nafter = 0s\ncommand = '%s' %s\nwebhook = http://127.0.0.1:%d/x\n"
+                               "mail = admin@home.example\nmail_route = %s" % (
+                                   program, told, hook.server_address[1], sink.address))
+            for _ in range(3):
+                relay.send()
+            wait(lambda: len(hook.bodies) == 1, "the alert")
+            primary.script["RCPT"] = "550 5.1.1 \x1b[2J nobody"
+            primary.start()
+            wait(lambda: len(hook.bodies) == 3, "two more")
+            primary.script.clear()
+            wait(lambda: len(hook.bodies) == 4 and len(sink.messages) == 4, "the last")
+            alerts = [json.loads(body) for body in hook.bodies]
+            self.assertEqual([(one["event"], one["domain"]) for one in alerts],
+                             [("down", DOMAIN), ("up", DOMAIN), ("rejecting", DOMAIN), ("up", DOMAIN)])
+            self.assertEqual([one["waiting"] for one in alerts[1:3]], [3, 3])
+            self.assertRegex(alerts[0]["text"], "Connection refused")
+            self.assertRegex(alerts[1]["text"], r"up after \d+s, 3 messages waiting")
+            self.assertTrue(all(one["text"].isprintable() and one["host"] == "backup.example.net" for one in alerts))
+            wait(lambda: open(told, encoding="utf-8").read().count("\n") == 4, "the program")
+            with open(told, encoding="utf-8") as file:
+                for line, alert in zip(file, alerts):
+                    event, domain, waiting, body = line.split(" ", 3)
+                    self.assertEqual((event, domain, int(waiting)), (alert["event"], DOMAIN, alert["waiting"]))
+                    self.assertEqual(json.loads(body)["text"], alert["text"])
+            for (sender, recipients, data), alert in zip(sink.messages, alerts):
+                mail = email.message_from_bytes(data, policy=email.policy.strict)
+                self.assertEqual((sender, recipients, mail["Auto-Submitted"]), ("", ["admin@home.example"], "auto-generated"))
+                self.assertIn("%s %s" % (DOMAIN, alert["event"]), mail["Subject"])
+            wait(relay.is_empty, "an empty spool")
+
+    def test_alerts_that_cannot_be_told_are_logged_and_hold_nothing_up(self) -> None:
+        primary = self.primary()
+        with Webhook("500 no") as hook:
+            self.addCleanup(hook.shutdown)
+            relay = self.relay(primary, domain="[alerts]\nafter = 0s\ncommand = /nowhere/program\nwebhook = http://127.0.0.1:%d/"
+                               % hook.server_address[1])
+            relay.send()
+            relay.logged("alert run_alert_command: .*No such file")
+            relay.logged("alert post_alert: .*500")
+            primary.start()
+            wait(relay.is_empty, "an empty spool")
+
+
+class Signed(Relays):
+    """A signature made by somebody else's program holds behind us."""
+
+    def test_a_dkim_signed_message_verifies_after_the_passage(self) -> None:
+        openssl = shutil.which("openssl")
+        if not openssl:
+            self.skipTest("no openssl program")
+        key, public = os.path.join(self.folder, "key.pem"), os.path.join(self.folder, "public.pem")
+        for command in (["genrsa", "-out", key, "2048"], ["rsa", "-in", key, "-pubout", "-out", public]):
+            subprocess.run([openssl, *command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        primary = self.primary().start()
+        relay = self.relay(primary)
+        body = (b".\r\n..two\r\n \t trailing blanks \t\r\ncaf\xe9 \xff\r\n" + b"x" * 3000 + b"\r\n\r\nFrom me\r\n\r\n\r\n")
+        header = b"From:  A  <a@sender.example>\r\nSubject: folded\r\n\tand   spaced\r\nReceived: from elsewhere\r\n"
+        field = (b"DKIM-Signature: v=1; a=rsa-sha256; c=simple/simple; d=sender.example; s=x;\r\n\th=from:subject; bh=%s;\r\n\tb="
+                 % self.digest(body))
+        signature = subprocess.run([openssl, "dgst", "-sha256", "-sign", key], input=self.signed(header, field), check=True,
+                                   stdout=subprocess.PIPE).stdout
+        data = field + base64.b64encode(signature) + b"\r\n" + header + b"\r\n" + body
+        with relay.client() as wire:
+            self.assertEqual(wire.send(data, parameters=" BODY=8BITMIME")[:3], "250")
+            wire.say("MAIL FROM:<a@sender.example>", "RCPT TO:<user@%s>" % DOMAIN)
+            for part, last in ((data[:777], ""), (data[777:], " LAST")):
+                wire.raw(b"BDAT %d%s\r\n" % (len(part), last.encode()) + part)
+                self.assertEqual(wire.reply()[:3], "250")
+        wait(lambda: len(primary.messages) == 2, "both")
+        for _, _, arrived in primary.messages:
+            self.assertTrue(arrived.startswith(b"Received: "))
+            arrived = without_received(arrived)
+            self.assertEqual(arrived, data)
+            head, _, rest = arrived.partition(b"\r\n\r\n")
+            mine = re.match(rb"(DKIM-Signature:.*?\r\n\tb=)([A-Za-z0-9+/=]+)\r\n", head, re.S)
+            assert mine is not None
+            self.assertIn(b"bh=%s;" % self.digest(rest), mine.group(1))
+            sig = os.path.join(self.folder, "sig")
+            with open(sig, "wb") as file:
+                file.write(base64.b64decode(mine.group(2)))
+            verdict = subprocess.run([openssl, "dgst", "-sha256", "-verify", public, "-signature", sig],
+                                     input=self.signed(head[mine.end():] + b"\r\n", mine.group(1)), stdout=subprocess.PIPE)
+            self.assertIn(b"Verified OK", verdict.stdout)
+
+    @staticmethod
+    def digest(body: bytes) -> bytes:
+        """RFC 6376 3.4.3: blank lines at the end count as none."""
+        return base64.b64encode(hashlib.sha256(body.rstrip(b"\r\n") + b"\r\n").digest())
+
+    @staticmethod
+    def signed(header: bytes, field: bytes) -> bytes:
+        """RFC 6376 3.7: the fields as they are, then the signature's own, empty and without its line end."""
+        fields = re.findall(rb"(?:From|Subject):[^\r]*(?:\r\n[ \t][^\r]*)*\r\n", header)
+        return b"".join(fields) + field
+
+
+class Postfix:
+    """A private Postfix as the primary: its own folders, a port of its own, a mailbox for everybody."""
+    DAEMONS = "/usr/lib/postfix/sbin"
+    MASTER = "/usr/share/postfix/master.cf.dist"
+
+    @classmethod
+    def missing(cls) -> str:
+        """Why there can be none here."""
+        if os.geteuid():
+            return "needs root"
+        has = shutil.which("postfix") and os.path.exists(cls.MASTER) and os.path.isdir(cls.DAEMONS)
+        return "" if has else "needs Debian's postfix"
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.etc, self.mail = folder, os.path.join(folder, "etc"), os.path.join(folder, "mail")
+        for name in (self.etc, self.mail, os.path.join(folder, "spool"), os.path.join(folder, "data")):
+            os.mkdir(name)
+        shutil.chown(os.path.join(folder, "data"), "postfix")
+        shutil.chown(self.mail, "nobody")
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            self.port = sock.getsockname()[1]
+        nobody = pwd.getpwnam("nobody")
+        with open(os.path.join(self.etc, "main.cf"), "w", encoding="ascii") as file:
+            file.write("""compatibility_level = 3.6
+queue_directory = %(folder)s/spool
+data_directory = %(folder)s/data
+command_directory = /usr/sbin
+daemon_directory = %(daemons)s
+mail_owner = postfix
+setgid_group = postdrop
+myhostname = mail.%(domain)s
+mydestination =
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+mynetworks =
+virtual_mailbox_domains = %(domain)s
+virtual_mailbox_maps = inline:{user@%(domain)s=box/}
+virtual_mailbox_base = %(folder)s/mail
+virtual_uid_maps = static:%(uid)d
+virtual_gid_maps = static:%(gid)d
+smtpd_client_connection_count_limit = 0
+smtpd_authorized_xclient_hosts = 127.0.0.1
+smtpd_peername_lookup = no
+maillog_file = %(folder)s/spool/mail.log
+maillog_file_prefixes = %(folder)s
+alias_maps =
+notify_classes =
+""" % {"folder": folder, "daemons": self.DAEMONS, "domain": DOMAIN, "uid": nobody.pw_uid, "gid": nobody.pw_gid})
+        with open(self.MASTER, encoding="ascii") as file:
+            text = re.sub(r"(?m)^smtp(\s+inet\s)", r"%d\1" % self.port, file.read())
+        with open(os.path.join(self.etc, "master.cf"), "w", encoding="ascii") as file:
+            file.write(re.sub(r"(?m)^(\S+\s+(?:unix|inet|fifo)\s+\S+\s+\S+\s+)y", r"\1n", text))
+
+    def command(self, word: str) -> None:
+        subprocess.run(["postfix", "-c", self.etc, word], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def arrived(self) -> List[str]:
+        folder = os.path.join(self.mail, "box", "new")
+        return os.listdir(folder) if os.path.isdir(folder) else []
+
+    def subjects(self) -> List[str]:
+        out = []
+        for name in self.arrived():
+            with open(os.path.join(self.mail, "box", "new", name), "rb") as file:
+                out.append(email.message_from_binary_file(file)["Subject"])
+        return out
+
+
+@unittest.skipIf(Postfix.missing(), Postfix.missing())
+class RealPrimary(Relays):
+    """Postfix stands where the primary does."""
+
+    def postfix(self) -> Postfix:
+        folder = tempfile.mkdtemp(prefix="etrn-postfix-")
+        self.addCleanup(shutil.rmtree, folder, True)
+        os.chmod(folder, 0o755)
+        postfix = Postfix(folder)
+        self.addCleanup(postfix.command, "stop")
+        return postfix
+
+    @staticmethod
+    def load(relay: Relay, numbers: Iterable[int]) -> None:
+        with relay.client() as wire:
+            for number in numbers:
+                reply = wire.send(b"Subject: %d\r\n\r\n%s" % (number, b"line of a message\r\n" * 50))
+                assert reply[:3] == "250", reply
+
+    def test_a_postfix_stopped_and_started_under_load_gets_each_message_once(self) -> None:
+        postfix = self.postfix()
+        relay = self.relay("127.0.0.1:%d" % postfix.port)
+        self.load(relay, range(40))
+        relay.logged(": down: ")
+        postfix.command("start")
+        began = time.monotonic()
+        loader = threading.Thread(target=self.load, args=(relay, range(40, 120)))
+        loader.start()
+        wait(lambda: len(postfix.arrived()) >= 40, "what waited")
+        self.assertLess(time.monotonic() - began, 10)
+        since = len(relay.log)
+        postfix.command("stop")
+        self.load(relay, range(120, 160))
+        relay.logged(": down: ", since)
+        postfix.command("start")
+        loader.join(DEADLINE_S)
+        wait(lambda: len(postfix.arrived()) >= 160, "all of them")
+        wait(relay.is_empty, "an empty spool")
+        copies = collections.Counter(map(int, postfix.subjects()))      # "postfix stop" may cut a connection at its last answer
+        self.assertEqual(sorted(copies), list(range(160)))
+        self.assertLessEqual(sum(copies.values()) - len(copies), 10)
+
+    def test_postfix_sees_the_original_client_by_xclient(self) -> None:
+        postfix = self.postfix()
+        postfix.command("start")
+        relay = self.relay("127.0.0.1:%d" % postfix.port, domain="xclient = yes")
+        for _ in range(2):
+            with relay.client("EHLO odd+name=x.example") as wire:
+                self.assertEqual(wire.send(b"Subject: 1\r\n\r\nx\r\n")[:3], "250")
+        wait(lambda: len(postfix.arrived()) == 2, "both")
+        for name in postfix.arrived():
+            with open(os.path.join(postfix.mail, "box", "new", name), encoding="ascii") as file:
+                received = email.message_from_file(file).get_all("Received", [])[0]
+            self.assertIn("from odd+name=x.example (unknown [127.0.0.1])", " ".join(received.split()))
+
+
+class Routes(Relays):
+    """Relays that find their primary in a scripted DNS; every host has the same port on an address of its own."""
+
+    def mx_relay(self, dns: Dns, number: int, hostname: str, **options: Any) -> Relay:
+        """A relay that is MX host 127.0.0.NUMBER, and takes our mail on another port."""
+        relay = Relay(os.path.join(self.folder, str(number)), "mx", **options)
+        relay.limits["SMTP_PORT"] = self.port
+        return self.begin(relay, "127.0.0.1:0, 127.0.0.%d:%d" % (number, self.port), hostname, dns)
+
+    def begin(self, relay: Relay, listen: str, hostname: str, dns: Dns) -> Relay:
+        with open(relay.file, encoding="utf-8") as file:
+            text = file.read().replace("127.0.0.1:0", listen).replace("backup.example.net", hostname)
+        with open(relay.file, "w", encoding="utf-8") as file:
+            file.write(text.replace("127.0.0.1:9", str(dns.endpoint)))
+        self.addCleanup(relay.__exit__)
+        return relay.start()
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.mail = self.primary()
+        self.port = self.mail.port
+        for number in (2, 3):
+            os.mkdir(os.path.join(self.folder, str(number)))
+        self.zone: Dict[Tuple[str, int], List[Any]] = {
+            (DOMAIN, etrn.MX): [(10, "mail.example"), (20, "a.example"), (20, "b.example")],
+            ("mail.example", etrn.A): ["127.0.0.1"], ("a.example", etrn.A): ["127.0.0.2"], ("b.example", etrn.A): ["127.0.0.3"]}
+
+    def test_two_relays_of_equal_preference_never_exchange_mail_and_both_deliver(self) -> None:
+        with Dns(self.zone) as dns:     # one is known by its name, the other by its address alone
+            relays = [self.mx_relay(dns, 2, "a.example"), self.mx_relay(dns, 3, "unlisted.example")]
+            for number in range(6):
+                self.assertEqual(relays[number % 2].send(b"Subject: %d\r\n\r\n" % number)[:3], "250")
+            for relay in relays:
+                relay.logged(r": down: connect to mail\.example\[127\.0\.0\.1\]:\d+: Connection refused")
+                relay.run("--flush", DOMAIN)
+                self.assertEqual(len(relay.queue()), 3)
+            self.zone[DOMAIN, etrn.MX] = self.zone[DOMAIN, etrn.MX][1:]         # the two alone are left
+            for relay in relays:
+                self.assertIn("loops back to this host", relay.run("--flush", DOMAIN)[1] + relay.run("--flush", DOMAIN)[2])
+                self.assertEqual(len(relay.queue()), 3)
+            self.zone[DOMAIN, etrn.MX] = [(10, "mail.example"), *self.zone[DOMAIN, etrn.MX]]
+            self.mail.start()
+            for relay in relays:
+                relay.signal(signal.SIGUSR1)
+                wait(relay.is_empty, "an empty spool")
+            subjects = sorted(re.search(rb"Subject: (\d)", data).group(1) for _, _, data in self.mail.messages)   # type: ignore
+            self.assertEqual(subjects, [b"%d" % number for number in range(6)])
+            for relay in relays:
+                self.assertEqual(sum(": client=" in line for line in relay.log), 3)
+
+    def test_the_last_route_serves_when_the_dns_dies_even_after_a_restart(self) -> None:
+        self.mail.start()
+        with Dns(self.zone) as dns:
+            relay = self.mx_relay(dns, 2, "a.example", DNS_TOTAL_S=0.3, DNS_TRY_S=0.1)
+            relay.send()
+            wait(lambda: self.mail.messages, "the first")
+            wait(relay.is_empty, "an empty spool")
+            self.assertEqual(relay.end(), 0)
+            for dead in cases(self, ["silent", "no such name"]):
+                if dead == "silent":
+                    dns.mangle = lambda packet: None
+                else:
+                    dns.mangle = lambda packet: packet
+                    self.zone.clear()
+                self.mail.messages.clear()
+                relay.start()
+                relay.send()
+                wait(lambda: self.mail.messages, "mail by the remembered route")
+                relay.logged("using the route that worked last")
+                self.assertEqual(relay.end(), 0)
 
 
 # == 12. COMMANDS ==============================================================
@@ -6599,7 +7799,7 @@ class Probes(Relays):
         relay = Relay(self.folder, "mx")
         os.mkdir(relay.spool)
         with open(os.path.join(relay.spool, "state.json"), "w", encoding="utf-8") as file:
-            json.dump({"sites": {DOMAIN: {"route": [["127.0.0.1", primary.port]]}}}, file)
+            json.dump({"sites": {DOMAIN: {"route": [["mail.example", "127.0.0.1", primary.port]], "route_of": "mx"}}}, file)
         code, out, _ = relay.run("--probe", DOMAIN, "--json")
         self.assertEqual((code, "using the route that worked last" in json.loads(out)["warning"]), (0, True))
 
