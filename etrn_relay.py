@@ -5237,7 +5237,7 @@ class Manager:
         self.waiting: Dict[str, CutThrough] = {}    # messages whose clients wait for the primary's verdict
         self.chains: Dict[str, Deque[Tuple[Work, Done]]] = {}       # per message: work that waits for earlier work
         self.callers: Dict[str, Set[str]] = {}                      # address: sites it is a host of, as last routed
-        self.fresh: Dict[str, List[Tuple[str, Tuple[str, ...]]]] = {}   # not yet logged as deferred, per site
+        self.fresh: Dict[str, Dict[str, Tuple[str, ...]]] = {}      # per site: messages not yet logged as deferred, recipients
         self.watches: List[Watch] = []
         self.retries: List[Tuple[float, int, Callable[[], None]]] = []     # heap of (monotonic, tie, what)
         self.is_loading = False
@@ -5475,7 +5475,7 @@ class Manager:
         for one in sidecar["recipients"]:
             addresses.setdefault(self.scheduler.site_of(sidecar["kind"], one["domain"]), []).append(one["address"])
         for name, its in addresses.items():
-            self.fresh.setdefault(name, []).append((queued.id, tuple(its)))
+            self.fresh.setdefault(name, {})[queued.id] = tuple(its)
             self.scheduler.sites[name].counters["accepted"] += 1
         self.log.write("qmgr", "%s: from=<%s>, size=%d, nrcpt=%d (queue active)" % (
             queued.id, printable(sidecar["sender"]), queued.size, len(sidecar["recipients"])))
@@ -5623,7 +5623,7 @@ class Manager:
 
     def _log_waiting(self, site: Site, error: str) -> None:
         """Each message says once in the log that it waits, not at every probe."""
-        for id, addresses in self.fresh.pop(site.name, ()):
+        for id, addresses in self.fresh.pop(site.name, {}).items():
             entry = site.entries.get(id)
             if entry is not None and entry.state is not State.DELIVERING:
                 site.counters["deferred"] += 1
@@ -5834,6 +5834,10 @@ class Manager:
         if kind == "delivered" and not site.cfg.is_notices:
             self.on_delivered(self.now.wall - site.entries[id].received)
         self.scheduler.drop(site, id)
+        its = self.fresh.get(site.name, {})
+        its.pop(id, None)
+        if not its:
+            self.fresh.pop(site.name, None)
         self._tell(site, id, kind)
         if kind != "bounced":
             self._let_go(id)

@@ -3473,6 +3473,20 @@ class Local:
         self.spool.close()
 
 
+class Forgetting(Relays):
+    def test_nothing_is_remembered_of_mail_that_was_delivered(self) -> None:
+        primary = self.primary().start()
+        with Local(self.folder, domain="[domain up.example]\nrecipients = any\ncutthrough = no\ntls = none\nprimary = "
+                   + primary.address) as local:
+            manager = local.server.manager
+            with Wire(local.port) as client:
+                client.say("EHLO x")
+                for _ in range(5):
+                    self.assertEqual(client.send(MESSAGE, recipients=["u@up.example"])[:3], "250")
+            wait(lambda: not manager.scheduler.messages()[0] and not manager.chains, "all to be delivered")
+            self.assertEqual((manager.fresh, manager.chains, manager.waiting), ({}, {}, {}))
+
+
 class Refusals(Relays):
     def test_the_disk_is_asked_before_mail_is_taken(self) -> None:
         relay = self.relay(relay="")
