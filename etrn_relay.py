@@ -1454,6 +1454,7 @@ class Spool:
         self.sick = ""                  # why no new mail is taken, or empty
         self.corrupt_count = 0
         self.state_lock = threading.Lock()
+        self.saves: Dict[str, int] = {}         # per file of state: the number of the last save
 
     # -- opening
 
@@ -1830,11 +1831,12 @@ class Spool:
         except (OSError, ValueError):
             return {}
 
-    def save_state(self, state: Mapping[str, Any], recipients: Optional[Mapping[str, Any]] = None) -> None:
-        """In one committer at a time; what is older than the last save is not written."""
+    def save_state(self, state: Mapping[str, Any], recipients: Optional[Mapping[str, Any]] = None, number: int = 0) -> None:
+        """In one committer at a time.  Their order is anybody's: what is older than the last save is not written."""
         with self.state_lock:
             for name, values in (("state", state), ("recipients", recipients)):
-                if values is not None:
+                if values is not None and number >= self.saves.get(name, 0):
+                    self.saves[name] = number
                     self._replace(os.path.join(self.path, name + ".json"), os.path.join(self.path, name + ".new"),
                                   json.dumps(values, indent=1, sort_keys=True).encode("ascii") + b"\n")
 
@@ -5249,7 +5251,7 @@ class Manager:
         self.certificate_end: Time = INF    # set by the server, which has it
         self.is_stopping = False
         self.is_dirty = False           # something worth saving changed
-        self.is_saving = False
+        self.saves = 0                  # how often the state was saved
         self.alerts = Alerts(cfg, log, self._mail_alert)
         self.alerts.on_failure = lambda text: post([(self._log_failure, OSError(text))])    # type: ignore[method-assign]
         self.next_save = now.mono + STATE_SAVE_S
@@ -6012,6 +6014,7 @@ class Manager:
 
     def save_state(self, then: Callable[[Any], None] = lambda result: None) -> None:
         self.is_dirty = False
+        self.saves += 1
         sites = {site.name: {"primary": site.state.value, "since": site.since, "recovered": site.recovered,
                              "last_error": site.last_error, "held": site.is_held, "size_limit": site.size_limit,
                              "route": [list(hop) for hop in site.route], "route_seen": site.route_seen,
@@ -6019,11 +6022,12 @@ class Manager:
                  for site in self.scheduler.sites.values()}
         state = {"format": FORMAT, "saved": self.now.wall, "sites": sites, "homes": dict(self.scheduler.homes)}
         memory = self.memory.to_values(self.now.wall) if self.memory.is_dirty else None
+        number = self.saves
 
         def saved(result: Any) -> None:
             self._log_failure(result)
             then(result)
-        self.committers.submit(Task(lambda spool: spool.save_state(state, memory)), saved)
+        self.committers.submit(Task(lambda spool: spool.save_state(state, memory, number)), saved)
 
     def load_state(self) -> None:
         """What was known before the restart.  A primary that was up is unknown now;

@@ -2692,6 +2692,16 @@ class SpoolStates(SpoolCase):
         spool.close()
 
 
+class SpoolSaves(SpoolCase):
+    def test_an_older_state_never_takes_the_place_of_a_newer_one(self) -> None:
+        """Committers finish in any order."""
+        spool = opened(os.path.join(self.folder, "saves"))
+        self.addCleanup(spool.close)
+        for number, recipients in ((2, None), (1, {"from": 1}), (3, None), (2, {"from": 2}), (1, {"from": 1})):
+            spool.save_state({"from": number}, recipients, number)
+        self.assertEqual((spool.load_state(), spool.load_state("recipients.json")), ({"from": 3}, {"from": 2}))
+
+
 class SpoolCrashes(SpoolCase):
     def first(self, spool: etrn.Spool) -> None:
         self.assertIsNone(store(spool, "ABCDE0"))
