@@ -77,6 +77,31 @@ ETRN
     whoever asks.  Each reply is one line, and 251 is never sent, because
     fetchmail stops at it.  --flush DOMAIN does the same.
 
+    A domain with a username may be asked for by AUTH too: CRAM-MD5, and PLAIN
+    within TLS.  Who authenticated may flush the domains of that username, learns
+    how much waits, and may do nothing else.  Networks in `etrn` are for those
+    who come without: an authenticated client may come from anywhere, unless
+    etrn = none.  With primary = etrn the mail goes to port 25 of the address the
+    last authenticated ETRN came from, for primaries whose address changes.
+
+ODMR
+    RFC 2645, for primaries that nobody can connect to: behind NAT, or where
+    port 25 is blocked.  With primary = atrn mail waits to be collected; nothing is
+    probed.  The customer's server, or fetchmail, connects to a port of
+    odmr_listen, authenticates, and says `ATRN example.org,example.net`, or ATRN
+    for all domains of its username.  After `250 OK now reversing the
+    connection` it is the SMTP server, on the connection it made, and the mail
+    goes to it like to any primary: no canary, for who comes is there.
+        poll backup.example.net protocol ODMR auth cram-md5
+            username "gw" password "secret" fetchdomains example.org
+            smtphost 127.0.0.1
+    450: not a domain of that username.  451: not now, or somebody is collecting
+    already.  453: no mail.  530: AUTH first, or STARTTLS where the tls option of
+    a domain asks for it.  A domain with another primary may be collected, too.
+
+    Mail that nobody collects expires after its lifetime like any other, but
+    never by a jump of the clock alone, nor in a relay's first three hours.
+
 STATUS PAGE
     [status] listen = 127.0.0.1:8025 serves, over HTTP and read-only:
     /             for people: each primary's state, what waits and why, a day and
@@ -116,7 +141,8 @@ FILES
     SPOOL/incoming/                 being received; never acknowledged
     SPOOL/done/                     being removed, after delivery
     SPOOL/corrupt/                  pairs that could not be trusted
-    SPOOL/state.json                what is known of the primaries; counters
+    SPOOL/state.json                what is known of the primaries, and where
+                                    they are (primary = etrn); counters
     SPOOL/recipients.json           which recipients the primaries take
     SPOOL/history.json              what the status page draws; a week at most
     SPOOL/control, SPOOL/lock       how commands reach the running relay
@@ -134,7 +160,11 @@ LOG LINES
     smtpd: timeout after STAGE from NAME[ADDRESS]
     smtpd: too many errors from NAME[ADDRESS]
     smtpd: TLS handshake failed from NAME[ADDRESS]: WHY
+    smtpd: warning: NAME[ADDRESS]: SASL MECHANISM authentication failed: ...
+    smtpd: NAME[ADDRESS]: sasl_method=MECHANISM, sasl_username=NAME
     flush: etrn: site=DOMAIN, client=NAME[ADDRESS], messages=N, reply=CODE
+    flush: atrn: site=DOMAIN,..., client=NAME[ADDRESS], messages=N, reply=CODE
+    primary: DOMAIN: at ADDRESS since an authenticated ETRN
     smtpd: too many errors after STAGE from NAME[ADDRESS]
     primary: DOMAIN: up after 2h14m, 1841 messages waiting
     primary: DOMAIN: down: WHY, N messages waiting
@@ -248,6 +278,8 @@ HEADER_FIELD_KEPT = 2000        # octets of one field looked at; `by` stands nea
 HEADER_SCAN_MAX = 262144        # octets of header searched for Received fields; hops are added at the top
 ENVID_MAX = 100                 # octets, RFC 3461 4.4
 ORCPT_MAX = 500                 # octets, RFC 3461 4.2
+LOGIN_MAX = 255                 # octets of a name or a password, RFC 4616 2
+LOGINS_FAILED_MAX = 3           # failed AUTHs in a session; with the last one it ends
 OVERSIZE_FACTOR = 2             # a client that sends more than this times the limit is cut off, not read to the end
 
 # -- the loop
@@ -260,6 +292,7 @@ UNWRITTEN_TOTAL = 33554432      # ... and of all bodies: many clients have small
 UNWRITTEN_LEAST = 16384         # ... but no smaller than this
 LISTEN_BACKLOG = 512            # connections the kernel may keep for us between two turns
 HANDSHAKE_S = 30.0              # for a client's side of a TLS handshake
+LOGIN_FAILED_S = 1.0            # a failed AUTH is answered so late; guessing gets slow, a typing error costs nothing
 LINGER_S = 2.0                  # for a client to read our last reply before the connection is reset
 STRESS_SHARE = 0.8              # of max_connections in use ...
 STRESS_TIMEOUT_S = 10.0         # ... and idle clients are given so long; Postfix's stress mode
@@ -286,6 +319,7 @@ SPACE_CHECK_S = 1.0             # free space is asked of the file system at most
 
 # -- towards the primary
 SMTP_PORT = 25                  # of hosts found through MX, RFC 5321 4.5.4.2
+ODMR_PORT = 366                 # of on-demand mail relay, RFC 2645 5
 CONNECT_S = 30.0                # contract 5, and the four below; RFC 5321 4.5.3.2 asks no less than 2 min for DATA,
 COMMAND_S = 300.0               # 5 min for commands
 DATA_S = 120.0
@@ -317,6 +351,7 @@ EARLY_PAUSES_S = (60.0, 300.0)  # after the first and the second 4xx or kept 5xx
 STAGGER_S = 0.25                # before a host's next address is tried beside one that does not answer, RFC 8305 5
 HOST_STAGGER_S = 4.0            # ... and before the next host is, which may be far away but is there
 ATTEMPTS_MIN = 3                # failed attempts that must stand behind an expiry; a jump of the clock is none
+UNCOLLECTED_S = 10800.0         # ... or, where nothing can be tried, so long a time in which nobody came for the mail
 CLOCK_JUMP_S = 60.0             # wall and monotonic clock drifting apart by more at once is a jump
 
 CUT_THROUGH_S = 30.0            # a client waits so long at most for the primary's own verdict; contract 5
@@ -568,6 +603,14 @@ def parse_size(text: Optional[str]) -> int:
     if not text or not re.fullmatch(r"[0-9]{1,20}", text):
         raise Refuse(501, "5.5.4", "Syntax error in SIZE")
     return int(text)
+
+
+def is_address(text: Any) -> bool:
+    """An IP address, perhaps with the zone of a link-local one."""
+    try:
+        return bool(ipaddress.ip_address(text.partition("%")[0]))
+    except (ValueError, AttributeError):
+        return False
 
 
 def is_below(name: str, parent: str) -> bool:
@@ -862,7 +905,7 @@ def _remote(text: str, port: int = SMTP_PORT) -> Endpoint:
     return where
 
 
-def _listen(text: str) -> Tuple[Endpoint, ...]:
+def _listen(text: str, port: int = SMTP_PORT) -> Tuple[Endpoint, ...]:
     """Addresses to serve; a bare port means all of them; localhost means both loopback addresses."""
     out: List[Endpoint] = []
     if text and not _words(text):
@@ -871,7 +914,7 @@ def _listen(text: str) -> Tuple[Endpoint, ...]:
         if word.isdigit():
             word = "0.0.0.0:%s,[::]:%s" % (word, word)
         for part in word.split(","):
-            where = _endpoint(part)
+            where = _endpoint(part, port)
             hosts = ["127.0.0.1", "::1"] if where.host == "localhost" else [where.host]
             for host in hosts:
                 try:
@@ -960,6 +1003,13 @@ def _recipients(text: str) -> Union[str, FrozenSet[str]]:
     return frozenset(out)
 
 
+def _login(text: str) -> str:
+    """A name or a password.  It must fit PLAIN, RFC 4616 2."""
+    if len(text.encode("utf-8")) > LOGIN_MAX or not text.isprintable():
+        raise ValueError("longer than %d octets, or with control characters" % LOGIN_MAX)
+    return text
+
+
 def _tls(text: str) -> str:
     value = text.lower()
     if value in ("none", "may", "require", "verify"):
@@ -985,12 +1035,13 @@ KINDS: Dict[str, Callable[[str], Any]] = {
     "text": _text, "word": _text, "path": _text, "duration": _duration, "optional duration": _optional_duration, "size": _size,
     "count": _count, "flag": _flag, "host": _hostname, "listen": _listen, "domains": _domains, "networks": _networks,
     "etrn": _etrn, "nameservers": _nameservers, "primary": _primary, "route": _route, "recipients": _recipients,
+    "odmr listen": lambda text: _listen(text, ODMR_PORT), "login": _login,
     "tls": _tls, "address": _address, "page": _page,
     "level": _choice("debug", "info", "warning", "error"), "newline": _choice("normalize", "reject"),
     "while up": _choice("relay", "defer"), "unknown": _choice("accept", "defer"),
 }
-FREE_TEXT = ("text",)           # kinds in which " #" and " ;" belong to the value: commands and passwords
-LISTS = ("listen", "domains", "networks", "etrn", "nameservers", "primary", "recipients")     # may take several lines
+FREE_TEXT = ("text", "login")   # kinds in which " #" and " ;" belong to the value: commands and passwords
+LISTS = ("listen", "odmr listen", "domains", "networks", "etrn", "nameservers", "primary", "recipients")     # on several lines
 INF = float("inf")
 LATER: Tuple[str, ...] = ()     # no value's feature exists yet
 
@@ -1015,7 +1066,7 @@ OPTIONS: Tuple[Option, ...] = (
     Option("relay", "trusted_clients", "networks", "", 0, 0, "Networks free of the per-client limits."),
     Option("relay", "bare_newline", "newline", "normalize", 0, 0, "Stray CR and LF in mail: normalize, or reject (550)."),
     Option("relay", "greet_pause", "duration", "0", 0, 60, "Wait before the banner; who speaks first is turned away."),
-    Option("relay", "odmr_listen", "listen", "", 0, 0, "Addresses for on-demand relay (ATRN), usually port 366.", LATER),
+    Option("relay", "odmr_listen", "odmr listen", "", 0, 0, "Addresses for on-demand relay (ATRN), usually port 366."),
     Option("tls", "certificate", "path", "", 0, 0, "PEM files; with both, STARTTLS is offered.\n"
            "Reread when they change; with user set, that account must be able to."),
     Option("tls", "key", "path", "", 0, 0, ""),
@@ -1032,7 +1083,8 @@ OPTIONS: Tuple[Option, ...] = (
     Option("alerts", "mail_route", "route", "mx", 0, 0, "How that mail leaves: mx, or host[:port]."),
     Option("alerts", "after", "duration", "5m", 0, WEEK_S, "A primary must be down so long before the first alert."),
     Option("domain", "primary", "primary", "mx", 0, 0, "Where this domain's mail goes: mx, or hosts to try in order,\n"
-           "like mail.example.org:25, [192.0.2.7]:2525", ("*", "!atrn", "!etrn")),
+           "like mail.example.org:25, [192.0.2.7]:2525; atrn (it waits to be collected),\n"
+           "or etrn (to the address of the last authenticated ETRN)."),
     Option("domain", "lifetime", "duration", "7d", 1, YEAR_S, "How long mail is kept before the sender is told."),
     Option("domain", "delay_notice", "optional duration", "off", 0, YEAR_S, "Age at which the sender is told of the delay."),
     Option("domain", "recipients", "recipients", "verify", 0, 0, "any, verify (ask the primary, and remember),\n"
@@ -1041,8 +1093,8 @@ OPTIONS: Tuple[Option, ...] = (
     Option("domain", "unknown_recipients", "unknown", "accept", 0, 0, "While the primary cannot be asked: accept or defer."),
     Option("domain", "cutthrough", "flag", "yes", 0, 0, "While the primary is up, answer with its own verdict."),
     Option("domain", "etrn", "etrn", "any", 0, 0, "Who may ask to flush: any, none, or networks."),
-    Option("domain", "username", "text", "", 0, 0, "For ATRN and authenticated ETRN.", LATER),
-    Option("domain", "password", "text", "", 0, 0, "", LATER),
+    Option("domain", "username", "login", "", 0, 0, "For ATRN and authenticated ETRN.  Domains may share one."),
+    Option("domain", "password", "login", "", 0, 0, "The password, or file:PATH."),
     Option("domain", "tls", "tls", "may", 0, 0, "Towards the primary: none, may, require, verify, or sha256:HEX."),
     Option("domain", "connections", "count", "10", 1, 100, "Most delivery connections to the primary at once."),
     Option("domain", "probe_interval", "duration", "5s", 1, 3600, "How often a down primary is tried while mail waits."),
@@ -1132,6 +1184,16 @@ class Config:
 
     def is_trusted(self, address: str) -> bool:
         return is_within(address, self.trusted_clients)
+
+    @property
+    def has_logins(self) -> bool:
+        """Whether anybody could pass AUTH, so that it is worth offering."""
+        return any(cfg.username for cfg in self.domains.values())
+
+    def is_owned(self, name: str, username: str) -> bool:
+        """Whether `name` is served, for the customer who authenticated as `username`."""
+        cfg = self.domain(name)
+        return cfg is not None and cfg.username == username != ""
 
 
 def is_within(address: str, networks: Sequence[Network]) -> bool:
@@ -1331,6 +1393,10 @@ def _build_config(values: Dict[str, Dict[str, Any]], domains: Dict[str, Dict[str
         if isinstance(cfg.recipients, str) and cfg.recipients.startswith("file:"):
             path = os.path.join(folder, cfg.recipients[5:].strip())
             served[name] = dataclasses.replace(cfg, recipients="file:" + path)
+    served = _check_logins(served, file, folder, lines)
+    for where in flat["odmr_listen"]:
+        if where.port and where in flat["listen"]:
+            raise ConfigError(file, lines.of(("relay", "odmr_listen")), "odmr_listen: %s is in listen too" % str(where))
     common = _fit_pauses(DomainConfig("", **defaults), values["defaults"], file, lines, "defaults")
     return Config(file=file, defaults=common, domains=served, **flat)
 
@@ -1345,6 +1411,26 @@ def _fit_pauses(cfg: DomainConfig, given: Mapping[str, Any], file: str, lines: _
         return dataclasses.replace(cfg, retry_interval=cfg.max_retry_interval)
     places = [(place, key) for place in (section, "defaults") for key in ("max_retry_interval", "retry_interval")]
     raise ConfigError(file, lines.of(*places), "max_retry_interval is smaller than retry_interval")
+
+
+def _check_logins(served: Mapping[str, DomainConfig], file: str, folder: str, lines: _Lines) -> Dict[str, DomainConfig]:
+    """The domains, with whole paths of password files.  A name goes with one
+    password, or it would not say who came."""
+    places = {_served(section.partition(" ")[2].strip()): section for section in lines.sections if section[:7] == "domain "}
+    passwords: Dict[str, str] = {}
+    out = {}
+    for name, cfg in served.items():
+        def fault(option: str, text: str, section: str = places.get(name, "")) -> ConfigError:
+            return ConfigError(file, lines.of((section, option), ("defaults", option)), text)
+        if bool(cfg.username) != bool(cfg.password):
+            there, missing = ("username", "password") if cfg.username else ("password", "username")
+            raise fault(there, "%s needs %s beside it" % (there, missing))
+        if cfg.password.startswith("file:"):
+            cfg = dataclasses.replace(cfg, password="file:" + os.path.join(folder, cfg.password[5:].strip()))
+        if passwords.setdefault(cfg.username, cfg.password) != cfg.password:
+            raise fault("password", "username '%s' has another password elsewhere" % cfg.username)
+        out[name] = cfg
+    return out
 
 
 def _default(option: Option) -> Any:
@@ -2128,9 +2214,15 @@ class Note(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """A question for the server: mail, rcpt, commit or etrn; answered by resume()."""
+    """A question for the server: mail, rcpt, commit, challenge, login, etrn or atrn; answered by resume()."""
     what: str
     value: Any
+
+
+class Reverse(NamedTuple):
+    """ATRN was granted: after everything sent so far the client is the server
+    (RFC 2645 5.2.1), and what it has sent of its part already is `early`.  The session is over."""
+    early: bytes
 
 
 class Close(NamedTuple):
@@ -2139,7 +2231,7 @@ class Close(NamedTuple):
     at_once: bool = False
 
 
-Action = Union[Send, Body, Discard, Note, Ask, Close]
+Action = Union[Send, Body, Discard, Note, Ask, Reverse, Close]
 
 
 class Recipient(NamedTuple):
@@ -2202,6 +2294,41 @@ class Transaction:
         self.octets = 0                         # of the message
         self.received = 0                       # ... and as they came, with dots and NULs that are not kept
         self.hops: Optional[Hops] = Hops()      # None when the header is over
+
+
+class Login(NamedTuple):
+    """What a client says to be somebody."""
+    mechanism: str
+    username: str
+    challenge: bytes            # ours, for CRAM-MD5
+    proof: bytes                # the digest in hex, or the password itself
+
+    def is_right(self, password: str) -> bool:
+        """RFC 2195 2, RFC 4616 2; takes the same time whatever is wrong.  Raises ValueError on a
+        machine whose policy forbids MD5."""
+        right, proof = password.encode("utf-8"), self.proof
+        if self.mechanism == "CRAM-MD5":
+            right = hmac.new(right, self.challenge, "md5").hexdigest().encode("ascii")
+        return hmac.compare_digest(hashlib.sha256(right).digest(), hashlib.sha256(proof).digest())
+
+
+def parse_cram(response: bytes, challenge: bytes) -> Optional[Login]:
+    """`name SP digest`, RFC 2195 2; None when it is not that.  The name may have blanks."""
+    name, blank, digest = response.rpartition(b" ")
+    return make_login("CRAM-MD5", name, challenge, digest.lower()) if blank else None
+
+
+def parse_plain(response: bytes) -> Optional[Login]:
+    """`[identity] NUL name NUL password`, RFC 4616 2.  Nobody may act as another."""
+    parts = response.split(b"\0")
+    return make_login("PLAIN", parts[1], b"", parts[2]) if len(parts) == 3 and parts[0] in (b"", parts[1]) else None
+
+
+def make_login(mechanism: str, name: bytes, challenge: bytes, proof: bytes) -> Optional[Login]:
+    try:
+        return Login(mechanism, name.decode("utf-8"), challenge, proof) if len(name) <= LOGIN_MAX else None
+    except UnicodeDecodeError:
+        return None
 
 
 class DataReader:
@@ -2301,8 +2428,9 @@ class Session:
     """The dialogue with one client.  receive() and resume() return actions in
     the order in which they must take effect."""
 
-    def __init__(self, door: Door, address: str, name: str = "unknown") -> None:
+    def __init__(self, door: Door, address: str, name: str = "unknown", is_odmr: bool = False) -> None:
         self.door = door
+        self.is_odmr = is_odmr          # on a port of odmr_listen
         self.cfg = door.cfg
         self.address = address
         self.name = name
@@ -2314,6 +2442,9 @@ class Session:
         self.mode = Mode.COMMAND
         self.transaction: Optional[Transaction] = None
         self.errors = 0
+        self.username = ""              # who it has proved to be, by AUTH
+        self.failed_logins = 0
+        self.exchange: Optional[Callable[[bytes], None]] = None     # what takes the next line, within AUTH
         self.buffer = bytearray()
         self.skipping = False           # within a command line that is too long
         self.waiting: Optional[Callable[[Any], None]] = None
@@ -2389,7 +2520,7 @@ class Session:
             if self.skipping:
                 self.skipping = False
             elif len(line) >= COMMAND_MAX:
-                self.fail(Reply(500, "5.5.2", "Line too long"))
+                self._fail_long_line()
             else:
                 self._command(line[:-1] if line.endswith(b"\r") else line)
         del self.buffer[:position]
@@ -2401,8 +2532,12 @@ class Session:
             self.buffer.clear()
             if not self.skipping:
                 self.skipping = True    # to the next line end; memory stays flat
-                self.fail(Reply(500, "5.5.2", "Line too long"))
+                self._fail_long_line()
         return False
+
+    def _fail_long_line(self) -> None:
+        within_auth, self.exchange = self.exchange is not None, None
+        self.fail(Reply(500, "5.5.6" if within_auth else "5.5.2", "Line too long"))     # RFC 4954 6
 
     def _read_data(self) -> None:
         data, rest = self.reader.feed(bytes(self.buffer))
@@ -2455,6 +2590,8 @@ class Session:
     # -- commands
 
     def _command(self, line: bytes) -> None:
+        if self.exchange is not None:
+            return self._continue_auth(line)
         verb, _, argument = line.strip(b" ").partition(b" ")
         verb = verb.upper()
         if verb in HTTP:
@@ -2462,6 +2599,8 @@ class Session:
             return self.send(Reply(521, "5.5.1", "This is a mail server"), close=True)
         if CONTROLS.search(line):
             return self.fail(Reply(500, "5.5.2", "Control characters in a command"))
+        if self.is_odmr and verb not in ODMR_COMMANDS:
+            return self.fail(Reply(502, "5.5.1", "Not on this port, which is for on-demand mail relay"))    # RFC 2645 5.3
         known = COMMANDS.get(verb)
         if known is None:
             return self.fail(Reply(500, "5.5.2", "Command unrecognized"))
@@ -2516,7 +2655,10 @@ class Session:
 
     def extensions(self) -> List[str]:
         tls = ["STARTTLS"] if self.door.has_tls and not self.tls else []
-        return [self.cfg.hostname, *tls, "PIPELINING", "SIZE %d" % self.door.size_limit, "ETRN", "8BITMIME", "SMTPUTF8",
+        auth = ["AUTH " + " ".join(self.mechanisms())] if self.cfg.has_logins else []
+        if self.is_odmr:
+            return [self.cfg.hostname, *tls, *auth, "ATRN", "ENHANCEDSTATUSCODES"]
+        return [self.cfg.hostname, *tls, *auth, "PIPELINING", "SIZE %d" % self.door.size_limit, "ETRN", "8BITMIME", "SMTPUTF8",
                 "ENHANCEDSTATUSCODES", "DSN", "CHUNKING", "LIMITS RCPTMAX=%d" % self.cfg.max_recipients]
 
     def do_mail(self, text: str) -> None:
@@ -2529,6 +2671,8 @@ class Session:
         size = parse_size(given.pop("SIZE")) if "SIZE" in given else 0
         body = (given.pop("BODY") or "").upper() if "BODY" in given else ""
         smtputf8 = "SMTPUTF8" in given
+        if self.cfg.has_logins:
+            given.pop("AUTH", None)     # RFC 4954 5: who offers AUTH must take it; nothing here depends on it
         ret = (given.pop("RET") or "").upper() if "RET" in given else ""
         envid = parse_xtext(given.pop("ENVID"), ENVID_MAX) if "ENVID" in given else ""
         if given.pop("SMTPUTF8", None) or body not in ("", "7BIT", "8BITMIME") or ret not in ("", "FULL", "HDRS"):
@@ -2674,7 +2818,8 @@ class Session:
         raise Refuse(502, "5.5.1", "EXPN not implemented")
 
     def do_help(self, text: str) -> None:
-        self.send(Reply(214, "2.0.0", "EHLO HELO MAIL RCPT DATA BDAT RSET NOOP VRFY HELP QUIT ETRN STARTTLS"))
+        self.send(Reply(214, "2.0.0", "EHLO HELO RSET NOOP HELP QUIT STARTTLS AUTH " + (
+            "ATRN" if self.is_odmr else "MAIL RCPT DATA BDAT VRFY ETRN")))
 
     def do_quit(self, text: str) -> None:
         self.send(Reply(221, "2.0.0", "Bye"), close=True, at_once=True)
@@ -2702,9 +2847,73 @@ class Session:
     def _on_tls(self, agreed: Tuple[str, str]) -> None:
         """All that was said before is forgotten, but the errors: RFC 3207 4.2."""
         self.tls, self.cipher = agreed
-        self.helo, self.esmtp, self.stage, self.transaction = "", False, Stage.START, None
+        self.helo, self.esmtp, self.stage, self.transaction, self.username = "", False, Stage.START, None, ""
         self.buffer.clear()
         self.mode = Mode.COMMAND
+
+    # -- AUTH, RFC 4954: says for whom ETRN and ATRN are asked, and gives no other right
+
+    def mechanisms(self) -> List[str]:
+        return ["CRAM-MD5", "PLAIN"] if self.tls else ["CRAM-MD5"]
+
+    def do_auth(self, text: str) -> None:
+        if not self.cfg.has_logins:
+            raise Refuse(502, "5.5.1", "AUTH not offered")
+        if self.username:
+            raise Refuse(503, "5.5.1", "Authenticated already")
+        mechanism, _, initial = text.partition(" ")
+        mechanism = mechanism.upper()
+        if not mechanism:
+            raise Refuse(501, "5.5.4", "Syntax: AUTH mechanism")
+        if mechanism == "PLAIN" and not self.tls:
+            raise Refuse(538, "5.7.11", "Encryption required for this mechanism: STARTTLS first")
+        if mechanism not in self.mechanisms():
+            raise Refuse(504, "5.5.4", "Unknown mechanism")
+        if mechanism == "CRAM-MD5":
+            if initial:
+                raise Refuse(501, "5.7.0", "This mechanism has no initial response")
+            self.ask("challenge", None, self._challenge)
+        elif initial:
+            self._on_response("PLAIN", parse_plain(decode_base64(b"" if initial == "=" else initial.encode("utf-8"))))
+        else:
+            self.exchange = lambda response: self._on_response("PLAIN", parse_plain(response))
+            self.send(Reply(334, "", ""))
+
+    def _challenge(self, challenge: bytes) -> None:
+        """It is the server's: chance and time are none of ours."""
+        self.exchange = lambda response: self._on_response("CRAM-MD5", parse_cram(response, challenge))
+        self.send(Reply(334, "", base64.b64encode(challenge).decode("ascii")))
+
+    def _continue_auth(self, line: bytes) -> None:
+        """The client's answer to a 334."""
+        exchange, self.exchange = self.exchange, None
+        assert exchange is not None
+        try:
+            if line.strip() == b"*":
+                raise Refuse(501, "5.7.0", "Authentication cancelled")
+            exchange(decode_base64(line))
+        except Refuse as refusal:
+            self.fail(refusal.reply)
+
+    def _on_response(self, mechanism: str, login: Optional[Login]) -> None:
+        """A response that is not in form is as wrong as a wrong password; which of them it is is not told."""
+        self.ask("login", login or Login(mechanism, "", b"", b""),
+                 lambda refused: self._login_answer(mechanism, login.username if login else "", refused))
+
+    def _login_answer(self, mechanism: str, username: str, refused: Optional[Reply]) -> None:
+        peer = format_peer(self.address, self.name)
+        if refused is None:
+            self.username = username
+            self.out.append(Note("%s: sasl_method=%s, sasl_username=%s" % (peer, mechanism, printable(username, 100))))
+            return self.send(Reply(235, "2.7.0", "Authentication successful"))
+        if refused.code != 535:         # it could not be judged
+            return self.send(refused)
+        self.out.append(Note("warning: %s: SASL %s authentication failed: %s, sasl_username=%s" % (
+            peer, mechanism, refused.text, printable(username, 100))))
+        self.failed_logins += 1
+        if self.failed_logins >= LOGINS_FAILED_MAX:
+            return self.send(Reply(421, "4.7.0", "%s Error: too many failed authentications" % self.cfg.hostname), close=True)
+        self.send(refused)
 
     def do_etrn(self, text: str) -> None:
         """RFC 1985 5.2; always one line, fetchmail reads no more."""
@@ -2716,6 +2925,24 @@ class Session:
         except ValueError:
             raise Refuse(501, "5.5.4", "Not a domain") from None
         self.ask("etrn", ("@" if text[0] == "@" else "") + name, self.send)
+
+    def do_atrn(self, text: str) -> None:
+        """RFC 2645 5.2.1.  Without domains all of the customer's are meant."""
+        if not self.is_odmr:
+            raise Refuse(502, "5.5.1", "ATRN is for the ports of on-demand mail relay")
+        if not self.username:
+            raise Refuse(530, "5.7.0", "Authentication required")
+        try:
+            domains = tuple(parse_domain(word.strip(" ")) for word in text.split(",")) if text else ()
+        except ValueError:
+            raise Refuse(501, "5.5.4", "Syntax: ATRN [domain[,domain]...]") from None
+        self.ask("atrn", domains, self._atrn_answer)
+
+    def _atrn_answer(self, reply: Reply) -> None:
+        self.send(reply)
+        if reply.code == 250:
+            self.out.append(Reverse(bytes(self.buffer)))
+            self.mode = Mode.CLOSED
 
 
 ANY = frozenset(Stage)
@@ -2734,8 +2961,21 @@ COMMANDS: Dict[bytes, Tuple[Callable[[Session, str], None], FrozenSet[Stage]]] =
     b"HELP": (Session.do_help, ANY),
     b"QUIT": (Session.do_quit, ANY),
     b"STARTTLS": (Session.do_starttls, frozenset({Stage.START, Stage.READY})),
+    b"AUTH": (Session.do_auth, frozenset({Stage.READY})),   # not within a transaction, RFC 4954 4
     b"ETRN": (Session.do_etrn, frozenset({Stage.READY})),   # not within a transaction, RFC 1985 5
+    b"ATRN": (Session.do_atrn, ANY),                        # 530 comes first, RFC 2645 5.2.1
 }
+ODMR_COMMANDS = frozenset(b"EHLO HELO STARTTLS AUTH ATRN NOOP RSET HELP QUIT".split())
+
+
+_BASE64 = re.compile(rb"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
+
+
+def decode_base64(text: bytes) -> bytes:
+    """As RFC 4648 4 has it; what Python's decoder lets pass differs between its versions.  Raises Refuse: RFC 4954 4."""
+    if not _BASE64.fullmatch(text):
+        raise Refuse(501, "5.5.2", "Not base64")
+    return base64.b64decode(text)
 
 
 def format_received(session: Session, transaction: Transaction, id: str, now: Time) -> bytes:
@@ -2762,6 +3002,9 @@ def format_received(session: Session, transaction: Transaction, id: str, now: Ti
 # state.  Pure: time is an argument, nothing is sent or read here.
 
 NOTICES, ALERTS = "notice:", "alert:"   # begin the names of sites that are not domains of ours
+WAITS = {"atrn": "waits to be collected by the domain's own mail server (ATRN)",
+         "etrn": "waits for the domain's own mail server to say where it is (authenticated ETRN)"}
+UNCOLLECTED = "the domain's own mail server did not come for it in time"
 
 
 class Now(NamedTuple):
@@ -2871,6 +3114,21 @@ class Site:
         self.last_heard = -INF          # monotonic, when it last answered anything well
         self.route: List[Hop] = []      # where the last connections led, best first
         self.route_seen = 0.0           # wall
+        self.home = ""                  # primary = etrn: the address the last authenticated ETRN came from
+        self.is_collecting = False      # its primary is here, by ATRN
+        self.watched_since = now.mono   # from when on the passing of time is known to be real
+
+    @property
+    def waits_for(self) -> str:
+        """What must happen before we can connect to the primary; empty when we
+        can try at any time.  Where it is not empty there are no probes, no questions, no
+        cut-through and no failed attempts: mail waits until somebody comes for it."""
+        return "" if self.home or isinstance(self.cfg.primary, tuple) else WAITS.get(self.cfg.primary, "")
+
+    @property
+    def trouble(self) -> str:
+        """Why mail is still here, in words: what went wrong last, or what it waits for."""
+        return self.last_error or self.waits_for
 
     # -- entries
 
@@ -3067,6 +3325,8 @@ class Site:
         then there will be another look.  Probes once a second at most."""
         fresh = self.round_left == 0
         self.release_all()
+        if self.waits_for:
+            return True                 # due it is, for the next who comes
         self.round += 1
         self.round_left = 0
         for entry in self.entries.values():
@@ -3092,6 +3352,8 @@ class Site:
 
     def wanted(self, now: Now) -> bool:
         """Whether to open a connection now; they open one after the other."""
+        if self.waits_for or self.is_collecting:
+            return False
         self._wake(now)
         waiting = self.count[State.ACTIVE]
         if not waiting and not (self.state is Primary.REJECTING and self.count[State.DEFERRED]):
@@ -3104,6 +3366,8 @@ class Site:
 
     def wake(self, now: Now) -> Optional[float]:
         """The monotonic time at which wanted() or take() may change by itself."""
+        if self.waits_for or self.is_collecting:
+            return None
         times = [self.deferred[0][0]] if self.deferred else []
         tried = self.count[State.ACTIVE] or (self.state is Primary.REJECTING and self.deferred)
         if tried and self.next_probe > now.mono:
@@ -3127,6 +3391,25 @@ class Site:
         if not self.is_proven:
             self.next_probe = now.mono          # for the canary
         return self.on_heard(now)
+
+    def on_came(self, now: Now) -> Optional[float]:
+        """The primary came for its mail (ATRN) and greeted: that proves it, and
+        no canary is needed.  Returns the length of the outage that ended, if one did."""
+        lasted = self.on_heard(now)
+        self.open += 1
+        self.is_proven = self.state is not Primary.REJECTING
+        self.next_probe = now.mono
+        return lasted
+
+    def on_left(self, now: Now, error: str, came: bool) -> None:
+        """And has gone again: nothing is known of it until it is heard of anew."""
+        self.is_collecting = False
+        self.open -= came
+        self.is_proven = self.is_proven and self.open > 0
+        self.limit = 1
+        self.last_error = error or self.last_error
+        if self.waits_for and self.state is Primary.UP:
+            self.state, self.since = Primary.UNKNOWN, now.wall
 
     def on_refused(self, now: Now, id: str, good: Iterable[str]) -> bool:
         """A message was answered 5xx, all of its recipients.  `good`: those of
@@ -3194,13 +3477,13 @@ class Site:
         return not self.open and self._down(now, error)
 
     def is_known_up(self, now: Now) -> bool:
-        return self.state is Primary.UP and now.mono - self.last_heard <= KNOWN_UP_S
+        return not self.waits_for and self.state is Primary.UP and now.mono - self.last_heard <= KNOWN_UP_S
 
     def may_ask(self, now: Now) -> bool:
         """Whether a question to the primary is worth the waiting.  While mail
         waits for a primary that is down, it is being tried all the time."""
-        if self.state is Primary.REJECTING:
-            return False                # what it says now says nothing
+        if self.state is Primary.REJECTING or self.waits_for:
+            return False                # what it says now says nothing; or there is nobody to ask
         return self.state is not Primary.DOWN or (not self.entries and now.mono - self.last_start >= self.cfg.probe_interval)
 
     def is_recovering(self, now: Now) -> bool:
@@ -3214,8 +3497,8 @@ class Site:
 
     def may_cut_through(self, now: Now) -> bool:
         """Whether the primary's verdict on a new message is worth the waiting, and may be believed."""
-        return (self.cfg.cutthrough and not self.cfg.is_notices and not self.is_held and not self.is_recovering(now)
-                and self.state in (Primary.UP, Primary.UNKNOWN))
+        return (self.cfg.cutthrough and not self.waits_for and not self.cfg.is_notices and not self.is_held
+                and not self.is_recovering(now) and self.state in (Primary.UP, Primary.UNKNOWN))
 
     def urge(self, entry: Entry) -> None:
         """Somebody waits for this one: before all others."""
@@ -3326,12 +3609,19 @@ class Site:
                 continue
             if entry.expires > now.wall:        # the clock went back
                 heapq.heappush(self.aging, (entry.expires, id))
-            elif entry.state in (State.ACTIVE, State.DEFERRED) and self.tries(entry) >= ATTEMPTS_MIN:
+            elif entry.state in (State.ACTIVE, State.DEFERRED) and self._had_its_chance(entry, now):
                 out.append(entry)
             else:
                 later.append(id)
         self.overdue = later
         return out
+
+    def _had_its_chance(self, entry: Entry, now: Now) -> bool:
+        """What must be so besides the lifetime, which is told by a clock that may
+        be wrong.  Where nothing can be tried, time that really passed stands for attempts."""
+        if self.waits_for:
+            return now.mono - self.watched_since >= min(UNCOLLECTED_S, self.cfg.lifetime)
+        return self.tries(entry) >= ATTEMPTS_MIN
 
     def next_expiry(self) -> Optional[Time]:
         """When the next message will have waited for too long."""
@@ -3360,6 +3650,18 @@ class Site:
         self.jumped = now.mono
         for entry in self.entries.values():
             entry.attempts, entry.tries, entry.base = self.attempts(entry), 0, self.failures
+
+    def keep_ages(self, seconds: float, now: Now) -> None:
+        """The wall clock jumped so far.  Mail that only waits keeps the age it
+        had, and what is left of its lifetime: its hours of arrival are told anew."""
+        self.watched_since = now.mono
+        for entry in self.entries.values():
+            entry.received += seconds
+            entry.expires += seconds
+        self.aging = [(entry.expires, entry.id) for entry in self.entries.values()]
+        self.delays = [(at + seconds, id) for at, id in self.delays]
+        heapq.heapify(self.aging)
+        self.overdue.clear()
 
 
 class Memory:
@@ -3462,12 +3764,17 @@ class Scheduler:
         self.sites: Dict[str, Site] = {}
         self.shared: Dict[str, List[Site]] = {}         # messages that wait at more than one site
         self.extra = self.extra_octets = 0              # what the sites count twice of these
+        self.homes: Dict[str, str] = {}     # primary = etrn, by section: where the last authenticated ETRN came from
 
     def site(self, name: str, now: Now) -> Site:
         site = self.sites.get(name)
         if site is None:
             site = self.sites[name] = Site(name, self.config_of(name), now)
+            self._set_home(site)
         return site
+
+    def _set_home(self, site: Site) -> None:
+        site.home = self.homes.get(site.cfg.name, "") if site.cfg.primary == "etrn" else ""
 
     def config_of(self, name: str) -> DomainConfig:
         if not name.startswith((NOTICES, ALERTS)):
@@ -3480,6 +3787,28 @@ class Scheduler:
 
     def is_served(self, name: str) -> bool:
         return self.cfg.domain(name) is not None
+
+    def meant(self, what: str) -> List[DomainConfig]:
+        """The sections that `example.org` or `@example.org` is about; the defaults' when it is none of ours."""
+        if what[:1] != "@":
+            return [self.config_of(what)]
+        return [cfg for name, cfg in self.cfg.domains.items() if is_below(name.lstrip("."), what[1:])] or [
+            self.config_of(what[1:])]
+
+    def move(self, cfg: DomainConfig, address: str) -> List[Site]:
+        """primary = etrn: an authenticated ETRN says where a section's primary
+        is now.  Returns the sites it had been elsewhere for."""
+        self.homes[cfg.name] = address
+        moved = [site for site in self.sites.values() if site.cfg.name == cfg.name and site.home != address]
+        for site in moved:
+            site.home, site.route, site.last_error = address, [], ""
+        return moved
+
+    def collected_by(self, username: str, domains: Sequence[str], now: Now) -> List[Site]:
+        """What ATRN is for: these domains, or all that are the customer's."""
+        names = domains or [name for name in [*self.cfg.domains, *self.sites]
+                            if not name.startswith((".", NOTICES, ALERTS)) and self.cfg.is_owned(name, username)]
+        return [self.site(name, now) for name in dict.fromkeys(names)]
 
     def site_of(self, kind: str, domain: str) -> str:
         """The site that delivers a recipient.  Our own mail to domains not
@@ -3496,8 +3825,11 @@ class Scheduler:
         self.cfg = cfg
         for site in self.sites.values():
             primary, site.cfg = site.cfg.primary, self.config_of(site.name)
+            self._set_home(site)
             if site.cfg.primary != primary:
                 site.route = []         # mail never goes to a primary that was configured once
+            if site.waits_for and site.state is Primary.DOWN:
+                site.state, site.since = Primary.UNKNOWN, now.wall
             site.limit = min(site.limit, site.cfg.connections)
             site.next_probe = min(site.next_probe, now.mono + site.cfg.probe_interval)
             site.aging.clear()
@@ -3697,8 +4029,6 @@ class Resolver:
                 break
             try:
                 answer = self._ask(server, name, kind, min(DNS_TRY_S, left))
-            except UnicodeError:        # an MX record may hold any octets
-                raise DnsError("not the name of a host: %s" % printable(name)) from None
             except (OSError, DnsError, struct.error) as error:
                 problem = "%s: %s" % (server, error)
                 continue
@@ -3758,6 +4088,7 @@ class Resolver:
         except ValueError:
             pass
         try:
+            host.encode("ascii")
             host = parse_domain(host)
         except ValueError:              # an MX record may hold any octets
             raise DnsError("not a host name: %s" % printable(host, 100)) from None
@@ -4000,9 +4331,11 @@ def _explain_one(sidecar: Mapping[str, Any], report: Report, now: Time) -> List[
     if report.action != "relayed":
         out += _wrap(meaning_of(report)[0], 66)
         last = ", the last time on %s" % email.utils.formatdate(report.last_attempt, localtime=True)
-        out += _wrap("It was tried for %s (%d attempt%s%s)." % (
+        tried = "It was tried for %s (%d attempt%s%s)." % (
             format_age(now - sidecar["received"]), report.attempts, "" if report.attempts == 1 else "s",
-            last if report.last_attempt else ""), 66)
+            last if report.last_attempt else "")
+        waited = "It waited for %s to be collected." % format_age(now - sidecar["received"])
+        out += _wrap(tried if report.attempts else waited, 66)
     if report.action == "delayed":
         out += _wrap("It will be tried until %s." % email.utils.formatdate(_expires(sidecar, report), localtime=True), 66)
     if report.response:
@@ -4121,6 +4454,8 @@ def is_own(hop: Hop, listeners: Sequence[Endpoint]) -> bool:
 def find_route(plan: Plan) -> Tuple[List[Hop], str]:
     """Hosts to try in order, and a warning when they are remembered ones.
     Raises PeerError: whatever the DNS says, the mail is kept."""
+    if plan.primary in WAITS:
+        raise PeerError("mail for %s %s" % (plan.site, WAITS[str(plan.primary)]))
     try:
         hops = _mx_route(plan) if plan.primary == "mx" else _host_route(plan)
         return hops[:ROUTE_HOSTS_MAX], ""
@@ -4278,11 +4613,11 @@ class Client(smtplib.SMTP):
         self.end = 0.0                  # monotonic, of the reply being read
         self.ready: Optional[socket.socket] = None
 
-    def open(self, hop: Hop, sock: socket.socket) -> None:
+    def open(self, hop: Hop, sock: socket.socket, seconds: float = 0.0) -> None:
         """Be greeted on a connected socket.  A 5xx greeting says nothing about the mail."""
         self._host = hop.host
         self.ready = sock
-        self.wait(CONNECT_S)
+        self.wait(seconds or CONNECT_S)
         try:
             code, text = self.connect(hop.address, hop.port)
         except OSError as error:
@@ -4393,8 +4728,6 @@ class Client(smtplib.SMTP):
             self.sock = client_context(policy).wrap_socket(self.sock, server_hostname=self._host)
         except (OSError, ValueError) as error:
             raise TlsError("TLS with %s failed: %s" % (self._host, printable(str(error), 200))) from None
-        except PeerError as error:      # some cut the connection instead of answering
-            raise TlsError(str(error)) from None
         self.check_pin(policy)
         self.helo_resp = self.ehlo_resp = None
         self.esmtp_features = {}
@@ -4433,6 +4766,17 @@ def reply_status(code: int, text: bytes) -> str:
     if match and match.group(1)[0] == ord(str(code)[0]):
         return match.group(1).decode("ascii")
     return "%d.0.0" % (code // 100)
+
+
+def read_secret(password: str) -> str:
+    """A password option: itself, or the content of the file it names.  Raises OSError."""
+    if not password.startswith("file:"):
+        return password
+    try:
+        with open(password[5:], encoding="utf-8") as file:
+            return file.read().strip()
+    except UnicodeDecodeError:
+        raise OSError(0, "%s: not UTF-8" % password[5:]) from None
 
 
 class Parcel:
@@ -4518,9 +4862,7 @@ class Line(threading.Thread):
 
     def _log_in(self, username: str, password: str) -> None:
         """AUTH at a smarthost, RFC 4954.  Whatever it answers says nothing about the mail."""
-        if password.startswith("file:"):
-            with open(password[5:], encoding="utf-8") as file:
-                password = file.read().strip()
+        password = read_secret(password)
         self.client.wait(COMMAND_S)
         try:
             self.client.login(username, password)
@@ -4896,6 +5238,39 @@ class Courier(Line):
         self.client.write(ready)
 
 
+class Turnaround(Courier):
+    """ATRN: the client turned into a server, and we deliver over the
+    connection that it made (RFC 2645 5.2.1).  Its sites are served one after
+    the other; `left` are those whose turn has not come."""
+
+    def __init__(self, spool: Spool, plan: Plan, post: Callable[[Any], None], hop: Hop, sock: socket.socket,
+                 unsaid: bytes, early: bytes) -> None:
+        """`unsaid`: replies that have not gone out yet, our 250 the last of
+        them; `early`: what the client sent behind its command."""
+        super().__init__(spool, plan, post)
+        self.customer = hop
+        self.unsaid = unsaid
+        self.sites: Tuple[Site, ...] = ()               # the loop's, as the next two
+        self.left: Deque[Site] = collections.deque()
+        self.on_over: Callable[[], None] = lambda: None
+        self.client.sock = sock         # from now on cut() finds it
+        self.client.pending = early
+
+    def _connect(self) -> None:
+        """No STARTTLS: what the tls option asks was seen to before, and a client
+        that only passes lines on, like fetchmail, could not take part in it."""
+        sock = self.client.sock
+        assert sock is not None
+        self.client._host = self.customer.host
+        try:
+            self.client.write(self.unsaid, COMMAND_S)
+            self.client.open(self.customer, sock, COMMAND_S)    # it may have to start its server first
+            self.client.hello()
+        except (smtplib.SMTPException, OSError) as error:
+            raise PeerError("%s: %s" % (str(self.customer), printable(str(error)))) from None
+        self.hop = self.customer
+
+
 def make_deferral(one: Mapping[str, Any], status: str, response: str) -> Result:
     """Put off for a reason of our own."""
     return Result(one["address"], "deferred", status, response, "", one["refused_since"])
@@ -5183,6 +5558,13 @@ def commit_own(spool: Spool, id: str, kind: str, target: str, data: bytes, cfg: 
     return sidecar
 
 
+def known_homes(state: Mapping[str, Any], cfg: Config) -> Dict[str, str]:
+    """Of state.json: where the primaries of sections with `primary = etrn` were last."""
+    homes = state.get("homes")
+    return {name: address for name, address in (homes if isinstance(homes, dict) else {}).items()
+            if name in cfg.domains and cfg.domains[name].primary == "etrn" and is_address(address)}
+
+
 class Alerts:
     """Tells people: a program, a web hook, a mail.  A thread of its own waits for the first two."""
 
@@ -5356,7 +5738,7 @@ class Manager:
         self.waiting: Dict[str, CutThrough] = {}    # messages whose clients wait for the primary's verdict
         self.chains: Dict[str, Deque[Tuple[Work, Done]]] = {}       # per message: work that waits for earlier work
         self.callers: Dict[str, Set[str]] = {}                      # address: sites it is a host of, as last routed
-        self.fresh: Dict[str, List[Tuple[str, Tuple[str, ...]]]] = {}   # not yet logged as deferred, per site
+        self.fresh: Dict[str, Dict[str, Tuple[str, ...]]] = {}      # per site: messages not yet logged as deferred, recipients
         self.watches: List[Watch] = []
         self.retries: List[Tuple[float, int, Callable[[], None]]] = []     # heap of (monotonic, tie, what)
         self.is_loading = False
@@ -5368,7 +5750,7 @@ class Manager:
         self.certificate_end: Time = INF    # set by the server, which has it
         self.is_stopping = False
         self.is_dirty = False           # something worth saving changed
-        self.is_saving = False
+        self.saves = 0                  # how often the state was saved
         self.alerts = Alerts(cfg, log, self._mail_alert)
         self.alerts.on_failure = lambda text: post([(self._log_failure, OSError(text))])    # type: ignore[method-assign]
         self.saves = 0                  # of the state, so far
@@ -5442,13 +5824,16 @@ class Manager:
                            % (drift - self.drift), "warning")
             for site in self.scheduler.sites.values():
                 site.on_clock_jump(self.now, drift - self.drift)
+                if site.waits_for:
+                    site.keep_ages(drift - self.drift, self.now)
         self.drift = drift
         for site in list(self.scheduler.sites.values()):
             for entry in site.expired(self.now):
-                self.end(site, entry, EXPIRED, "4.4.7", site.last_error)
+                self.end(site, entry, EXPIRED, "4.4.7", UNCOLLECTED if site.waits_for else site.last_error)
             for entry in site.delayed(self.now):
                 self._tell_delay(site, entry)
-            if not (site.name in self.cfg.domains or site.entries or site.is_held or site in self.couriers.values()
+            if not (site.name in self.cfg.domains or site.entries or site.is_held or site.is_collecting
+                    or site in self.couriers.values()
                     or site in self.inquirers.values()):
                 del self.scheduler.sites[site.name]     # of a notice, or a subdomain somebody wrote to once
         self.alerts.sweep(self.scheduler.sites.values(), self.free_space(), self.now, self.certificate_end)
@@ -5463,7 +5848,7 @@ class Manager:
         return self.free
 
     def _tell_delay(self, site: Site, entry: Entry) -> None:
-        attempts, cfg, ids, error = self.failures_since(site, entry), self.cfg, self.ids, site.last_error
+        attempts, cfg, ids, error = self.failures_since(site, entry), self.cfg, self.ids, site.trouble
 
         def told(done: Any) -> None:
             if not isinstance(done, Recorded):
@@ -5590,10 +5975,14 @@ class Manager:
         for one in sidecar["recipients"]:
             addresses.setdefault(self.scheduler.site_of(sidecar["kind"], one["domain"]), []).append(one["address"])
         for name, its in addresses.items():
-            self.fresh.setdefault(name, []).append((queued.id, tuple(its)))
+            self.fresh.setdefault(name, {})[queued.id] = tuple(its)
             self.scheduler.sites[name].counters["accepted"] += 1
         self.log.write("qmgr", "%s: from=<%s>, size=%d, nrcpt=%d (queue active)" % (
             queued.id, printable(sidecar["sender"]), queued.size, len(sidecar["recipients"])))
+        for name in addresses:
+            site = self.scheduler.sites[name]
+            if site.waits_for and not site.is_collecting:
+                self._log_waiting(site, site.waits_for)
 
     # -- connections
 
@@ -5649,19 +6038,54 @@ class Manager:
     def plan(self, site: Site) -> Plan:
         known = tuple(site.route) if self.now.wall - site.route_seen < site.cfg.lifetime else ()
         login = (self.cfg.bounces_username, self.cfg.bounces_password) if site.name == NOTICES else None
-        return Plan(site.name, site.cfg, site.cfg.primary, self.cfg.hostname, Resolver(self.cfg.nameservers), self.listeners,
+        primary = (Endpoint(site.home, SMTP_PORT),) if site.home else site.cfg.primary
+        return Plan(site.name, site.cfg, primary, self.cfg.hostname, Resolver(self.cfg.nameservers), self.listeners,
                     known, login if login and login[0] else None)
 
     def _feed(self, courier: Courier, site: Site) -> None:
         if not courier.is_greeted or courier.is_leaving:
             return
-        if site.open > site.limit and self._is_surplus(site):
+        self._load_up(courier, site)
+        while isinstance(courier, Turnaround) and not courier.jobs and not courier.is_leaving:
+            if courier.left:
+                self.couriers[courier] = courier.left.popleft()
+                self._load_up(courier, self.couriers[courier])
+            else:
+                courier.leave()
+
+    def _load_up(self, courier: Courier, site: Site) -> None:
+        if site.open > site.limit and not isinstance(courier, Turnaround) and self._is_surplus(site):
             return courier.leave()
         if len(courier.jobs) >= JOBS_REFILL or not (site.count[State.ACTIVE] or site.state is Primary.REJECTING):
             return
         for entry in site.take(JOBS_PER_CONNECTION, self.now):
             courier.jobs[entry.id] = entry
             courier.inbox.put(Job(entry.id, "" if site.cfg.is_notices else site.name))
+
+    def turn_around(self, sites: Sequence[Site], hop: Hop, sock: socket.socket, unsaid: bytes, early: bytes,
+                    on_over: Callable[[], None]) -> None:
+        """ATRN was granted.  From here on the socket is the courier's; when that has ended, `on_over` is called."""
+        courier = Turnaround(self.spool, self.plan(sites[0]), self.post, hop, sock, unsaid, early)
+        courier.sites, courier.left, courier.on_over = tuple(sites), collections.deque(sites[1:]), on_over
+        self.couriers[courier] = sites[0]
+        for site in sites:
+            site.is_collecting = True
+            site.last_start = self.now.mono
+            site.release_all()
+        try:
+            courier.start()
+        except RuntimeError as error:           # no more threads
+            courier.client.close()
+            self._on_finished(Finished(courier, str(error)))
+
+    def _on_turned(self, courier: Turnaround, error: str) -> None:
+        courier.on_over()
+        for site in courier.sites:
+            site.on_left(self.now, error, courier.is_greeted)
+            if site.waits_for:
+                self._end_watches(site, site.trouble)
+        if error:
+            self.log.write("smtp", "%s: %s" % (",".join(site.label for site in courier.sites), error))
 
     def _on_routed(self, report: Routed) -> None:
         line = report.line
@@ -5672,18 +6096,27 @@ class Manager:
             self.log.write("primary", "%s: %s" % (site.label, report.warning), "warning")
 
     def _on_greeted(self, report: Greeted) -> None:
-        site = self.couriers[report.courier]
-        report.courier.is_greeted = True
-        was = site.state
-        self._say_up(site, was, site.on_connected(self.now), report.hop)
-        if site.size_limit != report.size_limit:
-            site.size_limit = report.size_limit
+        courier, site = report.courier, self.couriers[report.courier]
+        courier.is_greeted = True
+        if isinstance(courier, Turnaround):
+            sites = courier.sites
+            for one in sites:
+                self._say_up(one, one.state, one.on_came(self.now))
+        else:
+            sites = (site,)
+            self._keep_route(site, report.hop)
+            self._say_up(site, site.state, site.on_connected(self.now))
+        if any(one.size_limit != report.size_limit for one in sites):
+            for one in sites:
+                one.size_limit = report.size_limit
             self.on_size_limit()
-        self._feed(report.courier, site)
+        self._feed(courier, site)
 
-    def _say_up(self, site: Site, was: Primary, lasted: Optional[float], hop: Hop) -> None:
+    def _keep_route(self, site: Site, hop: Hop) -> None:
         site.route = [hop] + [other for other in site.route if other[1:] != hop[1:]][:ROUTE_HOSTS_MAX - 1]
         site.route_seen = self.now.wall
+
+    def _say_up(self, site: Site, was: Primary, lasted: Optional[float]) -> None:
         if was in (Primary.UNKNOWN, Primary.DOWN):
             after = " after %s" % format_duration(lasted) if lasted is not None else ""
             self._say(site, "up", "up%s, %d messages waiting" % (after, len(site.entries)))
@@ -5703,6 +6136,8 @@ class Manager:
                 site.give_back(entry)
         if report.bug is not None:
             self.log.bug(report.bug)
+        if isinstance(courier, Turnaround):
+            return self._on_turned(courier, report.error)
         if self.is_stopping:
             return
         if courier.is_greeted:
@@ -5728,7 +6163,7 @@ class Manager:
 
     def _log_waiting(self, site: Site, error: str) -> None:
         """Each message says once in the log that it waits, not at every probe."""
-        for id, addresses in self.fresh.pop(site.name, ()):
+        for id, addresses in self.fresh.pop(site.name, {}).items():
             entry = site.entries.get(id)
             if entry is not None and entry.state is not State.DELIVERING:
                 site.counters["deferred"] += 1
@@ -5843,8 +6278,8 @@ class Manager:
         """It is there but refuses everybody: sending stops, and what it said is forgotten."""
         self.memory.forget_bad(site.name, site.recovered)
         for courier, its in self.couriers.items():
-            if its is site and courier.is_greeted and not courier.is_leaving:
-                courier.leave()         # with what it has not begun
+            if its is site and courier.is_greeted and not courier.is_leaving and not isinstance(courier, Turnaround):
+                courier.leave()         # with what it has not begun; who came for several domains goes on with the next
         self._end_watches(site, response)
         self._say(site, "rejecting", "rejecting: %s, %d messages waiting" % (response, len(site.entries)))
 
@@ -5952,6 +6387,10 @@ class Manager:
         if kind == "delivered" and not site.cfg.is_notices:
             self.on_delivered(self.now.wall - site.entries[id].received)
         self.scheduler.drop(site, id)
+        its = self.fresh.get(site.name, {})
+        its.pop(id, None)
+        if not its:
+            self.fresh.pop(site.name, None)
         self._tell(site, id, kind)
         if kind != "bounced":
             self._let_go(id)
@@ -6027,8 +6466,8 @@ class Manager:
 
     def _on_heard(self, report: Heard) -> None:
         site = self.inquirers[report.inquirer]
-        was = site.state
-        self._say_up(site, was, site.on_heard(self.now), report.hop)
+        self._keep_route(site, report.hop)
+        self._say_up(site, site.state, site.on_heard(self.now))
 
     def _on_answered(self, report: Answered) -> None:
         site = self.inquirers[report.inquirer]
@@ -6071,8 +6510,24 @@ class Manager:
                     format_duration(self.now.wall - site.rejected_since), len(site.entries)))
 
     def flush_sites(self, sites: Iterable[Site]) -> bool:
-        fresh = [site.flush(self.now) for site in sites if not site.is_held]     # each of them, whatever another says
+        sites = [site for site in sites if not site.is_held]
+        fresh = [site.flush(self.now) for site in sites]    # each of them, whatever another says
+        for site in sites:
+            if site.waits_for and not site.is_collecting:
+                self._end_watches(site, site.trouble)
         return all(fresh)
+
+    def move(self, what: str, address: str) -> None:
+        """An authenticated ETRN: where `primary = etrn`, the primary is where it came from."""
+        for cfg in self.scheduler.meant(what):
+            if cfg.primary != "etrn" or self.scheduler.homes.get(cfg.name) == address:
+                continue
+            moved = self.scheduler.move(cfg, address)
+            self.log.write("primary", "%s: at %s since an authenticated ETRN" % (cfg.name, address))
+            for line, site in [*self.couriers.items(), *self.inquirers.items()]:
+                if site in moved and not isinstance(line, Turnaround):
+                    line.cut()          # nobody is there any more
+            self.save_state()
 
     def watch(self, sites: Iterable[Site]) -> Watch:
         watch = Watch(sites)
@@ -6131,9 +6586,8 @@ class Manager:
                              "route_of": format_primary(site.cfg.primary), "told": site.name in self.alerts.told,
                              "counters": dict(site.counters)}
                  for site in self.scheduler.sites.values()}
-        state = {"format": FORMAT, "saved": self.now.wall, "sites": sites}
+        state = {"format": FORMAT, "saved": self.now.wall, "sites": sites, "homes": dict(self.scheduler.homes)}
         memory = self.memory.to_values(self.now.wall) if self.memory.is_dirty else None
-
         self.saves = number = self.saves + 1
 
         def save(spool: Spool) -> None:
@@ -6152,7 +6606,9 @@ class Manager:
         """What was known before the restart.  A primary that was up is unknown now;
         one that was down still is, so that its return is the end of an outage."""
         self.memory.from_values(self.spool.load_state("recipients.json"))
-        for name, known in self.spool.load_state().get("sites", {}).items():
+        state = self.spool.load_state()
+        self.scheduler.homes = known_homes(state, self.cfg)
+        for name, known in state.get("sites", {}).items():
             try:
                 route = parse_known_route(known, self.scheduler.config_of(name).primary)
                 seen, limit, held = float(known["route_seen"]), int(known["size_limit"]), bool(known["held"])
@@ -6166,7 +6622,7 @@ class Manager:
             site.route, site.route_seen, site.size_limit, site.is_held = route, seen, limit, held
             site.counters.update(counters)
             site.recovered = recovered
-            if was in (Primary.DOWN.value, Primary.REJECTING.value):
+            if was in (Primary.DOWN.value, Primary.REJECTING.value) and not site.waits_for:
                 site.state, site.since, site.was_away = Primary.DOWN, since, True
                 site.last_error = printable(str(known["last_error"]))
                 self.alerts.on_known(site, known.get("told") is True, self.now)
@@ -6205,20 +6661,24 @@ class Manager:
 # control socket.  A command is a generator of JSON objects; None in between
 # means "nothing to say now, come back later"; the last one has "exit".
 
-def answer_etrn(manager: Manager, what: str, address: str, name: str) -> Reply:
-    """RFC 1985 5.3, with the replies of our manual: one line, never 251."""
+def answer_etrn(manager: Manager, what: str, address: str, name: str, username: str = "") -> Reply:
+    """RFC 1985 5.3, with the replies of our manual: one line, never 251.
+    `username`: of a client that authenticated."""
     scheduler = manager.scheduler
     sites = [site for site in scheduler.matching(what) if not site.cfg.is_notices]
     count = sum(len(site.entries) - site.count[State.HOLD] for site in sites)
     if not scheduler.serves(what):
         reply = Reply(459, "4.7.1", "Node %s not allowed: not served here" % what)
-    elif not may_etrn(scheduler, what, address):
-        reply = Reply(459, "4.7.1", "Node %s not allowed: not from your address" % what)
+    elif not may_etrn(scheduler, what, address, username):
+        reply = Reply(459, "4.7.1", "Node %s not allowed: not %s" % (
+            what, "for you to ask for" if username else "from your address"))
     elif manager.load_error or (sites and all(site.is_held for site in sites)):
         reply = Reply(458, "4.0.0", "Unable to queue messages for node %s" % what)
     else:
+        if username:
+            manager.move(what, address)
         fresh = manager.flush(what)
-        if count and fresh and manager.may_know(address, sites):
+        if count and fresh and (username or manager.may_know(address, sites)):
             reply = Reply(253, "2.0.0", "OK, %d pending messages for node %s started" % (count, what))
         else:
             reply = Reply(250, "2.0.0", "OK, queuing for node %s started" % what)
@@ -6227,14 +6687,53 @@ def answer_etrn(manager: Manager, what: str, address: str, name: str) -> Reply:
     return reply
 
 
-def may_etrn(scheduler: Scheduler, what: str, address: str) -> bool:
-    """Whether the `etrn` option lets this client ask; `@name` is as the strictest of the domains it means."""
-    if what[:1] == "@":
-        cfgs = [cfg for name, cfg in scheduler.cfg.domains.items() if is_below(name.lstrip("."), what[1:])]
-        cfgs = cfgs or [scheduler.config_of(what[1:])]
-    else:
-        cfgs = [scheduler.config_of(what)]
+def may_etrn(scheduler: Scheduler, what: str, address: str, username: str = "") -> bool:
+    """Whether this client may ask; `@name` is as the strictest of the domains it
+    means.  Networks in `etrn` are for those who come without credentials: who has them may
+    come from anywhere, but for nobody's domains but its own."""
+    cfgs = scheduler.meant(what)
+    if username:
+        return all(cfg.username == username and cfg.etrn != "none" for cfg in cfgs)
     return all(cfg.etrn == "any" or (not isinstance(cfg.etrn, str) and is_within(address, cfg.etrn)) for cfg in cfgs)
+
+
+def answer_atrn(manager: Manager, username: str, domains: Sequence[str], address: str, name: str,
+                has_tls: bool) -> Tuple[Reply, List[Site]]:
+    """RFC 2645 5.2.1: the reply, and with a 250 the sites whose mail goes over the client's connection."""
+    sites: List[Site] = []
+    count = 0
+    if not all(manager.cfg.is_owned(domain, username) for domain in domains):
+        reply = Reply(450, "4.7.1", "ATRN request refused: not a domain of yours")
+    else:
+        all_sites = manager.scheduler.collected_by(username, domains, manager.now)
+        sites = [site for site in all_sites if site.count[State.ACTIVE] + site.count[State.DEFERRED]]
+        count = sum(site.count[State.ACTIVE] + site.count[State.DEFERRED] for site in sites)
+        problem = find_obstacle(manager, all_sites)
+        if not has_tls and any(site.cfg.tls not in ("none", "may") for site in all_sites):
+            reply = Reply(530, "5.7.0", "Must issue a STARTTLS command first")      # what the tls option asks, RFC 3207 4
+        elif problem:
+            reply = Reply(451, "4.3.0", "Unable to process ATRN request now: %s" % problem)
+        elif not sites:
+            reply = Reply(453, "4.0.0", "You have no mail")
+        else:
+            reply = Reply(250, "2.0.0", "OK now reversing the connection")
+    manager.log.write("flush", "atrn: site=%s, client=%s, messages=%d, reply=%d" % (
+        ",".join(domains or [site.name for site in sites]), format_peer(address, name), count, reply.code))
+    return reply, sites
+
+
+def find_obstacle(manager: Manager, sites: Sequence[Site]) -> str:
+    """Why mail cannot be collected now; empty when it can."""
+    if manager.is_loading or manager.load_error:
+        return "the spool is being read"
+    if any(site.is_collecting for site in sites):
+        return "somebody else is collecting it"
+    if not any(site.count[State.ACTIVE] + site.count[State.DEFERRED] for site in sites):
+        if any(site.is_held and site.entries for site in sites):
+            return "the queue is held"
+        if any(site.count[State.DELIVERING] for site in sites):
+            return "it is being delivered"
+    return "too many connections" if len(manager.couriers) >= LINES_MAX or manager.is_stopping else ""
 
 
 Answers = Iterator[Optional[Dict[str, Any]]]
@@ -6250,11 +6749,11 @@ def collect_status(manager: Manager, connections: int, started: Optional[float])
     for site in sorted(scheduler.sites.values(), key=lambda site: site.name):
         if site.cfg.is_notices and not site.entries:
             continue
-        probing = bool(site.entries) and site.state is not Primary.UP
+        probing = bool(site.entries) and site.state is not Primary.UP and not site.waits_for
         domains[site.name] = dict(
             primary=site.state.value, since=site.since, queued=len(site.entries), bytes=site.octets, oldest=site.oldest(),
-            last_error=site.last_error, next_probe=to_wall(site.next_probe, now) if probing else None,
-            held=site.is_held, **site.counters)
+            last_error=site.trouble, next_probe=to_wall(site.next_probe, now) if probing else None,
+            held=site.is_held, address=site.home or None, **site.counters)
     return {"version": __version__, "pid": os.getpid() if started is not None else None,
             "uptime": round(now.mono - started, 3) if started is not None else None, "connections": connections,
             "spool": {"messages": messages, "bytes": octets, "free": manager.free_space(), "held": held,
@@ -6305,6 +6804,8 @@ def list_entries(manager: Manager, what: str) -> Answers:
                     due, state = None, "held"
                 elif entry.state is State.DELIVERING:
                     state = "delivering"
+                elif site.waits_for:
+                    due = None
                 elif entry.state is State.DEFERRED:
                     due = max(entry.due, site.next_probe if site.state is Primary.DOWN else 0.0)
                 elif site.state is Primary.DOWN:
@@ -6312,7 +6813,7 @@ def list_entries(manager: Manager, what: str) -> Answers:
                 rows.append([entry.id, state, due if due is None else to_wall(due, manager.now), entry.expires,
                              site.failures - entry.base])
             yield {"site": site.name, "notices": site.cfg.is_notices,
-                   "error": site.last_error if site.state is Primary.DOWN else "", "rows": rows}
+                   "error": site.trouble if site.state is Primary.DOWN or site.waits_for else "", "rows": rows}
             yield None
     yield {"exit": EX_OK}
 
@@ -6477,6 +6978,8 @@ def format_status(status: Mapping[str, Any], now: Time, style: Style = PLAIN) ->
             str(one["queued"]), format_size(one["bytes"]), format_duration(now - one["oldest"]) if one["oldest"] else "-",
             say_next(one["next_probe"], now),
             str(one["accepted"]), str(one["delivered"]), str(one["bounced"]), str(one["expired"])))
+        if one.get("address"):
+            errors += _hang("%s: at %s since an authenticated ETRN" % (printable(name), printable(one["address"])), style)
         if one["last_error"]:
             errors += _hang("%s: %s" % (printable(name), printable(one["last_error"])), style)
     text = "\n".join(out) + "\n"
@@ -7101,7 +7604,8 @@ def _domain(name: str, one: Mapping[str, Any], trace: Trace, now: Time) -> str:
         out.append('<p class="why dim">%s</p>' % STATE_REASONS[state])
     if one["last_error"]:
         out.append('<p class="error">%s</p>' % escape(one["last_error"]))
-    next_try = say_next(one["next_probe"], now) if one["next_probe"] else "on its way" if one["queued"] else "&ndash;"
+    leaving = "on its way" if one["queued"] and state == "up" else "&ndash;"
+    next_try = say_next(one["next_probe"], now) if one["next_probe"] else leaving
     out.append('<dl class="facts">%s</dl>' % "".join((
         _pair("Waiting", format(one["queued"], ","), "", "big"), _pair("Size", format_size(one["bytes"])),
         _pair("Oldest", format_duration(now - one["oldest"]) if one["oldest"] else "&ndash;"),
@@ -7191,7 +7695,7 @@ def _events(events: Sequence[Event], now: Time) -> str:
 class Connection:
     """One SMTP client: its socket, its session, and the message on its way to the spool."""
     __slots__ = ("sock", "session", "network", "out", "draft", "commit", "last", "data_since", "is_closing", "is_ended",
-                 "is_reading", "is_writing", "is_greeted", "tls", "certificate")
+                 "is_reading", "is_writing", "is_greeted", "tls", "certificate", "collects")
 
     def __init__(self, sock: socket.socket, session: Session, network: str, now: float,
                  certificate: Optional["Certificate"]) -> None:
@@ -7210,6 +7714,7 @@ class Connection:
         self.is_greeted = True          # False during greet_pause
         self.tls = Tls.NONE
         self.certificate = certificate  # as offered to it, whatever a SIGHUP brings
+        self.collects: List[Site] = []          # what an ATRN just granted is for
 
 
 class Tls(enum.Enum):
@@ -7648,12 +8153,14 @@ class Server:
         self.certificate: Optional[Certificate] = None
         self.door = Door(cfg, 0)
         self.listeners: Dict[Endpoint, socket.socket] = {}
+        self.odmr_listeners: Dict[Endpoint, socket.socket] = {}
         self.supervisor = Supervisor({})
         self.passed: Dict[Endpoint, socket.socket] = {}     # listening sockets of a service manager
         self.is_passed_all = False      # they serve, and `listen` is not bound
         self.control: Optional[socket.socket] = None
         self.connections: Set[Connection] = set()
         self.decrypted: Set[Connection] = set()         # with octets left in their TLS layer
+        self.reversed: Set[Connection] = set()  # that couriers have, since an ATRN
         self.controllers: Set[Controller] = set()
         self.clients: Dict[str, int] = {}       # connections per network
         self.most = cfg.max_connections
@@ -7661,6 +8168,7 @@ class Server:
         self.rate = Rate()
         self.persistence = Persistence()
         self.recipient_files: Dict[str, RecipientFile] = {}
+        self.logins: Dict[str, str] = {}        # username: password
         self.is_sick = False
         self.is_healing = False
         self.stopping: Optional[float] = None   # monotonic, when told to stop
@@ -7731,16 +8239,28 @@ class Server:
                     self.log.write("master", "no IPv6 here: %s: %s" % (where, error.strerror), "warning")
                     continue
                 raise OSError(error.errno, "cannot listen on %s: %s" % (str(where), error.strerror)) from None
+        for where in self.cfg.odmr_listen:
+            if where in self.odmr_listeners or self.passed.get(where) in self.odmr_listeners.values():
+                continue
+            try:
+                self.odmr_listeners[where] = self._bind(where, is_odmr=True)
+            except OSError as error:
+                raise OSError(error.errno, "cannot listen on %s: %s" % (str(where), error.strerror)) from None
         passed = self.passed.values()
-        for where in [where for where, sock in self.listeners.items() if where not in self.cfg.listen and sock not in passed]:
-            sock = self.listeners.pop(where)
-            self.selector.unregister(sock)
-            sock.close()
-        self.manager.listeners = tuple(Endpoint(*sock.getsockname()[:2]) for sock in self.listeners.values())
+        for listeners, wanted in ((self.listeners, self.cfg.listen), (self.odmr_listeners, self.cfg.odmr_listen)):
+            for where in [where for where, sock in listeners.items() if where not in wanted and sock not in passed]:
+                sock = listeners.pop(where)
+                self.selector.unregister(sock)
+                sock.close()
+        self.manager.listeners = self._bound(self.listeners) + self._bound(self.odmr_listeners)
 
-    def _bind(self, where: Endpoint) -> socket.socket:
+    @staticmethod
+    def _bound(listeners: Mapping[Endpoint, socket.socket]) -> Tuple[Endpoint, ...]:
+        return tuple(Endpoint(*sock.getsockname()[:2]) for sock in listeners.values())
+
+    def _bind(self, where: Endpoint, is_odmr: bool = False) -> socket.socket:
         if where in self.passed:
-            return self._serve_on(self.passed[where])
+            return self._serve_on(self.passed[where], is_odmr)
         sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -7753,11 +8273,26 @@ class Server:
         except OSError:
             sock.close()
             raise
-        return self._serve_on(sock)
+        return self._serve_on(sock, is_odmr)
 
-    def _serve_on(self, sock: socket.socket) -> socket.socket:
-        self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_accept(sock))
+    def _serve_on(self, sock: socket.socket, is_odmr: bool = False) -> socket.socket:
+        self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_accept(sock, is_odmr))
         return sock
+
+    def load_logins(self) -> None:
+        """Who may authenticate: the files of passwords are read here, at the start and at SIGHUP.  Raises OSError."""
+        logins = {}
+        for cfg in self.cfg.domains.values():
+            if cfg.username and cfg.username not in logins:
+                logins[cfg.username] = read_secret(cfg.password)
+                if not logins[cfg.username]:
+                    raise OSError(0, "username = %s: the password is empty" % printable(cfg.username))
+            if cfg.primary in WAITS and not cfg.username:
+                self.log.write("master", "%s: primary = %s needs a username: without one its mail cannot leave" % (
+                    cfg.name, cfg.primary), "warning")
+        if any(cfg.primary == "atrn" for cfg in self.cfg.domains.values()) and not self.cfg.odmr_listen:
+            self.log.write("master", "primary = atrn needs odmr_listen: without it no mail can be collected", "warning")
+        self.logins = logins
 
     def open_page(self) -> None:
         """Bind the status page's address, when it is a new one.  Raises OSError, and then an old one stays in use."""
@@ -7886,7 +8421,8 @@ class Server:
         self._set_size_limit()
         self.manager.load()
         self.log.write("master", "started: version %s, process %d, listening on %s, spool %s" % (
-            __version__, os.getpid(), " ".join(map(str, self.manager.listeners)), printable(self.spool.path)))
+            __version__, os.getpid(), " ".join(map(str, self._bound(self.listeners))) + "".join(
+                ", ODMR on %s" % str(where) for where in self._bound(self.odmr_listeners)), printable(self.spool.path)))
         self._start_page()
         self.log.flush()
         self.supervisor.tell("READY=1", "STATUS=" + self._state(), wait_s=NOTIFY_S)
@@ -7982,6 +8518,7 @@ class Server:
             try:
                 certificate = self._reload_certificate()
                 self.load_recipients()
+                self.load_logins()
             finally:
                 self.cfg = old
         except (ConfigError, OSError) as error:
@@ -7997,7 +8534,7 @@ class Server:
             self.listen()
         except OSError as error:
             self.log.write("master", "%s; the old addresses stay" % error.strerror, "error")
-            self.cfg = cfg = dataclasses.replace(cfg, listen=old.listen)
+            self.cfg = cfg = dataclasses.replace(cfg, listen=old.listen, odmr_listen=old.odmr_listen)
         try:
             self.open_page()
         except OSError as error:
@@ -8039,10 +8576,11 @@ class Server:
         self.stopping = self.now.mono
         self.log.write("master", "stopping")
         self.supervisor.tell("STOPPING=1")
-        for sock in list(self.listeners.values()):
-            self.selector.unregister(sock)
-            sock.close()
-        self.listeners.clear()
+        for listeners in (self.listeners, self.odmr_listeners):
+            for sock in listeners.values():
+                self.selector.unregister(sock)
+                sock.close()
+            listeners.clear()
         for connection in list(self.connections):
             if connection.session.is_idle:
                 self._shut(connection, self._going())
@@ -8079,7 +8617,8 @@ class Server:
             self._guard(self._on_report, self.reports.popleft())
         for connection in list(self.connections):
             self._drop(connection)
-        for sock in [one.sock for one in self.controllers] + [self.wake_reader, self.wake_writer] + list(self.listeners.values()):
+        for sock in [*(one.sock for one in self.controllers), self.wake_reader, self.wake_writer, *self.listeners.values(),
+                     *self.odmr_listeners.values()]:
             sock.close()
         if self.page is not None:
             self.page.end()
@@ -8097,7 +8636,7 @@ class Server:
 
     def snapshot(self) -> Snapshot:
         """Cheap whatever waits: sums that are kept, and copies of short lists."""
-        status = collect_status(self.manager, len(self.connections), self.started)
+        status = collect_status(self.manager, self.crowd, self.started)
         self._note_history()
         return Snapshot(self.now, self.cfg.hostname, status, self.started_at, self.cfg.min_free_space, self.manager.load_error,
                         self.certificate.dates if self.certificate else (0.0, 0.0),
@@ -8129,7 +8668,7 @@ class Server:
 
     # -- SMTP clients
 
-    def _on_accept(self, listener: socket.socket) -> None:
+    def _on_accept(self, listener: socket.socket, is_odmr: bool = False) -> None:
         for _ in range(ACCEPTS_PER_TURN):
             try:
                 sock, where = listener.accept()
@@ -8142,7 +8681,7 @@ class Server:
                     return self._listen_later(listener)
                 continue
             sock.setblocking(False)
-            self._welcome(sock, str(where[0]))
+            self._welcome(sock, str(where[0]), is_odmr)
 
     def _turn_away(self, listener: socket.socket) -> bool:
         """No descriptor is left: the reserve is lent to tell one client so.
@@ -8185,16 +8724,21 @@ class Server:
             pass
         sock.close()
 
-    def _welcome(self, sock: socket.socket, address: str) -> None:
+    @property
+    def crowd(self) -> int:
+        """Clients connected, those among them that became servers."""
+        return len(self.connections) + len(self.reversed)
+
+    def _welcome(self, sock: socket.socket, address: str, is_odmr: bool = False) -> None:
         if address.startswith("::ffff:") and "." in address:
             address = address[7:]
         self.manager.on_client(address)
         network = "" if self.cfg.is_trusted(address) else client_network(address)
         most = self.cfg.max_connections_per_client
-        if len(self.connections) >= self.most or (network and most and self.clients.get(network, 0) >= most):
+        if self.crowd >= self.most or (network and most and self.clients.get(network, 0) >= most):
             self.log.write("smtpd", "NOQUEUE: reject: CONNECT from %s: 421 4.7.0 too many connections" % format_peer(address))
             return self._refuse(sock, "too many connections")
-        connection = Connection(sock, Session(self.door, address), network, self.now.mono, self.certificate)
+        connection = Connection(sock, Session(self.door, address, is_odmr=is_odmr), network, self.now.mono, self.certificate)
         self.connections.add(connection)
         if network:
             self.clients[network] = self.clients.get(network, 0) + 1
@@ -8295,6 +8839,8 @@ class Server:
             elif isinstance(action, Close):
                 connection.is_closing = True
                 connection.is_ended = connection.is_ended or action.at_once
+            elif isinstance(action, Reverse):
+                self._reverse(connection, action.early)
             else:
                 answer = self._ask(connection, action)
                 if answer is not WAIT:
@@ -8373,14 +8919,40 @@ class Server:
             return
         self.connections.discard(connection)
         self.decrypted.discard(connection)
+        self._discard(connection)
+        self._watch(connection, False, False)
+        connection.sock.close()
+        self._uncount(connection)
+
+    def _uncount(self, connection: Connection) -> None:
         if connection.network:
             self.clients[connection.network] -= 1
             if not self.clients[connection.network]:
                 del self.clients[connection.network]
-        self._discard(connection)
-        self._watch(connection, False, False)
-        connection.sock.close()
         self.log.write("smtpd", "disconnect from %s" % format_peer(connection.session.address), "debug")
+
+    def _reverse(self, connection: Connection, early: bytes) -> None:
+        """ATRN: the socket leaves the loop, with what is still to be said to it,
+        before a courier's thread gets it.  Nothing is left in a TLS layer: see _receive()."""
+        session = connection.session
+        self._watch(connection, False, False)
+        self.connections.discard(connection)
+        self.decrypted.discard(connection)
+        self.reversed.add(connection)
+        try:
+            port = int(connection.sock.getpeername()[1])
+        except OSError:
+            port = 0                    # gone already, as the courier will find
+        try:
+            host = parse_domain(session.helo)
+        except ValueError:
+            host = session.address
+        unsaid, connection.out = bytes(connection.out), bytearray()
+
+        def over() -> None:
+            self.reversed.discard(connection)
+            self._uncount(connection)
+        self.manager.turn_around(connection.collects, Hop(host, session.address, port), connection.sock, unsaid, early, over)
 
     # -- questions of a session
 
@@ -8394,8 +8966,34 @@ class Server:
             return WAIT
         if question.what == "etrn":
             session = connection.session
-            return answer_etrn(self.manager, question.value, session.address, session.name)
+            return answer_etrn(self.manager, question.value, session.address, session.name, session.username)
+        if question.what == "challenge":        # RFC 2195 2
+            return ("<%s.%d@%s>" % (secrets.token_hex(12), self.now.wall, self.cfg.hostname)).encode("ascii")
+        if question.what == "login":
+            return self._judge_login(connection, question.value)
+        if question.what == "atrn":
+            session = connection.session
+            reply, connection.collects = answer_atrn(self.manager, session.username, question.value, session.address,
+                                                     session.name, session.tls is not None)
+            return reply
         return self._commit(connection, question.value)
+
+    def _judge_login(self, connection: Connection, login: Login) -> Any:
+        """None when it is right.  A name that nobody has takes as long as a wrong password."""
+        session, password = connection.session, self.logins.get(login.username)
+        try:
+            is_right = login.is_right(secrets.token_hex(16) if password is None else password)
+        except ValueError as error:
+            self.log.write("smtpd", "AUTH cannot be judged here: %s" % printable(str(error)), "error")
+            return Reply(454, "4.7.0", "Temporary authentication failure")
+        if is_right and password is not None:
+            return None
+
+        def refuse() -> None:
+            if session.waiting is not None and connection in self.connections and not connection.is_closing:
+                self._act(connection, session.resume(Reply(535, "5.7.8", "authentication failed")))
+        self.manager.later(LOGIN_FAILED_S, refuse)
+        return WAIT
 
     def _may_mail(self, connection: Connection, transaction: Transaction) -> Optional[Reply]:
         if self.stopping is not None:
@@ -8563,7 +9161,7 @@ class Server:
                 self._save_history()
         self._renew_certificate(self.certificate)
         limit = self.cfg.command_timeout
-        if len(self.connections) > self.most * STRESS_SHARE:
+        if self.crowd > self.most * STRESS_SHARE:
             limit = min(limit, STRESS_TIMEOUT_S)
         for connection in list(self.connections):
             session = connection.session
@@ -8644,7 +9242,7 @@ class Server:
             self._answer(controller)
 
     def command(self, request: Mapping[str, Any]) -> Answers:
-        return run_command(self.manager, request, len(self.connections), self.started)
+        return run_command(self.manager, request, self.crowd, self.started)
 
     def _answer(self, controller: Controller) -> None:
         """Let a command go on as far as it can, and send what it says."""
@@ -8967,6 +9565,7 @@ def serve(cfg: Config) -> int:
     server = Server(cfg, spool, log)
     server.supervisor = supervisor
     server.load_recipients()
+    server.load_logins()
     if cfg.bounces_password.startswith("file:"):
         open(cfg.bounces_password[5:], "rb").close()        # read at each login; a wrong path is said now
     account.resume_root()
@@ -9775,8 +10374,13 @@ def check_domain(cfg: Config, one: DomainConfig, resolver: Resolver, until: floa
             out.append(Finding("ok", one.name, "MX: %s" % ", ".join("%d %s" % record for record in sorted(records))))
     except DnsError as error:
         out.append(Finding("warning", one.name, str(error)))
-    if one.primary in ("atrn", "etrn"):
-        return out
+    try:
+        if one.username and not read_secret(one.password):
+            out.append(Finding("error", one.name, "the password of %s is empty" % one.username))
+    except OSError as error:
+        out.append(Finding("error", one.name, "the password of %s cannot be read: %s" % (one.username, describe(error))))
+    if one.primary in WAITS:
+        return out + check_collected(cfg, one)
     plan = probe_plan(cfg, one.name, one, resolver)
     try:
         hops, warning = find_route(plan)
@@ -10053,6 +10657,20 @@ UNITS: Dict[str, Callable[[Service], str]] = {
 
 def format_unit(kind: str, config: str) -> str:
     return UNITS[kind](find_service(config))
+
+
+def check_collected(cfg: Config, one: DomainConfig) -> List[Finding]:
+    """primary = atrn or etrn: whether anybody can come for the mail."""
+    if not one.username:
+        return [Finding("error", one.name, "primary = %s needs a username: without one its mail cannot leave" % one.primary)]
+    if one.primary == "atrn" and not cfg.odmr_listen:
+        return [Finding("error", one.name, "primary = atrn needs odmr_listen: without it no mail can be collected")]
+    if one.primary == "etrn" and one.etrn == "none":
+        return [Finding("error", one.name, "primary = etrn, but etrn = none: nobody may tell where the primary is")]
+    home = known_homes(Spool(cfg.spool).load_state(), cfg).get(one.name)
+    if home:
+        return [Finding("ok", one.name, "primary: at %s since an authenticated ETRN of %s" % (home, one.username))]
+    return [Finding("ok", one.name, "primary: mail %s of %s" % (WAITS[str(one.primary)], one.username))]
 
 
 # -- --demo

@@ -19,11 +19,13 @@ import ast
 import base64
 import collections
 import contextlib
+import ctypes
 import email
 import email.policy
 import errno
 import functools
 import hashlib
+import hmac
 import html.parser
 import http.client
 import importlib.util
@@ -368,8 +370,8 @@ class Dns:
 class Wire:
     """An SMTP client that says exactly what it is told to."""
 
-    def __init__(self, port: int) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), DEADLINE_S)
+    def __init__(self, port: int, source: str = "127.0.0.1") -> None:
+        self.sock = socket.create_connection(("127.0.0.1", port), DEADLINE_S, (source, 0))
         self.lines = self.sock.makefile("rb")
         self.greeting = self.reply()
 
@@ -447,6 +449,7 @@ COMMAND = [sys.executable, "-c", STARTER, "{}"]     # as a script would be, with
 
 class Relay:
     """etrn_relay.py as a process, in a folder of its own.  start() may follow kill() or stop()."""
+    prefix: Sequence[str] = ()          # of its command line
 
     def __init__(self, folder: str, primary: str, relay: str = "", domain: str = "", bounces: str = "",
                  smarthost: str = "mx", **limits: float) -> None:
@@ -466,7 +469,7 @@ class Relay:
             file.write(CONFIG % self.values)
 
     def start(self) -> "Relay":
-        process = subprocess.Popen([sys.executable, "-c", STARTER, json.dumps(self.limits), "--config", self.file],
+        process = subprocess.Popen([*self.prefix, sys.executable, "-c", STARTER, json.dumps(self.limits), "--config", self.file],
                                    stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
         self.process = process
         self.reader = threading.Thread(target=self._read, args=(process, len(self.log)), daemon=True)
@@ -770,6 +773,13 @@ class Configuration(Folder):
                 ("[domain a.example]\ncutthrough = maybe\n", "etrn.conf:2: cutthrough: 'maybe' is neither yes nor no"),
                 ("[domain a.example]\nretry_interval = 1h\nmax_retry_interval = 1m\n",
                  "etrn.conf:3: max_retry_interval is smaller than retry_interval"),
+                ("[domain A.Example]\nlifetime = 1d\nusername = u\n", "etrn.conf:3: username needs password beside it"),
+                ("[domain a.example]\npassword = p\n", "etrn.conf:2: password needs username beside it"),
+                ("[defaults]\nusername = u\n[domain a.example]\n", "etrn.conf:2: username needs password beside it"),
+                ("[domain a.example]\nusername = u\npassword = p\n[domain b.example]\nusername = u\npassword = q\n",
+                 "etrn.conf:6: username 'u' has another password elsewhere"),
+                ("[domain a.example]\nusername = %s\n" % ("u" * 256), "etrn.conf:2: username: longer than 255 octets"),
+                ("[relay]\nlisten = 127.0.0.1:25\nodmr_listen = 127.0.0.1:25\n", "etrn.conf:3: odmr_listen: 127.0.0.1:25 is in"),
                 ("[bounces]\npostmaster = me\n", "etrn.conf:2: postmaster: 'me' is not a mail address"),
                 ("[relay]\nmax_recipients = \u0663\n", "etrn.conf:2: max_recipients: '\u0663' is not a whole number"),
                 ("[relay]\nlisten =\n", "etrn.conf:2: listen: is empty"),
@@ -898,6 +908,19 @@ class Configuration(Folder):
         self.assertEqual(config("listen = 2525").listen, (("0.0.0.0", 2525), ("::", 2525)))
         self.assertEqual(config("listen = localhost:26").listen, (("127.0.0.1", 26), ("::1", 26)))
 
+    def test_odmr_has_a_port_of_its_own_and_passwords_may_be_in_files(self) -> None:
+        cfg = etrn.parse_config("[relay]\nodmr_listen = 127.0.0.1, [::1]:367\n[domain a.example]\nprimary = ATRN\n"
+                                "username = a user\npassword = file:a.secret\n[domain b.example]\nprimary = etrn\n"
+                                "[domain .c.example]\nusername = a user\npassword = file:/x/a.secret\n", "/x/etrn.conf")
+        self.assertEqual(cfg.odmr_listen, (("127.0.0.1", 366), ("::1", 367)))
+        self.assertEqual([(one.primary, one.username, one.password) for one in cfg.domains.values()], [
+            ("atrn", "a user", "file:/x/a.secret"), ("etrn", "", ""), ("mx", "a user", "file:/x/a.secret")])
+        for name, username, expected in cases(self, [
+                ("a.example", "a user", True), ("x.c.example", "a user", True), ("c.example", "a user", False),
+                ("b.example", "", False), ("a.example", "other", False), ("other.example", "a user", False)]):
+            self.assertEqual(cfg.is_owned(name, username), expected)
+        self.assertEqual([config("", text).has_logins for text in ("", "username = u\npassword = p")], [False, True])
+
     def test_etrn_conf_sample_is_what_the_table_makes_and_parses(self) -> None:
         with open(SAMPLE, encoding="utf-8") as file:
             text = file.read()
@@ -922,6 +945,15 @@ class Configuration(Folder):
 # Dialogues run whole, octet by octet and cut at random; the actions must be
 # the same each time.  Only codes are compared, and enhanced codes where given.
 
+CHALLENGE = b"<1896.697170952@postoffice.reston.mci.net>"        # RFC 2195 2, as the next two
+NAME, SECRET = "tim", "tanstaaftanstaaf"
+DIGEST = base64.b64encode(b"tim b913a602c7eda7a495b4e6e7334d3890").decode()
+
+
+def judge_login(login: etrn.Login) -> Optional[etrn.Reply]:
+    return None if login.username == NAME and login.is_right(SECRET) else etrn.Reply(535, "5.7.8", "authentication failed")
+
+
 class Player:
     """Stands in for the server: answers what a session asks, and keeps its
     actions with neighbours joined.  What was discarded leaves no trace."""
@@ -929,7 +961,8 @@ class Player:
     def __init__(self, session: etrn.Session, answers: Optional[Dict[str, Any]] = None) -> None:
         self.session = session
         self.answers = dict({"mail": None, "rcpt": None, "commit": etrn.Reply(250, "2.0.0", "queued"),
-                             "etrn": etrn.Reply(250, "2.0.0", "started")}, **(answers or {}))
+                             "etrn": etrn.Reply(250, "2.0.0", "started"), "challenge": CHALLENGE, "login": judge_login,
+                             "atrn": etrn.Reply(250, "2.0.0", "reversing")}, **(answers or {}))
         self.actions: List[Tuple[str, Any]] = []
         self.bodies: List[bytes] = []           # of committed messages
         self.body = b""
@@ -958,7 +991,8 @@ class Player:
                 if action.what == "commit":
                     self.bodies.append(self.body)
                     self.body = b""
-                todo.extendleft(reversed(self.session.resume(self.answers[action.what])))
+                answer = self.answers[action.what]
+                todo.extendleft(reversed(self.session.resume(answer(action.value) if callable(answer) else answer)))
             else:
                 self.add(type(action).__name__.lower(), tuple(action))
 
@@ -987,9 +1021,12 @@ class Player:
 DIALOGUE_DOMAINS = "[domain .wild.example]\n[domain xn--mnchen-3ya.example]\n"
 
 
-def new_session(size_limit: int = 0, **relay: Any) -> etrn.Session:
-    cfg = config("\n".join("%s = %s" % pair for pair in relay.items()), DIALOGUE_DOMAINS)
-    return etrn.Session(etrn.Door(cfg, size_limit), "192.0.2.7")
+def new_session(size_limit: int = 0, domain: str = "", is_odmr: bool = False, tls: Optional[str] = None,
+                **relay: Any) -> etrn.Session:
+    cfg = config("\n".join("%s = %s" % pair for pair in relay.items()), domain + DIALOGUE_DOMAINS)
+    session = etrn.Session(etrn.Door(cfg, size_limit), "192.0.2.7", is_odmr=is_odmr)
+    session.tls = tls
+    return session
 
 
 def play(data: bytes, cuts: Iterable[int] = (), answers: Optional[Dict[str, Any]] = None, **options: Any) -> Player:
@@ -1349,6 +1386,128 @@ script("a carriage return at the end of a chunk meets its line feed in the next"
 script("stray newlines in bdat are refused where so configured", RCPT + r"R: BDAT 4 LAST\r\na\nb\r S: 550 5.6.0",
        bare_newline="reject",
        bodies=[])
+
+LOGIN = "username = %s\npassword = %s\n" % (NAME, SECRET)
+PLAIN = base64.b64encode(("\0%s\0%s" % (NAME, SECRET)).encode()).decode()
+KNOWN = READY + "C: AUTH CRAM-MD5 S: 334 %s\nC: %s S: 235 2.7.0\n" % (base64.b64encode(CHALLENGE).decode(), DIGEST)
+script("auth is unknown where nobody has a name", READY + r"""
+    C: AUTH CRAM-MD5            S: 502 5.5.1
+    C: ATRN                     S: 502 5.5.1""")
+script("auth as in rfc 2195, and not twice", KNOWN + r"""
+    C: AUTH CRAM-MD5            S: 503 5.5.1
+    C: EHLO again               S: 250
+    C: AUTH CRAM-MD5            S: 503 5.5.1
+    C: ETRN ourdom.example      S: 250 2.0.0
+    C: ATRN                     S: 502 5.5.1""", domain=LOGIN)
+script("auth allows nothing but etrn and atrn", KNOWN + r"""
+    C: MAIL FROM:<a@sender.example> AUTH=<>     S: 250
+    C: RCPT TO:<u@other.example>        S: 554 5.7.1
+    C: RCPT TO:<u@ourdom.example>       S: 250""", domain=LOGIN)
+script("auth out of order and out of form", r"S: 220 C: AUTH CRAM-MD5 S: 503 5.5.1" + "\n" + MAIL.partition("\n")[2] + r"""
+    C: AUTH CRAM-MD5            S: 503 5.5.1
+    C: RSET                     S: 250
+    C: AUTH                     S: 501 5.5.4
+    C: AUTH LOGIN               S: 504 5.5.4
+    C: AUTH PLAIN               S: 538 5.7.11
+    C: AUTH CRAM-MD5 abc=       S: 501 5.7.0
+    C: auth cram-md5            S: 334
+    C: *                        S: 501 5.7.0
+    C: AUTH CRAM-MD5            S: 334
+    C: not base 64!             S: 501 5.5.2
+    C: AUTH CRAM-MD5            S: 334
+    C: QUIT                     S: 535 5.7.8
+    C: NOOP                     S: 250""", domain=LOGIN)
+script("the third failed auth ends the session", READY + r"""
+    C: AUTH CRAM-MD5            S: 334
+    C: dGltIGI5MTNhNjAyYzdlZGE3YTQ5NWI0ZTZlNzMzNGQzODkx S: 535 5.7.8
+    C: AUTH CRAM-MD5            S: 334
+    C: dGlt                     S: 535 5.7.8
+    C: AUTH CRAM-MD5            S: 334
+    C: =                        S: 501 5.5.2
+    C: AUTH CRAM-MD5            S: 334
+    C:                          S: 421 4.7.0 close
+    C: NOOP""", domain=LOGIN)
+script("an auth that cannot be judged is not counted",
+       READY + "C: AUTH CRAM-MD5 S: 334\nC: dGlt S: 454 4.7.0\n" * 4 + "C: NOOP S: 250", domain=LOGIN,
+       answers={"login": etrn.Reply(454, "4.7.0", "later")})
+script("a response that is too long ends the exchange alone",
+       READY + "C: AUTH CRAM-MD5 S: 334\nC: %s S: 500 5.5.6\nC: NOOP S: 250" % ("A" * 3000), domain=LOGIN)
+script("auth plain within tls", READY + "C: AUTH PLAIN S: 334 \nC: %s S: 235 2.7.0" % PLAIN, domain=LOGIN, tls="TLSv1.3")
+script("auth plain with its response at once", READY + "C: AUTH PLAIN %s S: 235 2.7.0" % PLAIN, domain=LOGIN, tls="TLSv1.3")
+script("auth plain that is wrong", READY + "".join("C: AUTH PLAIN %s S: %s\n" % (
+    text if text == "=" else base64.b64encode(text.encode()).decode(), code) for text, code in (
+        ("\0tim\0tanstaaftanstaa", "535 5.7.8"), ("other\0tim\0tanstaaftanstaaf", "535 5.7.8"), ("=", "421 close"))),
+       domain=LOGIN, tls="TLSv1.3")
+script("atrn needs auth, wherever it stands", r"""S: 220
+    C: ATRN ourdom.example      S: 530 5.7.0
+    C: EHLO x                   S: 250
+    C: ATRN                     S: 530 5.7.0
+    C: ETRN ourdom.example      S: 502 5.5.1""", domain=LOGIN, is_odmr=True)
+script("the odmr port has its own commands alone", READY + "".join("C: %s S: 502 5.5.1\n" % verb for verb in (
+    "MAIL FROM:<>", "RCPT TO:<u@ourdom.example>", "DATA", "VRFY x", "EXPN x", "BDAT 5", "XCLIENT", "TURN")) + r"""
+    C: NOOP                     S: 250
+    C: RSET                     S: 250
+    C: HELP                     S: 214
+    C: QUIT                     S: 221 close""", domain=LOGIN, is_odmr=True)
+script("atrn out of form", KNOWN + r"""
+    C: ATRN @ourdom.example     S: 501 5.5.4
+    C: ATRN a..b                S: 501 5.5.4
+    C: ATRN ourdom.example,     S: 501 5.5.4
+    C: ATRN a.example b.example S: 501 5.5.4""", domain=LOGIN, is_odmr=True)
+script("atrn refused leaves the session as it was", KNOWN + r"""
+    C: ATRN                     S: 453 4.0.0
+    C: ATRN a.example, b.example        S: 453
+    C: QUIT                     S: 221 close""", domain=LOGIN, is_odmr=True,
+       answers={"atrn": etrn.Reply(453, "4.0.0", "You have no mail")})
+
+
+class Logins(unittest.TestCase):
+    def test_what_is_offered_depends_on_names_tls_and_port(self) -> None:
+        for options, auth, others in cases(self, [
+                ({}, [], True), ({"domain": LOGIN}, ["AUTH CRAM-MD5"], True),
+                ({"domain": LOGIN, "tls": "TLSv1.3"}, ["AUTH CRAM-MD5 PLAIN"], True),
+                ({"domain": LOGIN, "is_odmr": True}, ["AUTH CRAM-MD5"], False)]):
+            lines = [line[4:] for line in play(b"EHLO x\r\n", **options).actions[0][1].decode().split("\r\n")[1:-1]]
+            self.assertEqual([line for line in lines if line.startswith("AUTH")], auth)
+            self.assertEqual(("ETRN" in lines, "ATRN" in lines, "PIPELINING" in lines), (others, not others, others))
+
+    def test_an_atrn_that_is_granted_ends_the_session_and_hands_on_what_came_behind_it(self) -> None:
+        opening = b"EHLO x\r\nAUTH CRAM-MD5\r\n%s\r\n" % DIGEST.encode()
+        for argument, domains in cases(self, [(b"", ()), (b" OurDom.Example", (DOMAIN,)), (b" a.example, b.example",
+                                                                                          ("a.example", "b.example"))]):
+            player = play_all_ways(self, opening + b"ATRN" + argument + b"\r\n", domain=LOGIN, is_odmr=True)
+            self.assertEqual(player.actions[-3:], [("atrn", domains), ("send", b"250 2.0.0 reversing\r\n"), ("reverse", (b"",))])
+        player = play(opening + b"ATRN\r\n220 customer\r\n", domain=LOGIN, is_odmr=True)
+        self.assertEqual(player.actions[-1], ("reverse", (b"220 customer\r\n",)))
+
+    def test_starttls_forgets_who_it_was(self) -> None:
+        session = new_session(domain=LOGIN)
+        session.door.has_tls = True
+        player = Player(session, {"starttls": ("TLSv1.3", "x")})
+        player.receive(b"EHLO x\r\nAUTH CRAM-MD5\r\n%s\r\nSTARTTLS\r\n" % DIGEST.encode())
+        player.receive(b"EHLO x\r\nAUTH PLAIN %s\r\n" % PLAIN.encode())
+        self.assertEqual([reply[:3] for reply in player.replies], ["220", "250", "334", "235", "220", "250", "235"])
+
+    def test_failures_are_noted_in_one_line_that_fail2ban_knows(self) -> None:
+        name = base64.b64encode("x\u2028] 1.2.3.4 b913".encode()).decode()
+        player = play(b"EHLO x\r\nAUTH CRAM-MD5\r\n%s\r\n" % name.encode(), domain=LOGIN)
+        note, = (value[0] for what, value in player.actions if what == "note")
+        self.assertRegex(note, r"\Awarning: unknown\[192\.0\.2\.7\]: SASL CRAM-MD5 authentication failed: .*sasl_username=x")
+        self.assertTrue(note.isprintable())
+
+    def test_a_login_is_right_or_not(self) -> None:
+        digest = hmac.new(b"pass", CHALLENGE, "md5").hexdigest().encode()
+        for parsed, expected in cases(self, [
+                (etrn.parse_cram(b"a b " + digest, CHALLENGE), ("a b", True)),
+                (etrn.parse_cram(b"u " + digest.upper(), CHALLENGE), ("u", True)),
+                (etrn.parse_cram(b"u " + digest[:-1], CHALLENGE), ("u", False)),
+                (etrn.parse_cram(b"u pass", CHALLENGE), ("u", False)), (etrn.parse_cram(digest, CHALLENGE), None),
+                (etrn.parse_cram(b"\xff " + digest, CHALLENGE), None),
+                (etrn.parse_cram(b"u" * 256 + b" " + digest, CHALLENGE), None),
+                (etrn.parse_plain(b"\0u\0pass"), ("u", True)), (etrn.parse_plain(b"u\0u\0pass"), ("u", True)),
+                (etrn.parse_plain(b"\0u\0Pass"), ("u", False)), (etrn.parse_plain(b"x\0u\0pass"), None),
+                (etrn.parse_plain(b"u\0pass"), None), (etrn.parse_plain(b"\0u\0pass\0"), None), (etrn.parse_plain(b""), None)]):
+            self.assertEqual(parsed and (parsed.username, parsed.is_right("pass")), expected)
 
 
 # -- dialogues that other servers' suites have, 55 of them, by their number in our notes; what deviates says so
@@ -2091,6 +2250,84 @@ class Schedule(unittest.TestCase):
             now = etrn.Now(self.clock.mono, self.clock.wall + 60 * minutes)
             self.assertEqual(self.site.is_final(now, since if since is None else now.wall - 60 * since, was_good), expected)
 
+    def test_a_primary_that_cannot_be_reached_by_us_is_left_alone(self) -> None:
+        for primary, home, reachable in cases(self, [("atrn", "", False), ("etrn", "", False), ("etrn", "192.0.2.9", True),
+                                                     ("mx", "", True), ("192.0.2.9", "", True)]):
+            self.configure("primary = " + primary, 1)
+            self.site.home = home
+            now = self.clock.now
+            self.assertEqual([self.site.wanted(now), self.site.may_ask(now), self.site.may_cut_through(now),
+                              not self.site.waits_for, not self.site.trouble], [reachable] * 5)
+            self.site.on_heard(now)
+            self.assertEqual(self.site.is_known_up(now), reachable)
+        self.configure("primary = atrn", 2)
+        for _ in range(2):
+            self.assertTrue(self.site.flush(self.clock.now))        # never "under way already"
+        self.assertIsNone(self.site.wake(self.clock.now))
+
+    def test_a_primary_that_comes_for_its_mail_gets_all_of_it_without_a_canary(self) -> None:
+        self.configure("primary = atrn", 30)
+        self.site.is_collecting = True
+        self.assertIsNone(self.site.on_came(self.clock.now))
+        self.assertIs(self.site.state, etrn.Primary.UP)
+        self.assertEqual(len(self.taken(16)), 16)
+        self.assertFalse(self.site.wanted(self.clock.now))
+        for entry in self.site.entries.values():
+            if entry.state is etrn.State.DELIVERING:
+                self.site.defer(entry, self.clock.now, 300)
+        self.clock.advance(400)
+        self.assertIsNone(self.site.wake(self.clock.now))       # it comes to its turn without the loop asking all the time
+        self.site.on_left(self.clock.now, "lost connection", True)
+        self.assertEqual((self.site.state, self.site.trouble, self.site.open), (etrn.Primary.UNKNOWN, "lost connection", 0))
+        self.assertTrue(self.site.flush(self.clock.now))
+        self.assertEqual(self.site.count[etrn.State.ACTIVE], 30)
+
+    def test_a_site_that_can_be_reached_is_not_tried_while_its_primary_is_here(self) -> None:
+        self.configure("primary = 192.0.2.9", 2)
+        self.probe()
+        self.clock.advance(60)
+        self.site.is_collecting = True
+        self.assertEqual(self.site.on_came(self.clock.now), 60)
+        self.assertFalse(self.site.wanted(self.clock.now))
+        self.site.on_left(self.clock.now, "", True)
+        self.assertEqual((self.site.state, self.site.wanted(self.clock.now)), (etrn.Primary.UP, True))
+
+    def test_mail_that_is_not_collected_expires_though_nothing_was_tried(self) -> None:
+        self.configure("primary = atrn", 1)
+        self.clock.advance(days=6.9)
+        self.assertEqual(self.site.expired(self.clock.now), [])
+        self.clock.advance(days=0.2)
+        self.assertEqual(len(self.site.expired(self.clock.now)), 1)
+
+    def test_mail_found_old_at_the_start_may_still_be_collected_for_a_while(self) -> None:
+        self.configure("primary = atrn")
+        self.site.add(etrn.Entry("A00000", 100, 1.0, 2.0), self.clock.now)
+        self.assertEqual(self.site.expired(self.clock.advance(etrn.UNCOLLECTED_S - 1)), [])
+        self.assertEqual(len(self.site.expired(self.clock.advance(2))), 1)
+
+    def test_a_jump_of_the_clock_alone_expires_nothing_that_waits_to_be_collected(self) -> None:
+        for days in cases(self, [30, -30]):
+            self.configure("primary = atrn", 1)
+            self.clock.advance(days=5)
+            self.clock.jump(days * 86400)
+            self.site.on_clock_jump(self.clock.now, days * 86400.0)
+            self.site.keep_ages(days * 86400, self.clock.now)
+            self.clock.advance(days=1.9)
+            self.assertEqual(self.site.expired(self.clock.now), [])
+            self.assertAlmostEqual(self.clock.wall - self.site.oldest(), 6.9 * 86400)
+            self.clock.advance(days=0.2)
+            self.assertEqual(len(self.site.expired(self.clock.now)), 1)
+
+    def test_the_address_of_an_etrn_holds_for_its_section(self) -> None:
+        scheduler = etrn.Scheduler(config("", "primary = etrn\n[domain .wild.example]\nprimary = etrn\n[domain x.example]"))
+        one, two, other = (scheduler.site(name, self.clock.now) for name in (DOMAIN, "a.wild.example", "x.example"))
+        self.assertEqual([[site.name for site in scheduler.move(scheduler.config_of(name), "192.0.2.9")] for name in cases(
+            self, ["a.wild.example", "b.wild.example", DOMAIN])], [["a.wild.example"], [], [DOMAIN]])
+        later = scheduler.site("b.wild.example", self.clock.now)
+        self.assertEqual([site.home for site in (one, two, later, other)], ["192.0.2.9"] * 3 + [""])
+        scheduler.reconfigure(config("", "primary = atrn"), self.clock.now)
+        self.assertEqual([bool(site.waits_for) for site in (one, other)], [True, False])
+
     def test_names_of_sites_match_whole_or_on_dot_boundaries(self) -> None:
         cfg = etrn.parse_config("[relay]\ndomains = example.com, a.example.com, badexample.com, .wild.example, x.y.example\n",
                                 "/x/c")
@@ -2427,7 +2664,7 @@ class Nameservers(unittest.TestCase):
         server = self.dns(zone={("x.example", etrn.MX): [odd]})
         with mock.patch.object(sys.modules[__name__], "record", lambda owner, kind, data: (
                 wire_name(owner) + struct.pack("!HHIH", kind, 1, 60, len(data)) + data)), \
-                self.assertRaisesRegex(etrn.PeerError, "not the name of a host"):
+                self.assertRaisesRegex(etrn.PeerError, "not a host name"):
             self.route("x.example", server)
 
     def test_notices_go_to_public_addresses_only(self) -> None:
@@ -2901,6 +3138,16 @@ class SpoolStates(SpoolCase):
         for name in cases(self, ["ABCDEF.eml", "ABCDEF.json", "lock"]):
             self.assertEqual(os.stat(os.path.join(self.path, name)).st_mode & 0o77, 0)
         spool.close()
+
+
+class SpoolSaves(SpoolCase):
+    def test_an_older_state_never_takes_the_place_of_a_newer_one(self) -> None:
+        """Committers finish in any order."""
+        spool = opened(os.path.join(self.folder, "saves"))
+        self.addCleanup(spool.close)
+        for number, recipients in ((2, None), (1, {"from": 1}), (3, None), (2, {"from": 2}), (1, {"from": 1})):
+            spool.save_state({"from": number}, recipients, number)
+        self.assertEqual((spool.load_state(), spool.load_state("recipients.json")), ({"from": 3}, {"from": 2}))
 
 
 class SpoolCrashes(SpoolCase):
@@ -3535,6 +3782,18 @@ class Delivery(Folder):
         for listener in cases(self, [etrn.Endpoint("127.0.0.1", primary.port), etrn.Endpoint("0.0.0.0", primary.port)]):
             with self.assertRaisesRegex(etrn.PeerError, "loops back"):
                 etrn.find_route(make_plan(cfg, cfg.primary, listeners=(listener,)))
+
+    def test_a_customer_that_is_gone_before_our_ehlo_is_no_bug(self) -> None:
+        ours, theirs = socket.socketpair()
+        theirs.sendall(b"220 customer\r\n")
+        theirs.close()
+        cfg = config().domain(DOMAIN)
+        reports: List[Any] = []
+        for unsaid in cases(self, [b"", b"250 ok\r\n"]):
+            courier = etrn.Turnaround(self.spool, make_plan(cfg, cfg.primary), reports.append, etrn.Hop("gw", "192.0.2.7", 9),
+                                      ours, unsaid, b"" if unsaid else b"220 early\r\n")
+            courier.run()
+            self.assertEqual((reports[-1].bug, bool(reports[-1].error)), (None, True))
 
     def test_a_primary_that_greets_with_our_own_name_is_a_loop(self) -> None:
         results, error = self.deliver(self.primary(greeting="220 Backup.Example.net ESMTP"), self.put())
@@ -4416,6 +4675,20 @@ class Local:
         self.server.stop()
         self.thread.join(DEADLINE_S)
         self.spool.close()
+
+
+class Forgetting(Relays):
+    def test_nothing_is_remembered_of_mail_that_was_delivered(self) -> None:
+        primary = self.primary().start()
+        with Local(self.folder, domain="[domain up.example]\nrecipients = any\ncutthrough = no\ntls = none\nprimary = "
+                   + primary.address) as local:
+            manager = local.server.manager
+            with Wire(local.port) as client:
+                client.say("EHLO x")
+                for _ in range(5):
+                    self.assertEqual(client.send(MESSAGE, recipients=["u@up.example"])[:3], "250")
+            wait(lambda: not manager.scheduler.messages()[0] and not manager.chains, "all to be delivered")
+            self.assertEqual((manager.fresh, manager.chains, manager.waiting), ({}, {}, {}))
 
 
 class Refusals(Relays):
@@ -6000,6 +6273,524 @@ class RealPostfix(Secured):
                          r"\AReceived: from primary\.example \(unknown \[127\.0\.0\.1\]\)\r\n"
                          r"\t\(using TLSv1\.[23] with cipher [A-Z0-9_-]+\)\r\n"
                          r"\tby backup\.example\.net \(etrn_relay\) with ESMTPS id ")
+LOGIN_OPTIONS = "username = gw\npassword = se cret"
+ODMR = "odmr_listen = 127.0.0.1:0"
+
+
+def log_in(wire: Wire, username: str = "gw", password: str = "se cret", mechanism: str = "CRAM-MD5") -> str:
+    """EHLO and AUTH; returns the reply."""
+    wire.say("EHLO gw.example")
+    if mechanism == "PLAIN":
+        return wire.say("AUTH PLAIN " + base64.b64encode(("\0%s\0%s" % (username, password)).encode()).decode())
+    challenge = base64.b64decode(wire.say("AUTH CRAM-MD5")[4:])
+    digest = hmac.new(password.encode(), challenge, "md5").hexdigest()
+    return wire.say(base64.b64encode(("%s %s" % (username, digest)).encode()).decode())
+
+
+class Authenticated(Relays):
+    """ETRN by a client that authenticated, and primary = etrn."""
+
+    def test_it_may_flush_and_count_its_own_domains_and_no_others(self) -> None:
+        port = self.primary().port
+        relay = self.relay("127.0.0.2:%d" % port, LOGIN_FAILED_S=0.01, domain=LOGIN_OPTIONS + "\netrn = 192.0.2.0/24\n"
+                           "[domain other.example]\nprimary = 127.0.0.2:%d\n[domain shut.example]\netrn = none\n%s\n"
+                           "[domain sub.ourdom.example]\nprimary = 127.0.0.2:%d\n%s" % (port, LOGIN_OPTIONS, port, LOGIN_OPTIONS))
+        relay.send(recipients=["u@" + DOMAIN, "u@other.example"])
+        for name in ("ourdom", "other"):
+            relay.logged(name + r"\.example: down: ")
+        with Wire(relay.port) as client:
+            client.say("EHLO x")
+            self.assertEqual(client.say("ETRN " + DOMAIN)[:9], "459 4.7.1")         # not from that address
+            self.assertEqual(client.say("ETRN other.example")[:9], "250 2.0.0")
+            self.assertEqual(log_in(client), "235 2.7.0 Authentication successful")
+            for command, expected in cases(self, [
+                    ("ETRN " + DOMAIN, "253 2.0.0 OK, 1 pending messages for node ourdom.example started"),
+                    ("ETRN @" + DOMAIN, "25"), ("ETRN other.example", "459 4.7.1"), ("ETRN shut.example", "459 4.7.1"),
+                    ("ETRN @example", "459 4.7.1"), ("ETRN elsewhere.example", "459 4.7.1")]):
+                reply = client.say(command)
+                self.assertTrue(reply.startswith(expected), reply)
+            self.assertEqual(client.say("MAIL FROM:<>", "RCPT TO:<u@elsewhere.example>")[:9], "554 5.7.1")
+        relay.logged(r"smtpd\[\d+\]: unknown\[127\.0\.0\.1\]: sasl_method=CRAM-MD5, sasl_username=gw$")
+
+    def test_passwords_are_read_from_files_and_again_at_sighup(self) -> None:
+        secret = os.path.join(self.folder, "secret")
+
+        def write(text: str) -> None:
+            with open(secret, "w", encoding="utf-8") as file:
+                file.write(text)
+        write("pâss 1\n")
+        relay = self.relay(domain="username = gw\npassword = file:" + secret, LOGIN_FAILED_S=0.01)
+
+        def try_password(password: str) -> str:
+            with Wire(relay.port) as client:
+                return log_in(client, password=password)[:3]
+        self.assertEqual([try_password(one) for one in ("pâss 1", "pass 1", "")], ["235", "535", "535"])
+        for content, logged in cases(self, [("two", "configuration reread"), ("", "not reloaded.*empty")]):
+            write(content)
+            relay.signal(signal.SIGHUP)
+            relay.logged(logged)
+            self.assertEqual(try_password("two"), "235")
+        relay.end()
+        self.assertEqual(relay.run()[0], 78)            # a name without a password does not start
+
+    def test_failed_logins_are_slow_logged_and_limited(self) -> None:
+        relay = self.relay(domain=LOGIN_OPTIONS, LOGIN_FAILED_S=0.3)
+        with Wire(relay.port) as client:
+            began = time.monotonic()
+            self.assertEqual([log_in(client, password="x")[:9], log_in(client, "nobody")[:9], log_in(client, password="y")[:9],
+                              client.reply()], ["535 5.7.8", "535 5.7.8", "421 4.7.0", ""])
+            self.assertGreater(time.monotonic() - began, 0.9)
+        relay.logged(r"etrn_relay/smtpd\[\d+\]: warning: unknown\[127\.0\.0\.1\]: SASL CRAM-MD5 authentication failed: "
+                     r"authentication failed, sasl_username=nobody")
+
+    def test_the_lines_are_those_fail2ban_looks_for(self) -> None:
+        filter_file = "/etc/fail2ban/filter.d/postfix.conf"
+        if shutil.which("fail2ban-regex") is None or not os.path.exists(filter_file):
+            self.skipTest("fail2ban is not installed")
+        relay = self.relay(domain=LOGIN_OPTIONS, LOGIN_FAILED_S=0.01)
+        with Wire(relay.port) as client:
+            self.assertEqual(log_in(client, password="x")[:3], "535")
+        line = relay.logged(r"^.*authentication failed.*$").group()
+        done = subprocess.run(["fail2ban-regex", "--print-all-matched", line,
+                               "postfix[mode=auth, _daemon=etrn_relay/smtpd, _port=]"], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, check=False)
+        self.assertIn(b"1 matched", done.stdout)
+
+    def test_mail_goes_where_the_last_authenticated_etrn_came_from(self) -> None:
+        primary = self.primary().start()
+        relay = self.relay("etrn", domain=LOGIN_OPTIONS, SMTP_PORT=primary.port)
+        relay.send()
+        relay.logged(r"to=<user@ourdom\.example>, relay=none, .*dsn=4\.4\.1, status=deferred \(waits for the domain's")
+        one = relay.json("--status")["domains"][DOMAIN]
+        self.assertEqual((one["primary"], one["next_probe"], one["last_error"]), ("unknown", None, etrn.WAITS["etrn"]))
+        row, = relay.queue()
+        self.assertEqual((row["state"], row["next_attempt"], row["recipients"][0]["attempts"]), ("queued", None, 0))
+        with Wire(relay.port) as client:
+            client.say("EHLO x")
+            self.assertEqual(client.say("ETRN " + DOMAIN)[:3], "250")       # a stranger moves nothing
+            self.assertEqual((log_in(client)[:3], client.say("ETRN " + DOMAIN)[:3]), ("235", "253"))
+        wait(relay.is_empty, "an empty spool")
+        self.assertEqual(len(primary.messages), 1)
+        relay.logged(r"primary\[\d+\]: ourdom\.example: at 127\.0\.0\.1 since an authenticated ETRN")
+        relay.end()
+        relay.start()                   # it is known after a restart, too
+        relay.send()
+        wait(lambda: len(primary.messages) == 2)
+        self.assertIn("at 127.0.0.1 since an authenticated ETRN", relay.run("--status")[1])
+        self.assertIn("primary: at 127.0.0.1 since", relay.run("--check")[1])
+
+    def test_an_etrn_from_this_host_itself_makes_no_loop(self) -> None:
+        relay = self.relay("etrn", domain=LOGIN_OPTIONS)
+        relay.send()
+        relay.end()
+        relay.limits["SMTP_PORT"] = relay.port
+        relay.write_config()
+        with open(relay.file, encoding="utf-8") as file:
+            text = file.read().replace("127.0.0.1:0", "127.0.0.1:%d" % relay.port)
+        with open(relay.file, "w", encoding="utf-8") as file:
+            file.write(text)
+        relay.start()
+        with Wire(relay.port) as client:
+            self.assertEqual((log_in(client)[:3], client.say("ETRN " + DOMAIN)[:3]), ("235", "253"))
+        relay.logged(r"ourdom\.example: down: mail for ourdom\.example loops back to this host")
+        self.assertEqual(len(relay.queue()), 1)
+
+    def test_a_primary_that_moves_is_delivered_to_at_its_new_address(self) -> None:
+        name = "moves.example"
+        with Local(self.folder, domain="[domain moves.example]\nprimary = etrn\n" + LOGIN_OPTIONS) as local:
+            manager = local.server.manager
+            site = manager.scheduler.site(name, manager.now)
+            for address in cases(self, ["192.0.2.8", "2001:db8::8", "192.0.2.8"]):
+                local.server.post([(lambda address: manager.move(name, address), address)])
+                wait(lambda address=address: manager.plan(site).primary == ((address, 25),), "the move")
+        state = opened(local.cfg.spool)
+        self.addCleanup(state.close)
+        self.assertEqual(state.load_state()["homes"], {name: "192.0.2.8"})
+
+
+    def test_a_primary_that_moved_is_not_waited_for_where_it_was(self) -> None:
+        class Moved(Primary):
+            def _bind(self) -> socket.socket:
+                sock = socket.socket()
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind(("127.0.0.3", old.port))
+                return sock
+
+        old = self.primary(RCPT=HANG).start()
+        new = Moved()
+        self.addCleanup(new.__exit__)
+        new.start()
+        relay = self.relay("etrn", domain=LOGIN_OPTIONS, SMTP_PORT=old.port)
+        relay.send()
+        for source, primary in ((None, old), ("127.0.0.3", new)):
+            with Wire(relay.port, source or "127.0.0.1") as client:
+                self.assertEqual((log_in(client)[:3], client.say("ETRN " + DOMAIN)[:2]), ("235", "25"))
+            wait(lambda primary=primary: primary.uses["RCPT"], "a delivery there")
+        wait(relay.is_empty, "an empty spool")
+        self.assertEqual((len(old.messages), len(new.messages)), (0, 1))
+
+
+class Odmr(Relays):
+    """ATRN: the customer comes for its mail."""
+
+    def odmr(self, **options: Any) -> Relay:
+        """A relay whose domain's mail waits to be collected; `odmr_port` is its port for that."""
+        options.setdefault("relay", ODMR)
+        relay = self.relay(options.pop("primary", "atrn"), **dict({"domain": LOGIN_OPTIONS, "LOGIN_FAILED_S": 0.01}, **options))
+        relay.odmr_port = int(relay.logged(r"ODMR on 127\.0\.0\.1:(\d+)").group(1))      # type: ignore[attr-defined]
+        return relay
+
+    @staticmethod
+    def visit(relay: Relay, **login: Any) -> Wire:
+        wire = Wire(relay.odmr_port)    # type: ignore[attr-defined]
+        assert log_in(wire, **login)[:3] == "235"
+        return wire
+
+    def collect(self, relay: Relay, customer: Primary, command: str = "ATRN") -> str:
+        """One visit of a customer, who then serves SMTP on the connection it made; returns the reply to ATRN."""
+        with self.visit(relay) as wire:
+            reply = wire.say(command)
+            if reply[:3] == "250":
+                customer._serve(wire.sock)
+            return reply
+
+    def test_mail_is_collected_over_the_customers_own_connection(self) -> None:
+        relay = self.odmr()
+        self.assertEqual(self.collect(relay, self.primary()), "453 4.0.0 You have no mail")
+        for number in range(25):
+            relay.send(b"Subject: %d\r\n\r\n.dot\r\n" % number)
+        relay.logged(r"to=<user@ourdom\.example>, relay=none, .*status=deferred \(waits to be collected by")
+        customer = self.primary()
+        self.assertEqual(self.collect(relay, customer, "atrn " + DOMAIN.upper()), "250 2.0.0 OK now reversing the connection")
+        wait(relay.is_empty, "an empty spool")
+        self.assertEqual([without_received(data) for _, _, data in customer.messages],
+                         [b"Subject: %d\r\n\r\n.dot\r\n" % number for number in range(25)])
+        self.assertEqual((customer.log[0], customer.log[-1]), ("ehlo backup.example.net", "QUIT"))
+        relay.logged(r"flush\[\d+\]: atrn: site=ourdom\.example, client=unknown\[127\.0\.0\.1\], messages=25, reply=250")
+        relay.logged(r"to=<user@ourdom\.example>, relay=gw\.example\[127\.0\.0\.1\]:\d+, .*dsn=2\.0\.0, status=sent")
+        wait(lambda: relay.json("--status")["connections"] == 0, "the customer to be gone")
+        wait(lambda: relay.json("--status")["spool"]["messages"] == 0, "an empty queue")
+        one = relay.json("--status")["domains"][DOMAIN]
+        self.assertEqual((one["primary"], one["delivered"], one["next_probe"]), ("unknown", 25, None))
+        self.assertEqual(self.collect(relay, customer)[:3], "453")
+
+    def test_mail_is_collected_within_tls(self) -> None:
+        if etrn.ssl is None:
+            self.skipTest("this Python has no ssl module")
+        tls = "\n[tls]\ncertificate = %s\nkey = %s" % make_certificate(self, self.folder)
+        relay = self.odmr(relay=ODMR + tls, domain=LOGIN_OPTIONS + "\ntls = require")
+        bodies = [MESSAGE, b"Subject: large\r\n\r\n" + b"y" * 70 + b"\r\n" * 20000]
+        for body in bodies:
+            relay.send(body)
+        with self.visit(relay) as wire:
+            self.assertEqual(wire.say("ATRN")[:9], "530 5.7.0")     # tls = require
+        customer = self.primary()
+        context = etrn.ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, etrn.ssl.CERT_NONE
+        with Wire(relay.odmr_port) as wire:     # type: ignore[attr-defined]
+            wire.say("EHLO x")
+            self.assertEqual(wire.say("STARTTLS")[:3], "220")
+            wire.lines.close()
+            wire.sock = context.wrap_socket(wire.sock)
+            wire.lines = wire.sock.makefile("rb")
+            self.assertEqual((log_in(wire, mechanism="PLAIN")[:3], wire.say("ATRN")[:3]), ("235", "250"))
+            customer._serve(wire.sock)
+        wait(relay.is_empty, "an empty spool")
+        self.assertEqual([without_received(data) for _, _, data in customer.messages], bodies)
+
+    def test_what_the_customer_says_at_once_is_not_lost(self) -> None:
+        relay = self.odmr()
+        relay.send()
+        with self.visit(relay) as wire:
+            wire.raw(b"ATRN\r\n220 early ESMTP\r\n250 early\r\n")
+            self.assertEqual(wire.reply()[:3], "250")
+            self.assertEqual([wire.reply()[:4] for _ in range(2)], ["ehlo", "MAIL"])
+
+    def test_each_domain_of_the_customer_has_its_turn(self) -> None:
+        relay = self.odmr(domain=LOGIN_OPTIONS + "\n[domain .wild.example]\nprimary = atrn\n%s\n[domain other.example]\n"
+                          "primary = atrn\nusername = other\npassword = x\n[domain empty.example]\n%s" % ((LOGIN_OPTIONS,) * 2))
+        relay.send(recipients=["u@" + DOMAIN, "u@a.wild.example", "u@b.wild.example", "u@other.example"])
+        with self.visit(relay) as wire:
+            for domains, expected in cases(self, [("other.example", "450 4.7.1"), (DOMAIN + ",other.example", "450 4.7.1"),
+                                                  ("wild.example", "450 4.7.1"), ("elsewhere.example", "450 4.7.1"),
+                                                  ("empty.example", "453 4.0.0"), ("c.wild.example", "453 4.0.0")]):
+                self.assertEqual(wire.say("ATRN " + domains)[:9], expected)
+        customer = self.primary()
+        self.assertEqual(self.collect(relay, customer, "ATRN a.wild.example, empty.example")[:3], "250")
+        self.assertEqual([people for _, people, _ in customer.messages], [["u@a.wild.example"]])
+        wait(lambda: relay.json("--status")["connections"] == 0, "the first visit to be over")
+        self.assertEqual(self.collect(relay, customer)[:3], "250")
+        wait(lambda: [row["domain"] for row in relay.queue()] == ["other.example"], "the other customer's mail to remain")
+        self.assertEqual(sorted(people[0] for _, people, _ in customer.messages),
+                         ["u@a.wild.example", "u@b.wild.example", "u@" + DOMAIN])
+        self.assertEqual(customer.log.count("QUIT"), 2)         # two visits: both domains of the second went over one connection
+
+    def test_two_customers_do_not_get_the_same_mail(self) -> None:
+        relay = self.odmr()
+        relay.send()
+        with self.visit(relay) as first, self.visit(relay) as second:
+            self.assertEqual([wire.say("ATRN")[:9] for wire in (first, second)], ["250 2.0.0", "451 4.3.0"])
+            self.assertEqual(relay.json("--status")["connections"], 2)
+            first.close()
+            wait(lambda: second.say("ATRN")[:3] == "250", "the first to be gone")
+            customer = self.primary()
+            customer._serve(second.sock)
+        wait(relay.is_empty, "an empty spool")
+        self.assertEqual(len(customer.messages), 1)
+
+    def test_a_customer_that_vanishes_loses_nothing(self) -> None:
+        relay = self.odmr()
+        for _ in range(3):
+            relay.send()
+        for script in cases(self, [{"greeting": CUT}, {"greeting": "554 no"}, {"greeting": b"\xff\r\n"}, {"EHLO": CUT},
+                                   {"MAIL": CUT}, {"RCPT": "421 no"}, {"DATA": CUT}, {".": CUT}]):
+            customer = self.primary(**script)
+            wait(lambda customer=customer: self.collect(relay, customer)[:3] == "250", "the last one to be gone")
+            self.assertEqual((len(relay.queue()), customer.messages), (3, []))
+        wait(lambda: relay.json("--status")["connections"] == 0, "the last one to be gone")
+        self.assertEqual(relay.json("--status")["domains"][DOMAIN]["primary"], "unknown")
+        wait(lambda: {row["state"] for row in relay.queue()} == {"queued"}, "all to be written down")
+        customer = self.primary()
+        self.assertEqual(self.collect(relay, customer)[:3], "250")
+        wait(relay.is_empty, "an empty spool")
+        self.assertEqual(len(customer.messages), 3)
+
+    def test_verdicts_are_taken_as_those_of_any_primary(self) -> None:
+        relay = self.odmr()
+        for name in ("later", "never", "fine"):
+            relay.send(recipients=["%s@%s" % (name, DOMAIN)])
+        customer = self.primary(RCPT=lambda argument: "450 4.2.0 later" if "later" in argument else
+                                "550 5.1.1 who?" if "never" in argument else None)
+        self.assertEqual(self.collect(relay, customer)[:3], "250")
+        wait(lambda: [row["state"] for row in relay.queue()] == ["queued"] * 2, "two messages to remain")
+        people = [row["recipients"][0] for row in relay.queue()]
+        self.assertEqual([(one["address"].partition("@")[0], one["attempts"], one["last_response"][:3]) for one in people],
+                         [("later", 1, "450"), ("never", 1, "550")])
+        self.assertEqual([people for _, people, _ in customer.messages], [["fine@" + DOMAIN]])
+
+    def test_a_second_refusal_is_final_and_told(self) -> None:
+        relay = self.odmr(domain=LOGIN_OPTIONS + "\nrecovery_grace = 0s\n", smarthost=self.primary().address)
+        relay.send(recipients=["never@" + DOMAIN])
+        self.assertEqual(self.collect(relay, self.primary(RCPT="550 5.1.1 who?"))[:3], "250")
+        relay.logged(r"to=<never@ourdom\.example>, relay=gw\.example.*status=bounced \(550 5\.1\.1 who")
+
+    def test_who_waits_for_a_flush_of_such_mail_is_told_that_it_waits(self) -> None:
+        for running in cases(self, [True, False]):
+            relay = self.odmr()
+            relay.send()
+            relay.send()
+            if not running:
+                relay.end()
+            code, text, _ = relay.run("--flush", DOMAIN)
+            self.assertEqual((code, text), (75, DOMAIN + ": 0 delivered, 0 returned, 2 still waiting: %s\n" % etrn.WAITS["atrn"]))
+            self.assertIn("ourdom.example: " + etrn.WAITS["atrn"], relay.run("--status")[1])
+            self.assertIn(etrn.WAITS["atrn"], relay.run("--queue")[1])
+        with self.odmr().client() as client:
+            self.assertEqual([client.say("ETRN " + DOMAIN)[:3] for _ in range(2)], ["250", "250"])
+
+    def test_mail_nobody_collects_is_returned_at_the_end_of_its_lifetime(self) -> None:
+        smarthost = self.primary().start()
+        relay = self.odmr(domain=LOGIN_OPTIONS + "\nlifetime = 1s", smarthost=smarthost.address)
+        relay.send()
+        notice = wait(lambda: smarthost.messages and smarthost.messages[0][2])
+        self.assertIn(etrn.UNCOLLECTED.encode(), b" ".join(notice.split()))
+        relay.logged(r"to=<user@ourdom\.example>, relay=none, .*status=expired \(the domain's own mail server did not come")
+
+    def test_held_mail_is_not_collected_and_a_visit_in_vain_costs_nothing(self) -> None:
+        relay = self.odmr()
+        relay.send()
+        relay.run("--hold", DOMAIN)
+        with self.visit(relay) as wire:
+            self.assertEqual(wire.say("ATRN")[:9], "451 4.3.0")
+            relay.run("--release", DOMAIN)
+            relay.run("--hold", relay.queue()[0]["id"])
+            self.assertEqual(wire.say("ATRN")[:9], "453 4.0.0")
+            relay.run("--release", "all")
+            self.assertEqual(wire.say("ATRN")[:3], "250")
+
+    def test_a_stop_ends_a_collection_in_order(self) -> None:
+        relay = self.odmr()
+        for _ in range(2):
+            relay.send()
+        with self.visit(relay) as wire:
+            self.assertEqual(wire.say("ATRN")[:3], "250")
+            began = time.monotonic()
+            self.assertEqual(relay.end(), 0)            # it hangs before its 220
+            self.assertLess(time.monotonic() - began, 5)
+        relay.start()
+        self.assertEqual(len(relay.queue()), 2)
+
+    def test_a_customer_counts_as_a_connection_to_its_end(self) -> None:
+        relay = self.odmr(relay=ODMR + "\nmax_connections_per_client = 1")
+        with Wire(relay.port) as wire:
+            wire.say("EHLO x")
+            wire.send(MESSAGE)
+            wire.say("QUIT")
+        wait(lambda: relay.json("--status")["connections"] == 0)
+        with self.visit(relay) as wire:
+            self.assertEqual(wire.say("ATRN")[:3], "250")
+            with Wire(relay.port) as other:
+                self.assertEqual(other.greeting[:3], "421")
+        wait(lambda: relay.json("--status")["connections"] == 0)
+        with Wire(relay.port) as other:
+            self.assertEqual(other.greeting[:3], "220")
+
+    def test_a_courier_that_cannot_start_costs_its_client_alone(self) -> None:
+        with Local(self.folder, ODMR, "[domain atrn.example]\nprimary = atrn\nrecipients = any\n" + LOGIN_OPTIONS) as local:
+            local.server.load_logins()
+            with Wire(local.port) as client:
+                client.say("EHLO x")
+                client.send(MESSAGE, recipients=["u@atrn.example"])
+            port = local.server.manager.listeners[1].port
+            with Wire(port) as wire, mock.patch.object(etrn.Turnaround, "start", side_effect=RuntimeError("no more threads")):
+                log_in(wire)
+                self.assertEqual(wire.say("ATRN"), "")
+            wait(lambda: local.server.crowd == 0, "no connections")
+            customer = self.primary()
+            with Wire(port) as wire:
+                log_in(wire)
+                self.assertEqual(wire.say("ATRN")[:3], "250")
+                customer._serve(wire.sock)
+            wait(lambda: not spool_files(local.spool.path), "an empty spool")
+            self.assertEqual(len(customer.messages), 1)
+
+    def test_check_says_when_nobody_could_come(self) -> None:
+        relay = Relay(self.folder, "atrn")
+        for options, level, text in cases(self, [
+                ({"domain": ""}, "error", "needs a username"), ({"domain": LOGIN_OPTIONS}, "error", "needs odmr_listen"),
+                ({"domain": LOGIN_OPTIONS, "relay": ODMR}, "ok", "primary: mail waits to be collected by"),
+                ({"domain": LOGIN_OPTIONS, "primary": "etrn"}, "ok", "waits for the domain's own mail server"),
+                ({"domain": LOGIN_OPTIONS + "\netrn = none", "primary": "etrn"}, "error", "etrn = none"),
+                ({"domain": "username = gw\npassword = file:none"}, "error", "the password of gw cannot be read")]):
+            relay.write_config(**options)
+            found = [one for one in json.loads(relay.run("--check", "--json")[1]) if text in one["text"]]
+            self.assertEqual([one["level"] for one in found], [level])
+
+    def test_a_domain_with_a_primary_of_its_own_may_be_collected_too(self) -> None:
+        relay = self.odmr(primary=self.primary().address)
+        relay.send()
+        relay.logged(": down: ")
+        customer = self.primary()
+        self.assertEqual(self.collect(relay, customer)[:3], "250")
+        relay.logged(r"ourdom\.example: up after ")
+        wait(relay.is_empty, "an empty spool")
+        self.assertEqual(len(customer.messages), 1)
+
+
+class Fetchmail(Relays):
+    """The one client of ODMR in common use."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        if shutil.which("fetchmail") is None:
+            self.skipTest("fetchmail is not installed")
+
+    def fetch(self, text: str, *prefix: str) -> str:
+        """Run it once; returns what it said."""
+        file = os.path.join(self.folder, "fetchmailrc")
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
+            stream.write("set no bouncemail\n" + text + "\n")
+        done = subprocess.run([*prefix, "fetchmail", "-f", file, "-v", "--nodetach", "--pidfile", file + ".pid", "--timeout",
+                               "20"], env=dict(os.environ, HOME=self.folder, FETCHMAILHOME=self.folder), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=DEADLINE_S, check=False)
+        return done.stdout.decode("utf-8", "replace")
+
+    RC = ('poll %s protocol ODMR port %d auth cram-md5 username "gw" password "se cret" '
+          "fetchdomains ourdom.example smtphost 127.0.0.1/%d")
+
+    def test_it_collects_a_queue(self) -> None:
+        relay = self.relay("atrn", relay=ODMR, domain=LOGIN_OPTIONS)
+        port = int(relay.logged(r"ODMR on 127\.0\.0\.1:(\d+)").group(1))
+        bodies = [b"Subject: one\r\n\r\n.dot\r\n", b"Subject: two\r\n\r\n" + b"line\r\n" * 2000]
+        for body in bodies:
+            relay.send(body)
+        customer = self.primary().start()
+        said = self.fetch(self.RC % ("127.0.0.1", port, customer.port))
+        wait(relay.is_empty, "an empty spool after\n" + said)
+        self.assertEqual([without_received(data) for _, _, data in customer.messages], bodies)
+        wait(lambda: relay.json("--status")["spool"]["messages"] == 0, "an empty queue")
+        self.assertIn("You have no mail", self.fetch(self.RC % ("127.0.0.1", port, customer.port)))
+
+    def test_its_authenticated_etrn_tells_where_the_primary_is(self) -> None:
+        customer = self.primary().start()
+        relay = self.relay("etrn", domain=LOGIN_OPTIONS + "\n[domain other.example]\nprimary = etrn\n" + LOGIN_OPTIONS,
+                           SMTP_PORT=customer.port)
+        relay.send(recipients=["u@" + DOMAIN, "u@other.example"])
+        said = self.fetch('poll 127.0.0.1 protocol ETRN port %d esmtpname "gw" esmtppassword "se cret" '
+                          "fetchdomains ourdom.example other.example" % relay.port)
+        wait(relay.is_empty, "an empty spool after\n" + said)
+        relay.logged(r"etrn: site=other\.example, client=unknown\[127\.0\.0\.1\], messages=1, reply=253")
+
+    def test_it_collects_a_queue_from_behind_nat(self) -> None:
+        """A provider, a router that translates addresses, and a customer nobody can connect to."""
+        names = ["etrn%d%s" % (os.getpid(), part) for part in "prc"]
+        make_nat(self, *names)
+        provider, _, customer_net = names
+        relay = Relay(self.folder, "atrn", relay="odmr_listen = 198.51.100.1:366", domain=LOGIN_OPTIONS)
+        relay.prefix = ["ip", "netns", "exec", provider]
+        self.addCleanup(relay.__exit__)
+        relay.start()
+        for _ in range(3):
+            self.assertIn("queued", within(provider, relay.send))
+        for address in cases(self, ["10.77.0.2", "198.51.100.2"]):      # the customer, and what it looks like from outside
+            with self.assertRaises(OSError):
+                within(provider, lambda address=address: socket.create_connection((address, 25), 0.3))
+        customer = within(customer_net, Primary)
+        self.addCleanup(customer.__exit__)
+        customer.start()
+        said = self.fetch(self.RC % ("198.51.100.1", 366, customer.port), "ip", "netns", "exec", customer_net)
+        wait(relay.is_empty, "an empty spool after\n" + said)
+        self.assertEqual(len(customer.messages), 3)
+        relay.logged(r"relay=\S+\[198\.51\.100\.2\]:\d+, .*status=sent")
+
+
+def within(name: str, what: Callable[[], Any]) -> Any:
+    """Do something in a network namespace: a thread of its own goes there.  Sockets stay where they were made."""
+    out: List[Any] = []
+
+    def go() -> None:
+        with open("/var/run/netns/" + name, "rb") as file:
+            if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0x40000000):      # CLONE_NEWNET
+                raise OSError(ctypes.get_errno(), "setns")
+        try:
+            out.append(what())
+        except OSError as error:
+            out.append(error)
+    thread = threading.Thread(target=go)
+    thread.start()
+    thread.join()
+    if isinstance(out[0], OSError):
+        raise out[0]
+    return out[0]
+
+
+def make_nat(test: unittest.TestCase, provider: str, router: str, customer: str) -> None:
+    """Three network namespaces: 198.51.100.1 - 198.51.100.2 router 10.77.0.1 - 10.77.0.2.  Skips where that cannot be."""
+    for program in ("ip", "nft"):
+        if shutil.which(program) is None:
+            test.skipTest("%s is not installed" % program)
+    if os.geteuid() != 0:
+        test.skipTest("network namespaces need root")
+
+    def do(line: str) -> None:
+        done = subprocess.run(line.split(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        if done.returncode:
+            test.skipTest("%s: %s" % (line, done.stdout.decode().strip()))
+    for name in (provider, router, customer):
+        do("ip netns add " + name)
+        test.addCleanup(subprocess.run, ["ip", "netns", "del", name], check=False)
+        do("ip -n %s link set lo up" % name)
+    for number, (one, other, its, others) in enumerate([(provider, router, "198.51.100.1", "198.51.100.2"),
+                                                        (customer, router, "10.77.0.2", "10.77.0.1")]):
+        do("ip -n %s link add v%d type veth peer name w%d netns %s" % (one, number, number, other))
+        for name, link, address in ((one, "v", its), (other, "w", others)):
+            do("ip -n %s address add %s/24 dev %s%d" % (name, address, link, number))
+            do("ip -n %s link set %s%d up" % (name, link, number))
+    do("ip -n %s route add default via 10.77.0.1" % customer)
+    do("ip netns exec %s sysctl -q -w net.ipv4.ip_forward=1" % router)
+    do("ip netns exec %s nft add table ip nat" % router)
+    do("ip netns exec %s nft add chain ip nat out { type nat hook postrouting priority 100 ; }" % router)
+    do("ip netns exec %s nft add rule ip nat out oifname w0 masquerade" % router)
 
 
 class Promise(Relays):
