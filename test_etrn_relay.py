@@ -3950,7 +3950,9 @@ class SpoolPeople(SpoolCase):
                 self.assertNotIn("\n", str(error))
                 continue
             passed += 1
-            self.assertTrue(etrn.summarize(found).domains)      # a message that is finished by somebody's typing error is lost
+            self.assertTrue(etrn.summarize(found).domains)
+            for one in found["recipients"]:     # one that is finished by somebody's typing error is lost
+                self.assertIn(one["state"], [etrn.QUEUED, etrn.DELIVERED, etrn.BOUNCED, etrn.EXPIRED, etrn.DELETED])
             etrn.format_sidecar(found)
             etrn.format_envelope(found, b"Subject: x\r\n", 1764000000.0)
             site = {"notices": False, "site": DOMAIN, "error": ""}
@@ -9539,9 +9541,12 @@ class Layers(unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
         with open(SOURCE, encoding="utf-8") as file:
-            cls.source = file.read()
-        cls.tree = ast.parse(cls.source)
-        cls.banners = sections(cls.source)
+            cls.look_at(cls, file.read())       # type: ignore[arg-type]
+
+    def look_at(self, source: str) -> None:
+        self.source = source
+        self.tree = ast.parse(source)
+        self.banners = sections(source)
 
     def section(self, line: int) -> Tuple[int, str]:
         number, name = 0, "IMPORTS"
@@ -9566,17 +9571,21 @@ class Layers(unittest.TestCase):
         contents = (etrn.__doc__ or "").partition("\nCONTENTS\n")[2]
         self.assertEqual(re.findall(r"(\d+) ([A-Z]+)", contents), [(str(number), name) for _, number, name in self.banners])
 
-    def test_names_point_backward(self) -> None:
+    def forward(self) -> List[Tuple[int, str]]:
+        """(line, name) where a section names what a later one defines."""
         defined = self.definitions()
-        forward = ["%d: %s of section %d" % (node.lineno, node.id, defined[node.id]) for node in ast.walk(self.tree)
-                   if isinstance(node, ast.Name) and defined.get(node.id, 0) > self.section(node.lineno)[0]]
         self.assertGreater(len(defined), 200)
-        self.assertEqual(forward, [])
+        return [(node.lineno, node.id) for node in ast.walk(self.tree)
+                if isinstance(node, ast.Name) and defined.get(node.id, 0) > self.section(node.lineno)[0]]
 
-    def test_pure_sections_touch_no_socket_file_clock_or_chance(self) -> None:
+    def test_names_point_backward(self) -> None:
+        self.assertEqual(self.forward(), [])
+
+    def impurities(self) -> List[Tuple[int, str]]:
+        """(line, name) where a pure section touches a socket, a file, a clock or chance."""
         forbidden = {"socket", "select", "selectors", "random", "secrets", "threading", "queue", "smtplib", "subprocess",
                      "tempfile"}
-        clocks, calls = {"strftime", "gmtime", "localtime"}, {"open", "print", "input", "exec", "eval"}
+        clocks, calls = {"strftime", "gmtime", "localtime"}, {"open", "print", "input", "exec", "eval", "__import__", "globals"}
         paths = {"join", "dirname", "basename", "abspath"}
         seen, bad = set(), []
         for node in ast.walk(self.tree):
@@ -9594,9 +9603,54 @@ class Layers(unittest.TestCase):
             if isinstance(node, ast.Attribute) and ast.dump(node.value) == ast.dump(ast.parse("os.path", mode="eval").body):
                 if node.attr not in paths:
                     bad.append((node.lineno, "os.path." + node.attr))
-        self.assertEqual((seen, bad), (self.PURE, []))
+        self.assertEqual(seen, self.PURE)
+        return bad
+
+    def test_pure_sections_touch_no_socket_file_clock_or_chance(self) -> None:
+        self.assertEqual(self.impurities(), [])
+
+    def impure_calls(self) -> List[Tuple[int, str]]:
+        """(line, name) where a pure section names a function or class of one that is not."""
+        impure = {node.name for node in self.tree.body
+                  if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and self.section(node.lineno)[1] not in self.PURE}
+        self.assertGreater(len(impure), 100)
+        return [(node.lineno, node.id) for node in ast.walk(self.tree)
+                if isinstance(node, ast.Name) and node.id in impure and self.section(node.lineno)[1] in self.PURE]
+
+    def test_pure_sections_call_nothing_that_is_not_pure(self) -> None:
+        self.assertEqual(self.impure_calls(), [])
+
+    VIOLATIONS: Dict[str, List[Tuple[str, str]]] = {      # what finds them: (section, a line more in it)
+        "impurities": [(section, line) for section in sorted(PURE) for line in (
+            "os.unlink('x')", "os.path.exists('x')", "time.time()", "time.sleep(1)", "open('x')", "random.random()", "print(1)",
+            "socket.socket()", "x = time.monotonic", "secrets.token_hex()", "threading.Lock()", "__import__('os')",
+            "selectors.DefaultSelector()", "subprocess.run([])")],
+        "impure_calls": [("SESSION", "Spool('x')"), ("SCHEDULE", "Log('x', 'y', 'z')"), ("DSN", "x = Resolver"),
+                         ("STATUS", "Manager.tick")],
+        "forward": [("GRAMMAR", "parse_config('')"), ("SPOOL", "Manager"), ("SESSION", "x = Scheduler"),
+                    ("QUEUE", "x: Server = None"), ("SERVER", "main")]}
+
+    def test_each_violation_is_noticed(self) -> None:
+        """These tests see what they look for."""
+        for name, rows in cases(self, self.VIOLATIONS.items()):
+            source = self.source
+            for section, line in rows:          # as the first line of that section's first function
+                at = re.compile(r"\. %s ==" % section).search(source).end()                              # type: ignore[union-attr]
+                at = re.compile(r"\n(?:    )*def [^\n]*:\n").search(source, at).end()                    # type: ignore[union-attr]
+                source = source[:at] + re.match(r" *", source[at:]).group() + line + "    # bad\n" + source[at:]    # type: ignore[union-attr]
+            other = type(self)("test_names_point_backward")
+            other.look_at(source)
+            self.assertEqual({line for line, _ in getattr(other, name)()},
+                             {number for number, line in enumerate(source.split("\n"), 1) if line.endswith("    # bad")})
+        for line in cases(self, ["import shutil", "from os import unlink", "import asyncio"]):
+            other = type(self)("test_names_point_backward")
+            other.look_at(self.source.replace("# == 6. SPOOL", line + "\n# == 6. SPOOL"))
+            self.assertRaises(AssertionError, other.check_imports)
 
     def test_imports_stand_at_the_top_come_from_the_standard_library_and_are_used(self) -> None:
+        self.check_imports()
+
+    def check_imports(self) -> None:
         nodes = [node for node in ast.walk(self.tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
         self.assertTrue(all(self.section(node.lineno)[0] <= 1 for node in nodes))
         modules = [alias.name if isinstance(node, ast.Import) else str(node.module) for node in nodes for alias in node.names]
@@ -10148,6 +10202,48 @@ class Ledgers(Relays):
         self.assertEqual(os.listdir(os.path.join(relay.spool, "corrupt")), [])
         return found
 
+
+class Sickness(Relays):
+    """A disk that fails under a running relay, and is well again."""
+
+    WRITING = ("write", "fsync", "rename", "unlink", "ftruncate")
+
+    def test_every_failing_disk_is_answered_4xx_and_outlived(self) -> None:
+        for fault in cases(self, [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE]):
+            primary = self.primary()
+            folder = tempfile.mkdtemp(dir=self.folder)
+            fails = threading.Event()
+            shim = types.SimpleNamespace(**vars(os))
+
+            def failing(real: Callable[..., Any], fault: int = fault, fails: threading.Event = fails) -> Callable[..., Any]:
+                def call(*arguments: Any, **options: Any) -> Any:
+                    is_meant = real is not os.open or fault == errno.EMFILE or arguments[1] & os.O_CREAT
+                    if fails.is_set() and is_meant:
+                        raise OSError(fault, os.strerror(fault))
+                    return real(*arguments, **options)
+                return call
+            for name in (*self.WRITING, "open"):
+                if fault != errno.EMFILE or name == "open":
+                    setattr(shim, name, failing(getattr(os, name)))
+            with shorten(RETRY_DISK_S=0.1, SWEEP_S=0.05, PROBE_FIRST_S=0.05), mock.patch.object(etrn, "os", shim), Local(
+                    folder, domain="[domain two.example]\nprimary = %s\nrecipients = any\ncutthrough = no\nprobe_interval = 1s\n"
+                    % primary.address) as local, Wire(local.port) as client:
+                client.say("EHLO client.example")
+                self.assertEqual(client.send(marked(b"first"), recipients=["x@two.example"])[:3], "250")
+                fails.set()
+                expected = "452 4.3.1" if fault in (errno.ENOSPC, errno.EDQUOT) else "451 4.3.0"
+                for data in (MESSAGE, b"x" * 600000 + b"\r\n", MESSAGE):
+                    self.assertEqual(client.send(data)[:9], expected)
+                self.assertEqual(bool(local.spool.sick), fault in (errno.EIO, errno.EROFS))
+                primary.start()
+                if fault != errno.EMFILE:               # delivery goes on; without descriptors nothing can be read
+                    wait(lambda: primary.messages, "a delivery")            # noqa: B023
+                fails.clear()
+                wait(lambda: client.send(marked(b"last"), recipients=["x@two.example"])[:3] == "250", "new mail")   # noqa: B023
+                wait(lambda: not spool_files(local.spool.path), "an empty spool")       # noqa: B023
+                self.assertEqual([mark_of(data) for _, _, data in primary.messages], [b"first", b"last"])
+                self.assertEqual(os.listdir(local.spool.incoming), [])
+            self.assertEqual([line for line in local.log if "bug" in line], [])
 
 class Storms(Ledgers):
     """Relay and primary die at random, under load, for a while."""
