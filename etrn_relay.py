@@ -1612,6 +1612,7 @@ class Spool:
         try:
             yield
             os.fsync(fd)
+            os.fstat(fd)                # XFS that has shut down after an error lets a folder's fsync pass, and says EIO here
         finally:
             self._close_quietly(fd)     # nothing was written through it
 
@@ -3003,8 +3004,17 @@ class Site:
         entry.state = state
         if state is State.ACTIVE:
             heapq.heappush(self.active, (entry.received, entry.id))
+            self._tidy(self.active, state)
         elif state is State.DEFERRED:
             heapq.heappush(self.deferred, (entry.due, entry.id))
+            self._tidy(self.deferred, state)
+
+    def _tidy(self, heap: List[Tuple[float, str]], state: State) -> None:
+        """Mail that is held and released again and again leaves its old places behind."""
+        if len(heap) > 2 * len(self.entries) + 1000:
+            heap[:] = {one for one in heap if one[1] in self.entries and self.entries[one[1]].state is state
+                       and (state is State.ACTIVE or self.entries[one[1]].due == one[0])}
+            heapq.heapify(heap)
 
     def add(self, entry: Entry, now: Now, next_attempt: Time = 0.0, held: bool = False) -> None:
         """A new message, or one found in the spool with a pause still to run."""

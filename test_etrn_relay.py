@@ -3668,10 +3668,18 @@ class PowerCuts(unittest.TestCase):
         "heal": lambda self, spool: spool.heal() or OSError(0, "not healed"),
     }
 
+    def test_a_failing_call_costs_nothing_but_its_own_story(self) -> None:
+        self.fail_each([*itertools.product(["accept"], self.ERRORS, (False, True)),
+                        *((name, errno.EIO, False) for name in self.STORIES), ("remove", errno.ENOSPC, True)])
+
+    @long_run
     def test_every_call_failing_in_every_way_costs_nothing_but_its_own_story(self) -> None:
+        self.fail_each(itertools.product(self.STORIES, self.ERRORS, (False, True)))
+
+    def fail_each(self, rows: Iterable[Tuple[str, int, bool]]) -> None:
+        """For each story, errno, and whether it lasts: fail at the first step, at the second, and so on."""
         failed = 0
-        rows = itertools.product(self.STORIES, self.ERRORS, (False, True))
-        for name, fault, lasting in cases(self, [row for row in rows if row[1:] != (errno.EDQUOT, True)]):
+        for name, fault, lasting in cases(self, rows):
             for at in itertools.count():
                 platter = Platter(self.two)
                 with self.on(platter):
@@ -3710,7 +3718,7 @@ class PowerCuts(unittest.TestCase):
                 if name == "aside":
                     promised.files["ABCDE1.eml"] = MESSAGE
                 self.check(platter.now(), promised)
-        self.assertGreater(failed, 300)
+        self.assertGreater(failed, 100)
 
     def test_short_writes_are_no_errors(self) -> None:
         for name in cases(self, ["accept", "record", "notice"]):
@@ -3739,6 +3747,26 @@ class PowerCuts(unittest.TestCase):
                 result = store(spool, "ABCDE5")
                 platter.on_step = lambda: None
                 self.assertEqual("ABCDE5" in spool.names(), result is None)
+
+    def test_a_file_system_that_shut_down_and_says_so_late_is_not_believed(self) -> None:
+        """XFS: a folder's fsync returns 0 though the journal is gone, when its change was dropped just before."""
+        platter = Platter(self.two)
+        with self.on(platter):
+            spool = self.opened()
+            real_fsync, real_fstat, down = platter.fsync, platter.fstat, [False]
+
+            def fsync(fd: int) -> None:
+                down[0] = down[0] or platter.files[fd][0].is_folder
+                if not down[0]:
+                    real_fsync(fd)
+
+            def fstat(fd: int) -> Any:
+                if down[0]:
+                    raise OSError(errno.EIO, "I/O error")
+                return real_fstat(fd)
+            platter.fsync, platter.fstat = fsync, fstat         # type: ignore[method-assign]
+            self.assertIsInstance(store(spool, "ABCDE5"), OSError)
+            self.assertTrue(spool.sick)
 
     def test_an_error_that_another_threads_fsync_has_met_is_not_swallowed(self) -> None:
         """Linux tells an error of a folder once to each open file: to those opened before it."""
@@ -9811,9 +9839,10 @@ ORDERS: List[Mutant] = [
      "            return [result or error for result in results]\n", "            pass\n"),
     ("short writes are taken for whole ones", "        while done < len(data):", "        while False:"),
     ("readers see what is not yet safe", "                if id in self.entering:\n", "                if False:\n"),
-    ("folder opened at the start, shared by all", "        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)\n        try:\n"
-     "            yield\n            os.fsync(fd)\n        finally:\n            self._close_quietly(fd)",
-     "        yield\n        os.fsync(self.directory)\n        if True:\n            pass"),
+    ("folder opened after the changes", "        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)\n        try:\n"
+     "            yield\n            os.fsync(fd)\n",
+     "        yield\n        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)\n        try:\n            os.fsync(fd)\n"),
+    ("XFS is believed after it shut down", "            os.fstat(fd)                #", "            #"),
     ("a queue ID in use is taken again",
      'if self._has(self.path, draft.id + ".json") or self._has(self.path, draft.id + ".eml"):',
      "if False:"),
@@ -9903,7 +9932,7 @@ class Trouble:
         self.opening = 0
         self.tried: Dict[str, float] = {}       # message: monotonic, when it came or was last tried or released
         self.met: Dict[str, bool] = {}          # message: greylisted before
-        self.delivered = self.arrived = self.expired = self.steps = self.most_lines = 0
+        self.delivered = self.arrived = self.expired = self.steps = self.most_lines = self.most_entries = 0
 
     def at(self, seconds: float, what: Callable[[], None]) -> None:
         heapq.heappush(self.events, (self.clock.mono + seconds, next(self.ties), what))
@@ -9922,6 +9951,7 @@ class Trouble:
         entry = etrn.Entry(id, self.chance.randrange(1, 10000), self.now.wall, self.now.wall + self.site.cfg.lifetime)
         self.site.add(entry, self.now)
         self.tried[id] = self.clock.mono
+        self.most_entries = max(self.most_entries, len(self.site.entries))
 
     def flap(self) -> None:
         self.is_up = not self.is_up
@@ -10052,7 +10082,7 @@ class Trouble:
             test.assertEqual({id for id, entry in site.entries.items() if id not in heaped
                               and entry.state in (etrn.State.ACTIVE, etrn.State.DEFERRED)}, set(), "in no heap")
         for heap in (site.active, site.deferred, site.aging, site.delays):
-            test.assertLessEqual(len(heap), 3 * len(site.entries) + 1100)
+            test.assertLessEqual(len(heap), 2 * self.most_entries + 1000)
         for id, entry in site.entries.items():
             if entry.state in (etrn.State.ACTIVE, etrn.State.DEFERRED) and self.is_up:
                 waited = self.clock.mono - max(self.tried[id], self.steady_since)
@@ -10428,22 +10458,27 @@ class Mounts(Ledgers):
                 os.link(body, os.path.join(relay.spool, id + ".eml"))
             with open(os.path.join(relay.spool, id + ".json"), "wb") as file:
                 file.write(sidecar.replace(name[:-5].encode(), id.encode()))
-            with open(os.path.join(relay.spool, "stranger%d" % number), "wb"):
-                pass
+            if number % 5 == 0:
+                with open(os.path.join(relay.spool, "stranger%d" % number), "wb"):
+                    pass
+        began = time.monotonic()
         relay.signal(signal.SIGHUP)
         slowest = 0.0
 
         def is_loaded() -> bool:
             nonlocal slowest
-            began = time.monotonic()
+            sent = time.monotonic()
             self.assertEqual(relay.send(MESSAGE)[:3], "250")         # mail is taken meanwhile
-            slowest = max(slowest, time.monotonic() - began)
+            slowest = max(slowest, time.monotonic() - sent)
             return int(relay.json("--status")["spool"]["messages"]) >= 99990
         wait(is_loaded, "the queue", 120)
+        took = time.monotonic() - began
         self.assertLess(slowest, 5.0)
         assert relay.process is not None
         with open("/proc/%d/status" % relay.process.pid) as file:
             kilobytes = int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))       # type: ignore[union-attr]
+        print("a hundred thousand: read in %.0f s, a message taken meanwhile in %.2f s, %d K of memory" % (
+            took, slowest, kilobytes), file=sys.stderr)
         self.assertLess(kilobytes, 400000)
 
 
