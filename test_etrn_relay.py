@@ -4036,7 +4036,7 @@ class SpoolPeople(SpoolCase):
             with contextlib.ExitStack() as stack:
                 if broken != "task":
                     stack.enter_context(mock.patch.object(self.spool, broken, side_effect=RuntimeError("a bug")))
-                committers = etrn.Committers(self.spool, lambda reports: None, threads=0)
+                committers = etrn.Committers(self.spool, lambda reports: None)
                 heard: Dict[str, Any] = {}
 
                 def task(spool: etrn.Spool, broken: str = broken) -> str:
@@ -7248,7 +7248,7 @@ class Promise(Relays):
             relay.end(signal.SIGKILL)
             relay.start()
         self.check(primary, relay, ledger)
-        self.assertLess(len(primary.messages), len(ledger) + 60)
+        self.assertLess(len(primary.messages), 2 * len(ledger))     # a slow disk has more to write down at a kill
 
     def test_killed_while_both(self) -> None:
         primary = self.primary().start()
