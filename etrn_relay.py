@@ -1669,7 +1669,7 @@ class Spool:
         if not stored:
             return results
         ids = {batch[number][0].id for number in stored}
-        self.entering |= ids
+        self.entering.update(ids)
         try:
             if not self._is_here():
                 raise OSError(errno.ESTALE, "the spool directory is not the one that was opened")
@@ -1681,7 +1681,8 @@ class Spool:
             for number in stored:
                 self._withdraw(batch[number][0].id)
                 results[number] = results[number] or error
-        self.entering -= ids
+        finally:
+            self.entering.difference_update(ids)
         return results
 
     def _store(self, draft: Draft, blocks: List[bytes], sidecar: Dict[str, Any]) -> Optional[OSError]:
