@@ -46,7 +46,8 @@ QUEUE
     with our Received field and CRLF line ends; ID.json, its sidecar, holds the
     envelope, the state of every recipient, the expiry and the SHA-256 of the
     .eml.  Both are plain files for ls, cat and jq.  A pair copied to the spool
-    of another relay is delivered from there after its next start or SIGHUP.
+    of another relay is delivered from there after its next start or SIGHUP;
+    at SIGHUP one that is still being copied is waited for.
 
     After the 250 that answers the end of the data, message, envelope and
     directory entries are on stable storage.  A message leaves the spool only by
@@ -204,6 +205,7 @@ import bisect
 import calendar
 import collections
 import configparser
+import contextlib
 import dataclasses
 import difflib
 import email.utils
@@ -232,6 +234,7 @@ import signal
 import smtplib
 import socket
 import socketserver
+import stat
 import struct
 import subprocess
 import sys
@@ -311,8 +314,12 @@ FAST_FSYNC_S = 0.001            # one thread more for each such time that an fsy
 BATCH_MAX = 64                  # messages a committer makes durable together
 BLOCK_OCTETS = 262144           # read or written at once where a file does not fit in memory
 ORPHAN_S = 3600.0               # a lone .eml younger than this may be half of a pair being copied
+COPY_S = 5.0                    # a pair that makes no sense is left alone until it has not changed for so long
+RETRY_READ_S = 300.0            # longest pause between attempts to read what the disk does not give
+TIME_MAX = 253402300800.0       # seconds; dates of the year 10000 cannot be written (RFC 5322 3.3)
 RETRY_DISK_S = 5.0              # between attempts to record what a full or failing disk did not take
 SIDECAR_MAX = 8 << 20           # octets; a thousand recipients with long answers are far below
+STATE_MAX = 256 << 20           # octets; RECIPIENTS_MAX of the longest addresses are a tenth of it
 LOAD_BATCH = 200                # messages handed from the loader to the loop at a time
 STATE_SAVE_S = 60.0             # counters and primaries are saved so often when they changed
 SPACE_CHECK_S = 1.0             # free space is asked of the file system at most so often
@@ -1557,11 +1564,14 @@ class Log:
 #   S7              -            -             .json   finished                  delete
 #   S8              .eml         -             -       a stranger, or a disk's fault   corrupt/, once an hour old
 #   S9              .json        -             -       its body is gone          corrupt/
+#
+# What is found half at SIGHUP, and changed within COPY_S, is being copied in: looked at again.
 
 FORMAT = 1                      # of the sidecar
 _ID = re.compile(r"[0-9A-F]{6,20}")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SICK = (errno.EIO, errno.EROFS)
+_SICK = (errno.EIO, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ESTALE)     # the last three: unmounted, moved, removed
+_UNREADABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 
 
 class Corrupt(Exception):
@@ -1606,6 +1616,7 @@ class Spool:
         self.lock_fd = -1
         self.sick = ""                  # why no new mail is taken, or empty
         self.corrupt_count = 0
+        self.entering: Set[str] = set()         # between their renames and their 250; not to be loaded yet
         self.state_lock = threading.Lock()
         self.saved: Dict[str, int] = {}         # the number of the last save of each
 
@@ -1616,16 +1627,13 @@ class Spool:
         acknowledged.  Raises SpoolBusy or OSError."""
         os.makedirs(self.path, 0o700, exist_ok=True)
         self.lock()
-        for folder in (self.incoming, self.done, self.bad):
-            os.makedirs(folder, 0o700, exist_ok=True)
         self.directory = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        self.sweep()
-        self.sync()
-        parent = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(parent)            # the spool directory itself may be new
-        finally:
-            os.close(parent)
+        with self._durable(self.path):
+            self._make_folders()
+            self.sweep()
+        with contextlib.suppress(PermissionError):      # not ours, and so not made by us
+            with self._durable(os.path.dirname(os.path.realpath(self.path))):
+                pass                    # the spool directory itself may be new
         self.corrupt_count = sum(name.endswith(".eml") or not self._has(self.bad, name[:-5] + ".eml")
                                  for name in os.listdir(self.bad) if name.endswith((".eml", ".json")))
 
@@ -1639,9 +1647,16 @@ class Spool:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             raise SpoolBusy("%s is in use by process %s" % (self.path, printable(holder) or "unknown")) from None
-        os.ftruncate(fd, 0)
-        os.write(fd, b"%d\n" % os.getpid())
         self.lock_fd = fd
+        try:
+            os.ftruncate(fd, 0)
+            os.write(fd, b"%d\n" % os.getpid())
+        except OSError:
+            pass                        # a full disk must not keep queued mail from leaving; the lock holds without our name
+
+    def _make_folders(self) -> None:
+        for folder in (self.incoming, self.done, self.bad):
+            os.makedirs(folder, 0o700, exist_ok=True)
 
     def close(self) -> None:
         for fd in (self.directory, self.lock_fd):
@@ -1656,9 +1671,12 @@ class Spool:
                 id, _, kind = name.partition(".")
                 if not _ID.fullmatch(id) or kind not in ("eml", "json", "new"):
                     continue            # not ours; people keep odd things everywhere
-                if kind == "json" and not self._has(self.path, id + ".json"):
-                    self._unlink(os.path.join(self.path, id + ".eml"))
-                self._unlink(os.path.join(folder, name))
+                try:
+                    if kind == "json" and not self._has(self.path, id + ".json"):
+                        self._unlink(os.path.join(self.path, id + ".eml"))
+                    self._unlink(os.path.join(folder, name))
+                except OSError as error:
+                    self._note(error)   # a folder of that name, or a disk at fault: no reason not to start
 
     @staticmethod
     def _has(folder: str, name: str) -> bool:
@@ -1671,9 +1689,28 @@ class Spool:
         except FileNotFoundError:
             pass
 
-    def sync(self) -> None:
-        """Make the directory's own entries durable."""
-        os.fsync(self.directory)
+    @contextlib.contextmanager
+    def _durable(self, folder: str) -> Iterator[None]:
+        """Names changed within are on stable storage after it.  The directory is
+        opened before the first change, because the kernel tells an error once to each
+        open file: on a shared one another thread's fsync would swallow ours."""
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield
+            os.fsync(fd)
+            os.fstat(fd)                # XFS that has shut down after an error lets a folder's fsync pass, and says EIO here
+        finally:
+            self._close_quietly(fd)     # nothing was written through it
+
+    def _is_here(self) -> bool:
+        """Whether the path still leads to the directory that was opened; else it was unmounted or moved away."""
+        if self.directory < 0:
+            return True
+        try:
+            found, ours = os.stat(self.path), os.fstat(self.directory)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
 
     # -- accepting
 
@@ -1713,23 +1750,25 @@ class Spool:
         stable storage, or the error, when nothing of it remains.  A file whose
         fsync failed is never fsynced again: after a failure the kernel may
         call lost pages clean."""
-        results: List[Optional[OSError]] = []
-        for draft, blocks, sidecar in batch:
-            results.append(self._store(draft, blocks, sidecar))
-        moved = []
-        for number, (draft, _, _) in enumerate(batch):
-            if results[number] is None:
-                results[number] = self._enter(draft.id)
-                if results[number] is None:
-                    moved.append(number)
+        results = [self._store(draft, blocks, sidecar) for draft, blocks, sidecar in batch]
+        stored = [number for number, result in enumerate(results) if result is None]
+        if not stored:
+            return results
+        ids = {batch[number][0].id for number in stored}
+        self.entering.update(ids)
         try:
-            if moved:
-                self.sync()
+            if not self._is_here():
+                raise OSError(errno.ESTALE, "the spool directory is not the one that was opened")
+            with self._durable(self.path):
+                for number in stored:
+                    results[number] = self._enter(batch[number][0].id)
         except OSError as error:
             self._note(error)
-            for number in moved:
+            for number in stored:
                 self._withdraw(batch[number][0].id)
-                results[number] = error
+                results[number] = results[number] or error
+        finally:
+            self.entering.difference_update(ids)
         return results
 
     def _store(self, draft: Draft, blocks: List[bytes], sidecar: Dict[str, Any]) -> Optional[OSError]:
@@ -1737,6 +1776,7 @@ class Spool:
         if draft.error is None:
             self.append(draft, blocks)
         if draft.error is not None:
+            self.discard(draft)
             return self._note(draft.error)
         fd = -1
         try:
@@ -1782,13 +1822,16 @@ class Spool:
         return None
 
     def _withdraw(self, id: str) -> None:
-        """Undo an unacknowledged commit: sidecar first, so that at no point a sidecar stands alone."""
-        for folder in (self.path, self.incoming):
-            for kind in (".json", ".eml"):
-                try:
-                    self._unlink(os.path.join(folder, id + kind))
-                except OSError:
-                    pass
+        """Undo an unacknowledged commit, back through S3, so that at no point a
+        half stands where it would have to be explained."""
+        names = [os.path.join(folder, id + kind) for folder in (self.path, self.incoming) for kind in (".json", ".eml")]
+        sidecar, _, back, _ = names
+        with contextlib.suppress(OSError):
+            os.rename(sidecar, back)
+        for name in names:
+            if name == sidecar or not os.path.lexists(sidecar):     # else both stay: a second copy, but whole
+                with contextlib.suppress(OSError):
+                    self._unlink(name)
 
     def _note(self, error: OSError) -> OSError:
         if error.errno in _SICK:
@@ -1798,17 +1841,20 @@ class Spool:
     def heal(self) -> bool:
         """Whether a probe file survives all that a message goes through; then the spool is well again."""
         path = os.path.join(self.incoming, "probe")
+        if not self._is_here():
+            return False                # what is there now may be below a mount point: mail must not go there
         try:
+            self._make_folders()
             self._unlink(path)
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 self._write(fd, b"probe\n" * 1000)
             finally:
                 self._sync_and_close(fd)
-            os.rename(path, os.path.join(self.path, "probe"))
-            self.sync()
-            os.unlink(os.path.join(self.path, "probe"))
-            self.sync()
+            with self._durable(self.path):
+                os.rename(path, os.path.join(self.path, "probe"))
+            with self._durable(self.path):
+                os.unlink(os.path.join(self.path, "probe"))
         except OSError:
             return False
         self.sick = ""
@@ -1818,7 +1864,7 @@ class Spool:
 
     def update(self, id: str, change: Callable[[Dict[str, Any]], None]) -> Dict[str, Any]:
         """Apply `change` to a sidecar, durably; returns the new one.  Raises
-        Corrupt or OSError, and then the old one stands."""
+        Corrupt or OSError, and then the old one or the new one stands, whole."""
         sidecar = self.read_sidecar(id)
         change(sidecar)
         self.replace_sidecar(id, sidecar)
@@ -1838,8 +1884,8 @@ class Spool:
                 self._close_quietly(fd)
                 raise
             self._sync_and_close(fd)
-            os.rename(temporary, path)
-            self.sync()
+            with self._durable(self.path):
+                os.rename(temporary, path)
         except OSError as error:
             try:
                 self._unlink(temporary)
@@ -1852,14 +1898,12 @@ class Spool:
         so that a power cut brings none back without its body."""
         results: List[Optional[OSError]] = [None] * len(ids)
         try:
-            for number, id in enumerate(ids):
-                try:
-                    os.rename(os.path.join(self.path, id + ".json"), os.path.join(self.done, id + ".json"))
-                except FileNotFoundError:
-                    pass                # somebody was quicker with rm
-                except OSError as error:
-                    results[number] = self._note(error)
-            self.sync()
+            with self._durable(self.path):
+                for number, id in enumerate(ids):
+                    try:
+                        self._finish(id)
+                    except OSError as error:
+                        results[number] = self._note(error)
         except OSError as error:
             self._note(error)
             return [result or error for result in results]
@@ -1872,9 +1916,34 @@ class Spool:
                     self._note(error)   # out of the queue all the same; the next start sweeps
         return results
 
+    def _finish(self, id: str) -> None:
+        """The sidecar leaves the queue.  Where done/ is full or gone it goes
+        at once: a crash would then leave a body alone (S8), but a
+        delivered message must not stay because the disk is full."""
+        path = os.path.join(self.path, id + ".json")
+        try:
+            os.rename(path, os.path.join(self.done, id + ".json"))
+        except OSError as error:
+            if error.errno != errno.ENOENT and error.errno not in _FULL:
+                raise
+            self._unlink(path)          # or somebody was quicker with rm
+
     def set_aside(self, id: str, why: str) -> str:
-        """Move what there is of a pair to corrupt/.  Returns the text for the log."""
-        moved = []
+        """Move what there is of a pair to corrupt/, durably there before it is gone
+        here.  Returns the text for the log; raises OSError."""
+        moved: List[str] = []
+        if not self._is_here():
+            raise OSError(errno.ESTALE, "the spool directory is not the one that was opened")
+        self._make_folders()            # people tidy up
+        with self._durable(self.path), self._durable(self.bad):
+            problem = self._move_aside(id, moved)
+        self.corrupt_count += bool(moved)
+        if problem is not None:
+            self._note(problem)
+            return "%s: corrupt: %s; and cannot be moved: %s" % (id, why, problem.strerror)
+        return "%s: corrupt: %s; moved to corrupt/: %s" % (id, why, " ".join(moved) or "nothing left of it")
+
+    def _move_aside(self, id: str, moved: List[str]) -> Optional[OSError]:
         for kind in (".json", ".eml"):
             target = os.path.join(self.bad, id + kind)
             if os.path.lexists(target):
@@ -1885,34 +1954,57 @@ class Spool:
             except FileNotFoundError:
                 pass
             except OSError as error:
-                return "%s: corrupt: %s; and cannot be moved: %s" % (id, why, error.strerror)
-        if moved:
-            self.corrupt_count += 1
-            self.sync()
-        return "%s: corrupt: %s; moved to corrupt/: %s" % (id, why, " ".join(moved) or "nothing left of it")
+                return error
+        return None
 
     # -- reading
 
+    def _open(self, name: str, what: str) -> int:
+        """A queued file for reading.  Raises Corrupt when it is gone, or no file
+        that we may read, and OSError when the disk is at fault."""
+        path = os.path.join(self.path, name)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)      # a FIFO would wait for a writer
+        except OSError as error:
+            if error.errno not in _UNREADABLE:
+                raise
+            if not self._is_here():
+                raise OSError(errno.ESTALE, "the spool directory is not the one that was opened") from None
+            raise Corrupt("the %s %s" % (what, "is gone" if error.errno == errno.ENOENT else
+                                         "cannot be read: %s" % error.strerror)) from None
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise Corrupt("the %s is not a file" % what)
+        return fd
+
     def read_sidecar(self, id: str) -> Dict[str, Any]:
         """Raises Corrupt, or OSError when the disk is at fault."""
+        fd = self._open(id + ".json", "sidecar")
         try:
-            fd = os.open(os.path.join(self.path, id + ".json"), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise Corrupt("the sidecar is gone") from None
-        try:
-            data = os.read(fd, SIDECAR_MAX)
+            data = read_up_to(fd, SIDECAR_MAX)
         finally:
             os.close(fd)
         return parse_sidecar(data, id)
 
     def check_body(self, id: str, sidecar: Mapping[str, Any]) -> None:
         """A quick look for the start; the SHA-256 is compared before each delivery.  Raises Corrupt or OSError."""
+        fd = self._open(id + ".eml", "body")
         try:
-            size = os.stat(os.path.join(self.path, id + ".eml")).st_size
-        except FileNotFoundError:
-            raise Corrupt("the body is gone") from None
+            size = os.fstat(fd).st_size
+        finally:
+            os.close(fd)
         if size != sidecar["size"]:
             raise Corrupt("the body has %d octets, not %d" % (size, sidecar["size"]))
+
+    def is_young(self, id: str) -> bool:
+        """Whether a pair changed a moment ago, so that what it lacks may be on its way."""
+        for kind in (".json", ".eml"):
+            try:
+                if 0 <= time.time() - os.stat(os.path.join(self.path, id + kind)).st_ctime < COPY_S:
+                    return True         # ctime: cp -p and rsync set the other one back
+            except OSError:
+                pass                    # the other half decides
+        return False
 
     def has_sidecar(self, id: str) -> bool:
         return self._has(self.path, id + ".json")
@@ -1920,11 +2012,7 @@ class Spool:
     def read_message(self, id: str, sidecar: Mapping[str, Any]) -> "Message":
         """The body, verified against the sidecar's SHA-256; raises Corrupt or
         OSError.  A large one is verified now and read again block by block."""
-        try:
-            fd = os.open(os.path.join(self.path, id + ".eml"), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise Corrupt("the body is gone") from None
-        message = Message(fd, sidecar["size"])
+        message = Message(self._open(id + ".eml", "body"), sidecar["size"])
         try:
             digest = hashlib.sha256()
             size = 0
@@ -1939,10 +2027,10 @@ class Spool:
         return message
 
     def read_header(self, id: str, longest: int = HEADER_SCAN_MAX) -> bytes:
-        """The message up to and without the first empty line."""
-        fd = os.open(os.path.join(self.path, id + ".eml"), os.O_RDONLY | os.O_CLOEXEC)
+        """The message up to and without the first empty line.  Raises Corrupt or OSError."""
+        fd = self._open(id + ".eml", "body")
         try:
-            data = os.read(fd, longest)
+            data = read_up_to(fd, longest)
         finally:
             os.close(fd)
         return data.partition(b"\r\n\r\n")[0] + b"\r\n"
@@ -1952,6 +2040,8 @@ class Spool:
         with os.scandir(self.path) as entries:
             for entry in entries:
                 id, _, kind = entry.name.partition(".")
+                if id in self.entering:
+                    continue            # its client may yet be told that it was not kept
                 if kind == "json" and _ID.fullmatch(id):
                     yield id
                 elif kind == "eml" and orphans is not None and _ID.fullmatch(id) and not self._has(self.path, id + ".json"):
@@ -1978,10 +2068,13 @@ class Spool:
     def load_state(self, name: str = "state.json") -> Dict[str, Any]:
         """An unreadable state file costs only what was learned."""
         try:
-            with open(os.path.join(self.path, name), "rb") as file:
-                state = json.loads(file.read())
+            fd = self._open(name, "state")
+            try:
+                state = json.loads(read_up_to(fd, STATE_MAX))
+            finally:
+                os.close(fd)
             return state if isinstance(state, dict) else {}
-        except (OSError, ValueError):
+        except (Corrupt, OSError, ValueError, RecursionError):
             return {}
 
     def save_state(self, state: Mapping[str, Any], recipients: Optional[Mapping[str, Any]] = None, number: int = 0) -> None:
@@ -2014,18 +2107,33 @@ class Message:
             yield self.whole
             return
         os.lseek(self.fd, 0, os.SEEK_SET)
+        if self.size < BLOCK_OCTETS:    # one octet more than expected would show as a wrong size
+            self.whole = read_up_to(self.fd, BLOCK_OCTETS)
+            yield self.whole
+            return
         while True:
             block = os.read(self.fd, BLOCK_OCTETS)
-            if self.size < BLOCK_OCTETS:
-                self.whole = block      # one octet more than expected would show as a wrong size
             if not block:
                 return
             yield block
-            if self.size < BLOCK_OCTETS:
-                return
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+def read_up_to(fd: int, most: int) -> bytes:
+    """The file, or its first `most` octets; a short read is not its end on every file system."""
+    blocks, left = [], most
+    while left > 0:
+        block = os.read(fd, min(left, BLOCK_OCTETS))
+        if not block:
+            break
+        blocks.append(block)
+        left -= len(block)
+    return b"".join(blocks)
+
+
+QUEUED, DELIVERED, BOUNCED, EXPIRED, DELETED = "queued", "delivered", "bounced", "expired", "deleted"
 
 
 def format_sidecar(sidecar: Mapping[str, Any]) -> bytes:
@@ -2033,33 +2141,43 @@ def format_sidecar(sidecar: Mapping[str, Any]) -> bytes:
 
 
 def parse_sidecar(data: bytes, id: str) -> Dict[str, Any]:
-    """Checks all that delivery relies on; addresses go through the same grammar
-    as on the wire.  Raises Corrupt."""
+    """Checks all that the relay relies on, so that nothing later raises;
+    addresses go through the same grammar as on the wire.  Raises Corrupt."""
     try:
         sidecar = json.loads(data)
         if sidecar["format"] != FORMAT:
             raise Corrupt("the sidecar has format %s, this version reads %d" % (printable(str(sidecar["format"]), 20), FORMAT))
         if sidecar["id"] != id:
             raise Corrupt("the sidecar is of another message")
-        number = sidecar["received"] + sidecar["size"]
-        text = sidecar["sender"] + sidecar["sha256"] + sidecar["ret"] + sidecar["envid"] + sidecar["kind"]
-        text += sidecar["client"]["address"] + sidecar["client"]["helo"] + "".join(sidecar["held"])
-        parse_path("<%s>" % sidecar["sender"], "5.1.7")
-        for one in sidecar["recipients"]:
+        people, client, held = sidecar["recipients"], sidecar["client"], sidecar["held"]
+        texts = [sidecar[key] for key in ("sender", "sha256", "ret", "envid", "kind", "body")]
+        texts += [client["address"], client["helo"], client["tls"] or ""] + held
+        counts, times = [sidecar["size"]], [sidecar["received"]]
+        for one in people:
+            texts += [one[key] for key in ("address", "domain", "state", "notify", "orcpt", "last_response", "last_status",
+                                           "last_remote")]
+            counts.append(one["attempts"])
+            times += [one["next_attempt"], one["expires"]]
+            times += [at for at in (one["last_attempt"], one["refused_since"]) if at is not None]
             path, rest = parse_path("<%s>" % one["address"], "5.1.3")
-            if rest or path.domain != one["domain"]:
+            if rest or not path.domain or path.domain != one["domain"]:
                 raise Corrupt("the sidecar's recipient %s is not an address" % printable(one["address"], 100))
-            number += one["attempts"] + one["next_attempt"] + one["expires"]
-            text += one["state"] + one["notify"] + one["orcpt"]
-            text += one["last_response"] + one["last_status"] + one["last_remote"]
-        if not sidecar["recipients"] or number < 0 or CONTROLS.search(text.encode("utf-8", "surrogatepass")):
+        if not (people and _are_texts(texts) and all(type(one) is int and 0 <= one < 1 << 62 for one in counts)
+                and all(type(one) in (int, float) and 0 <= one < TIME_MAX for one in times)     # no NaN, no flag
+                and all(one["state"] in (QUEUED, DELIVERED, BOUNCED, EXPIRED, DELETED) for one in people)
+                and type(sidecar["smtputf8"]) is bool and re.fullmatch("[0-9a-f]{64}", sidecar["sha256"])
+                and sidecar["kind"] in ("mail", "notice", "alert") and not parse_path("<%s>" % sidecar["sender"], "5.1.7")[1]):
             raise Corrupt("the sidecar does not make sense")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, Refuse) as error:
         raise Corrupt("the sidecar cannot be read: %s" % printable(repr(error), 200)) from None
     return dict(sidecar)
 
 
-QUEUED, DELIVERED, BOUNCED, EXPIRED, DELETED = "queued", "delivered", "bounced", "expired", "deleted"
+def _are_texts(values: Sequence[Any]) -> bool:
+    """Whether these are strings that can be sent: no controls, and no lone surrogates (then it raises ValueError)."""
+    return all(isinstance(one, str) for one in values) and not CONTROLS.search("".join(values).encode("utf-8"))
+
+
 COUNTERS = {QUEUED: "deferred", DELIVERED: "delivered", BOUNCED: "bounced", EXPIRED: "expired", "": "accepted"}
 
 
@@ -3146,8 +3264,17 @@ class Site:
         entry.state = state
         if state is State.ACTIVE:
             heapq.heappush(self.active, (entry.received, entry.id))
+            self._tidy(self.active, state)
         elif state is State.DEFERRED:
             heapq.heappush(self.deferred, (entry.due, entry.id))
+            self._tidy(self.deferred, state)
+
+    def _tidy(self, heap: List[Tuple[float, str]], state: State) -> None:
+        """Mail that is held and released again and again leaves its old places behind."""
+        if len(heap) > 2 * len(self.entries) + 1000:
+            heap[:] = {one for one in heap if one[1] in self.entries and self.entries[one[1]].state is state
+                       and (state is State.ACTIVE or self.entries[one[1]].due == one[0])}
+            heapq.heapify(heap)
 
     def add(self, entry: Entry, now: Now, next_attempt: Time = 0.0, held: bool = False) -> None:
         """A new message, or one found in the spool with a pause still to run."""
@@ -3721,7 +3848,8 @@ class Memory:
         for name, known in (("recipients", self.known), ("accept_all", self.accept_all)):
             found = values.get(name)
             for key, one in found.items() if isinstance(found, dict) else ():
-                if isinstance(one, list) and len(one) == 2 and isinstance(one[0], bool) and isinstance(one[1], (int, float)):
+                if (isinstance(one, list) and len(one) == 2 and isinstance(one[0], bool) and isinstance(one[1], (int, float))
+                        and 0 <= one[1] < TIME_MAX):
                     known[key] = (one[0], float(one[1]))
 
 
@@ -5435,7 +5563,9 @@ class Loaded(NamedTuple):
     found: Tuple[Queued, ...]
     remarks: Tuple[str, ...] = ()
     is_last: bool = False
-    error: str = ""
+    error: str = ""             # why the directory could not be read
+    unread: str = ""            # a message that the disk would not give, and why
+    is_unsettled: bool = False  # pairs seem to be on their way in
 
 
 def is_part(recipient: Mapping[str, Any], domain: str) -> bool:
@@ -5453,10 +5583,15 @@ def summarize(sidecar: Mapping[str, Any]) -> Queued:
     return Queued(sidecar["id"], sidecar["kind"], sidecar["size"], sidecar["received"], domains)
 
 
-def write_record(spool: Spool, id: str, record: Record, cfg: Config, ids: Ids) -> Recorded:
+Told = Dict[str, Tuple[List[Dict[str, Any]], List[str]]]        # action: what send_notice() made of it
+
+
+def write_record(spool: Spool, id: str, record: Record, cfg: Config, ids: Ids, told: Optional[Told] = None) -> Recorded:
     """In a committer thread.  A notice is on stable storage before its
-    recipients are marked: a crash between makes a second notice, never none."""
+    recipients are marked: a crash between makes a second notice, never none.
+    `told` outlives a failure to mark them, so that trying again sends none."""
     now = time.time()
+    told = {} if told is None else told
     sidecar = spool.read_sidecar(id)
     touched = []
     for one in sidecar["recipients"]:
@@ -5470,19 +5605,25 @@ def write_record(spool: Spool, id: str, record: Record, cfg: Config, ids: Ids) -
         one["last_status"], one["last_response"], one["last_remote"] = verdict.status, verdict.response, verdict.remote
         one["refused_since"] = verdict.refused_since
     failed = [one for one, verdict in touched if verdict.state in (BOUNCED, EXPIRED)]
-    notices, remarks = send_notice(spool, sidecar, "failed", failed, cfg, ids, now)
     relayed = [one for one, verdict in touched if verdict.state == DELIVERED and not verdict.is_told]
-    more_notices, more_remarks = send_notice(spool, sidecar, "relayed", relayed, cfg, ids, now)
+    for action, recipients in (("failed", failed), ("relayed", relayed)):
+        if action not in told:
+            told[action] = send_notice(spool, sidecar, action, recipients, cfg, ids, now)
     for one, verdict in touched:
         one["state"] = verdict.state
     is_finished = all(one["state"] != QUEUED for one in sidecar["recipients"])
     if touched and not is_finished:
         spool.replace_sidecar(id, sidecar)
-    return Recorded(sidecar, tuple(verdict for _, verdict in touched), tuple(notices + more_notices),
-                    tuple(remarks + more_remarks), is_finished)
+    return Recorded(sidecar, tuple(verdict for _, verdict in touched), *_all_told(told), is_finished)
 
 
-def write_delay(spool: Spool, id: str, attempts: int, error: str, cfg: Config, ids: Ids) -> Recorded:
+def _all_told(told: Told) -> Tuple[Tuple[Dict[str, Any], ...], Tuple[str, ...]]:
+    """Notices and remarks."""
+    return (tuple(notice for notices, _ in told.values() for notice in notices),
+            tuple(remark for _, remarks in told.values() for remark in remarks))
+
+
+def write_delay(spool: Spool, id: str, attempts: int, error: str, cfg: Config, ids: Ids, sent: Told) -> Recorded:
     """In a committer thread: tell the sender, once, that a message waits.
     `attempts` and `error`: of the connections that failed, which no sidecar knows."""
     now = time.time()
@@ -5490,12 +5631,13 @@ def write_delay(spool: Spool, id: str, attempts: int, error: str, cfg: Config, i
     fresh = [one for one in sidecar["recipients"] if one["state"] == QUEUED and not one.get("delayed")]
     told = [dict(one, attempts=one["attempts"] + attempts, last_response=error or one["last_response"],
                  last_status=one["last_status"] or "4.4.1") for one in fresh]
-    notices, remarks = send_notice(spool, sidecar, "delayed", told, cfg, ids, now)
+    if "delayed" not in sent:
+        sent["delayed"] = send_notice(spool, sidecar, "delayed", told, cfg, ids, now)
     for one in fresh:
         one["delayed"] = True
     if fresh:
         spool.replace_sidecar(id, sidecar)
-    return Recorded(sidecar, (), tuple(notices), tuple(remarks), False)
+    return Recorded(sidecar, (), *_all_told(sent), False)
 
 
 NOTIFY_WORDS = {"failed": "FAILURE", "delayed": "DELAY", "relayed": "SUCCESS"}
@@ -5742,6 +5884,9 @@ class Manager:
         self.watches: List[Watch] = []
         self.retries: List[Tuple[float, int, Callable[[], None]]] = []     # heap of (monotonic, tie, what)
         self.is_loading = False
+        self.must_reload = False        # asked for while it was read
+        self.loads = 0
+        self.load_pause = RETRY_DISK_S  # before another attempt at what could not be read
         self.gone: Set[str] = set()     # removed while the spool was being read
         self.early: Set[str] = set()    # flushes asked for while it was
         self.load_error = ""
@@ -5750,7 +5895,6 @@ class Manager:
         self.certificate_end: Time = INF    # set by the server, which has it
         self.is_stopping = False
         self.is_dirty = False           # something worth saving changed
-        self.saves = 0                  # how often the state was saved
         self.alerts = Alerts(cfg, log, self._mail_alert)
         self.alerts.on_failure = lambda text: post([(self._log_failure, OSError(text))])    # type: ignore[method-assign]
         self.saves = 0                  # of the state, so far
@@ -5847,16 +5991,17 @@ class Manager:
             self.free, self.next_free = self.spool.free(), self.now.mono + SPACE_CHECK_S
         return self.free
 
-    def _tell_delay(self, site: Site, entry: Entry) -> None:
+    def _tell_delay(self, site: Site, entry: Entry, sent: Optional[Told] = None) -> None:
         attempts, cfg, ids, error = self.failures_since(site, entry), self.cfg, self.ids, site.trouble
+        told: Told = {} if sent is None else sent
 
-        def told(done: Any) -> None:
-            if not isinstance(done, Recorded):
-                if not isinstance(done, Corrupt):       # which the next delivery finds, too
-                    self._log_failure(done)
-                return
-            self._note_record(done)
-        self.work(entry.id, Task(lambda spool: write_delay(spool, entry.id, attempts, error, cfg, ids)), told)
+        def written(done: Any) -> None:
+            if isinstance(done, Recorded):
+                self._note_record(done)
+            elif not isinstance(done, Corrupt):         # which the next delivery finds, too
+                self._log_failure(done)
+                self.later(RETRY_DISK_S, lambda: self._tell_delay(site, entry, told))
+        self.work(entry.id, Task(lambda spool: write_delay(spool, entry.id, attempts, error, cfg, ids, told)), written)
 
     @staticmethod
     def failures_since(site: Site, entry: Entry) -> int:
@@ -5901,17 +6046,21 @@ class Manager:
         """Read the spool in a thread of its own; mail is accepted meanwhile.
         Again at SIGHUP, for pairs that were copied in."""
         if self.is_loading:
+            self.must_reload = True     # what was copied since may be behind the reader
             return
-        self.is_loading = True
+        self.is_loading, self.must_reload = True, False
         self.gone.clear()
         known = {id for site in self.scheduler.sites.values() for id in site.entries}
-        threading.Thread(target=self._load, args=(known,), name="loader", daemon=True).start()
+        threading.Thread(target=self._load, args=(known, self.loads > 0), name="loader", daemon=True).start()
+        self.loads += 1
 
-    def _load(self, known: Set[str]) -> None:
+    def _load(self, known: Set[str], is_patient: bool) -> None:
+        """`is_patient`: the relay was running before, so that what is half may be on its way in."""
         orphans: List[str] = []
         found: List[Queued] = []
         remarks: List[str] = []
-        error = ""
+        error = unread = ""
+        is_unsettled = False
         try:
             for id in self.spool.names(orphans):
                 if id in known:
@@ -5921,18 +6070,23 @@ class Manager:
                     self.spool.check_body(id, sidecar)
                     found.append(summarize(sidecar))
                 except Corrupt as problem:
-                    if self.spool.has_sidecar(id):
+                    if is_patient and self.spool.is_young(id):
+                        is_unsettled = True
+                    elif self.spool.has_sidecar(id):
                         remarks.append(self.spool.set_aside(id, str(problem)))
                 except OSError as problem:
-                    error = "%s: %s" % (id, problem.strerror)
+                    unread = "%s: %s" % (id, problem.strerror)
                 if len(found) >= LOAD_BATCH:
                     self.post(Loaded(tuple(found), tuple(remarks)))
                     found, remarks = [], []
             for id in orphans:
-                remarks.append(self.spool.set_aside(id, "a body without a sidecar"))
+                if is_patient and self.spool.is_young(id):
+                    is_unsettled = True
+                else:
+                    remarks.append(self.spool.set_aside(id, "a body without a sidecar"))
         except Exception as problem:    # the directory cannot be read; or a bug, which must not hide the mail
             error = printable(str(problem) or repr(problem))
-        self.post(Loaded(tuple(found), tuple(remarks), True, error))
+        self.post(Loaded(tuple(found), tuple(remarks), True, error, unread, is_unsettled))
 
     def _on_loaded(self, report: Loaded) -> None:
         for remark in report.remarks:
@@ -5945,9 +6099,17 @@ class Manager:
         self.is_loading = False
         self.load_error = report.error
         self.gone.clear()
-        if report.error:
-            self.log.write("qmgr", "the spool could not be read whole: %s; trying again" % report.error, "error")
-            self.later(RETRY_DISK_S, self.load)
+        if report.error or report.unread:
+            self.log.write("qmgr", "the spool could not be read whole: %s; trying again in %s" % (
+                report.error or report.unread, format_duration(self.load_pause)), "error")
+            self.later(self.load_pause, self.load)
+            self.load_pause = min(2.0 * self.load_pause, RETRY_READ_S)
+        elif report.is_unsettled:
+            self.later(COPY_S, self.load)
+        else:
+            self.load_pause = RETRY_DISK_S
+        if self.must_reload:
+            self.load()
         early, self.early = self.early, set()
         for what in early:
             self.flush(what)
@@ -6306,8 +6468,14 @@ class Manager:
             else:
                 self._leave(site, entry.id, "bounced" if BOUNCED in states else "delivered")
         by_address = {verdict.address: verdict for verdict in verdicts}
+
+        def put_off(error: str) -> None:
+            """A deferral that is not written down costs knowledge; insisting on it would keep mail from leaving a full disk."""
+            if site.entries.get(entry.id) is entry:
+                site.defer(entry, self.now, pause)
+                self._tell(site, entry.id, "deferred", error)
         self._record(entry.id, Record(lambda one: by_address.get(one["address"]), attempts, self.now.wall,
-                                      self.now.wall + pause), recorded)
+                                      self.now.wall + pause), recorded, put_off if states == {QUEUED} else None)
 
     # -- cut-through
 
@@ -6349,21 +6517,29 @@ class Manager:
         del self.waiting[id]
         self._remove(id, removed)
 
-    def _record(self, id: str, record: Record, then: Callable[[Recorded], None]) -> None:
+    def _record(self, id: str, record: Record, then: Callable[[Recorded], None],
+                otherwise: Optional[Callable[[str], None]] = None, sent: Optional[Told] = None) -> None:
         """Change a sidecar, with the notices that go before; tried until the
-        disk takes it, because a delivery not written down would happen twice."""
+        disk takes it, because a delivery not written down would happen twice.
+        `otherwise`, where it is given, is called with the error instead of trying again."""
+        told: Told = {} if sent is None else sent
+
         def written(done: Any) -> None:
             if isinstance(done, Corrupt):
                 return self._set_aside(id, str(done))
             if not isinstance(done, Recorded):
-                self.log.write("qmgr", "%s: cannot be recorded, trying again: %s" % (id, printable(str(done))), "error")
-                return self.later(RETRY_DISK_S, lambda: self._record(id, record, then))
+                error = printable(str(done))
+                self.log.write("qmgr", "%s: cannot be recorded%s: %s" % (id, "" if otherwise else ", trying again", error),
+                               "error")
+                if otherwise is not None:
+                    return otherwise(error)
+                return self.later(RETRY_DISK_S, lambda: self._record(id, record, then, None, told))
             self._note_record(done)
             then(done)
             if done.is_finished:
                 self._remove(id)
         cfg, ids = self.cfg, self.ids
-        self.work(id, Task(lambda spool: write_record(spool, id, record, cfg, ids)), written)
+        self.work(id, Task(lambda spool: write_record(spool, id, record, cfg, ids, told)), written)
 
     def _note_record(self, done: Recorded) -> None:
         for notice in done.notices:
@@ -6608,13 +6784,17 @@ class Manager:
         self.memory.from_values(self.spool.load_state("recipients.json"))
         state = self.spool.load_state()
         self.scheduler.homes = known_homes(state, self.cfg)
-        for name, known in state.get("sites", {}).items():
+        sites = state.get("sites")
+        for name, known in sites.items() if isinstance(sites, dict) else ():
             try:
                 route = parse_known_route(known, self.scheduler.config_of(name).primary)
                 seen, limit, held = float(known["route_seen"]), int(known["size_limit"]), bool(known["held"])
                 counters = {key: int(known["counters"].get(key, 0)) for key in COUNTERS.values()}
                 since, recovered, was = float(known["since"]), float(known["recovered"]), str(known["primary"])
-            except (TypeError, ValueError, KeyError, AttributeError):
+                if not all(0 <= one < TIME_MAX for one in (seen, since, recovered)):
+                    raise ValueError("not a time")
+                error = printable(str(known["last_error"]))
+            except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
                 continue                # written by hand, or by another version: only knowledge is lost
             if not held and not self.scheduler.is_served(name):
                 continue
@@ -6624,7 +6804,7 @@ class Manager:
             site.recovered = recovered
             if was in (Primary.DOWN.value, Primary.REJECTING.value) and not site.waits_for:
                 site.state, site.since, site.was_away = Primary.DOWN, since, True
-                site.last_error = printable(str(known["last_error"]))
+                site.last_error = error
                 self.alerts.on_known(site, known.get("told") is True, self.now)
             self._on_route(name, [hop.address for hop in route])
 

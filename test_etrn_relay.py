@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tests of etrn_relay.py.
 
-    python3 test_etrn_relay.py [-k PATTERN] [-v] [-j N]
+    python3 test_etrn_relay.py [-k PATTERN] [-v] [-j N] [--long]
     python3 test_etrn_relay.py --bench [--fsync-ms MS] [--most N]
 
 Nothing but the standard library, loopback and temporary folders is used, and
@@ -10,7 +10,7 @@ N skipped`; the exit status is 0 when none failed.
 
 CONTENTS  1 HARNESS  2 GRAMMAR  3 CONFIG  4 SESSION  5 SMUGGLING  6 SCHEDULE
           7 DNS  8 DSN  9 SPOOL  10 DELIVERY  11 RELAY  12 COMMANDS  13 LAYERS
-          14 BENCH
+          14 PROOF  15 BENCH
 """
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ import ast
 import base64
 import collections
 import contextlib
+import copy
 import ctypes
 import email
 import email.policy
 import errno
+import fcntl
 import functools
 import hashlib
+import heapq
 import hmac
 import html.parser
 import http.client
@@ -46,15 +49,17 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import types
 import unittest
 import warnings
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 from unittest import mock
 
 try:
@@ -100,6 +105,12 @@ class Folder(unittest.TestCase):
     def setUp(self) -> None:
         self.folder = tempfile.mkdtemp(prefix="etrn-test-")
         self.addCleanup(shutil.rmtree, self.folder, True)
+
+
+def long_run(test: Any) -> Any:
+    """Minutes, not seconds: runs with --long only."""
+    test.is_long = True
+    return test
 
 
 def shorten(**seconds: float) -> Any:
@@ -221,6 +232,9 @@ class Primary:
             raise OSError
         return data[:1].decode("latin-1")
 
+    def on_data(self, sock: socket.socket, data: bytes) -> None:
+        """A whole message is here; its answer comes next."""
+
     def _talk(self, sock: socket.socket, lines: io.BufferedReader) -> None:
         self._say(sock, "greeting", "", "220 primary.example ESMTP")
         sender: Optional[str] = None
@@ -256,10 +270,12 @@ class Primary:
                     else:
                         return          # broke off
                     message = (sender or "", recipients, b"".join(parts))
+                    self.on_data(sock, message[2])
                     self._say(sock, ".", argument, "250 2.0.0 taken", functools.partial(self.messages.append, message))
                     sender, recipients = None, []
             elif verb == "BDAT":
                 data = lines.read(int(argument.split()[0]))
+                self.on_data(sock, data)
                 if not recipients:
                     sock.sendall(b"503 5.5.1 no valid recipients\r\n")
                 else:
@@ -2859,6 +2875,7 @@ class Disk:
         self.folder, self.at, self.fault, self.after, self.forever = folder, at, fault, after, forever
         self.count = 0
         self.is_stopped = False
+        self.is_harmless = False        # what failed was the closing of a folder: nothing was written through it
         self.open_files: Dict[int, str] = {}
         self.written: Dict[int, bytes] = {}     # inode: octets
         self.safe: Dict[int, bytes] = {}        # the same, as of the last fsync
@@ -2883,7 +2900,7 @@ class Disk:
         if is_hit and self.fault:
             if name == "close":
                 real(*arguments)                # NFS reports errors there, and the descriptor is gone all the same
-                self.open_files.pop(arguments[0], None)
+                self.is_harmless = os.path.isdir(self.open_files.pop(arguments[0], None) or "")
             raise OSError(self.fault, os.strerror(self.fault))
         if is_hit and not self.after:
             self.is_stopped = True
@@ -3223,6 +3240,9 @@ class SpoolFaults(SpoolCase):
         refused = 0
         for at, fault in cases(self, itertools.product(range(count), self.ERRORS)):
             disk, result = self.attempt(act, self.nothing, at=at, fault=fault)
+            if disk.is_harmless:
+                self.assertIsNone(result)
+                continue
             self.assertIsInstance(result, OSError)
             self.assertEqual(result.errno, fault)
             refused += 1
@@ -3237,7 +3257,7 @@ class SpoolFaults(SpoolCase):
         count = self.operations(act, self.nothing)
         for at, fault in cases(self, itertools.product(range(count), self.ERRORS)):
             disk, result = self.attempt(act, self.nothing, at=at, fault=fault, forever=True)
-            self.assertIsInstance(result, OSError)
+            self.assertTrue(isinstance(result, OSError) or (disk.is_harmless and at == count - 1))
             self.assertIn(recover(disk.folder), [{}, {"ABCDE1": MESSAGE}])
 
     def test_a_failing_operation_costs_no_other_message_of_its_batch_its_safety(self) -> None:
@@ -3278,7 +3298,7 @@ class SpoolFaults(SpoolCase):
                 return error
         for at in cases(self, range(self.operations(act, before))):
             disk, result = self.attempt(act, before, at=at, fault=errno.EIO)
-            self.assertIsInstance(result, OSError)
+            self.assertTrue(isinstance(result, OSError) or disk.is_harmless)
             self.assertEqual((recover(disk.folder), self.left_open), ({"ABCDE0": MESSAGE}, 0))
 
     def test_a_failing_removal_is_told_or_done(self) -> None:
@@ -3316,6 +3336,1178 @@ class SpoolFaults(SpoolCase):
             self.assertIsNotNone(store(spool, "ABCDE1"))
         self.assertEqual(spool.sick, "")
         spool.close()
+
+
+class Found:
+    """What scandir() yields."""
+
+    def __init__(self, name: str, stat_: Any) -> None:
+        self.name, self.stat = name, lambda: stat_
+
+
+class Node:
+    """A file or folder of a Platter: what it is now, and what of that a power cut would leave at least."""
+
+    def __init__(self, is_folder: bool = False) -> None:
+        self.is_folder = is_folder
+        self.data = b""                         # of a file
+        self.safe = b""
+        self.names: Dict[str, "Node"] = {}      # of a folder
+        self.safe_names: Dict[str, "Node"] = {}
+        self.pending: Dict[str, List[Optional["Node"]]] = {}    # name: what it has meant since the last fsync
+
+    def set(self, name: str, node: Optional["Node"]) -> None:
+        self.pending.setdefault(name, []).append(node)
+        if node is None:
+            del self.names[name]
+        else:
+            self.names[name] = node
+
+    def sync(self) -> None:
+        self.safe, self.safe_names = self.data, dict(self.names)
+        self.pending.clear()
+
+
+Remains = Dict[str, Optional[bytes]]      # what a power cut leaves: path: octets, or None for a folder
+
+
+class Platter:
+    """A file system in memory that stands for the module `os` within
+    etrn_relay, and keeps after a power cut only what POSIX says: the
+    octets a file had at its fsync, and the names a folder had at its own.  Of
+    all that is not synced any part may have reached the disk, in any
+    order: the two halves of a rename each for itself, an octet string torn or
+    as zeros.  Only that a name means one file or the other is certain, and that an
+    unsynced rename does not lose the file: its old name goes after the new one is there.
+
+    `on_step` is called before each operation that changes something; `fault`
+    gives the errno with which the nth operation fails, or 0; `most` octets go into one write."""
+
+    def __init__(self, state: Optional[Remains] = None, age_s: float = 0.0) -> None:
+        self.root = Node(True)
+        self.files: Dict[int, Tuple[Node, int]] = {}    # descriptor: (node, where reading goes on)
+        self.renames: List[Tuple[Node, str, Node, Node, str]] = []      # (folder, name, file, new folder, new name)
+        self.count = 0
+        self.syncs = 0
+        self.time = time.time() - age_s
+        self.on_step: Callable[[], None] = lambda: None
+        self.fault: Callable[[int, str], int] = lambda number, name: 0
+        self.most = 1 << 30
+        self.path = self                # os.path, as far as it looks at files
+        for path, data in sorted((state or {}).items()):
+            node = Node(data is None)
+            node.data = node.safe = data or b""
+            folder, name = self._parent(path)
+            folder.names[name] = folder.safe_names[name] = node
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("join", "dirname", "basename", "abspath"):
+            return getattr(os.path, name)
+        if name.startswith(("O_", "SEEK_")) or name == "getpid":
+            return getattr(os, name)
+        raise AttributeError("the disk's model knows no os." + name)
+
+    # -- what stands for os
+
+    def _parent(self, path: str) -> Tuple[Node, str]:
+        folder, name = os.path.split(path)
+        node = self.root
+        for part in folder.strip("/").split("/") if folder.strip("/") else []:
+            if part not in node.names or not node.names[part].is_folder:
+                raise OSError(errno.ENOENT, "No such file or directory", path)
+            node = node.names[part]
+        return node, name
+
+    def _find(self, path: str) -> Node:
+        folder, name = self._parent(path.rstrip("/"))
+        if not name:
+            return self.root
+        if name not in folder.names:
+            raise OSError(errno.ENOENT, "No such file or directory", path)
+        return folder.names[name]
+
+    def _step(self, name: str) -> None:
+        self.on_step()
+        number, self.count = self.count, self.count + 1
+        code = self.fault(number, name)
+        if code:
+            raise OSError(code, os.strerror(code))
+
+    def open(self, path: str, flags: int, mode: int = 0o777) -> int:
+        self._step("open")
+        folder, name = self._parent(path)
+        if flags & os.O_CREAT and name not in folder.names:
+            folder.set(name, Node())
+        elif flags & os.O_EXCL:
+            raise OSError(errno.EEXIST, "File exists", path)
+        fd = max(self.files, default=99) + 1
+        self.files[fd] = (self._find(path), 0)
+        return fd
+
+    def read(self, fd: int, most: int) -> bytes:
+        node, at = self.files[fd]
+        data = node.data[at:at + most]
+        self.files[fd] = (node, at + len(data))
+        return data
+
+    def lseek(self, fd: int, at: int, how: int) -> None:
+        self.files[fd] = (self.files[fd][0], at)
+
+    def write(self, fd: int, data: Any) -> int:
+        self._step("write")
+        part = bytes(data)[:self.most]
+        self.files[fd][0].data += part
+        return len(part)
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        self._step("ftruncate")
+        self.files[fd][0].data = self.files[fd][0].data[:size]
+
+    def fsync(self, fd: int) -> None:
+        self._step("fsync")
+        self.syncs += 1
+        self.files[fd][0].sync()
+
+    def close(self, fd: int) -> None:
+        node, _ = self.files.pop(fd)    # gone, even when this fails
+        if not node.is_folder:
+            self._step("close")
+
+    def rename(self, old: str, new: str) -> None:
+        self._step("rename")
+        node = self._find(old)
+        here, name = self._parent(old)
+        there, new_name = self._parent(new)
+        there.set(new_name, node)
+        here.set(name, None)
+        self.renames.append((here, name, node, there, new_name))
+
+    def unlink(self, path: str) -> None:
+        self._step("unlink")
+        self._find(path)
+        folder, name = self._parent(path)
+        folder.set(name, None)
+
+    def makedirs(self, path: str, mode: int = 0o777, exist_ok: bool = False) -> None:
+        parts = path.strip("/").split("/")
+        for depth in range(1, len(parts) + 1):
+            folder, name = self._parent("/" + "/".join(parts[:depth]))
+            if name not in folder.names:
+                self._step("mkdir")
+                folder.set(name, Node(True))
+
+    def listdir(self, path: str) -> List[str]:
+        return list(self._find(path).names)
+
+    @contextlib.contextmanager
+    def scandir(self, path: str) -> Iterator[Iterable[Any]]:
+        yield [Found(name, self._stat(node)) for name, node in self._find(path).names.items()]
+
+    def _stat(self, node: Node) -> Any:
+        return argparse.Namespace(st_mode=(stat.S_IFDIR if node.is_folder else stat.S_IFREG) | 0o600, st_size=len(node.data),
+                                  st_dev=1, st_ino=id(node), st_mtime=self.time, st_ctime=self.time)
+
+    def stat(self, path: str) -> Any:
+        return self._stat(self._find(path))
+
+    def fstat(self, fd: int) -> Any:
+        return self._stat(self.files[fd][0])
+
+    def lexists(self, path: str) -> bool:
+        try:
+            return self._find(path) is not None
+        except OSError:
+            return False
+
+    def realpath(self, path: str) -> str:
+        return path
+
+    # -- power cuts
+
+    def states(self, chance: random.Random, most: int) -> Iterator[Remains]:
+        """What a power cut may leave now: all of it when that is not more than
+        `most`, else the plain ones, each single exception to these, and some by chance."""
+        choices: List[Tuple[Node, Optional[str]]] = []      # a name of a folder, or None for the octets of a file ...
+        options: List[List[Any]] = []                       # ... and what it may be, the synced one first
+        for node in self._reachable():
+            for name, values in node.pending.items():
+                choices.append((node, name))
+                options.append(list(dict.fromkeys([node.safe_names.get(name), *values])))
+            if node.data != node.safe:
+                new = node.data
+                choices.append((node, None))
+                options.append(list(dict.fromkeys([node.safe, new[:len(new) // 2], b"\0" * len(new), new])))
+        total = 1
+        for one in options:
+            total *= len(one)
+        if total <= most:
+            picks: Iterable[Tuple[int, ...]] = itertools.product(*(range(len(one)) for one in options))
+        else:
+            picks = self._some(options, chance, most)
+        for pick in picks:
+            chosen = {choice: values[number] for choice, values, number in zip(choices, options, pick)}
+            for here, name, node, there, new_name in self.renames:
+                if name in here.pending and chosen[here, name] is None:
+                    if chosen.get((there, new_name), there.safe_names.get(new_name)) is not node:
+                        chosen[here, name] = node
+            yield self._state(chosen)
+
+    @staticmethod
+    def _some(options: List[List[Any]], chance: random.Random, most: int) -> Iterator[Tuple[int, ...]]:
+        for plain in ([0] * len(options), [len(one) - 1 for one in options]):
+            yield tuple(plain)
+            for at, values in enumerate(options):
+                for number in range(len(values)):
+                    yield tuple(plain[:at] + [number] + plain[at + 1:])
+        for _ in range(most):
+            yield tuple(chance.randrange(len(values)) for values in options)
+
+    def killed(self) -> Remains:
+        """What there is when the process dies, and the machine does not."""
+        return self._state({**{(node, name): values[-1] for node in self._reachable() for name, values in node.pending.items()},
+                            **{(node, None): node.data for node in self._reachable()}})
+
+    def now(self) -> Remains:
+        """What an orderly end leaves."""
+        for node in self._reachable():
+            node.sync()
+        return self._state({})
+
+    def _reachable(self) -> List[Node]:
+        found: List[Node] = []
+        left = [self.root]
+        while left:
+            node = left.pop()
+            if all(node is not other for other in found):
+                found.append(node)
+                left += [*node.names.values(), *node.safe_names.values()]
+                left += [one for values in node.pending.values() for one in values if one is not None]
+        return found
+
+    def _state(self, chosen: Dict[Any, Any]) -> Remains:
+        state: Remains = {}
+
+        def walk(folder: Node, path: str) -> None:
+            for name in {**folder.safe_names, **folder.pending}:
+                node = chosen.get((folder, name), folder.safe_names.get(name))
+                if node is not None:
+                    state[path + name] = None if node.is_folder else chosen.get((node, None), node.safe)
+                    if node.is_folder:
+                        walk(node, path + name + "/")
+        walk(self.root, "/")
+        return state
+
+
+class Promised:
+    """What was promised of messages, at one moment."""
+
+    def __init__(self) -> None:
+        self.kept: Dict[str, bytes] = {}        # answered 250: there, intact
+        self.offered: Dict[str, bytes] = {}     # not answered: there, intact; or not in the queue
+        self.leaving: Dict[str, bytes] = {}     # delivered: there, intact; or gone whole
+        self.files: Dict[str, bytes] = {}       # never to be deleted: in the queue or in corrupt/
+        self.untold: List[str] = []             # bounced: there and queued; or a notice of it is
+        self.states: Dict[str, List[Dict[str, str]]] = {}       # id: what its recipients' states may be
+        self.held: Dict[str, List[List[str]]] = {}
+
+    def keep(self, id: str) -> None:
+        self.kept[id] = self.offered.pop(id)
+
+    def copy(self) -> "Promised":
+        return copy.deepcopy(self)
+
+
+class PowerCuts(unittest.TestCase):
+    """Whatever part of what was not synced a power cut leaves, the promise holds.
+    No real disk: every moment of every story is cut, in each way there is."""
+
+    SPOOL = "/var/spool/etrn"
+    OTHER = "other@" + DOMAIN
+    USER = "user@" + DOMAIN
+
+    def setUp(self) -> None:
+        self.chance = random.Random(6)
+        platter = Platter({"/var": None, "/var/spool": None})
+        with self.on(platter):
+            spool = self.opened()
+            self.assertIsNone(store(spool, "ABCDE0", recipients=[self.USER, self.OTHER]))
+            self.assertIsNone(store(spool, "ABCDE1"))
+        self.two = platter.now()                # a spool with two messages
+
+    @contextlib.contextmanager
+    def on(self, platter: Platter) -> Iterator[None]:
+        lock = argparse.Namespace(LOCK_EX=2, LOCK_NB=4, flock=lambda fd, how: None)
+        with mock.patch.object(etrn, "os", platter), mock.patch.object(etrn, "fcntl", lock):
+            yield
+
+    def opened(self) -> etrn.Spool:
+        return opened(self.SPOOL)
+
+    def cut(self, act: Callable[[etrn.Spool, Promised], Any], remains: Optional[Remains] = None, most: int = 48) -> Platter:
+        """Cut the power before and after each step of `act`, on a spool of two messages unless told otherwise."""
+        platter = Platter(self.two if remains is None else remains)
+        promised = Promised()
+        if remains is None:
+            promised.kept = {"ABCDE0": MESSAGE, "ABCDE1": MESSAGE}
+        found: Dict[Any, Tuple[Remains, Promised, bool]] = {}
+
+        def look() -> None:
+            now = promised.copy()
+            for state, is_killed in itertools.chain([(platter.killed(), True)],
+                                                    ((one, False) for one in platter.states(self.chance, most))):
+                found.setdefault((frozenset(state.items()), repr(vars(now)), is_killed), (state, now, is_killed))
+        with self.on(platter):
+            spool = etrn.Spool(self.SPOOL)
+            if remains is None:
+                spool.open()
+            platter.on_step = look
+            act(spool, promised)
+            look()
+        for state, then, is_killed in found.values():
+            self.check(state, then, is_killed)
+        self.assertGreater(len(found), 4)
+        return platter
+
+    def check(self, state: Remains, promised: Promised, is_killed: bool = False) -> None:
+        """Start after the cut, and compare.  After a mere kill no half of a pair is there to explain."""
+        self.state = {path: data and data[:60] for path, data in state.items()}, vars(promised)
+        for name, data in promised.files.items():
+            self.assertIn(data, [state.get("%s/%s" % (self.SPOOL, name)), state.get("%s/corrupt/%s" % (self.SPOOL, name))])
+        platter = Platter(state, 2 * etrn.ORPHAN_S)
+        orphans: List[str] = []
+        with self.on(platter):
+            spool = self.opened()
+            sidecars, bodies, torn = {}, {}, set()
+            for id in list(spool.names(orphans)):
+                try:
+                    sidecars[id] = spool.read_sidecar(id)
+                    message = spool.read_message(id, sidecars[id])
+                    bodies[id] = b"".join(message.blocks())
+                    message.close()
+                except etrn.Corrupt:
+                    torn.add(id)
+            spool.close()
+        self.assertEqual(platter.files, {})
+        self.assertEqual({id for id in torn if is_killed or id in promised.kept or id in promised.leaving}
+                         - {name[:-5] for name in promised.files}, set())
+        if is_killed and not promised.files:
+            self.assertEqual(orphans, [])
+        told = {id for id, sidecar in sidecars.items() if id in bodies and sidecar["kind"] == "notice"}
+        for id, body in promised.kept.items():
+            self.assertEqual(bodies.get(id), body, id)
+        for id in set(bodies) - told:
+            self.assertEqual(bodies[id], {**promised.leaving, **promised.offered, **promised.kept}.get(id), id)
+            states = {one["address"]: one["state"] for one in sidecars[id]["recipients"]}
+            self.assertIn(states, promised.states.get(id, [states]))
+            self.assertIn(sidecars[id]["held"], promised.held.get(id, [[]]))
+        for id in promised.untold:
+            self.assertTrue(id in bodies or any(id.encode() in bodies[one] for one in told), "nobody tells of " + id)
+
+    def accept(self, spool: etrn.Spool, promised: Promised, id: str) -> None:
+        promised.offered[id] = MESSAGE
+        if store(spool, id) is None:
+            promised.keep(id)
+
+    def test_the_first_message_of_a_new_spool(self) -> None:
+        def act(spool: etrn.Spool, promised: Promised) -> None:
+            spool.open()
+            self.accept(spool, promised, "ABCDE5")
+            self.accept(spool, promised, "ABCDE6")
+        self.cut(act, {"/var": None, "/var/spool": None})
+
+    def test_a_batch_with_a_body_that_came_in_parts(self) -> None:
+        def act(spool: etrn.Spool, promised: Promised) -> None:
+            batch = []
+            for id in ("ABCDE5", "ABCDE6", "ABCDE7"):
+                promised.offered[id] = b"one\r\ntwo\r\n" + id.encode()
+                draft = etrn.Draft(id, b"one\r\n")
+                if id != "ABCDE5":
+                    spool.append(draft, draft.take())
+                batch.append((draft, [*draft.take(), b"two\r\n", id.encode()], sidecar_of(id)))
+            self.assertEqual(spool.commit(batch), [None] * 3)
+            for id in list(promised.offered):
+                promised.keep(id)
+        self.cut(act, most=16)
+
+    def test_a_message_whose_names_cannot_be_synced(self) -> None:
+        def act(spool: etrn.Spool, promised: Promised) -> None:
+            platter = etrn.os
+            names = [0]
+
+            def fault(number: int, name: str) -> int:
+                names[0] += name == "rename"
+                return errno.EIO if name == "fsync" and names[0] == 2 else 0
+            platter.fault = fault               # type: ignore[attr-defined]
+            self.accept(spool, promised, "ABCDE5")
+            self.assertIn("ABCDE5", promised.offered)
+            self.assertEqual(list(spool.names()), ["ABCDE0", "ABCDE1"])
+        self.cut(act)
+
+    def test_a_message_that_cannot_be_withdrawn_stays_whole(self) -> None:
+        platter, failing = Platter(self.two), iter(["fsync", "rename", "unlink"])
+        with self.on(platter):
+            spool = self.opened()
+            renames, nexts = [0], [next(failing)]
+
+            def fault(number: int, name: str) -> int:
+                renames[0] += name == "rename"
+                if renames[0] < 2 or name != nexts[0]:
+                    return 0
+                nexts[0] = next(failing, "")
+                return errno.EIO
+            platter.fault = fault               # type: ignore[method-assign]
+            self.assertIsInstance(store(spool, "ABCDE5"), OSError)
+            self.assertEqual(nexts, [""])
+            self.assertEqual(recover_open(spool), {"ABCDE0": MESSAGE, "ABCDE1": MESSAGE, "ABCDE5": MESSAGE})
+
+    def test_a_client_that_left(self) -> None:
+        def act(spool: etrn.Spool, promised: Promised) -> None:
+            draft = etrn.Draft("ABCDE5")
+            spool.append(draft, [b"one\r\n"])
+            spool.discard(draft)
+        self.cut(act)
+
+    def test_a_change_of_the_sidecar(self) -> None:
+        def act(spool: etrn.Spool, promised: Promised) -> None:
+            for before, after in (([], ["a.example"]), (["a.example"], ["b.example"])):
+                promised.held["ABCDE0"] = [before, after]
+                spool.update("ABCDE0", lambda sidecar, after=after: sidecar.update(held=after))
+                promised.held["ABCDE0"] = [after]
+        self.cut(act)
+
+    def test_the_state_of_the_primaries(self) -> None:
+        def act(spool: etrn.Spool, promised: Promised) -> None:
+            spool.save_state({"format": 1}, {"format": 1})
+        platter = self.cut(act)
+        for state in platter.states(self.chance, 48):
+            self.assertEqual(json.loads(state[self.SPOOL + "/state.json"] or b""), {"format": 1})
+
+    def test_a_delivery_to_some_of_its_recipients(self) -> None:
+        queued = {self.USER: etrn.QUEUED, self.OTHER: etrn.QUEUED}
+        partly = {self.USER: etrn.DELIVERED, self.OTHER: etrn.QUEUED}
+
+        def act(spool: etrn.Spool, promised: Promised) -> None:
+            promised.states["ABCDE0"] = [queued, partly]
+            self.record(spool, "ABCDE0", self.USER, etrn.DELIVERED)
+            promised.states["ABCDE0"] = [partly]
+        self.cut(act)
+
+    def record(self, spool: etrn.Spool, id: str, address: str, state: str) -> etrn.Recorded:
+        verdict = etrn.Verdict(address, state, "5.1.1", "550 5.1.1 no", "mail.example")
+        judge = lambda one: verdict if one["address"] == address else None      # noqa: E731
+        return etrn.write_record(spool, id, etrn.Record(judge, 1, time.time(), time.time()), config(), etrn.Ids())
+
+    def test_a_delivery_to_all_recipients(self) -> None:
+        def act(spool: etrn.Spool, promised: Promised) -> None:
+            ids = ["ABCDE0", "ABCDE1"]
+            for id in ids:
+                promised.leaving[id] = promised.kept.pop(id)
+            self.assertEqual(spool.remove(ids), [None, None])
+            promised.leaving.clear()
+        platter = self.cut(act)
+        self.assertEqual([platter.listdir("%s/%s" % (self.SPOOL, one)) for one in ("incoming", "done")], [[], []])
+
+    def test_a_message_that_bounces(self) -> None:
+        def act(spool: etrn.Spool, promised: Promised) -> None:
+            promised.untold.append("ABCDE1")
+            promised.leaving["ABCDE1"] = promised.kept.pop("ABCDE1")
+            self.assertTrue(self.record(spool, "ABCDE1", self.USER, etrn.BOUNCED).is_finished)
+            self.assertEqual(spool.remove(["ABCDE1"]), [None])
+            del promised.leaving["ABCDE1"]
+        self.cut(act)
+
+    def test_a_message_that_bounces_for_one_recipient(self) -> None:
+        def act(spool: etrn.Spool, promised: Promised) -> None:
+            promised.states["ABCDE0"] = [{self.USER: one, self.OTHER: etrn.QUEUED} for one in (etrn.QUEUED, etrn.BOUNCED)]
+            notices = self.record(spool, "ABCDE0", self.USER, etrn.BOUNCED).notices
+            promised.states["ABCDE0"] = [{self.USER: etrn.BOUNCED, self.OTHER: etrn.QUEUED}]
+            self.assertEqual(len(notices), 1)
+            promised.untold.append("ABCDE0")
+        platter = self.cut(act)
+        # In no state is the recipient marked and the notice missing.
+        self.assertEqual(sum(name.endswith(".eml") for name in platter._find(self.SPOOL).names), 3)
+
+    def test_a_recipient_is_marked_only_when_the_notice_is_safe(self) -> None:
+        marked = 0
+        seen: List[Remains] = []
+
+        def look() -> None:
+            seen.extend(platter.states(self.chance, 48))
+        platter = Platter(self.two)
+        with self.on(platter):
+            spool = self.opened()
+            platter.on_step = look
+            self.record(spool, "ABCDE0", self.USER, etrn.BOUNCED)
+            look()
+        for state in cases(self, seen):
+            sidecar = state[self.SPOOL + "/ABCDE0.json"]
+            assert sidecar is not None
+            if etrn.BOUNCED.encode() in sidecar:
+                marked += 1
+                notice, = [name for name in state if name.startswith(self.SPOOL) and name.endswith(".eml")
+                           and "ABCDE" not in name and "/incoming/" not in name]
+                self.assertIn(b"multipart/report", state[notice] or b"")
+                self.assertIn(notice[:-4] + ".json", state)
+        self.assertGreater(marked, 2)
+
+    def test_a_corrupt_pair_is_never_deleted(self) -> None:
+        broken = dict(self.two, **{self.SPOOL + "/ABCDE0.json": b"{"})
+
+        def act(spool: etrn.Spool, promised: Promised) -> None:
+            promised.files = {"ABCDE0.json": b"{", "ABCDE0.eml": MESSAGE}
+            promised.kept["ABCDE1"] = MESSAGE
+            spool.open()
+            self.assertIn("moved to corrupt/", spool.set_aside("ABCDE0", "broken"))
+        platter = self.cut(act, broken)
+        self.assertEqual(sorted(platter._find(self.SPOOL + "/corrupt").names), ["ABCDE0.eml", "ABCDE0.json"])
+        for state in platter.states(self.chance, 48):       # durable, once it is told
+            self.assertEqual(state.get(self.SPOOL + "/corrupt/ABCDE0.eml"), MESSAGE)
+            self.assertNotIn(self.SPOOL + "/ABCDE0.eml", state)
+
+    def test_a_start_over_all_the_states_a_crash_leaves(self) -> None:
+        remains = dict(self.two)
+        for name in ("incoming/ABCDE5.eml", "incoming/ABCDE6.eml", "incoming/ABCDE6.json", "ABCDE7.eml", "incoming/ABCDE7.json",
+                     "incoming/ABCDE0.new", "ABCDE8.eml", "done/ABCDE8.json", "done/ABCDE9.json", "done/ABCDE1.json"):
+            remains["%s/%s" % (self.SPOOL, name)] = b"left"
+
+        def act(spool: etrn.Spool, promised: Promised) -> None:
+            promised.kept = {"ABCDE0": MESSAGE, "ABCDE1": MESSAGE}
+            spool.open()
+        platter = self.cut(act, remains)
+        self.assertEqual([platter.listdir("%s/%s" % (self.SPOOL, one)) for one in ("incoming", "done")], [[], []])
+        for state in platter.states(self.chance, 48):       # and what it did to the queue stays so
+            self.assertEqual({name for name in state if name.startswith(self.SPOOL + "/ABCDE")},
+                             {"%s/ABCDE%d.%s" % (self.SPOOL, number, kind) for number in (0, 1) for kind in ("eml", "json")})
+
+    def test_a_probe_of_a_sick_spool_endangers_nothing(self) -> None:
+        def act(spool: etrn.Spool, promised: Promised) -> None:
+            spool.sick = "EIO"
+            self.assertTrue(spool.heal())
+        self.cut(act)
+
+    def test_a_probe_asks_for_all_that_a_message_needs(self) -> None:
+        """With any one step of it failing the spool stays sick."""
+        platter = Platter(self.two)
+        with self.on(platter):
+            spool = self.opened()
+            spool.sick, first, synced = "EIO", platter.count, platter.syncs
+            self.assertTrue(spool.heal())
+            self.assertEqual(platter.syncs - synced, 3)         # the file, its name, and its name's end
+            steps = platter.count - first
+            for at in cases(self, range(steps)):
+                spool.sick, first = "EIO", platter.count
+                platter.fault = lambda number, name, at=first + at: errno.EIO if number == at else 0    # type: ignore[misc]
+                spool.heal()
+                self.assertEqual(spool.sick, "EIO" if platter.count > first + at else "")
+        self.assertGreater(steps, 5)
+
+    # -- failing calls
+
+    ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
+    STORIES: Dict[str, Callable[["PowerCuts", etrn.Spool], Any]] = {
+        "accept": lambda self, spool: store(spool, "ABCDE5"),
+        "hold": lambda self, spool: spool.update("ABCDE0", lambda sidecar: sidecar.update(held=["a.example"])),
+        "record": lambda self, spool: self.record(spool, "ABCDE0", self.USER, etrn.DELIVERED),
+        "notice": lambda self, spool: self.record(spool, "ABCDE1", self.USER, etrn.BOUNCED),
+        "remove": lambda self, spool: spool.remove(["ABCDE1"])[0],
+        "state": lambda self, spool: spool.save_state({"format": 1}),
+        "aside": lambda self, spool: spool.set_aside("ABCDE1", "why"),
+        "heal": lambda self, spool: spool.heal() or OSError(0, "not healed"),
+    }
+
+    def test_a_failing_call_costs_nothing_but_its_own_story(self) -> None:
+        self.fail_each([*itertools.product(["accept"], self.ERRORS, (False, True)),
+                        *((name, errno.EIO, False) for name in self.STORIES), ("remove", errno.ENOSPC, True)])
+
+    @long_run
+    def test_every_call_failing_in_every_way_costs_nothing_but_its_own_story(self) -> None:
+        self.fail_each(itertools.product(self.STORIES, self.ERRORS, (False, True)))
+
+    def fail_each(self, rows: Iterable[Tuple[str, int, bool]]) -> None:
+        """For each story, errno, and whether it lasts: fail at the first step, at the second, and so on."""
+        failed = 0
+        for name, fault, lasting in cases(self, rows):
+            for at in itertools.count():
+                platter = Platter(self.two)
+                with self.on(platter):
+                    spool = self.opened()
+                    first = platter.count
+                    platter.fault = (lambda number, _, at=first + at, fault=fault, lasting=lasting:     # type: ignore[misc]
+                                     fault if number == at or (lasting and number > at) else 0)
+                    try:
+                        result = self.STORIES[name](self, spool)
+                    except OSError as error:
+                        result = error
+                    if platter.count <= first + at:
+                        break                   # the story has no such step
+                    failed += isinstance(result, OSError)
+                    if isinstance(result, OSError) and fault in (errno.EIO, errno.EROFS) and name == "accept":
+                        self.assertTrue(spool.sick)
+                    platter.fault = lambda number, name: 0
+                    self.assertTrue(spool.heal())               # well again, and good for another
+                    self.assertEqual(spool.sick, "")
+                    self.assertIsNone(store(spool, "ABCDE6"))
+                    self.assertEqual(spool.entering, set())
+                    self.assertLessEqual(len(platter.files), 3)     # the lock, the directory, and none of a failed story
+                promised = Promised()
+                promised.kept = {"ABCDE0": MESSAGE, "ABCDE1": MESSAGE, "ABCDE6": MESSAGE}
+                if name in ("remove", "aside", "notice"):
+                    promised.leaving["ABCDE1"] = promised.kept.pop("ABCDE1")
+                if name == "notice":
+                    promised.untold.append("ABCDE1")
+                if name == "hold":
+                    promised.held["ABCDE0"] = [[], ["a.example"]]
+                if name == "accept":
+                    (promised.kept if result is None else promised.offered)["ABCDE5"] = MESSAGE
+                if fault in (errno.EIO, errno.ENOSPC):
+                    for state in platter.states(self.chance, 1):
+                        self.check(state, promised)
+                if name == "aside":
+                    promised.files["ABCDE1.eml"] = MESSAGE
+                self.check(platter.now(), promised)
+        self.assertGreater(failed, 100)
+
+    def test_short_writes_are_no_errors(self) -> None:
+        for name in cases(self, ["accept", "record", "notice"]):
+            platter = Platter(self.two)
+            platter.most = 7
+            with self.on(platter):
+                result = self.STORIES[name](self, self.opened())
+            self.assertNotIsInstance(result, OSError)
+            promised = Promised()
+            promised.kept = {"ABCDE0": MESSAGE, "ABCDE1": MESSAGE}
+            if name == "accept":
+                promised.kept["ABCDE5"] = MESSAGE
+            self.check(platter.now(), promised)
+
+    # -- threads
+
+    def test_a_message_is_not_seen_by_a_reader_before_it_is_safe(self) -> None:
+        """Else it might be delivered, and its client told 451."""
+        for at in cases(self, range(40)):
+            platter = Platter(self.two)
+            with self.on(platter):
+                spool = self.opened()
+                first = platter.count
+                platter.fault = lambda number, name, at=first + at: errno.EIO if number == at else 0      # type: ignore[misc]
+                platter.on_step = lambda: self.assertNotIn("ABCDE5", list(spool.names()))     # noqa: B023
+                result = store(spool, "ABCDE5")
+                platter.on_step = lambda: None
+                self.assertEqual("ABCDE5" in spool.names(), result is None)
+
+    def test_a_file_system_that_shut_down_and_says_so_late_is_not_believed(self) -> None:
+        """XFS: a folder's fsync returns 0 though the journal is gone, when its change was dropped just before."""
+        platter = Platter(self.two)
+        with self.on(platter):
+            spool = self.opened()
+            real_fsync, real_fstat, down = platter.fsync, platter.fstat, [False]
+
+            def fsync(fd: int) -> None:
+                down[0] = down[0] or platter.files[fd][0].is_folder
+                if not down[0]:
+                    real_fsync(fd)
+
+            def fstat(fd: int) -> Any:
+                if down[0]:
+                    raise OSError(errno.EIO, "I/O error")
+                return real_fstat(fd)
+            platter.fsync, platter.fstat = fsync, fstat         # type: ignore[method-assign]
+            self.assertIsInstance(store(spool, "ABCDE5"), OSError)
+            self.assertTrue(spool.sick)
+
+    def test_an_error_that_another_threads_fsync_has_met_is_not_swallowed(self) -> None:
+        """Linux tells an error of a folder once to each open file: to those opened before it."""
+        platter = Platter(self.two)
+        lost: Dict[int, bool] = {}              # descriptor: whether an error awaits its next fsync
+
+        def step() -> None:
+            for fd in platter.files:
+                lost.setdefault(fd, False)
+        real_fsync, real_rename = platter.fsync, platter.rename
+
+        def rename(old: str, new: str) -> None:
+            real_rename(old, new)
+            if new.endswith("ABCDE5.json"):     # written back now, in vain; and somebody else asks first
+                step()
+                for fd in lost:
+                    lost[fd] = True
+                with contextlib.suppress(OSError):
+                    spool.update("ABCDE0", lambda sidecar: sidecar.update(held=["a.example"]))
+                with contextlib.suppress(OSError):
+                    platter.fsync(spool.directory)
+
+        def fsync(fd: int) -> None:
+            if lost.pop(fd, False):
+                raise OSError(errno.EIO, "I/O error")
+            real_fsync(fd)
+        with self.on(platter):
+            spool = self.opened()
+            platter.rename, platter.fsync = rename, fsync       # type: ignore[method-assign]
+            self.assertIsInstance(store(spool, "ABCDE5"), OSError)
+
+
+class SpoolPeople(SpoolCase):
+    """What people do to a directory, and what other programs left in it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.spool = opened(self.path)
+        self.addCleanup(self.spool.close)
+        self.assertIsNone(store(self.spool, "ABCDE0"))
+
+    def at(self, *parts: str) -> str:
+        return os.path.join(self.path, *parts)
+
+    def test_what_is_no_file_is_set_aside_and_waited_for_by_nobody(self) -> None:
+        os.mkfifo(self.at("ABCDE1.json"))
+        os.mkdir(self.at("ABCDE2.json"))
+        os.symlink("ABCDE3.json", self.at("ABCDE3.json"))
+        os.symlink("nowhere", self.at("ABCDE4.json"))
+        for id in ("ABCDE5", "ABCDE6"):
+            self.assertIsNone(store(self.spool, id))
+            os.unlink(self.at(id + ".eml"))
+        os.mkdir(self.at("ABCDE5.eml"))
+        os.mkfifo(self.at("ABCDE6.eml"))
+        for id in cases(self, ["ABCDE%d" % number for number in range(1, 7)]):
+            with self.assertRaises(etrn.Corrupt):
+                self.spool.check_body(id, self.spool.read_sidecar(id))
+            with self.assertRaises(etrn.Corrupt):
+                self.spool.read_message(id, self.spool.read_sidecar(id))
+            self.assertIn("moved to corrupt/", self.spool.set_aside(id, "why"))
+        self.assertEqual(list(self.spool.names()), ["ABCDE0"])
+
+    @unittest.skipIf(os.geteuid() != 0, "only root can give files to somebody else")
+    def test_a_file_of_another_owner_is_set_aside(self) -> None:
+        self.assertIsNone(store(self.spool, "ABCDE1"))
+        self.assertIsNone(store(self.spool, "ABCDE2"))
+        os.chmod(self.folder, 0o755)
+        for path, _, names in os.walk(self.path):
+            for one in [path] + [os.path.join(path, name) for name in names]:
+                if "ABCDE1.json" not in one and "ABCDE2.eml" not in one:
+                    os.chown(one, 65534, 65534)
+        os.seteuid(65534)
+        try:
+            self.assertRaisesRegex(etrn.Corrupt, "Permission denied", self.spool.read_sidecar, "ABCDE1")
+            sidecar = self.spool.read_sidecar("ABCDE2")
+            self.assertRaisesRegex(etrn.Corrupt, "Permission denied", self.spool.check_body, "ABCDE2", sidecar)
+            self.assertIn("moved to corrupt/: ABCDE1.json ABCDE1.eml", self.spool.set_aside("ABCDE1", "why"))
+        finally:
+            os.seteuid(0)
+
+    def test_a_disk_that_does_not_give_a_file_corrupts_nothing(self) -> None:
+        for fault in cases(self, [errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM]):
+            with mock.patch.object(etrn.os, "open", side_effect=OSError(fault, os.strerror(fault))):
+                for read in (self.spool.read_sidecar, self.spool.read_header):
+                    with self.assertRaises(OSError) as caught:
+                        read("ABCDE0")
+                    self.assertEqual(caught.exception.errno, fault)
+
+    def test_a_queue_id_in_use_is_not_taken_again(self) -> None:
+        shutil.copy(self.at("ABCDE0.eml"), self.at("ABCDE1.eml"))
+        for id in cases(self, ["ABCDE0", "ABCDE1"]):
+            self.assertEqual(getattr(store(self.spool, id, b"another"), "errno", None), errno.EEXIST)
+        self.assertEqual(recover_open(self.spool), {"ABCDE0": MESSAGE})
+
+    def test_a_read_that_comes_in_pieces_is_whole(self) -> None:
+        self.assertIsNone(store(self.spool, "ABCDE1", MESSAGE * 9000))
+        real = os.read
+        with mock.patch.object(etrn.os, "read", lambda fd, most: real(fd, min(most, 4099))):
+            self.assertEqual(recover_open(self.spool), {"ABCDE0": MESSAGE, "ABCDE1": MESSAGE * 9000})
+
+    def test_a_spool_may_be_a_link(self) -> None:
+        link = os.path.join(self.folder, "link")
+        self.spool.close()
+        os.symlink(self.path, link)
+        self.assertEqual(recover(link), {"ABCDE0": MESSAGE})
+        os.unlink(link)
+        os.symlink("nowhere", link)
+        self.assertRaises(OSError, etrn.Spool(link).open)
+
+    def test_a_start_needs_no_space_and_no_right_to_the_folder_above(self) -> None:
+        self.spool.close()
+        real = os.open
+
+        def refusing(path: str, flags: int, *mode: int) -> int:
+            if path == self.folder:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return real(path, flags, *mode)
+        with mock.patch.object(etrn.os, "open", refusing), \
+                mock.patch.object(etrn.os, "write", side_effect=OSError(errno.ENOSPC, "full")):
+            self.assertEqual(recover(self.path), {"ABCDE0": MESSAGE})
+
+    def test_odd_things_in_its_folders_do_not_keep_it_from_starting(self) -> None:
+        for folder in ("incoming", "done"):
+            os.makedirs(self.at(folder, "ABCDE0.json", "x"))
+            os.makedirs(self.at(folder, "ABCDE8.eml", "x"))
+        self.spool.close()
+        self.assertEqual(recover(self.path), {"ABCDE0": MESSAGE})
+
+    def test_folders_that_somebody_removed_are_made_again(self) -> None:
+        for folder in cases(self, ["incoming", "done", "corrupt"]):
+            self.assertIsNone(store(self.spool, "ABCDE1"))
+            shutil.rmtree(self.at(folder))
+            error = store(self.spool, "ABCDE2")
+            self.assertEqual(error is not None, folder == "incoming")
+            self.assertEqual(bool(self.spool.sick), folder == "incoming")
+            self.assertEqual(self.spool.remove(["ABCDE1"]), [None])
+            self.assertEqual(self.spool.has_sidecar("ABCDE1"), False)
+            self.assertTrue(self.spool.heal())
+            self.assertIsNone(store(self.spool, "ABCDE3"))
+            for id in ("ABCDE2", "ABCDE3"):
+                self.assertIn("moved to" if self.spool.has_sidecar(id) else "nothing left", self.spool.set_aside(id, "why"))
+        self.assertEqual(recover_open(self.spool), {"ABCDE0": MESSAGE})
+
+    def test_a_spool_that_was_unmounted_takes_nothing_and_loses_nothing(self) -> None:
+        away = self.path + ".away"
+        os.rename(self.path, away)
+        for there in cases(self, [False, True]):
+            if there:
+                os.makedirs(self.at("incoming"))            # as if it were the folder below the mount point
+            self.assertIsInstance(store(self.spool, "ABCDE1"), OSError)
+            self.assertFalse(self.spool.heal())
+            self.spool.sick = "away"
+            for act in (lambda: self.spool.read_sidecar("ABCDE0"), lambda: self.spool.set_aside("ABCDE0", "why")):
+                with self.assertRaises(OSError) as caught:
+                    act()
+                self.assertEqual(caught.exception.errno, errno.ESTALE)
+        shutil.rmtree(self.path)
+        os.rename(away, self.path)
+        self.assertTrue(self.spool.heal())
+        self.assertIsNone(store(self.spool, "ABCDE1"))
+        self.assertEqual(recover_open(self.spool), {"ABCDE0": MESSAGE, "ABCDE1": MESSAGE})
+
+    def test_a_full_disk_does_not_keep_what_was_delivered(self) -> None:
+        for fault in cases(self, [errno.ENOSPC, errno.EDQUOT]):
+            self.assertIsNone(store(self.spool, "ABCDE1"))
+            with mock.patch.object(etrn.os, "rename", side_effect=OSError(fault, os.strerror(fault))):
+                self.assertEqual(self.spool.remove(["ABCDE1"]), [None])
+            self.assertEqual(recover_open(self.spool), {"ABCDE0": MESSAGE})
+
+    # -- what others wrote
+
+    NASTY: List[Any] = [None, True, False, 0, -1, 5, 1e308, -0.5, float("nan"), float("inf"), 10 ** 30, 10 ** 400, "", "x",
+                        "a b", "x\r\ny", "\ud800", "a@b@c", "\0", [], [None], ["x"], {}, {"x": 1}]
+
+    def variants(self, good: Any) -> Iterator[Any]:
+        """The same with any one value changed or missing."""
+        places: List[Tuple[Any, ...]] = []
+
+        def walk(value: Any, path: Tuple[Any, ...]) -> None:
+            for key, one in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+                places.append((*path, key))
+                walk(one, (*path, key))
+        walk(good, ())
+        for place in places:
+            for nasty in [*self.NASTY, ...]:
+                changed = json.loads(json.dumps(good))
+                target = changed
+                for key in place[:-1]:
+                    target = target[key]
+                if nasty is ...:
+                    del target[place[-1]]
+                else:
+                    target[place[-1]] = nasty
+                yield changed
+
+    def test_a_sidecar_either_makes_sense_or_is_corrupt(self) -> None:
+        """Nothing that passes makes anything fail later."""
+        os.unlink(self.at("ABCDE0.json"))
+        good = sidecar_of("ABCDE0", ["user@" + DOMAIN, "other@" + DOMAIN], size=len(MESSAGE), ret="HDRS", envid="x+20y",
+                          sha256=hashlib.sha256(MESSAGE).hexdigest(), held=["two.example"])
+        good["recipients"][1].update(attempts=3, last_attempt=good["received"], last_status="4.2.0", refused_since=5.0,
+                                     last_response="450 4.2.0 no", last_remote="mail.example", orcpt="rfc822;x", notify="NEVER")
+        passed = refused = 0
+        for sidecar in cases(self, [good, *self.variants(good)]):
+            try:
+                found = etrn.parse_sidecar(json.dumps(sidecar).encode("ascii"), "ABCDE0")
+            except etrn.Corrupt as error:
+                refused += 1
+                self.assertNotIn("\n", str(error))
+                continue
+            passed += 1
+            self.assertTrue(etrn.summarize(found).domains)
+            for one in found["recipients"]:     # one that is finished by somebody's typing error is lost
+                self.assertIn(one["state"], [etrn.QUEUED, etrn.DELIVERED, etrn.BOUNCED, etrn.EXPIRED, etrn.DELETED])
+            etrn.format_sidecar(found)
+            etrn.format_envelope(found, b"Subject: x\r\n", 1764000000.0)
+            site = {"notices": False, "site": DOMAIN, "error": ""}
+            json.dumps(list(etrn.queue_rows(found, site, "queued", None, 0.0, 0))).encode("ascii")
+            for one in found["recipients"]:
+                one["last_status"] = one["last_status"] or "4.4.7"
+                for address in (one["address"], found["sender"]):
+                    address.encode("utf-8")
+            for action in ("failed", "delayed", "relayed"):
+                notices, _ = etrn.send_notice(self.spool, dict(found, sender="a@b.example"), action, found["recipients"],
+                                              config(), etrn.Ids(), 1764000000.0)
+                for notice in notices:
+                    self.spool.remove([notice["id"]])
+        self.assertGreater(refused, 500)
+        self.assertGreater(passed, 30)
+
+    def test_a_state_file_of_any_content_costs_only_what_was_learned(self) -> None:
+        clock = Clock()
+        state = {"format": 1, "sites": {DOMAIN: {
+            "primary": "down", "since": 5.0, "recovered": 0.0, "last_error": "x", "held": True, "size_limit": 5,
+            "route": [["192.0.2.1", 25]], "route_seen": 5.0, "counters": {"accepted": 1}}}}
+        recipients = {"format": 1, "recipients": {"a@" + DOMAIN: [True, 5e9]}, "accept_all": {DOMAIN: [False, 5e9]}}
+        rows = [(one, recipients) for one in self.variants(state)] + [(state, one) for one in self.variants(recipients)]
+        log = etrn.Log("stderr", "error", "x")
+        for one, other in cases(self, rows):
+            spool = mock.Mock(free=lambda: 0, load_state=lambda name="state.json", one=one, other=other: json.loads(
+                json.dumps(one if name == "state.json" else other)))
+            with mock.patch.object(etrn, "Committers"):
+                manager = etrn.Manager(config(), spool, log, lambda report: None, clock.now)
+            manager.load_state()
+            manager.save_state()
+            manager.wake(clock.now)
+            manager.tick(clock.advance(5))
+            for site in manager.scheduler.sites.values():
+                etrn.format_duration(clock.now.wall - site.since)
+                site.is_recovering(clock.now)
+        self.assertEqual(log.lines, [])
+        for data in cases(self, [b"[" * 200000, b"\0", b"{}", b'{"sites": []}', b'{"sites": 5}']):
+            with open(self.at("state.json"), "wb") as file:
+                file.write(data)
+            self.assertIsInstance(self.spool.load_state(), dict)
+
+    def test_an_older_state_never_overwrites_a_newer_one(self) -> None:
+        for number in (2, 1):
+            self.spool.save_state({"number": number}, {"number": number}, number)
+        self.assertEqual([self.spool.load_state(name)["number"] for name in ("state.json", "recipients.json")], [2, 2])
+
+    # -- committers
+
+    def test_a_bug_is_told_to_those_it_concerns_and_nobody_hears_done(self) -> None:
+        for broken, expected in cases(self, [("commit", ["bug", "bug", "task"]), ("remove", ["kept", "bug", "task"]),
+                                             ("task", ["kept", "removed", "bug"])]):
+            with contextlib.ExitStack() as stack:
+                if broken != "task":
+                    stack.enter_context(mock.patch.object(self.spool, broken, side_effect=RuntimeError("a bug")))
+                committers = etrn.Committers(self.spool, lambda reports: None)
+                heard: Dict[str, Any] = {}
+
+                def task(spool: etrn.Spool, broken: str = broken) -> str:
+                    if broken == "task":
+                        raise RuntimeError("a bug")
+                    return "task"
+                batch = [(etrn.Commit(etrn.Draft("ABCDE1"), [MESSAGE], sidecar_of("ABCDE1")), "kept"),
+                         (etrn.Remove("ABCDE7"), "removed"), (etrn.Task(task), "task")]
+                told = committers._work([(work, name) for work, name in batch])     # type: ignore[misc]
+                heard = dict(told)              # type: ignore[arg-type]
+            self.assertEqual(len(told), 3)
+            self.assertEqual(["bug" if isinstance(heard[name], RuntimeError) else heard[name] or name
+                              for name in ("kept", "removed", "task")], expected)
+            self.spool.remove(["ABCDE1"])
+
+    def test_a_body_that_a_bug_left_open_is_given_up(self) -> None:
+        draft = etrn.Draft("ABCDE1")
+        self.spool.append(draft, [b"one"])
+        draft.error = OSError(errno.EIO, "a bug")           # as the loop notes it
+        self.assertIsNotNone(self.spool.commit([(draft, [b"two"], sidecar_of("ABCDE1"))])[0])
+        self.assertEqual((draft.fd, os.listdir(self.at("incoming"))), (-1, []))
+
+
+def recover_open(spool: etrn.Spool) -> Dict[str, bytes]:
+    """The queued messages of an open spool, intact."""
+    out = {}
+    for id in spool.names():
+        message = spool.read_message(id, spool.read_sidecar(id))
+        out[id] = b"".join(message.blocks())
+        message.close()
+    return out
+
+
+class Recording(SpoolCase):
+    """The loop and a disk that does not take what it says: by hand, without threads."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.clock = Clock()
+        self.clock.wall = time.time() + 60.0        # what store() makes is due
+        self.spool = opened(self.path)
+        self.addCleanup(self.spool.close)
+        self.log = etrn.Log("stderr", "debug", "x")
+        self.log.flush = lambda: None               # type: ignore[method-assign]
+        self.reports: List[Any] = []
+        self.manager = etrn.Manager(config("", "cutthrough = no\ndelay_notice = 1h"), self.spool, self.log, self.reports.append,
+                                    self.clock.now)
+        self.manager.may_connect = lambda site: False       # the test is the courier
+        self.addCleanup(self.manager.committers.stop)
+
+    def settle(self) -> None:
+        """Until nothing is under way."""
+        def is_quiet() -> bool:
+            while self.reports:
+                self.manager.handle(self.reports.pop(0), self.clock.now)
+            return not self.manager.chains and not self.manager.is_loading
+        wait(is_quiet, "the committers")
+
+    def queue(self, id: str, **values: Any) -> Tuple[etrn.Site, etrn.Entry]:
+        self.assertIsNone(store(self.spool, id, **values))
+        self.manager.accept(self.spool.read_sidecar(id))
+        site = self.manager.scheduler.sites[DOMAIN]
+        site.state = etrn.Primary.UP
+        return site, site.entries[id]
+
+    def outcome(self, site: etrn.Site, entry: etrn.Entry, **kinds: str) -> None:
+        """A courier's report: user="sent", other="deferred"."""
+        site.on_started(self.clock.now)
+        site.on_connected(self.clock.now)
+        taken = site.take(16, self.clock.now)
+        self.assertEqual(taken, [entry])
+        courier = mock.Mock(jobs={entry.id: entry}, is_greeted=True, is_leaving=True)
+        self.manager.couriers[courier] = site
+        results = tuple(etrn.Result("%s@%s" % (name, DOMAIN), kind, {"sent": "2.0.0"}.get(kind, "4.2.0"), kind, "mail.example",
+                                    None)
+                        for name, kind in kinds.items())
+        self.manager._on_outcome(etrn.Outcome(courier, etrn.Job(entry.id, DOMAIN), results, True, entry.received, "x", 0.1))
+        self.manager.couriers.clear()
+        site.on_closed(self.clock.now, "")
+
+    def full(self) -> Any:
+        """A disk on which no sidecar can be replaced."""
+        return mock.patch.object(self.spool, "replace_sidecar", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+
+    def test_a_deferral_that_cannot_be_written_does_not_keep_the_message_from_being_tried(self) -> None:
+        site, entry = self.queue("ABCDE0")
+        with self.full():
+            for attempt in range(1, 4):
+                self.outcome(site, entry, user="deferred")
+                self.settle()
+                self.assertIs(entry.state, etrn.State.DEFERRED)
+                self.assertEqual(entry.attempts, attempt)
+                self.clock.advance(hours=2)
+                self.manager.tick(self.clock.now)
+            self.outcome(site, entry, user="sent")
+            self.settle()
+        self.assertEqual((site.entries, self.spool.has_sidecar("ABCDE0")), ({}, False))
+
+    def test_a_delivery_to_some_is_written_down_before_the_rest_is_tried(self) -> None:
+        site, entry = self.queue("ABCDE0", recipients=["user@" + DOMAIN, "other@" + DOMAIN])
+        with self.full():
+            self.outcome(site, entry, user="sent", other="deferred")
+            self.settle()
+            self.assertIs(entry.state, etrn.State.DELIVERING)
+        self.manager.tick(self.clock.advance(etrn.RETRY_DISK_S))
+        self.settle()
+        self.assertIs(entry.state, etrn.State.DEFERRED)
+        self.assertEqual([one["state"] for one in self.spool.read_sidecar("ABCDE0")["recipients"]], [etrn.DELIVERED, etrn.QUEUED])
+
+    def test_a_sender_hears_once_however_often_it_takes_to_write_that_down(self) -> None:
+        for end in cases(self, [
+                lambda site, entry: self.manager.end(site, entry, etrn.EXPIRED, "4.4.7", "x"),
+                lambda site, entry: self.manager._tell_delay(site, entry)]):
+            site, entry = self.queue("ABCDE0", recipients=["user@" + DOMAIN, "user@two.example"])
+            with self.full():
+                end(site, entry)
+                for _ in range(4):
+                    self.settle()
+                    self.manager.tick(self.clock.advance(etrn.RETRY_DISK_S))
+                self.settle()
+            self.manager.tick(self.clock.advance(etrn.RETRY_DISK_S))
+            self.settle()
+            notices = [id for id in self.spool.names() if self.spool.read_sidecar(id)["kind"] == "notice"]
+            self.assertEqual(len(notices), 1)
+            self.assertTrue(self.manager.scheduler.holding(notices[0]), "the loop knows of it")
+            for id in list(self.spool.names()):
+                self.manager._set_aside(id, "done")
+            self.settle()
+
+    def test_a_body_that_vanished_does_not_keep_its_end_from_being_told(self) -> None:
+        site, entry = self.queue("ABCDE0")
+        os.unlink(os.path.join(self.path, "ABCDE0.eml"))
+        self.manager.end(site, entry, etrn.EXPIRED, "4.4.7", "x")
+        self.settle()
+        notice, = self.spool.names()
+        self.assertEqual(self.spool.read_sidecar(notice)["kind"], "notice")
+
+    # -- pairs that come and go
+
+    def look(self) -> None:
+        """As at SIGHUP."""
+        self.manager.load()
+        self.settle()
+
+    def copied(self, id: str, *parts: Tuple[str, float]) -> Iterator[None]:
+        """Copy a pair from elsewhere, by parts: (kind, share of it that is there)."""
+        other = opened(self.fresh())
+        self.assertIsNone(store(other, id, MESSAGE * 100))
+        other.close()
+        for kind, share in parts:
+            with open(os.path.join(other.path, id + kind), "rb") as source:
+                data = source.read()
+            path = os.path.join(self.path, id + kind)
+            with open(path, "wb") as file:
+                file.write(data[:int(len(data) * share)])
+            os.utime(path, (5.0, 5.0))          # cp -p, rsync -t
+            yield
+
+    def test_a_pair_that_is_being_copied_is_waited_for(self) -> None:
+        self.look()
+        for number, parts in enumerate(cases(self, [
+                [(".eml", 0.5), (".eml", 1), (".json", 0.5), (".json", 1)],
+                [(".json", 0), (".json", 1), (".eml", 0), (".eml", 1)],
+                [(".json", 1), (".eml", 0.9), (".eml", 1)], [(".eml", 1), (".json", 1)]])):
+            id = "ABCD0%d" % number
+            for _ in self.copied(id, *parts):
+                self.assertFalse(self.manager.scheduler.holding(id))
+                self.look()
+            self.assertTrue(self.manager.scheduler.holding(id))
+        self.assertEqual(os.listdir(os.path.join(self.path, "corrupt")), [])
+
+    def test_half_a_pair_is_looked_at_again_and_set_aside_when_nothing_comes(self) -> None:
+        self.look()
+        for number, (parts, comes) in enumerate(cases(self, [
+                ([(".json", 1), (".eml", 1)], True), ([(".json", 1)], False), ([(".eml", 1)], False)])):
+            id = "ABCD0%d" % number
+            copying = self.copied(id, *parts)
+            next(copying)
+            self.look()
+            for _ in copying:
+                pass
+            with shorten(COPY_S=0.0 if not comes else 5.0):
+                self.manager.tick(self.clock.advance(5.0))
+                self.settle()
+            self.assertEqual(bool(self.manager.scheduler.holding(id)), comes)
+            self.assertEqual(len(os.listdir(os.path.join(self.path, "corrupt"))), number)
+
+    def test_what_a_disk_does_not_give_is_asked_for_again_ever_more_rarely(self) -> None:
+        self.assertIsNone(store(self.spool, "ABCDE0"))
+        self.assertIsNone(store(self.spool, "ABCDE1"))
+        real = self.spool.read_sidecar
+
+        def failing(id: str) -> Dict[str, Any]:
+            if id == "ABCDE0":
+                raise OSError(errno.EIO, "I/O error")
+            return real(id)
+        with mock.patch.object(self.spool, "read_sidecar", failing):
+            self.look()
+            self.assertEqual(list(self.manager.scheduler.sites[DOMAIN].entries), ["ABCDE1"])
+            self.assertEqual(self.manager.load_error, "")       # one sector is not the queue: ETRN goes on
+            for _ in range(12):
+                self.manager.tick(self.clock.advance(self.manager.retries[0][0] - self.clock.mono))
+                self.settle()
+        tries = [line for line in self.log.lines if "could not be read whole: ABCDE0: I/O error; trying again" in line]
+        self.assertEqual(len(tries), 13)
+        self.assertGreater(self.manager.retries[0][0] - self.clock.mono, 200)
+        self.manager.tick(self.clock.advance(etrn.RETRY_READ_S))
+        self.settle()
+        self.assertEqual(sorted(self.manager.scheduler.sites[DOMAIN].entries), ["ABCDE0", "ABCDE1"])
+
+    def test_a_pair_removed_by_somebody_leaves_the_queue_too(self) -> None:
+        for gone, outcome in cases(self, itertools.product(
+                [(".eml",), (".json",), (".eml", ".json")], [{"user": "sent"}, {"user": "deferred"}])):
+            site, entry = self.queue("ABCDE0")
+            for kind in gone:
+                os.unlink(os.path.join(self.path, "ABCDE0" + kind))
+            self.outcome(site, entry, **outcome)
+            self.settle()
+            if site.entries:                    # deferred, and its sidecar is there: found at the next attempt
+                self.assertEqual((gone, entry.state), ((".eml",), etrn.State.DEFERRED))
+                self.manager._on_fault(site, entry, etrn.Corrupt("the body is gone"))
+                self.settle()
+            self.assertEqual((site.entries, spool_files(self.path)), ({}, []))
+        self.assertEqual([line for line in self.log.lines if "bug" in line], [])
 
 
 # == 10. DELIVERY ==============================================================
@@ -3892,7 +5084,7 @@ class Simulation:
         self.puppets.clear()
         self.reports.clear()
         self.manager.load_state()
-        self.manager._load(set())
+        self.manager._load(set(), False)
         self.turn()
 
     @property
@@ -6847,7 +8039,7 @@ class Promise(Relays):
             relay.end(signal.SIGKILL)
             relay.start()
         self.check(primary, relay, ledger)
-        self.assertLess(len(primary.messages), len(ledger) + 60)
+        self.assertLess(len(primary.messages), 2 * len(ledger))     # a slow disk has more to write down at a kill
 
     def test_killed_while_both(self) -> None:
         primary = self.primary().start()
@@ -9168,9 +10360,12 @@ class Layers(unittest.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
         with open(SOURCE, encoding="utf-8") as file:
-            cls.source = file.read()
-        cls.tree = ast.parse(cls.source)
-        cls.banners = sections(cls.source)
+            cls.look_at(cls, file.read())       # type: ignore[arg-type]
+
+    def look_at(self, source: str) -> None:
+        self.source = source
+        self.tree = ast.parse(source)
+        self.banners = sections(source)
 
     def section(self, line: int) -> Tuple[int, str]:
         number, name = 0, "IMPORTS"
@@ -9195,17 +10390,21 @@ class Layers(unittest.TestCase):
         contents = (etrn.__doc__ or "").partition("\nCONTENTS\n")[2]
         self.assertEqual(re.findall(r"(\d+) ([A-Z]+)", contents), [(str(number), name) for _, number, name in self.banners])
 
-    def test_names_point_backward(self) -> None:
+    def forward(self) -> List[Tuple[int, str]]:
+        """(line, name) where a section names what a later one defines."""
         defined = self.definitions()
-        forward = ["%d: %s of section %d" % (node.lineno, node.id, defined[node.id]) for node in ast.walk(self.tree)
-                   if isinstance(node, ast.Name) and defined.get(node.id, 0) > self.section(node.lineno)[0]]
         self.assertGreater(len(defined), 200)
-        self.assertEqual(forward, [])
+        return [(node.lineno, node.id) for node in ast.walk(self.tree)
+                if isinstance(node, ast.Name) and defined.get(node.id, 0) > self.section(node.lineno)[0]]
 
-    def test_pure_sections_touch_no_socket_file_clock_or_chance(self) -> None:
+    def test_names_point_backward(self) -> None:
+        self.assertEqual(self.forward(), [])
+
+    def impurities(self) -> List[Tuple[int, str]]:
+        """(line, name) where a pure section touches a socket, a file, a clock or chance."""
         forbidden = {"socket", "select", "selectors", "random", "secrets", "threading", "queue", "smtplib", "subprocess",
                      "tempfile"}
-        clocks, calls = {"strftime", "gmtime", "localtime"}, {"open", "print", "input", "exec", "eval"}
+        clocks, calls = {"strftime", "gmtime", "localtime"}, {"open", "print", "input", "exec", "eval", "__import__", "globals"}
         paths = {"join", "dirname", "basename", "abspath"}
         seen, bad = set(), []
         for node in ast.walk(self.tree):
@@ -9223,9 +10422,54 @@ class Layers(unittest.TestCase):
             if isinstance(node, ast.Attribute) and ast.dump(node.value) == ast.dump(ast.parse("os.path", mode="eval").body):
                 if node.attr not in paths:
                     bad.append((node.lineno, "os.path." + node.attr))
-        self.assertEqual((seen, bad), (self.PURE, []))
+        self.assertEqual(seen, self.PURE)
+        return bad
+
+    def test_pure_sections_touch_no_socket_file_clock_or_chance(self) -> None:
+        self.assertEqual(self.impurities(), [])
+
+    def impure_calls(self) -> List[Tuple[int, str]]:
+        """(line, name) where a pure section names a function or class of one that is not."""
+        impure = {node.name for node in self.tree.body
+                  if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and self.section(node.lineno)[1] not in self.PURE}
+        self.assertGreater(len(impure), 100)
+        return [(node.lineno, node.id) for node in ast.walk(self.tree)
+                if isinstance(node, ast.Name) and node.id in impure and self.section(node.lineno)[1] in self.PURE]
+
+    def test_pure_sections_call_nothing_that_is_not_pure(self) -> None:
+        self.assertEqual(self.impure_calls(), [])
+
+    VIOLATIONS: Dict[str, List[Tuple[str, str]]] = {      # what finds them: (section, a line more in it)
+        "impurities": [(section, line) for section in sorted(PURE) for line in (
+            "os.unlink('x')", "os.path.exists('x')", "time.time()", "time.sleep(1)", "open('x')", "random.random()", "print(1)",
+            "socket.socket()", "x = time.monotonic", "secrets.token_hex()", "threading.Lock()", "__import__('os')",
+            "selectors.DefaultSelector()", "subprocess.run([])")],
+        "impure_calls": [("SESSION", "Spool('x')"), ("SCHEDULE", "Log('x', 'y', 'z')"), ("DSN", "x = Resolver"),
+                         ("STATUS", "Manager.tick")],
+        "forward": [("GRAMMAR", "parse_config('')"), ("SPOOL", "Manager"), ("SESSION", "x = Scheduler"),
+                    ("QUEUE", "x: Server = None"), ("SERVER", "main")]}
+
+    def test_each_violation_is_noticed(self) -> None:
+        """These tests see what they look for."""
+        for name, rows in cases(self, self.VIOLATIONS.items()):
+            source = self.source
+            for section, line in rows:          # as the first line of that section's first function
+                at = re.compile(r"\. %s ==" % section).search(source).end()                              # type: ignore[union-attr]
+                at = re.compile(r"\n(?:    )*def [^\n]*:\n").search(source, at).end()                    # type: ignore[union-attr]
+                source = source[:at] + re.match(r" *", source[at:]).group() + line + "    # bad\n" + source[at:]    # type: ignore[union-attr]
+            other = type(self)("test_names_point_backward")
+            other.look_at(source)
+            self.assertEqual({line for line, _ in getattr(other, name)()},
+                             {number for number, line in enumerate(source.split("\n"), 1) if line.endswith("    # bad")})
+        for line in cases(self, ["import shutil", "from os import unlink", "import asyncio"]):
+            other = type(self)("test_names_point_backward")
+            other.look_at(self.source.replace("# == 6. SPOOL", line + "\n# == 6. SPOOL"))
+            self.assertRaises(AssertionError, other.check_imports)
 
     def test_imports_stand_at_the_top_come_from_the_standard_library_and_are_used(self) -> None:
+        self.check_imports()
+
+    def check_imports(self) -> None:
         nodes = [node for node in ast.walk(self.tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
         self.assertTrue(all(self.section(node.lineno)[0] <= 1 for node in nodes))
         modules = [alias.name if isinstance(node, ast.Import) else str(node.module) for node in nodes for alias in node.names]
@@ -9258,9 +10502,815 @@ class Layers(unittest.TestCase):
         self.assertEqual((done.stdout.decode().split(), done.stderr), (["True", "1"], b""))
 
 
-# -- running
+# == 14. PROOF =================================================================
+# Whether the tests above would notice: each fsync deleted, each two steps of the
+# commit order swapped.  And the real thing: power cuts, kill storms, hours of
+# trouble.  What takes minutes runs with --long.
 
-# == 14. BENCH =================================================================
+Mutant = Tuple[str, str, str]           # name, text of the source, what to put there
+
+
+def mutants(source: str) -> List[Mutant]:
+    """Each fsync of the spool deleted, one by one, found in the source; then orders swapped and checks dropped."""
+    start = source.index("# == 6. SPOOL")
+    spool = source[start:source.index("# == 7. SESSION")]
+    out: List[Mutant] = []
+    methods = re.split(r"(?m)^(?=    def |def |class )", spool)
+    for method in methods:
+        name = (re.findall(r"\A\s*(?:def|class) (\w+)", method) or [""])[0]
+        for line in method.split("\n"):
+            if name.startswith("_durable") or name == "_sync_and_close":
+                new = re.sub(r"os\.fsync\(fd\)", "pass", line)
+            elif "self._durable(self.path), self._durable(self.bad)" in line:
+                for gone, kept in (("path", "bad"), ("bad", "path")):
+                    changed = line.replace("self._durable(self.path), self._durable(self.bad)", "self._durable(self.%s)" % kept)
+                    out.append(("%s: no fsync of %s" % (name, gone), method, method.replace(line, changed)))
+                continue
+            else:
+                new = re.sub(r"self\._sync_and_close\((\w+)\)", r"os.close(\1)",
+                             re.sub(r"with self\._durable\(.*\):", "if True:", line))
+            if new != line:
+                count = method.count(line)
+                for number in range(count):
+                    at = [match.start() for match in re.finditer(re.escape(line), method)][number]
+                    out.append(("%s: %s%s" % (name, line.strip(), " #%d" % number if count > 1 else ""), method,
+                                method[:at] + new + method[at + len(line):]))
+    return out + ORDERS
+
+
+RENAMES = """\
+            os.rename(os.path.join(self.incoming, id + ".eml"), os.path.join(self.path, id + ".eml"))
+            os.rename(os.path.join(self.incoming, id + ".json"), os.path.join(self.path, id + ".json"))
+"""
+ENTER = """\
+            with self._durable(self.path):
+                for number in stored:
+                    results[number] = self._enter(batch[number][0].id)
+"""
+BODY = """\
+                    self._unlink(os.path.join(self.path, id + ".eml"))
+                    self._unlink(os.path.join(self.done, id + ".json"))
+"""
+REMOVE = """\
+            with self._durable(self.path):
+                for number, id in enumerate(ids):
+"""
+MARK = """\
+    for action, recipients in (("failed", failed), ("relayed", relayed)):
+        if action not in told:
+            told[action] = send_notice(spool, sidecar, action, recipients, cfg, ids, now)
+    for one, verdict in touched:
+        one["state"] = verdict.state
+    is_finished = all(one["state"] != QUEUED for one in sidecar["recipients"])
+    if touched and not is_finished:
+        spool.replace_sidecar(id, sidecar)
+"""
+REPLACE = """\
+            self._sync_and_close(fd)
+            with self._durable(self.path):
+                os.rename(temporary, path)
+"""
+SWEPT = """\
+                    if kind == "json" and not self._has(self.path, id + ".json"):
+                        self._unlink(os.path.join(self.path, id + ".eml"))
+                    self._unlink(os.path.join(folder, name))
+"""
+ORDERS: List[Mutant] = [
+    ("sidecar enters before its body", RENAMES, "".join(reversed(RENAMES.splitlines(True)))),
+    ("names synced before they are entered", ENTER, ENTER.replace(
+        "                for", "                pass\n            if True:\n                for")),
+    ("sidecar entered, then synced", """\
+            done, fd = fd, -1
+            self._sync_and_close(done)
+""", """\
+            done, fd = fd, -1
+            os.close(done)
+"""),
+    ("body unlinked before its sidecar's removal is durable", REMOVE, REMOVE + """\
+                    self._unlink(os.path.join(self.path, id + ".eml"))
+"""),
+    ("finished sidecar unlinked before its body", BODY, "".join(reversed(BODY.splitlines(True)))),
+    ("sidecar not moved away but body unlinked", BODY, BODY.splitlines(True)[0]),
+    ("recipients marked before the notice is made", MARK, """\
+    for one, verdict in touched:
+        one["state"] = verdict.state
+    is_finished = all(one["state"] != QUEUED for one in sidecar["recipients"])
+    if touched and not is_finished:
+        spool.replace_sidecar(id, sidecar)
+    for action, recipients in (("failed", failed), ("relayed", relayed)):
+        if action not in told:
+            told[action] = send_notice(spool, sidecar, action, recipients, cfg, ids, now)
+"""),
+    ("sidecar replaced before the new one is synced", REPLACE, """\
+            with self._durable(self.path):
+                os.rename(temporary, path)
+            self._sync_and_close(fd)
+"""),
+    ("sidecar unlinked, then replaced", REPLACE, REPLACE.replace("                os.rename", """\
+                self._unlink(path)
+                os.rename""")),
+    ("a start takes any finished sidecar's body", SWEPT, SWEPT.replace(' and not self._has(self.path, id + ".json")', "")),
+    ("a start forgets the finished sidecar before the body", SWEPT, """\
+                    self._unlink(os.path.join(folder, name))
+                    if kind == "json" and not self._has(self.path, id + ".json"):
+                        self._unlink(os.path.join(self.path, id + ".eml"))
+"""),
+    ("a failed commit stays", "                self._withdraw(batch[number][0].id)\n", "                pass\n"),
+    ("a failed commit is withdrawn body first", "        for name in names:\n            if name == sidecar or not os",
+     "        for name in reversed(names):\n            if True or not os"),
+    ("a failed commit leaves its body", "        with contextlib.suppress(OSError):\n            os.rename(sidecar, back)\n", ""),
+    ("a commit that cannot be undone is torn",
+     "            if name == sidecar or not os.path.lexists(sidecar):", "            if True:"),
+    ("a failed commit is acknowledged", "                results[number] = results[number] or error\n", ""),
+    ("a failed body is acknowledged", "            self._close_quietly(fd)\n            self.discard(draft)\n"
+     "            return self._note(error)\n", "            self._close_quietly(fd)\n            self.discard(draft)\n"),
+    ("a failed message stays in incoming/", "            self._close_quietly(fd)\n            self.discard(draft)\n",
+     "            self._close_quietly(fd)\n"),
+    ("a failed removal goes on with the body",
+     "            return [result or error for result in results]\n", "            pass\n"),
+    ("short writes are taken for whole ones", "        while done < len(data):", "        while False:"),
+    ("readers see what is not yet safe", "                if id in self.entering:\n", "                if False:\n"),
+    ("folder opened after the changes", "        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)\n        try:\n"
+     "            yield\n            os.fsync(fd)\n",
+     "        yield\n        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)\n        try:\n            os.fsync(fd)\n"),
+    ("XFS is believed after it shut down", "            os.fstat(fd)                #", "            #"),
+    ("a queue ID in use is taken again",
+     'if self._has(self.path, draft.id + ".json") or self._has(self.path, draft.id + ".eml"):',
+     "if False:"),
+    ("a body of any octets is sent", 'if size != sidecar["size"] or digest.hexdigest() != sidecar["sha256"]:', "if False:"),
+    ("EIO is no illness", "        if error.errno in _SICK:\n", "        if False:\n"),
+    ("a sick spool heals by itself", "        except OSError:\n            return False\n        self.sick",
+     "        except OSError:\n            pass\n        self.sick"),
+    ("a corrupt pair is deleted", "                os.rename(os.path.join(self.path, id + kind), target)\n",
+     "                os.unlink(os.path.join(self.path, id + kind))\n"),
+    ("an unknown state counts as finished",
+     'all(one["state"] in (QUEUED, DELIVERED, BOUNCED, EXPIRED, DELETED) for one in people)',
+     "True"),
+    ("a bug in a commit is told as done", "            told = len(out)\n            out.extend((done, error) for",
+     "            told = len(out)\n            out.extend((done, None) for"),
+    ("older state overwrites newer", "number >= self.saved.get(name, 0)", "True"),
+    ("mail goes to whatever lies at the spool's path",
+     "        return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)\n",
+     "        return True\n"),
+    ("a notice is made again at each attempt to record it", "        if action not in told:\n", "        if True:\n"),
+    ("a deferral is insisted on", "put_off if states == {QUEUED} else None", "None"),
+    ("a full done/ keeps delivered mail", "        except OSError as error:\n            if error.errno != errno.ENOENT and",
+     "        except OSError as error:\n            if True or"),
+]
+
+
+class Mutations(unittest.TestCase):
+    """Each must make a test fail; with -v their names are listed."""
+
+    WATCHERS = ("PowerCuts", "SpoolCrashes", "SpoolFaults", "SpoolStates", "SpoolPeople", "Recording")
+
+    @long_run
+    def test_each_mutation_is_noticed(self) -> None:
+        with open(SOURCE, encoding="utf-8") as file:
+            source = file.read()
+        module = sys.modules[__name__]
+        rows = mutants(source)
+        self.assertGreater(len([row for row in rows if row not in ORDERS]), 10)
+        missed = [name for name, old, _ in rows if source.count(old) != 1]
+        self.assertEqual(missed, [], "not found once in the source")
+        self.assertEqual(self.first_failure(), "", "without any mutation")
+        for name, old, new in rows:
+            mutant = load_mutant(source.replace(old, new))
+            with mock.patch.object(module, "etrn", mutant):
+                failed = self.first_failure()
+            print("%-75.75s %s" % (name, failed or "SURVIVED"), file=sys.stderr, flush=True)
+            if not failed:
+                missed.append(name)
+        self.assertEqual(missed, [])
+
+    def first_failure(self) -> str:
+        """The name of the first test that notices, or nothing."""
+        for name in self.WATCHERS:
+            suite = unittest.TestLoader().loadTestsFromTestCase(globals()[name])
+            result = unittest.TestResult()
+            result.failfast = True
+            with contextlib.redirect_stderr(io.StringIO()):
+                suite.run(result)
+            for test, _ in result.failures + result.errors:
+                return str(test.id()).partition(".")[2]
+        return ""
+
+
+def load_mutant(source: str) -> Any:
+    module = types.ModuleType("etrn_mutant")
+    sys.modules["etrn_mutant"] = module         # dataclasses look there
+    exec(compile(source, "etrn_mutant", "exec"), vars(module))
+    return module
+
+
+# -- an hour of trouble, in seconds
+
+class Trouble:
+    """A primary that comes and goes, greylists, says 421 and is far away; and
+    what the loop does with a Site, event by event, with both clocks in hand."""
+
+    def __init__(self, test: unittest.TestCase, seed: int, domain: str = "") -> None:
+        self.test = test
+        self.chance = random.Random(seed)
+        self.clock = Clock()
+        self.scheduler = etrn.Scheduler(config("", domain or "retry_interval = 1m\nmax_retry_interval = 10m\nconnections = 5"))
+        self.site = self.scheduler.site(DOMAIN, self.clock.now)
+        self.events: List[Tuple[float, int, Callable[[], None]]] = []       # heap of (monotonic, tie, what)
+        self.ties = itertools.count()
+        self.is_up = False
+        self.steady_since = 0.0                 # monotonic, since when the primary has answered everything well
+        self.lines: Dict[int, List[etrn.Entry]] = {}    # open connections: messages given to them
+        self.opening = 0
+        self.tried: Dict[str, float] = {}       # message: monotonic, when it came or was last tried or released
+        self.met: Dict[str, bool] = {}          # message: greylisted before
+        self.delivered = self.arrived = self.expired = self.steps = self.most_lines = self.most_entries = 0
+
+    def at(self, seconds: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self.events, (self.clock.mono + seconds, next(self.ties), what))
+
+    @property
+    def now(self) -> etrn.Now:
+        return self.clock.now
+
+    def burst(self) -> None:
+        for _ in range(self.chance.randint(20, 250)):
+            self.arrive()
+
+    def arrive(self) -> None:
+        id = "%06X" % (0x100000 + self.arrived)
+        self.arrived += 1
+        entry = etrn.Entry(id, self.chance.randrange(1, 10000), self.now.wall, self.now.wall + self.site.cfg.lifetime)
+        self.site.add(entry, self.now)
+        self.tried[id] = self.clock.mono
+        self.most_entries = max(self.most_entries, len(self.site.entries))
+
+    def flap(self) -> None:
+        self.is_up = not self.is_up
+        self.steady_since = self.clock.mono
+
+    def tick(self) -> None:
+        """As Manager.tick()."""
+        site = self.site
+        while site.entries and site.wanted(self.now):
+            site.on_started(self.now)
+            self.opening += 1
+            slow = self.chance.choice([0.001, 0.02, 0.5, 5.0])
+            self.at(slow if self.is_up else self.chance.choice([0.001, slow, 30.0]), self.greet)
+        for line in list(self.lines):
+            self.feed(line)
+        for entry in site.expired(self.now):
+            site.start(entry)
+            self.leave(entry)
+            self.expired += 1
+        site.delayed(self.now)
+
+    def greet(self) -> None:
+        self.opening -= 1
+        if not self.is_up or self.chance.random() < 0.02:
+            self.site.on_failed(self.now, "refused")
+            return
+        line = next(self.ties)
+        self.lines[line] = []
+        self.most_lines = max(self.most_lines, len(self.lines))
+        self.site.on_connected(self.now)
+        self.feed(line)
+
+    def feed(self, line: int) -> None:
+        if line in self.lines and len(self.lines[line]) < etrn.JOBS_REFILL:
+            fresh = self.site.take(etrn.JOBS_PER_CONNECTION, self.now)
+            is_idle = not self.lines[line]
+            self.lines[line] += fresh
+            if fresh and is_idle:
+                self.send(line)
+            elif is_idle:
+                self.at(etrn.IDLE_CONNECTION_S, lambda: self.idle(line))
+
+    def idle(self, line: int) -> None:
+        if line in self.lines and not self.lines[line]:
+            del self.lines[line]
+            self.site.on_closed(self.now, "")
+
+    def send(self, line: int) -> None:
+        self.at(self.chance.choice([0.001, 0.003, 0.05, 0.3]), lambda: self.answer(line))
+
+    def answer(self, line: int) -> None:
+        """The primary's word on the first message of a connection."""
+        if line not in self.lines:
+            return
+        entries, site = self.lines[line], self.site
+        entry = entries[0]
+        word = self.chance.choices(["taken", "grey", "421", "cut", "5xx"], [90, 6, 1, 1, 1])[0] if self.is_up else "cut"
+        if word == "grey" and self.met.get(entry.id) or word == "taken" and self.met.setdefault(entry.id, False):
+            word = "taken"
+        if word in ("421", "cut"):
+            del self.lines[line]
+            for one in entries:
+                self.tried[one.id] = self.clock.mono
+                if site.entries.get(one.id) is one and one.state is etrn.State.DELIVERING:
+                    site.give_back(one)
+            site.on_closed(self.now, word)
+            return
+        entries.pop(0)
+        self.tried[entry.id] = self.clock.mono
+        if site.entries.get(entry.id) is entry:
+            if word == "taken":
+                site.on_taken(self.now)
+                self.delivered += 1
+                self.leave(entry)
+            else:
+                self.met[entry.id] = True
+                if word == "grey" or not site.on_refused(self.now, entry.id, []):
+                    site.on_deferred(self.now)
+                site.count_attempt(entry)
+                site.defer(entry, self.now, site.pause(entry.deferrals, self.now))
+        if entries:
+            self.send(line)
+        else:
+            self.feed(line)
+
+    def leave(self, entry: etrn.Entry) -> None:
+        self.site.drop(entry.id)
+        del self.tried[entry.id]
+
+    def operator(self) -> None:
+        """Commands, ETRN, SIGHUP, and clocks that are set."""
+        site = self.site
+        entries = list(site.entries.values())
+        what = self.chance.choice(["flush", "etrn", "hold", "release", "hold one", "config", "jump", "client"])
+        if what in ("flush", "etrn"):
+            site.flush(self.now)
+        elif what in ("hold", "release"):
+            site.hold_all(what == "hold" and self.chance.random() < 0.3)
+        elif what == "hold one" and entries:
+            site.hold(self.chance.choice(entries), self.chance.random() < 0.3)
+        elif what == "config":
+            values = self.chance.randint(1, 8), self.chance.choice(["off", "10m"])
+            self.scheduler.reconfigure(config("", "retry_interval = 1m\nmax_retry_interval = 10m\nconnections = %d\n"
+                                              "delay_notice = %s" % values), self.now)
+        elif what == "jump":
+            seconds = self.chance.choice([-7200.0, -100.0, 100.0, 7200.0, 30 * 86400.0, -30 * 86400.0])
+            self.clock.jump(seconds)
+            site.on_clock_jump(self.now, seconds)
+        elif what == "client":
+            site.trigger(self.now)
+        for id in self.tried:                   # whoever was held waits from now on
+            if what in ("hold", "release", "hold one"):
+                self.tried[id] = self.clock.mono
+
+    def check(self) -> None:
+        site, test = self.site, self.test
+        states = collections.Counter(entry.state for entry in site.entries.values())
+        test.assertEqual({state: count for state, count in site.count.items() if count}, dict(states))
+        flying = [entry.id for entries in self.lines.values() for entry in entries if site.entries.get(entry.id) is entry]
+        test.assertEqual(sorted(flying), sorted(entry.id for entry in site.entries.values()
+                                                if entry.state is etrn.State.DELIVERING))
+        test.assertEqual((site.opening, site.open), (self.opening, len(self.lines)))
+        test.assertEqual(site.octets, sum(entry.size for entry in site.entries.values()))
+        test.assertTrue(1 <= site.limit <= site.cfg.connections)
+        test.assertLessEqual(site.round_left, len(site.entries))
+        test.assertGreaterEqual(site.round_left, 0)
+        if self.steps % 97 == 0:
+            heaped = {id for _, id in site.active + site.deferred}
+            test.assertEqual({id for id, entry in site.entries.items() if id not in heaped
+                              and entry.state in (etrn.State.ACTIVE, etrn.State.DEFERRED)}, set(), "in no heap")
+        for heap in (site.active, site.deferred, site.aging, site.delays):
+            test.assertLessEqual(len(heap), 2 * self.most_entries + 1000)
+        for id, entry in site.entries.items():
+            if entry.state in (etrn.State.ACTIVE, etrn.State.DEFERRED) and self.is_up:
+                waited = self.clock.mono - max(self.tried[id], self.steady_since)
+                test.assertLess(waited, site.cfg.max_retry_interval + 300, "%s %s is stuck" % (id, entry.state))
+
+    def run(self, seconds: float, is_quiet: bool = False) -> None:
+        """Let time pass, event by event."""
+        end = self.clock.mono + seconds
+        while self.clock.mono < end:
+            self.tick()
+            times = [end]
+            if self.events:
+                times.append(self.events[0][0])
+            at = self.site.wake(self.now) if self.site.entries else None
+            if at is not None:
+                times.append(at)
+            self.clock.advance(max(0.0, min(times) - self.clock.mono))
+            while self.events and self.events[0][0] <= self.clock.mono:
+                heapq.heappop(self.events)[2]()
+            self.steps += 1
+            if self.steps % 5 == 0 or len(self.site.entries) < 30:
+                self.check()
+            self.test.assertLess(self.steps, 3000000, "it spins")
+            if is_quiet and not self.site.entries:
+                return
+
+    def again(self, low: float, high: float, what: Callable[[], None]) -> None:
+        """Do something every now and then."""
+        def now_and_then() -> None:
+            if not self.is_over:
+                what()
+                self.again(low, high, what)
+        self.at(self.chance.uniform(low, high), now_and_then)
+
+    is_over = False
+
+
+class Soak(unittest.TestCase):
+    def hours(self, seed: int, hours: float) -> Trouble:
+        self.row = seed
+        trouble = Trouble(self, seed)
+        trouble.again(0.2, 6.0, trouble.arrive)
+        trouble.again(60.0, 900.0, trouble.burst)
+        trouble.again(5.0, 400.0, trouble.flap)
+        trouble.again(10.0, 200.0, trouble.operator)
+        trouble.run(3600 * hours)
+        trouble.is_over = True
+        trouble.site.hold_all(False)
+        for entry in trouble.site.entries.values():
+            trouble.site.hold(entry, False)
+        trouble.is_up, trouble.steady_since = True, trouble.clock.mono
+        trouble.tried = dict.fromkeys(trouble.tried, trouble.clock.mono)
+        trouble.run(7200, is_quiet=True)
+        self.assertEqual(trouble.site.entries, {})
+        self.assertEqual(trouble.delivered + trouble.expired, trouble.arrived)
+        return trouble
+
+    def test_an_hour_of_trouble_leaves_nothing_stuck(self) -> None:
+        lines = delivered = 0
+        for seed in range(3):
+            trouble = self.hours(seed, 1.0)
+            lines, delivered = max(lines, trouble.most_lines), delivered + trouble.delivered
+        self.assertGreater(delivered, 2000)
+        self.assertGreater(lines, 2)
+        self.assertLessEqual(lines, 9)
+
+    @long_run
+    def test_many_hours_of_trouble_leave_nothing_stuck(self) -> None:
+        for seed in range(100, 130):
+            self.hours(seed, 4.0)
+
+
+# -- the real thing
+
+class Taker(Primary):
+    """A primary that knows which connection brought what, and how that ended."""
+
+    def __init__(self, **script: Any) -> None:
+        super().__init__(**script)
+        self.copies: List[Tuple[int, bytes]] = []       # (connection, mark) in the order of taking, answered or not
+        self.quits: Set[int] = set()                    # connections that ended in good order
+        self.numbers: Dict[socket.socket, int] = {}
+        self.serial = itertools.count()
+
+    def _talk(self, sock: socket.socket, lines: io.BufferedReader) -> None:
+        self.numbers[sock] = next(self.serial)
+        super()._talk(sock, lines)
+
+    def on_data(self, sock: socket.socket, data: bytes) -> None:
+        self.copies.append((self.numbers[sock], mark_of(data)))
+
+    def _say(self, sock: socket.socket, verb: str, argument: str, default: str, *taken: Callable[[], None]) -> str:
+        if verb == "QUIT":
+            self.quits.add(self.numbers[sock])
+        return super()._say(sock, verb, argument, default, *taken)
+
+
+def mark_of(data: bytes) -> bytes:
+    return re.search(rb"(?m)^Subject: (\S+)", data).group(1)       # type: ignore[union-attr]
+
+
+def marked(mark: bytes) -> bytes:
+    return b"Subject: %s\r\n\r\n%s\r\n" % (mark, mark * (1 + hash(mark) % 200))
+
+
+class Senders:
+    """Clients that send as fast as they are let, come back after every failure, and note each 250 in a ledger."""
+
+    def __init__(self, relay: Relay, number: int, recipients: Sequence[str] = ("user@" + DOMAIN,), pause_s: float = 0.0) -> None:
+        self.relay, self.recipients, self.pause_s = relay, recipients, pause_s
+        self.ledger: List[bytes] = []
+        self.is_over = threading.Event()
+        self.threads = [threading.Thread(target=self._run, args=(one,), daemon=True) for one in range(number)]
+        for thread in self.threads:
+            thread.start()
+
+    def _run(self, number: int) -> None:
+        counter = itertools.count()
+        while not self.is_over.is_set():
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                with self.relay.client() as client:
+                    while not self.is_over.is_set():
+                        mark = b"%d-%d" % (number, next(counter))
+                        reply = client.send(marked(mark), recipients=self.recipients)
+                        if reply[:3] == "250":
+                            self.ledger.append(mark)
+                        elif reply[:1] != "4":
+                            break
+                        self.is_over.wait(self.pause_s)
+            self.is_over.wait(0.02)
+
+    def stop(self) -> List[bytes]:
+        self.is_over.set()
+        for thread in self.threads:
+            thread.join(DEADLINE_S)
+        return self.ledger
+
+
+class Ledgers(Relays):
+    def compare(self, primary: Primary, relay: Relay, ledger: Iterable[bytes]) -> Dict[bytes, int]:
+        """Every 250 was delivered, intact; returns the number of copies of each."""
+        wait(relay.is_empty, "an empty spool", 3 * DEADLINE_S)
+        found = collections.Counter(mark_of(data) for _, _, data in primary.messages)
+        self.assertEqual([mark for mark in ledger if not found[mark]], [])
+        for _, _, data in primary.messages:
+            self.assertEqual(without_received(data), marked(mark_of(data)))
+        self.assertEqual(os.listdir(os.path.join(relay.spool, "corrupt")), [])
+        return found
+
+
+class Sickness(Relays):
+    """A disk that fails under a running relay, and is well again."""
+
+    WRITING = ("write", "fsync", "rename", "unlink", "ftruncate")
+
+    def test_every_failing_disk_is_answered_4xx_and_outlived(self) -> None:
+        for fault in cases(self, [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE]):
+            primary = self.primary()
+            folder = tempfile.mkdtemp(dir=self.folder)
+            fails = threading.Event()
+            shim = types.SimpleNamespace(**vars(os))
+
+            def failing(real: Callable[..., Any], fault: int = fault, fails: threading.Event = fails) -> Callable[..., Any]:
+                def call(*arguments: Any, **options: Any) -> Any:
+                    is_meant = real is not os.open or fault == errno.EMFILE or arguments[1] & os.O_CREAT
+                    if fails.is_set() and is_meant:
+                        raise OSError(fault, os.strerror(fault))
+                    return real(*arguments, **options)
+                return call
+            for name in (*self.WRITING, "open"):
+                if fault != errno.EMFILE or name == "open":
+                    setattr(shim, name, failing(getattr(os, name)))
+            with shorten(RETRY_DISK_S=0.1, SWEEP_S=0.05, PROBE_FIRST_S=0.05), mock.patch.object(etrn, "os", shim), Local(
+                    folder, domain="[domain two.example]\nprimary = %s\nrecipients = any\ncutthrough = no\nprobe_interval = 1s\n"
+                    % primary.address) as local, Wire(local.port) as client:
+                client.say("EHLO client.example")
+                self.assertEqual(client.send(marked(b"first"), recipients=["x@two.example"])[:3], "250")
+                fails.set()
+                expected = "452 4.3.1" if fault in (errno.ENOSPC, errno.EDQUOT) else "451 4.3.0"
+                for data in (MESSAGE, b"x" * 600000 + b"\r\n", MESSAGE):
+                    self.assertEqual(client.send(data)[:9], expected)
+                self.assertEqual(bool(local.spool.sick), fault in (errno.EIO, errno.EROFS))
+                primary.start()
+                if fault != errno.EMFILE:               # delivery goes on; without descriptors nothing can be read
+                    wait(lambda: primary.messages, "a delivery")            # noqa: B023
+                fails.clear()
+                wait(lambda: client.send(marked(b"last"), recipients=["x@two.example"])[:3] == "250", "new mail")   # noqa: B023
+                wait(lambda: not spool_files(local.spool.path), "an empty spool")       # noqa: B023
+                self.assertEqual([mark_of(data) for _, _, data in primary.messages], [b"first", b"last"])
+                self.assertEqual(os.listdir(local.spool.incoming), [])
+            self.assertEqual([line for line in local.log if "bug" in line], [])
+
+class Storms(Ledgers):
+    """Relay and primary die at random, under load, for a while."""
+
+    def storm(self, seed: int, seconds: float, relay_dies: bool) -> None:
+        self.row = seed
+        chance = random.Random(seed)
+        primary = Taker()
+        self.addCleanup(primary.__exit__)
+        primary.start()
+        relay = self.relay(primary, relay="max_connections_per_client = 0")
+        senders = Senders(relay, 6, pause_s=0.01)
+        end = time.monotonic() + seconds
+        kills = stops = 0
+        while time.monotonic() < end:
+            time.sleep(chance.uniform(0.05, 0.6))       # the storm's own time: how long each calm lasts
+            if relay_dies and chance.random() < 0.6:
+                kills += 1
+                self.assertEqual(relay.end(signal.SIGKILL), -signal.SIGKILL)
+                relay.start()
+            elif primary.is_up:
+                stops += 1
+                primary.stop()
+            else:
+                primary.start()
+        ledger = senders.stop()
+        if not primary.is_up:
+            primary.start()
+        self.compare(primary, relay, ledger)
+        self.assertGreater(len(ledger), 20)
+        self.assertGreater(stops + kills, 1)
+        broken = collections.Counter()                  # type: collections.Counter[int]
+        last = {mark: number for number, (_, mark) in enumerate(primary.copies)}
+        for number, (connection, mark) in enumerate(primary.copies):
+            if number != last[mark]:                    # another copy came later: this one's answer was not heard
+                self.assertNotIn(connection, primary.quits, "sent twice although its connection ended well")
+                broken[connection] += 1
+        if not relay_dies:                              # then at most the one that was being answered
+            self.assertLessEqual(max(broken.values(), default=0), 1)
+        print("storm %d: %d acknowledged, %d copies too many, relay killed %d times, primary %d times" % (
+            seed, len(ledger), sum(broken.values()), kills, stops), file=sys.stderr)
+
+    def test_a_primary_that_dies_gets_at_most_one_copy_too_many_for_each_connection(self) -> None:
+        self.storm(1, 1.5, False)
+
+    def test_a_storm_of_kills_loses_nothing(self) -> None:
+        self.storm(2, 2.0, True)
+
+    @long_run
+    def test_long_storms_lose_nothing(self) -> None:
+        for seed in range(10, 14):
+            self.storm(seed, 15.0, seed % 2 == 0)
+
+
+class Mounts(Ledgers):
+    """On file systems of their own, which only root can make."""
+
+    def mount(self, kind: str, size: str, options: str = "") -> str:
+        """A folder with a fresh file system on it; skips the test where that cannot be."""
+        if os.geteuid() != 0:
+            self.skipTest("only root can mount")
+        folder = tempfile.mkdtemp(dir=self.folder)
+        if kind == "tmpfs":
+            command = ["mount", "-t", "tmpfs", "-o", "size=" + size, "tmpfs", folder]
+        else:
+            if not shutil.which("mkfs." + kind):
+                self.skipTest("there is no mkfs." + kind)
+            self.image = folder + ".image"
+            with open(self.image, "wb") as file:
+                file.truncate(320 << 20)        # sparse; xfs wants 300 MB
+            self.command("mkfs." + kind, "-q", self.image)
+            command = ["mount", "-o", "loop" + options, self.image, folder]
+        self.command(*command)
+        self.addCleanup(subprocess.run, ["umount", "-l", folder], stderr=subprocess.DEVNULL)
+        return folder
+
+    def command(self, *words: str) -> None:
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        if done.returncode:
+            self.skipTest("%s: %s" % (words[0], done.stdout.decode("utf-8", "replace").strip()[:200]))
+
+    def cut_power(self, folder: str) -> None:
+        """The file system forgets what is not on its disk, and does nothing more: EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN."""
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, 0x8004587D, struct.pack("I", 2))        # 2: not even the journal is written
+        except OSError as error:
+            self.skipTest("no power cut here: %s" % error)
+        finally:
+            os.close(fd)
+
+    def power_cuts(self, kind: str, times: int) -> None:
+        folder = self.mount(kind, "")
+        primary = Taker()
+        self.addCleanup(primary.__exit__)
+        chance = random.Random(times)
+        home = os.path.join(folder, "home")
+        os.mkdir(home)
+        os.sync()                               # the folder above the relay's is not its to make durable
+        relay = Relay(home, primary.address, relay="max_connections_per_client = 0")
+        self.addCleanup(relay.__exit__)
+        for number in range(times):
+            relay.write_config()
+            os.sync()
+            relay.start()
+            if number % 2:
+                primary.start()                 # then deliveries are cut, too
+            senders = Senders(relay, 6, [one + "@" + DOMAIN for one in "abc"[:1 + number % 3]])
+            wait(lambda senders=senders: len(senders.ledger) > 30, "mail")
+            senders.is_over.wait(chance.uniform(0.0, 0.5))
+            self.cut_power(folder)
+            senders.stop()
+            relay.end(signal.SIGKILL)
+            if primary.is_up:
+                primary.stop()
+            self.command("umount", folder)
+            self.command("mount", "-o", "loop", self.image, folder)
+            primary.start()
+            relay.start()
+            self.compare(primary, relay, senders.ledger)
+            primary.messages.clear()
+            primary.stop()
+            self.assertEqual(relay.end(), 0)
+
+    def test_a_power_cut_under_load_loses_nothing_on_ext4(self) -> None:
+        self.power_cuts("ext4", 1)
+
+    @long_run
+    def test_many_power_cuts_lose_nothing_on_ext4(self) -> None:
+        self.power_cuts("ext4", 12)
+
+    @long_run
+    def test_many_power_cuts_lose_nothing_on_xfs(self) -> None:
+        self.power_cuts("xfs", 12)
+
+    def test_a_full_disk_takes_no_mail_but_lets_it_leave(self) -> None:
+        folder = self.mount("tmpfs", "1M")
+        greylisted: Set[str] = set()
+
+        def rcpt(argument: str) -> Optional[str]:
+            is_new = argument not in greylisted
+            greylisted.add(argument)
+            return "450 4.2.0 Greylisted" if is_new and "grey" in argument else None
+        primary = self.primary(RCPT=rcpt)
+        relay = Relay(folder, primary.address, domain="retry_interval = 1s\nmax_retry_interval = 1s")
+        self.addCleanup(relay.__exit__)
+        relay.start()
+        for number in range(5):
+            self.assertEqual(relay.send(marked(b"m%d" % number), recipients=["u%d@%s" % (number, DOMAIN)])[:3], "250")
+            self.assertEqual(relay.send(marked(b"g%d" % number), recipients=["grey%d@%s" % (number, DOMAIN)])[:3], "250")
+        with open(os.path.join(folder, "filler"), "wb", 0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
+        reply = relay.send(b"x" * 300000 + b"\r\n")
+        self.assertEqual(reply[:9], "452 4.3.1")
+        self.assertEqual(relay.send(MESSAGE)[:9], "452 4.3.1")
+        self.assertEqual(os.listdir(os.path.join(relay.spool, "incoming")), [])
+        os.sync()
+        primary.start()
+        wait(relay.is_empty, "all mail to leave the full disk")
+        self.assertEqual(sorted(mark_of(data) for _, _, data in primary.messages),
+                         sorted([b"m%d" % number for number in range(5)] + [b"g%d" % number for number in range(5)]))
+        os.unlink(os.path.join(folder, "filler"))
+        self.assertEqual(relay.send(marked(b"last"))[:3], "250")
+        wait(lambda: len(primary.messages) == 11, "new mail")
+
+    @long_run
+    def test_a_hundred_thousand_messages_and_as_many_strangers(self) -> None:
+        relay = Relay(self.folder, "127.0.0.1:9", domain="probe_interval = 1h", PROBE_FIRST_S=3600.0)
+        self.addCleanup(relay.__exit__)
+        relay.start()
+        self.assertEqual(relay.send(MESSAGE)[:3], "250")
+        name, = [one for one in relay.files() if one.endswith(".json")]
+        with open(os.path.join(relay.spool, name), "rb") as file:
+            sidecar = file.read()
+        for number in range(100000):
+            id = "%X" % (0x10000000 + number)
+            if number % 50000 == 0:             # ext4 gives a file 65,000 names at most
+                body = os.path.join(relay.spool, id + ".eml")
+                shutil.copy(os.path.join(relay.spool, name[:-5] + ".eml"), body)
+            else:
+                os.link(body, os.path.join(relay.spool, id + ".eml"))
+            with open(os.path.join(relay.spool, id + ".json"), "wb") as file:
+                file.write(sidecar.replace(name[:-5].encode(), id.encode()))
+            if number % 5 == 0:
+                with open(os.path.join(relay.spool, "stranger%d" % number), "wb"):
+                    pass
+        began = time.monotonic()
+        relay.signal(signal.SIGHUP)
+        slowest = 0.0
+
+        def is_loaded() -> bool:
+            nonlocal slowest
+            sent = time.monotonic()
+            self.assertEqual(relay.send(MESSAGE)[:3], "250")         # mail is taken meanwhile
+            slowest = max(slowest, time.monotonic() - sent)
+            return int(relay.json("--status")["spool"]["messages"]) >= 99990
+        wait(is_loaded, "the queue", 120)
+        took = time.monotonic() - began
+        self.assertLess(slowest, 5.0)
+        assert relay.process is not None
+        with open("/proc/%d/status" % relay.process.pid) as file:
+            kilobytes = int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))       # type: ignore[union-attr]
+        print("a hundred thousand: read in %.0f s, a message taken meanwhile in %.2f s, %d K of memory" % (
+            took, slowest, kilobytes), file=sys.stderr)
+        self.assertLess(kilobytes, 400000)
+
+
+class Steady(Ledgers):
+    @long_run
+    def test_a_minute_of_trouble_leaves_memory_and_descriptors_as_they_were(self) -> None:
+        chance = random.Random(1)
+        words = ["250 2.1.5 ok"] * 20 + ["450 4.2.0 Greylisted", "421 4.3.2 busy", "450 4.7.1 later"]
+        primary = Taker(RCPT=lambda argument: chance.choice(words))
+        self.addCleanup(primary.__exit__)
+        primary.start()
+        relay = self.relay(primary, relay="max_connections_per_client = 0",
+                           domain="retry_interval = 1s\nmax_retry_interval = 2s")
+        senders = Senders(relay, 6, pause_s=0.02)
+        assert relay.process is not None
+        process = relay.process.pid
+
+        def sizes() -> Tuple[int, int, int]:
+            with open("/proc/%d/status" % process) as file:
+                text = file.read()
+            numbers = [int(re.search(name + r":\s+(\d+)", text).group(1)) for name in ("VmRSS", "Threads")]   # type: ignore[union-attr]
+            return numbers[0], len(os.listdir("/proc/%d/fd" % process)), numbers[1]
+        samples = []
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            senders.is_over.wait(chance.uniform(0.5, 2.0))
+            primary.stop() if primary.is_up else primary.start()
+            samples.append(sizes())
+        ledger = senders.stop()
+        if not primary.is_up:
+            primary.start()
+        self.compare(primary, relay, ledger)
+        early, late = max(samples[len(samples) // 4:len(samples) // 2]), max(samples[-len(samples) // 4:])
+        print("steady: %d messages; kilobytes, descriptors, threads: %s then %s" % (len(ledger), early, late), file=sys.stderr)
+        self.assertLess(late[0], early[0] * 1.25 + 4000)
+        self.assertLess(max(one[1] for one in samples[-len(samples) // 4:]), max(one[1] for one in samples) + 1)
+        wait(lambda: sizes()[1] <= min(one[1] for one in samples) + 8, "descriptors to be closed")
+
+
+# == 15. BENCH =================================================================
 # `--bench`: how fast and how light, on this machine, without Postfix.  Nothing
 # here is a test: figures depend on the machine and on what else it does.
 
@@ -9572,6 +11622,8 @@ def histogram(times: Sequence[float]) -> None:
         print("    under %6d ms  %-*s %d" % (1 << step, BARS, bar, counts[step]))
 
 
+# -- running
+
 class Result(unittest.TextTestResult):
     """A failure within a table tells the row."""
 
@@ -9585,14 +11637,15 @@ class Result(unittest.TextTestResult):
 
     @staticmethod
     def row_of(test: Any) -> str:
-        return "\nat the row %.500r\n" % (test.row,) if hasattr(test, "row") else ""
+        return "".join("\nat the %s %.1500r\n" % (name, getattr(test, name)) for name in ("row", "state") if hasattr(test, name))
 
 
 def run_tests(given: argparse.Namespace) -> Tuple[int, int, int]:
     """Numbers of tests that passed, failed and were skipped."""
     everything = unittest.TestLoader().loadTestsFromModule(sys.modules[__name__])
     wanted = given.k.replace(" ", "_").lower()
-    chosen = [test for group in everything for test in group if wanted in test.id().lower()]
+    chosen = [test for group in everything for test in group if wanted in test.id().lower()
+              and (given.long or not hasattr(getattr(test, test.id().rpartition(".")[2]), "is_long"))]
     part, parts = map(int, given.part.split("/"))
     runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2 if given.v else 1, resultclass=Result)
     result = runner.run(unittest.TestSuite(chosen[part::parts]))
@@ -9620,6 +11673,7 @@ def main() -> int:
     parser.add_argument("-k", metavar="PATTERN", default="", help="only tests whose name contains PATTERN")
     parser.add_argument("-v", action="store_true", help="name each test")
     parser.add_argument("-j", metavar="N", type=int, default=4, help="in so many processes [4]")
+    parser.add_argument("--long", action="store_true", help="also the tests that take minutes")
     parser.add_argument("--part", metavar="K/N", help="only every Nth test, from the Kth on; in this process")
     parser.add_argument("--bench", action="store_true", help="measure speed and memory instead of testing")
     parser.add_argument("--fsync-ms", metavar="MS", type=float, default=0.0, help="--bench on a disk that is so slow [as it is]")
@@ -9629,7 +11683,7 @@ def main() -> int:
         Bench(given.fsync_ms, given.most).run()
         return 0
     if given.part is None and given.k == "" and given.j > 1:
-        counts = run_parts(["-v"] * given.v, given.j)
+        counts = run_parts(["-v"] * given.v + ["--long"] * given.long, given.j)
     else:
         given.part = given.part or "0/1"
         counts = run_tests(given)
