@@ -2151,14 +2151,14 @@ def parse_sidecar(data: bytes, id: str) -> Dict[str, Any]:
             raise Corrupt("the sidecar is of another message")
         people, client, held = sidecar["recipients"], sidecar["client"], sidecar["held"]
         texts = [sidecar[key] for key in ("sender", "sha256", "ret", "envid", "kind", "body")]
-        texts += [client["address"], client["helo"], client["tls"] or ""] + held
+        texts += [client["address"], client["helo"], "" if client["tls"] is None else client["tls"]] + held
         counts, times = [sidecar["size"]], [sidecar["received"]]
         for one in people:
             texts += [one[key] for key in ("address", "domain", "state", "notify", "orcpt", "last_response", "last_status",
                                            "last_remote")]
             counts.append(one["attempts"])
             times += [one["next_attempt"], one["expires"]]
-            times += [at for at in (one["last_attempt"], one["refused_since"]) if at is not None]
+            times += [one[key] for key in ("last_attempt", "refused_since") if one[key] is not None]
             path, rest = parse_path("<%s>" % one["address"], "5.1.3")
             if rest or not path.domain or path.domain != one["domain"]:
                 raise Corrupt("the sidecar's recipient %s is not an address" % printable(one["address"], 100))
@@ -6054,7 +6054,7 @@ class Manager:
         threading.Thread(target=self._load, args=(known, self.loads > 0), name="loader", daemon=True).start()
         self.loads += 1
 
-    def _load(self, known: Set[str], is_patient: bool) -> None:
+    def _load(self, known: Set[str], is_patient: bool = False) -> None:
         """`is_patient`: the relay was running before, so that what is half may be on its way in."""
         orphans: List[str] = []
         found: List[Queued] = []

@@ -10718,9 +10718,11 @@ class Trouble:
         self.site = self.scheduler.site(DOMAIN, self.clock.now)
         self.events: List[Tuple[float, int, Callable[[], None]]] = []       # heap of (monotonic, tie, what)
         self.ties = itertools.count()
-        self.is_up = False
+        self.is_up = self.is_refusing = False
         self.steady_since = 0.0                 # monotonic, since when the primary has answered everything well
         self.lines: Dict[int, List[etrn.Entry]] = {}    # open connections: messages given to them
+        self.leaving: Set[int] = set()          # those that end after what they have
+        self.rejected = 0
         self.opening = 0
         self.tried: Dict[str, float] = {}       # message: monotonic, when it came or was last tried or released
         self.met: Dict[str, bool] = {}          # message: greylisted before
@@ -10748,6 +10750,14 @@ class Trouble:
     def flap(self) -> None:
         self.is_up = not self.is_up
         self.steady_since = self.clock.mono
+
+    def err(self) -> None:
+        """It is there but half-configured for a while: 550 for everybody."""
+        self.is_refusing = True
+        self.at(self.chance.uniform(5, 300), self.come_to_its_senses)
+
+    def come_to_its_senses(self) -> None:
+        self.is_refusing, self.steady_since = False, self.clock.mono
 
     def tick(self) -> None:
         """As Manager.tick()."""
@@ -10777,7 +10787,10 @@ class Trouble:
         self.feed(line)
 
     def feed(self, line: int) -> None:
-        if line in self.lines and len(self.lines[line]) < etrn.JOBS_REFILL:
+        if line in self.lines and (line in self.leaving or self.site.open > self.site.limit):
+            self.leaving.add(line)              # it ends after what it has
+            self.idle(line)
+        elif line in self.lines and len(self.lines[line]) < etrn.JOBS_REFILL:
             fresh = self.site.take(etrn.JOBS_PER_CONNECTION, self.now)
             is_idle = not self.lines[line]
             self.lines[line] += fresh
@@ -10803,6 +10816,8 @@ class Trouble:
         word = self.chance.choices(["taken", "grey", "421", "cut", "5xx"], [90, 6, 1, 1, 1])[0] if self.is_up else "cut"
         if word == "grey" and self.met.get(entry.id) or word == "taken" and self.met.setdefault(entry.id, False):
             word = "taken"
+        if self.is_refusing and word != "cut":
+            word = "5xx"
         if word in ("421", "cut"):
             del self.lines[line]
             for one in entries:
@@ -10822,6 +10837,15 @@ class Trouble:
                 self.met[entry.id] = True
                 if word == "grey" or not site.on_refused(self.now, entry.id, []):
                     site.on_deferred(self.now)
+                else:                           # rejecting: connections end with what they have not begun
+                    self.rejected += 1
+                    for other, its in self.lines.items():
+                        self.leaving.add(other)
+                        for one in its[other != line:]:
+                            self.tried[one.id] = self.clock.mono
+                            if site.entries.get(one.id) is one and one.state is etrn.State.DELIVERING:
+                                site.give_back(one)
+                        del its[other != line:]
                 site.count_attempt(entry)
                 site.defer(entry, self.now, site.pause(entry.deferrals, self.now))
         if entries:
@@ -10849,7 +10873,7 @@ class Trouble:
             self.scheduler.reconfigure(config("", "retry_interval = 1m\nmax_retry_interval = 10m\nconnections = %d\n"
                                               "delay_notice = %s" % values), self.now)
         elif what == "jump":
-            seconds = self.chance.choice([-7200.0, -100.0, 100.0, 7200.0, 30 * 86400.0, -30 * 86400.0])
+            seconds = self.chance.choice([-7200, -100, 100, 7200, 30 * 86400, -30 * 86400])
             self.clock.jump(seconds)
             site.on_clock_jump(self.now, seconds)
         elif what == "client":
@@ -10877,7 +10901,7 @@ class Trouble:
         for heap in (site.active, site.deferred, site.aging, site.delays):
             test.assertLessEqual(len(heap), 2 * self.most_entries + 1000)
         for id, entry in site.entries.items():
-            if entry.state in (etrn.State.ACTIVE, etrn.State.DEFERRED) and self.is_up:
+            if entry.state in (etrn.State.ACTIVE, etrn.State.DEFERRED) and self.is_up and not self.is_refusing:
                 waited = self.clock.mono - max(self.tried[id], self.steady_since)
                 test.assertLess(waited, site.cfg.max_retry_interval + 300, "%s %s is stuck" % (id, entry.state))
 
@@ -10920,13 +10944,14 @@ class Soak(unittest.TestCase):
         trouble.again(0.2, 6.0, trouble.arrive)
         trouble.again(60.0, 900.0, trouble.burst)
         trouble.again(5.0, 400.0, trouble.flap)
+        trouble.again(300.0, 1500.0, trouble.err)
         trouble.again(10.0, 200.0, trouble.operator)
         trouble.run(3600 * hours)
         trouble.is_over = True
         trouble.site.hold_all(False)
         for entry in trouble.site.entries.values():
             trouble.site.hold(entry, False)
-        trouble.is_up, trouble.steady_since = True, trouble.clock.mono
+        trouble.is_up, trouble.is_refusing, trouble.steady_since = True, False, trouble.clock.mono
         trouble.tried = dict.fromkeys(trouble.tried, trouble.clock.mono)
         trouble.run(7200, is_quiet=True)
         self.assertEqual(trouble.site.entries, {})
@@ -10934,11 +10959,13 @@ class Soak(unittest.TestCase):
         return trouble
 
     def test_an_hour_of_trouble_leaves_nothing_stuck(self) -> None:
-        lines = delivered = 0
-        for seed in range(3):
+        lines = delivered = rejected = 0
+        for seed in range(4):
             trouble = self.hours(seed, 1.0)
+            rejected += trouble.rejected
             lines, delivered = max(lines, trouble.most_lines), delivered + trouble.delivered
         self.assertGreater(delivered, 2000)
+        self.assertGreater(rejected, 1)
         self.assertGreater(lines, 2)
         self.assertLessEqual(lines, 9)
 
