@@ -140,7 +140,7 @@ ALERTS
 FILES
     SPOOL/ID.eml, SPOOL/ID.json     a queued message and its sidecar
     SPOOL/incoming/                 being received; never acknowledged
-    SPOOL/done/                     being removed, after delivery
+    SPOOL/done/                     delivered; emptied files, to be used again
     SPOOL/corrupt/                  pairs that could not be trusted
     SPOOL/state.json                what is known of the primaries, and where
                                     they are (primary = etrn); counters
@@ -311,6 +311,7 @@ DATA_RATE_MIN = 500             # octets a second a client must reach in the lon
 COMMITTERS_MIN = 2              # threads that write; more only fight for the interpreter's lock where fsync is quick ...
 COMMITTERS_MAX = 32             # ... and so many where it takes tens of milliseconds and must overlap
 FAST_FSYNC_S = 0.001            # one thread more for each such time that an fsync takes
+SPARES_MAX = 8192               # empty files kept for the next messages; a big outage makes and frees no more than it needs
 BATCH_MAX = 64                  # messages a committer makes durable together
 BLOCK_OCTETS = 262144           # read or written at once where a file does not fit in memory
 ORPHAN_S = 3600.0               # a lone .eml younger than this may be half of a pair being copied
@@ -339,6 +340,7 @@ REPLY_OCTETS_MAX = 65536
 RCPTS_PER_TRANSACTION = 100     # what every server must take, RFC 5321 4.5.3.1.8
 JOBS_PER_CONNECTION = 32        # messages handed to a connection at a time, so that others get their share
 JOBS_REFILL = 24                # a connection with so few left gets more: more than may be in flight, so that it never runs dry
+UNRECORDED_MAX = 500            # outcomes the disk has not taken yet; so many at most are sent again after a power cut
 CHUNK_MESSAGES = 16             # whole messages in flight on a connection with CHUNKING; when it breaks all of them are in doubt
 CHUNK_OCTETS = 262144           # ... and no further one is sent behind so many octets
 CHUNK_RECIPIENTS = 200          # ... nor behind so many recipients, whose replies nobody reads meanwhile: RFC 2920 3.1
@@ -1561,7 +1563,7 @@ class Log:
 #   S4              .eml .json   -             -       queued                    load
 #   S5              .eml .json   .new          -       sidecar being replaced    load, delete .new
 #   S6              .eml         -             .json   finished                  delete both
-#   S7              -            -             .json   finished                  delete
+#   S7              -            -             .eml .json   finished, empty: to be used again   delete
 #   S8              .eml         -             -       a stranger, or a disk's fault   corrupt/, once an hour old
 #   S9              .json        -             -       its body is gone          corrupt/
 #
@@ -1616,6 +1618,7 @@ class Spool:
         self.lock_fd = -1
         self.sick = ""                  # why no new mail is taken, or empty
         self.corrupt_count = 0
+        self.spares: Deque[str] = collections.deque()       # names in done/ of files that may be used again
         self.entering: Set[str] = set()         # between their renames and their 250; not to be loaded yet
         self.state_lock = threading.Lock()
         self.saved: Dict[str, int] = {}         # the number of the last save of each
@@ -1720,12 +1723,30 @@ class Spool:
         while done < len(data):         # a short write is not an error, write(2)
             done += os.write(fd, memoryview(data)[done:])
 
+    def _create(self, name: str) -> int:
+        """Open an empty file in incoming/: a finished one where there is one.  To make
+        and to free an inode costs more than all else that is done to a file, above
+        all on ext4 without a journal, which looks past every inode freed in the last minute."""
+        path = os.path.join(self.incoming, name)
+        with contextlib.suppress(IndexError, FileNotFoundError):
+            os.rename(os.path.join(self.done, self.spares.pop()), path)
+            return os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def _spare(self, name: str) -> None:
+        """A file in done/ is empty from now on, and kept for _create() or gone."""
+        path = os.path.join(self.done, name)
+        with contextlib.suppress(FileNotFoundError):
+            if len(self.spares) >= SPARES_MAX:
+                return os.unlink(path)
+            os.truncate(path, 0)
+            self.spares.append(name)
+
     def append(self, draft: Draft, blocks: List[bytes]) -> None:
         """Part of a message that is still being received.  An error is kept in the draft."""
         try:
             if draft.fd < 0:
-                draft.fd = os.open(os.path.join(self.incoming, draft.id + ".eml"),
-                                   os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                draft.fd = self._create(draft.id + ".eml")
             data = b"".join(blocks)
             self._write(draft.fd, data)
             draft.digest.update(data)
@@ -1783,8 +1804,7 @@ class Spool:
             body, draft.fd = draft.fd, -1
             self._sync_and_close(body)
             sidecar["size"], sidecar["sha256"] = draft.size, draft.digest.hexdigest()
-            fd = os.open(os.path.join(self.incoming, draft.id + ".json"),
-                         os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = self._create(draft.id + ".json")
             self._write(fd, format_sidecar(sidecar))
             done, fd = fd, -1
             self._sync_and_close(done)
@@ -1901,7 +1921,7 @@ class Spool:
             with self._durable(self.path):
                 for number, id in enumerate(ids):
                     try:
-                        self._finish(id)
+                        self._move_or_unlink(id + ".json")
                     except OSError as error:
                         results[number] = self._note(error)
         except OSError as error:
@@ -1910,19 +1930,20 @@ class Spool:
         for number, id in enumerate(ids):
             if results[number] is None:
                 try:
-                    self._unlink(os.path.join(self.path, id + ".eml"))
-                    self._unlink(os.path.join(self.done, id + ".json"))
+                    self._move_or_unlink(id + ".eml")
+                    self._spare(id + ".eml")
+                    self._spare(id + ".json")
                 except OSError as error:
                     self._note(error)   # out of the queue all the same; the next start sweeps
         return results
 
-    def _finish(self, id: str) -> None:
-        """The sidecar leaves the queue.  Where done/ is full or gone it goes
-        at once: a crash would then leave a body alone (S8), but a
-        delivered message must not stay because the disk is full."""
-        path = os.path.join(self.path, id + ".json")
+    def _move_or_unlink(self, name: str) -> None:
+        """A file leaves the queue.  Where done/ is full or gone it goes at once: a
+        crash would then leave a body alone (S8), but a delivered message must
+        not stay because the disk is full."""
+        path = os.path.join(self.path, name)
         try:
-            os.rename(path, os.path.join(self.done, id + ".json"))
+            os.rename(path, os.path.join(self.done, name))
         except OSError as error:
             if error.errno != errno.ENOENT and error.errno not in _FULL:
                 raise
@@ -6218,6 +6239,8 @@ class Manager:
     def _load_up(self, courier: Courier, site: Site) -> None:
         if site.open > site.limit and not isinstance(courier, Turnaround) and self._is_surplus(site):
             return courier.leave()
+        if len(self.chains) >= UNRECORDED_MAX:
+            return                      # tick() comes back
         if len(courier.jobs) >= JOBS_REFILL or not (site.count[State.ACTIVE] or site.state is Primary.REJECTING):
             return
         for entry in site.take(JOBS_PER_CONNECTION, self.now):
