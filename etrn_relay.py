@@ -93,7 +93,7 @@ ODMR
     for all domains of its username.  After `250 OK now reversing the
     connection` it is the SMTP server, on the connection it made, and the mail
     goes to it like to any primary: no canary, for who comes is there.
-        poll backup.example.net protocol ODMR auth cram-md5
+        poll backup.example.net service 366 protocol ODMR auth cram-md5
             username "gw" password "secret" fetchdomains example.org
             smtphost 127.0.0.1
     450: not a domain of that username.  451: not now, or somebody is collecting
@@ -264,7 +264,7 @@ try:
 except (ImportError, MemoryError):      # the latter where no memory may be made executable
     ctypes = None               # type: ignore[assignment]
 
-__version__ = "0.1-dev"
+__version__ = "0.1"
 
 # == 2. LIMITS =================================================================
 # Every number that is not an option, with its unit and its reason.
@@ -9687,7 +9687,7 @@ def parse_what(text: str) -> str:
     if text.lower() == "all" or _ID.fullmatch(text.upper()):
         return text.lower() if text.lower() == "all" else text.upper()
     try:
-        return text[:1].replace("@", "@") + parse_domain(text[1:]) if text[:1] == "@" else parse_domain(text)
+        return "@" + parse_domain(text[1:]) if text[:1] == "@" else parse_domain(text)
     except ValueError:
         raise Usage("'%s' is neither a domain, a queue ID, nor all" % printable(text, 100)) from None
 

@@ -2870,7 +2870,7 @@ class Disk:
     It also remembers what was synced: power_cut() makes the folder that a
     power cut would leave, with unsynced octets and unsynced names lost."""
 
-    COUNTED = ("open", "write", "fsync", "close", "rename", "unlink")
+    COUNTED = ("open", "write", "fsync", "close", "rename", "unlink", "truncate")
 
     def __init__(self, folder: str, at: int = -1, fault: int = 0, after: bool = False, forever: bool = False) -> None:
         self.folder, self.at, self.fault, self.after, self.forever = folder, at, fault, after, forever
@@ -2918,9 +2918,10 @@ class Disk:
     def _remember(self, name: str, arguments: Any, result: Any) -> None:
         if name == "open":
             self.open_files[result] = arguments[0]
-            if arguments[1] & os.O_CREAT:
-                inode = os.fstat(result).st_ino
+            inode = os.fstat(result).st_ino
+            if arguments[1] & (os.O_CREAT | os.O_TRUNC):
                 self.written[inode] = b""
+            if arguments[1] & os.O_CREAT:
                 self.safe.pop(inode, None)
         elif name == "close":
             self.open_files.pop(arguments[0], None)
@@ -3178,6 +3179,42 @@ class SpoolCrashes(SpoolCase):
         for result, found in self.every_stop(act, self.first):
             self.assertEqual(found["ABCDE0"], MESSAGE)
             self.assertIn(found.get("ABCDE1"), [MESSAGE] if result is None else [None, MESSAGE])
+
+    def test_files_used_again_are_as_safe_as_new_ones(self) -> None:
+        def before(spool: etrn.Spool) -> None:
+            self.first(spool)
+            for id in ("ABCDE2", "ABCDE3"):
+                store(spool, id, b"Subject: delivered\r\n\r\n" + b"x" * 5000 + b"\r\n")
+            self.assertEqual(spool.remove(["ABCDE2", "ABCDE3"]), [None, None])
+            self.assertEqual(sorted(os.listdir(spool.done)), sorted(spool.spares))
+            self.assertEqual({os.path.getsize(os.path.join(spool.done, name)) for name in spool.spares}, {0})
+
+        def act(spool: etrn.Spool) -> Optional[OSError]:
+            made = len(spool.spares)
+            try:
+                return store(spool, "ABCDE1")
+            finally:
+                self.assertLessEqual(len(spool.spares), made)
+        for result, found in self.every_stop(act, before):
+            self.assertEqual(found.pop("ABCDE0"), MESSAGE)
+            self.assertIn(found, [{"ABCDE1": MESSAGE}] if result is None else [{}, {"ABCDE1": MESSAGE}])
+        spool = opened(self.fresh())
+        before(spool)
+        inodes = {os.stat(os.path.join(spool.done, name)).st_ino for name in spool.spares}
+        act(spool)
+        self.assertTrue({os.stat(os.path.join(spool.path, name)).st_ino for name in spool_files(spool.path)} & inodes)
+        spool.close()
+
+    def test_no_more_finished_files_are_kept_than_are_of_use(self) -> None:
+        spool = opened(self.fresh())
+        for number in range(6):
+            store(spool, "ABCDE%d" % number)
+        with shorten(SPARES_MAX=5):
+            spool.remove(["ABCDE%d" % number for number in range(6)])
+        self.assertEqual((len(os.listdir(spool.done)), len(spool.spares), spool_files(spool.path)), (5, 5, []))
+        spool.close()
+        opened(spool.path).close()
+        self.assertEqual(os.listdir(spool.done), [])
 
     def test_a_batch_is_as_safe_as_one_message(self) -> None:
         def act(spool: etrn.Spool) -> List[Optional[OSError]]:
