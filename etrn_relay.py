@@ -309,8 +309,8 @@ DATA_RATE_MIN = 500             # octets a second a client must reach in the lon
 
 # -- the spool
 COMMITTERS_MIN = 2              # threads that write; more only fight for the interpreter's lock where fsync is quick ...
-COMMITTERS_MAX = 32             # ... and so many where it takes tens of milliseconds and must overlap
-FAST_FSYNC_S = 0.001            # one thread more for each such time that an fsync takes
+COMMITTERS_MAX = 48             # ... and so many where it takes tens of milliseconds and must overlap
+FAST_FSYNC_S = 0.0005           # one thread more for each such time that an fsync takes
 SPARES_MAX = 8192               # empty files kept for the next messages; a big outage makes and frees no more than it needs
 BATCH_MAX = 64                  # messages a committer makes durable together
 BLOCK_OCTETS = 262144           # read or written at once where a file does not fit in memory
@@ -2251,7 +2251,7 @@ class Committers:
         self.waiting: Deque[Tuple[Work, Done]] = collections.deque()
         self.condition = threading.Condition()
         self.working = 0                # threads that have a batch
-        self.fsync_s = 0.0              # what one took lately
+        self.fsync_s = 16 * FAST_FSYNC_S        # what one took lately; a guess between card and SSD
         self.stopping = False
         self.threads: List[threading.Thread] = []
 
