@@ -345,7 +345,8 @@ CHUNK_MESSAGES = 16             # whole messages in flight on a connection with 
 CHUNK_OCTETS = 262144           # ... and no further one is sent behind so many octets
 CHUNK_RECIPIENTS = 200          # ... nor behind so many recipients, whose replies nobody reads meanwhile: RFC 2920 3.1
 IDLE_CONNECTION_S = 2.0         # a connection waits so long for another message before QUIT
-PROBE_FIRST_S = 1.0             # pause after the first failure; most outages are reboots.  Doubles to probe_interval
+PROBE_FIRST_S = 1.0             # pause after the first failures; doubles to probe_interval ...
+QUICK_PROBES = 60               # ... each time after so many: a minute at 1 s, two at 2 s, four at 4 s; most outages are reboots
 TRIGGER_S = 1.0                 # a flood of ETRNs costs one probe a second
 MESSAGES_PER_CONNECTION = 20    # so many waiting messages justify one connection more
 NOTICE_CONNECTIONS = 2          # to a smarthost or a sender's server
@@ -3529,7 +3530,9 @@ class Site:
             self.next_probe = now.mono + self._probe_pause()
 
     def _probe_pause(self) -> float:
-        return min(self.cfg.probe_interval, PROBE_FIRST_S * 2.0 ** min(self.quick // 2, 20))
+        """It doubles; slowly, because most outages are over within minutes.  A stranger's host is not pressed so."""
+        steps = self.quick // (2 if self.cfg.is_notices else QUICK_PROBES)
+        return min(self.cfg.probe_interval, PROBE_FIRST_S * 2.0 ** min(steps, 20))
 
     def on_connected(self, now: Now) -> Optional[float]:
         """It greeted.  Returns the length of the outage that ended, if one did."""

@@ -1979,9 +1979,9 @@ class Schedule(unittest.TestCase):
     def test_a_down_primary_is_tried_soon_and_then_every_probe_interval(self) -> None:
         for interval in cases(self, [5, 1, 60]):
             self.configure("probe_interval = %ds" % interval, 1)
-            pauses = [self.probe() for _ in range(30)]
+            pauses = [self.probe() for _ in range(400)]
             self.assertEqual((pauses[0], pauses[-1]), (0, interval))
-            self.assertLessEqual(pauses[1], etrn.PROBE_FIRST_S)
+            self.assertEqual(set(pauses[1:etrn.QUICK_PROBES]), {etrn.PROBE_FIRST_S})
             self.assertEqual(pauses, sorted(pauses))
             self.assertIs(self.site.state, etrn.Primary.DOWN)
 
@@ -2009,7 +2009,7 @@ class Schedule(unittest.TestCase):
 
     def test_an_etrn_ends_the_pause_at_once(self) -> None:
         self.add()
-        for _ in range(20):
+        for _ in range(200):
             self.probe()
         self.clock.advance(2)
         self.assertFalse(self.site.wanted(self.clock.now))
@@ -5453,7 +5453,8 @@ class Recovery(Folder):
         sim.begin()
         failures = sim.site.failures
         sim.run(hours=4, until=lambda: not sim.site.entries)
-        self.assertEqual((sim.site.counters["expired"], sim.site.failures - failures), (2, etrn.ATTEMPTS_MIN), id)
+        self.assertEqual(sim.site.counters["expired"], 2, id)
+        self.assertIn(sim.site.failures - failures, (etrn.ATTEMPTS_MIN, etrn.ATTEMPTS_MIN + 1))     # it looks once a second
 
     def test_a_clock_that_jumps_either_way_expires_and_believes_nothing(self) -> None:
         for jump in cases(self, [30 * 86400, -30 * 86400]):
