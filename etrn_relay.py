@@ -319,6 +319,7 @@ COPY_S = 5.0                    # a pair that makes no sense is left alone until
 RETRY_READ_S = 300.0            # longest pause between attempts to read what the disk does not give
 TIME_MAX = 253402300800.0       # seconds; dates of the year 10000 cannot be written (RFC 5322 3.3)
 RETRY_DISK_S = 5.0              # between attempts to record what a full or failing disk did not take
+PEEK_OCTETS = 16384             # most sidecars are far smaller
 SIDECAR_MAX = 8 << 20           # octets; a thousand recipients with long answers are far below
 STATE_MAX = 256 << 20           # octets; RECIPIENTS_MAX of the longest addresses are a tenth of it
 LOAD_BATCH = 200                # messages handed from the loader to the loop at a time
@@ -2007,6 +2008,21 @@ class Spool:
         finally:
             os.close(fd)
         return parse_sidecar(data, id)
+
+    def peek_sidecar(self, id: str) -> Dict[str, Any]:
+        """For lists of what the relay has read and checked before: as it stands, and
+        quickly.  Raises Corrupt or OSError when there is none to be had."""
+        fd = os.open("%s/%s.json" % (self.path, id), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            data = os.read(fd, PEEK_OCTETS)
+            if len(data) == PEEK_OCTETS:
+                data += read_up_to(fd, SIDECAR_MAX)
+        finally:
+            os.close(fd)
+        try:
+            return dict(json.loads(data))
+        except (ValueError, TypeError):
+            raise Corrupt("the sidecar cannot be read") from None
 
     def check_body(self, id: str, sidecar: Mapping[str, Any]) -> None:
         """A quick look for the start; the SHA-256 is compared before each delivery.  Raises Corrupt or OSError."""
@@ -7020,7 +7036,6 @@ def list_entries(manager: Manager, what: str) -> Answers:
                              site.failures - entry.base])
             yield {"site": site.name, "notices": site.cfg.is_notices,
                    "error": site.trouble if site.state is Primary.DOWN or site.waits_for else "", "rows": rows}
-            yield None
     yield {"exit": EX_OK}
 
 
@@ -7128,6 +7143,11 @@ def format_table(rows: Sequence[Row], right: Sequence[int] = (), style: Style = 
         if not wide:
             break
         widths[max(wide, key=lambda column: widths[column])] -= 1
+    if not style.is_coloured:
+        form = "  ".join("%%%s%ds" % ("" if column in right else "-", width) for column, width in widths.items())
+        cut = {column for column, width in widths.items() if any(len(row[column]) > width for row in rows)}
+        return "".join((form % tuple(clip(row[column], width) if column in cut else row[column]
+                                     for column, width in widths.items())).rstrip() + "\n" for row in rows)
     lines = []
     for number, row in enumerate(rows):
         cells = []
@@ -9452,15 +9472,14 @@ class Server:
 
     def _answer(self, controller: Controller) -> None:
         """Let a command go on as far as it can, and send what it says."""
-        is_over = False
-        while controller.answers is not None and len(controller.out) < OUTPUT_MAX:
+        is_waiting = False
+        while controller.answers is not None and len(controller.out) < OUTPUT_MAX and not is_waiting:
             answer = next(controller.answers, {})
-            if answer is None:
-                break
+            is_waiting = answer is None
             if answer:
                 controller.out += json.dumps(answer, separators=(",", ":")).encode("ascii") + b"\n"
-            if not answer or "exit" in answer:
-                controller.answers, is_over = None, True
+            if answer is not None and (not answer or "exit" in answer):
+                controller.answers = None
         try:
             if controller.out:
                 del controller.out[:controller.sock.send(controller.out)]
@@ -9468,11 +9487,11 @@ class Server:
             pass
         except OSError:
             return self._end_controller(controller)
-        if controller.out:
-            self.selector.modify(controller.sock, selectors.EVENT_READ | selectors.EVENT_WRITE,
-                                 lambda mask: self._on_controller(controller, mask))
-        elif is_over or controller.answers is None:
-            self._end_controller(controller)
+        if controller.answers is None and not controller.out:
+            return self._end_controller(controller)
+        goes_on = bool(controller.out) or not is_waiting        # as soon as the client has room for it
+        self.selector.modify(controller.sock, selectors.EVENT_READ | selectors.EVENT_WRITE * goes_on,
+                             lambda mask: self._on_controller(controller, mask))
 
     def _end_controller(self, controller: Controller) -> None:
         if controller in self.controllers:
@@ -9884,10 +9903,9 @@ def show_queue(cfg: Config, what: str, as_json: bool) -> int:
     for answer in ask_relay(cfg, {"command": "list", "what": what}):
         for id, state, due, expires, failures in answer.get("rows", ()):
             try:
-                sidecar = spool.read_sidecar(id)
-            except (Corrupt, OSError):
-                continue                # delivered since
-            rows += queue_rows(sidecar, answer, state, due, expires, failures)
+                rows += queue_rows(spool.peek_sidecar(id), answer, state, due, expires, failures)
+            except (Corrupt, OSError, KeyError, TypeError):
+                continue                # delivered since, or somebody's own work
     code = say_error(answer)
     if code == EX_OK:
         rows.sort(key=lambda row: (row["received"], row["id"]))
