@@ -3478,6 +3478,8 @@ class Platter:
             folder.set(name, Node())
         elif flags & os.O_EXCL:
             raise OSError(errno.EEXIST, "File exists", path)
+        if flags & os.O_TRUNC:
+            self._find(path).data = b""
         fd = max(self.files, default=99) + 1
         self.files[fd] = (self._find(path), 0)
         return fd
@@ -3496,6 +3498,11 @@ class Platter:
         part = bytes(data)[:self.most]
         self.files[fd][0].data += part
         return len(part)
+
+    def truncate(self, path: str, size: int) -> None:
+        self._step("truncate")
+        node = self._find(path)
+        node.data = node.data[:size]
 
     def ftruncate(self, fd: int, size: int) -> None:
         self._step("ftruncate")
@@ -3843,6 +3850,18 @@ class PowerCuts(unittest.TestCase):
             self.assertEqual(spool.remove(ids), [None, None])
             promised.leaving.clear()
         platter = self.cut(act)
+        self.assertEqual(platter.listdir(self.SPOOL + "/incoming"), [])
+        done = {name: platter.stat("%s/done/%s" % (self.SPOOL, name)).st_size for name in platter.listdir(self.SPOOL + "/done")}
+        self.assertEqual(done, dict.fromkeys(["ABCDE0.eml", "ABCDE0.json", "ABCDE1.eml", "ABCDE1.json"], 0))
+
+    def test_messages_in_files_that_are_used_again(self) -> None:
+        def act(spool: etrn.Spool, promised: Promised) -> None:
+            promised.leaving["ABCDE1"] = promised.kept.pop("ABCDE1")
+            self.assertEqual(spool.remove(["ABCDE1"]), [None])
+            promised.leaving.clear()
+            self.accept(spool, promised, "ABCDE6")
+            self.accept(spool, promised, "ABCDE7")
+        platter = self.cut(act)
         self.assertEqual([platter.listdir("%s/%s" % (self.SPOOL, one)) for one in ("incoming", "done")], [[], []])
 
     def test_a_message_that_bounces(self) -> None:
@@ -3948,6 +3967,7 @@ class PowerCuts(unittest.TestCase):
         "record": lambda self, spool: self.record(spool, "ABCDE0", self.USER, etrn.DELIVERED),
         "notice": lambda self, spool: self.record(spool, "ABCDE1", self.USER, etrn.BOUNCED),
         "remove": lambda self, spool: spool.remove(["ABCDE1"])[0],
+        "again": lambda self, spool: (spool.remove(["ABCDE1"])[0], store(spool, "ABCDE5"))[1],
         "state": lambda self, spool: spool.save_state({"format": 1}),
         "aside": lambda self, spool: spool.set_aside("ABCDE1", "why"),
         "heal": lambda self, spool: spool.heal() or OSError(0, "not healed"),
@@ -3989,13 +4009,13 @@ class PowerCuts(unittest.TestCase):
                     self.assertLessEqual(len(platter.files), 3)     # the lock, the directory, and none of a failed story
                 promised = Promised()
                 promised.kept = {"ABCDE0": MESSAGE, "ABCDE1": MESSAGE, "ABCDE6": MESSAGE}
-                if name in ("remove", "aside", "notice"):
+                if name in ("remove", "aside", "notice", "again"):
                     promised.leaving["ABCDE1"] = promised.kept.pop("ABCDE1")
                 if name == "notice":
                     promised.untold.append("ABCDE1")
                 if name == "hold":
                     promised.held["ABCDE0"] = [[], ["a.example"]]
-                if name == "accept":
+                if name in ("accept", "again"):
                     (promised.kept if result is None else promised.offered)["ABCDE5"] = MESSAGE
                 if fault in (errno.EIO, errno.ENOSPC):
                     for state in platter.states(self.chance, 1):
