@@ -1736,10 +1736,14 @@ class Spool:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def _spare(self, name: str) -> None:
-        """A file in done/ is empty from now on, and kept for _create() or gone."""
+        """A file in done/ is empty from now on, and kept for _create() or gone.
+        Only a file as _create() makes it is kept: not one that people linked or copied
+        here, nor a large one, which somebody may still be reading block by block."""
         path = os.path.join(self.done, name)
         with contextlib.suppress(FileNotFoundError):
-            if len(self.spares) >= SPARES_MAX:
+            found = os.lstat(path)
+            is_ours = (found.st_mode, found.st_nlink, found.st_uid) == (stat.S_IFREG | 0o600, 1, os.geteuid())
+            if not is_ours or found.st_size >= BLOCK_OCTETS or len(self.spares) >= SPARES_MAX:
                 return os.unlink(path)
             os.truncate(path, 0)
             self.spares.append(name)

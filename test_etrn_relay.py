@@ -3441,7 +3441,7 @@ class Platter:
     def __getattr__(self, name: str) -> Any:
         if name in ("join", "dirname", "basename", "abspath"):
             return getattr(os.path, name)
-        if name.startswith(("O_", "SEEK_")) or name == "getpid":
+        if name.startswith(("O_", "SEEK_")) or name in ("getpid", "geteuid"):
             return getattr(os, name)
         raise AttributeError("the disk's model knows no os." + name)
 
@@ -3478,7 +3478,7 @@ class Platter:
             folder.set(name, Node())
         elif flags & os.O_EXCL:
             raise OSError(errno.EEXIST, "File exists", path)
-        if flags & os.O_TRUNC:
+        elif flags & os.O_TRUNC:
             self._find(path).data = b""
         fd = max(self.files, default=99) + 1
         self.files[fd] = (self._find(path), 0)
@@ -3549,11 +3549,15 @@ class Platter:
         yield [Found(name, self._stat(node)) for name, node in self._find(path).names.items()]
 
     def _stat(self, node: Node) -> Any:
-        return argparse.Namespace(st_mode=(stat.S_IFDIR if node.is_folder else stat.S_IFREG) | 0o600, st_size=len(node.data),
-                                  st_dev=1, st_ino=id(node), st_mtime=self.time, st_ctime=self.time)
+        return argparse.Namespace(st_mode=(stat.S_IFDIR if node.is_folder else stat.S_IFREG) | 0o600,
+                                  st_size=len(node.data),
+                                  st_dev=1, st_ino=id(node), st_nlink=1, st_uid=os.geteuid(),
+                                  st_mtime=self.time, st_ctime=self.time)
 
     def stat(self, path: str) -> Any:
         return self._stat(self._find(path))
+
+    lstat = stat
 
     def fstat(self, fd: int) -> Any:
         return self._stat(self.files[fd][0])
@@ -3850,19 +3854,22 @@ class PowerCuts(unittest.TestCase):
             self.assertEqual(spool.remove(ids), [None, None])
             promised.leaving.clear()
         platter = self.cut(act)
-        self.assertEqual(platter.listdir(self.SPOOL + "/incoming"), [])
-        done = {name: platter.stat("%s/done/%s" % (self.SPOOL, name)).st_size for name in platter.listdir(self.SPOOL + "/done")}
-        self.assertEqual(done, dict.fromkeys(["ABCDE0.eml", "ABCDE0.json", "ABCDE1.eml", "ABCDE1.json"], 0))
+        left = platter.listdir(self.SPOOL + "/incoming") + platter.listdir(self.SPOOL)
+        self.assertEqual([name for name in left if "ABC" in name], [])
+        self.assertEqual({node.data for node in platter._find(self.SPOOL + "/done").names.values()}, {b""})
 
     def test_messages_in_files_that_are_used_again(self) -> None:
         def act(spool: etrn.Spool, promised: Promised) -> None:
-            promised.leaving["ABCDE1"] = promised.kept.pop("ABCDE1")
-            self.assertEqual(spool.remove(["ABCDE1"]), [None])
+            ids = ["ABCDE0", "ABCDE1"]
+            for id in ids:
+                promised.leaving[id] = promised.kept.pop(id)
+            self.assertEqual(spool.remove(ids), [None, None])
             promised.leaving.clear()
-            self.accept(spool, promised, "ABCDE6")
-            self.accept(spool, promised, "ABCDE7")
-        platter = self.cut(act)
-        self.assertEqual([platter.listdir("%s/%s" % (self.SPOOL, one)) for one in ("incoming", "done")], [[], []])
+            self.assertEqual(len(spool.spares), 4)
+            for id in ("ABCDE5", "ABCDE6", "ABCDE7"):
+                self.accept(spool, promised, id)
+            self.assertEqual(len(spool.spares), 0)
+        self.cut(act)
 
     def test_a_message_that_bounces(self) -> None:
         def act(spool: etrn.Spool, promised: Promised) -> None:
@@ -4240,6 +4247,34 @@ class SpoolPeople(SpoolCase):
             with mock.patch.object(etrn.os, "rename", side_effect=OSError(fault, os.strerror(fault))):
                 self.assertEqual(self.spool.remove(["ABCDE1"]), [None])
             self.assertEqual(recover_open(self.spool), {"ABCDE0": MESSAGE})
+
+    def test_only_files_of_our_own_making_are_used_again(self) -> None:
+        """Others are somebody's copy, or are being read."""
+        outside = os.path.join(self.folder, "outside")
+        with open(outside, "wb") as file:
+            file.write(MESSAGE)
+        body = self.at("ABCDE1.eml")
+
+        def read_on() -> None:
+            self.message = self.spool.read_message("ABCDE1", self.spool.read_sidecar("ABCDE1"))
+        for data, do, is_used in cases(self, [
+                (MESSAGE, lambda: None, True), (MESSAGE, lambda: os.link(body, outside + ".link"), False),
+                (MESSAGE, lambda: os.chmod(body, 0o644), False), (MESSAGE * 9000, read_on, False),
+                (MESSAGE, lambda: (os.unlink(body), os.symlink(outside, body)), False)]):
+            self.spool.spares.clear()
+            self.assertIsNone(store(self.spool, "ABCDE1", data))
+            do()
+            self.spool.spares.clear()
+            self.assertEqual(self.spool.remove(["ABCDE1"]), [None])
+            self.assertEqual("ABCDE1.eml" in self.spool.spares, is_used)
+            self.assertEqual(os.path.lexists(self.at("done", "ABCDE1.eml")), is_used)
+            self.assertIsNone(store(self.spool, "ABCDE2", b"another"))
+            self.spool.remove(["ABCDE2"])
+        self.assertEqual(b"".join(self.message.blocks()), MESSAGE * 9000)
+        self.message.close()
+        for path in (outside, outside + ".link"):
+            with open(path, "rb") as file:
+                self.assertEqual(file.read(), MESSAGE)
 
     # -- what others wrote
 
@@ -10607,8 +10642,9 @@ ENTER = """\
                     results[number] = self._enter(batch[number][0].id)
 """
 BODY = """\
-                    self._unlink(os.path.join(self.path, id + ".eml"))
-                    self._unlink(os.path.join(self.done, id + ".json"))
+                    self._move_or_unlink(id + ".eml")
+                    self._spare(id + ".eml")
+                    self._spare(id + ".json")
 """
 REMOVE = """\
             with self._durable(self.path):
@@ -10648,8 +10684,19 @@ ORDERS: List[Mutant] = [
     ("body unlinked before its sidecar's removal is durable", REMOVE, REMOVE + """\
                     self._unlink(os.path.join(self.path, id + ".eml"))
 """),
-    ("finished sidecar unlinked before its body", BODY, "".join(reversed(BODY.splitlines(True)))),
-    ("sidecar not moved away but body unlinked", BODY, BODY.splitlines(True)[0]),
+    ("body emptied before its sidecar's removal is durable", REMOVE, REMOVE + """\
+                    os.truncate(os.path.join(self.path, id + ".eml"), 0)
+"""),
+    ("finished sidecar given away before its body is moved", BODY, """\
+                    self._unlink(os.path.join(self.done, id + ".json"))
+                    self._move_or_unlink(id + ".eml")
+                    self._spare(id + ".eml")
+"""),
+    ("finished body stays in the queue's folder", BODY, "".join(BODY.splitlines(True)[1:])),
+    ("finished body is neither emptied nor removed", BODY, "".join(BODY.splitlines(True)[::2])),
+    ("files that people linked are emptied", "            if not is_ours or found", "            if found"),
+    ("files that are being read are emptied",
+     "            if not is_ours or found.st_size >= BLOCK_OCTETS or", "            if not is_ours or"),
     ("recipients marked before the notice is made", MARK, """\
     for one, verdict in touched:
         one["state"] = verdict.state
@@ -11233,6 +11280,17 @@ class Mounts(Ledgers):
         if done.returncode:
             self.skipTest("%s: %s" % (words[0], done.stdout.decode("utf-8", "replace").strip()[:200]))
 
+    def remount(self, folder: str) -> None:
+        """The journal is read, as after a start of the machine.  While somebody
+        with a mount namespace of his own still has the old one, that is what comes back."""
+        def is_fresh() -> bool:
+            self.command("umount", folder)
+            self.command("mount", "-o", "loop", self.image, folder)
+            with contextlib.suppress(OSError):
+                return bool(os.listdir(folder))
+            return False
+        wait(is_fresh, "a file system that is not the one whose power was cut")
+
     def cut_power(self, folder: str) -> None:
         """The file system forgets what is not on its disk, and does nothing more: EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN."""
         fd = os.open(folder, os.O_RDONLY)
@@ -11267,8 +11325,7 @@ class Mounts(Ledgers):
             relay.end(signal.SIGKILL)
             if primary.is_up:
                 primary.stop()
-            self.command("umount", folder)
-            self.command("mount", "-o", "loop", self.image, folder)
+            self.remount(folder)
             primary.start()
             relay.start()
             self.compare(primary, relay, senders.ledger)
