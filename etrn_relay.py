@@ -341,6 +341,8 @@ REPLY_OCTETS_MAX = 65536
 RCPTS_PER_TRANSACTION = 100     # what every server must take, RFC 5321 4.5.3.1.8
 JOBS_PER_CONNECTION = 32        # messages handed to a connection at a time, so that others get their share
 JOBS_REFILL = 24                # a connection with so few left gets more: more than may be in flight, so that it never runs dry
+GATHERED_MAX = 8                # messages taken before a connection tells the loop ...
+GATHERED_S = 0.02               # ... or so long after it told it last
 UNRECORDED_MAX = 200            # outcomes the disk has not taken yet; so many at most are sent again after a power cut
 CHUNK_MESSAGES = 16             # whole messages in flight on a connection with CHUNKING; when it breaks all of them are in doubt
 CHUNK_OCTETS = 262144           # ... and no further one is sent behind so many octets
@@ -349,6 +351,9 @@ IDLE_CONNECTION_S = 2.0         # a connection waits so long for another message
 PROBE_FIRST_S = 1.0             # pause after the first failures; doubles to probe_interval ...
 QUICK_PROBES = 60               # ... each time after so many: a minute at 1 s, two at 2 s, four at 4 s; most outages are reboots
 TRIGGER_S = 1.0                 # a flood of ETRNs costs one probe a second
+QUICK_PACE_S = 0.003            # a primary that answers each message within so long gets no more ...
+QUICK_CONNECTIONS = 2           # ... than so many connections: further threads would only wait for each other
+SLOW_PACE_S = 0.1               # longer waits count as this
 MESSAGES_PER_CONNECTION = 20    # so many waiting messages justify one connection more
 NOTICE_CONNECTIONS = 2          # to a smarthost or a sender's server
 NOTICE_LIFETIME_S = 432000.0    # 5 days at least, as Postfix keeps bounces, however short `lifetime` is
@@ -2272,14 +2277,16 @@ class Committers:
         self.waiting: Deque[Tuple[Work, Done]] = collections.deque()
         self.condition = threading.Condition()
         self.working = 0                # threads that have a batch
-        self.fsync_s = 16 * FAST_FSYNC_S        # what one took lately; a guess between card and SSD
+        # What an fsync took in the last batches; the least of them, because a busy processor
+        # makes others look slow.  The first is a guess between a card and an SSD.
+        self.fsyncs_s: Deque[float] = collections.deque([16 * FAST_FSYNC_S], maxlen=16)
         self.stopping = False
         self.threads: List[threading.Thread] = []
 
     @property
     def width(self) -> int:
         """How many may be at work at once."""
-        return max(COMMITTERS_MIN, min(COMMITTERS_MAX, int(self.fsync_s / FAST_FSYNC_S)))
+        return max(COMMITTERS_MIN, min(COMMITTERS_MAX, int(min(self.fsyncs_s) / FAST_FSYNC_S)))
 
     def submit(self, work: Work, done: Done) -> None:
         with self.condition:
@@ -2314,11 +2321,10 @@ class Committers:
             return [self.waiting.popleft() for _ in range(share)]
 
     def _note_time(self, seconds: float, commits: int) -> None:
-        """A moving average of what an fsync takes."""
         with self.condition:
             self.working -= 1
             if commits:
-                self.fsync_s += (seconds / (2 * commits + 1) - self.fsync_s) / 4
+                self.fsyncs_s.append(seconds / (2 * commits + 1))
 
     def _run(self) -> None:
         while True:
@@ -3249,6 +3255,7 @@ class Site:
         self.opening = 0                # connections not yet greeted
         self.open = 0
         self.limit = 1                  # connections allowed now
+        self.pace_s = 0.0               # between two answers on one connection; a moving average
         self.is_proven = False          # has taken a message since it was last down
         self.failures = 0               # attempts to reach it that failed, all told
         self.quick = 0                  # failures since this outage began; the first pauses are short
@@ -3529,6 +3536,8 @@ class Site:
             return False
         if self.state is Primary.UP and self.is_proven:
             target = min(self.limit, 1 + waiting // MESSAGES_PER_CONNECTION)
+            if self.pace_s < QUICK_PACE_S:
+                target = min(target, QUICK_CONNECTIONS)
             return not self.opening and self.open < target and now.mono >= self.next_probe
         # One probe may hang in the dark while the next, later, finds the primary back.
         return not self.open and now.mono >= self.next_probe and self.opening * self.cfg.probe_interval < CONNECT_S
@@ -3714,9 +3723,11 @@ class Site:
         self.quick += 1
         return begins
 
-    def on_taken(self, now: Now) -> bool:
-        """A message was taken.  True when that healed a `rejecting` primary."""
+    def on_taken(self, now: Now, pace_s: float = 1.0) -> bool:
+        """A message was taken, so long after the one before on its connection.
+        True when that healed a `rejecting` primary."""
         self.last_heard = now.mono
+        self.pace_s += (min(pace_s, SLOW_PACE_S) - self.pace_s) / 64        # no single hiccup counts for much
         self.verdicts.append(False)
         self.quick = 0
         self._forget_row()
@@ -4582,6 +4593,7 @@ class Outcome(NamedTuple):
     seconds: float
     fault: Optional[Exception] = None
     wants_report: bool = False  # NOTIFY=SUCCESS, and the next host does not see to it
+    pace_s: float = 1.0         # since the answer before on the same connection
 
 
 class Routed(NamedTuple):
@@ -5070,6 +5082,9 @@ class Courier(Line):
         self.taken = 0                  # messages the peer took on this connection
         self.legs: Deque[Leg] = collections.deque()
         self.flight: Deque[Leg] = collections.deque()       # sent, not answered
+        self.gathered: List[Outcome] = []       # not yet handed to the loop
+        self.handed_over = 0.0          # monotonic, when that was done last
+        self.answered = 0.0             # monotonic, of the last answer to a message
         self.pipelining = False
         self.chunking = False
         self.is_used = False            # a transaction has been sent
@@ -5098,6 +5113,7 @@ class Courier(Line):
             self.client.close()
         except OSError:
             pass
+        self._hand_over()
         self.post(Finished(self, error, bug))
 
     def _size_limit(self) -> int:
@@ -5130,7 +5146,7 @@ class Courier(Line):
             wanted = [one for one in sidecar["recipients"] if one["state"] == QUEUED and job.domain in ("", one["domain"])]
             message = self.spool.read_message(job.id, sidecar)
         except (Corrupt, OSError) as error:
-            return self.post(Outcome(self, job, (), False, 0.0, "none", 0.0, error))
+            return self._report(Outcome(self, job, (), False, 0.0, "none", 0.0, error))
         parcel = Parcel(job, sidecar, message, wanted)
         limit = self._size_limit()
         if limit and sidecar["size"] > limit:
@@ -5140,7 +5156,7 @@ class Courier(Line):
             self._fail_parcel(parcel, "5.6.7", "the primary does not offer SMTPUTF8, which this message needs")
         elif not wanted:
             message.close()
-            self.post(Outcome(self, job, (), False, sidecar["received"], str(self.hop), 0.0, Settled("no recipients left")))
+            self._report(Outcome(self, job, (), False, sidecar["received"], str(self.hop), 0.0, Settled("no recipients left")))
         else:
             for start in range(0, len(wanted), RCPTS_PER_TRANSACTION):
                 group = wanted[start:start + RCPTS_PER_TRANSACTION]
@@ -5153,8 +5169,25 @@ class Courier(Line):
     def _answer(self, parcel: Parcel) -> None:
         parcel.message.close()
         wants_report = "dsn" not in self.client.esmtp_features and any("SUCCESS" in one["notify"] for one in parcel.wanted)
-        self.post(Outcome(self, parcel.job, tuple(parcel.results), parcel.is_whole, parcel.sidecar["received"],
-                          str(self.hop), time.monotonic() - parcel.started, None, wants_report))
+        now = time.monotonic()
+        pace_s, self.answered = now - max(self.answered, parcel.started), now
+        self._report(Outcome(self, parcel.job, tuple(parcel.results), parcel.is_whole, parcel.sidecar["received"],
+                             str(self.hop), now - parcel.started, None, wants_report, pace_s))
+
+    def _report(self, outcome: Outcome) -> None:
+        """To the loop; what was taken is gathered for a moment while there is more
+        to send, because each report on its own would wake the loop and a committer."""
+        self.gathered.append(outcome)
+        now = time.monotonic()
+        if (len(self.gathered) >= GATHERED_MAX or now - self.handed_over > GATHERED_S or self.inbox.empty()
+                or not all(result.kind == "sent" for result in outcome.results)):
+            self._hand_over()
+            self.handed_over = now
+
+    def _hand_over(self) -> None:
+        for outcome in self.gathered:
+            self.post(outcome)
+        self.gathered.clear()
 
     def _give(self, leg: Leg, recipients: Iterable[Dict[str, Any]], code: int, text: bytes,
               is_good: Optional[bool] = None) -> None:
@@ -6464,7 +6497,7 @@ class Manager:
         was = site.state
         kinds = {result.kind for result in outcome.results}
         if "sent" in kinds:
-            if site.on_taken(self.now):
+            if site.on_taken(self.now, outcome.pace_s):
                 self._say(site, "up", "up after rejecting for %s, %d messages waiting" % (
                     format_duration(self.now.wall - site.rejected_since), len(site.entries)))
         elif kinds == {"refused"} and QUEUED in states and site.on_refused(self.now, outcome.job.id, [

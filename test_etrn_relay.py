@@ -2060,6 +2060,19 @@ class Schedule(unittest.TestCase):
         self.assertEqual((opened[0], max(opened)), (1, 4))
         self.assertTrue(all(after - before in (0, 1) for before, after in zip(opened, opened[1:])))
 
+    def test_a_quick_primary_gets_no_more_connections_than_it_can_keep_waiting(self) -> None:
+        for pace_s, connections in cases(self, [(0.001, etrn.QUICK_CONNECTIONS), (0.1, 10)]):
+            self.configure("", 1000)
+            self.prove()
+            self.site.pace_s = 0.0
+            for _ in range(200):
+                self.site.on_taken(self.clock.now, pace_s)
+                self.clock.advance(0.01)
+                while self.site.wanted(self.clock.now):
+                    self.site.on_started(self.clock.now)
+                    self.site.on_connected(self.clock.now)
+            self.assertEqual(self.site.open, connections)
+
     def test_few_messages_need_one_connection(self) -> None:
         self.configure(count=5)
         self.prove()
