@@ -3261,6 +3261,8 @@ class Site:
         self.quick = 0                  # failures since this outage began; the first pauses are short
         self.next_probe = now.mono
         self.last_start = now.mono - TRIGGER_S
+        self.last_asked = now.mono - TRIGGER_S      # monotonic, of the last start that somebody asked for
+        self.is_asked = False           # the next start was asked for
         self.verdicts: Deque[bool] = collections.deque(maxlen=VERDICTS)     # True for a 4xx
         self.round = 0                  # number of the present flush
         self.round_left = 0             # its messages not yet tried
@@ -3417,7 +3419,8 @@ class Site:
         if found is None:
             return []
         self.tried.add(found.id)
-        self.last_start = now.mono      # a flood of ETRNs costs one try a second
+        self.last_start = self.last_asked = now.mono        # a flood of ETRNs costs one try a second
+        self.is_asked = False
         found.again = False
         self._set(found, State.DELIVERING)
         return [found]
@@ -3517,7 +3520,8 @@ class Site:
     def trigger(self, now: Now) -> None:
         """Something says that the primary may be back."""
         self.again = self.opening > 0
-        self.next_probe = min(self.next_probe, max(now.mono, self.last_start + TRIGGER_S))
+        self.is_asked = True            # a flood costs one a second; the first has its answer at once
+        self.next_probe = min(self.next_probe, max(now.mono, self.last_asked + TRIGGER_S))
 
     def _leave_round(self, entry: Entry) -> None:
         if entry.round == self.round and self.round_left:
@@ -3555,6 +3559,8 @@ class Site:
     def on_started(self, now: Now) -> None:
         self.opening += 1
         self.last_start = now.mono
+        if self.is_asked:
+            self.last_asked, self.is_asked = now.mono, False
         if not (self.state is Primary.UP and self.is_proven):
             self.next_probe = now.mono + self._probe_pause()
 

@@ -5422,6 +5422,7 @@ class Recovery(Folder):
         self.assertEqual((sorted(sim.taken), list(sim.site.entries)), (ids[1:], [ids[0]]))
         self.assertLessEqual([id for _, id in sim.offered].count(ids[0]), 5)        # its own pauses: 1, 4, 16 seconds
 
+    @shorten(QUICK_PACE_S=0.0)          # no real time passes here, so that every primary would seem a quick one
     def test_the_canary_and_then_the_queue_by_ever_more_connections(self) -> None:
         sim = self.simulate("connections = 4")
         ids = self.down(sim, 300)
@@ -5436,6 +5437,7 @@ class Recovery(Folder):
         self.assertNotEqual(sim.offered[0][0], sim.offered[1][0])
         self.assertEqual(sorted(sim.taken), ids)
 
+    @shorten(QUICK_PACE_S=0.0)
     def test_halved_connections_close_and_do_not_only_stop_growing(self) -> None:
         sim = self.simulate("connections = 8")
         self.down(sim, 400)
