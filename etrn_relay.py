@@ -55,9 +55,10 @@ QUEUE
     operator's command.  Crashes may cause a second copy, never a loss.
 
     While mail waits for a primary that is down, the primary is tried every
-    probe_interval at the longest; when it greets, everything queued for it
-    goes, oldest first.  After an outage one message goes alone; when it is
-    taken, connections are added one by one.
+    probe_interval at the longest, and every second at first; when it greets,
+    everything queued for it goes, oldest first.  After an outage one message goes
+    alone; when it is taken, connections are added one by one, up to
+    `connections`, or two for a primary that answers within 3 ms.
 
     A primary is unknown, up, down or rejecting.  For recovery_grace after an
     outage no 5xx is believed: the message is kept and tried again, and a second
@@ -185,9 +186,11 @@ EXIT STATUS
     spool; 78 configuration.
 
 BUGS
-    A disk that says "written" before it is cannot be noticed.  A message that
-    was being acknowledged when its connection to the primary broke may
-    arrive twice: at most one for each connection.
+    A disk that says "written" before it is cannot be noticed.  A message whose
+    connection to the primary broke between the end of its data and the answer
+    arrives twice if it was taken: one for each connection, and up to 16 with
+    CHUNKING, where whole messages are sent ahead of the answers.  When the relay is
+    killed, what the primary has taken and the disk has not recorded goes again.
 
 CONTENTS
     1 MANUAL  2 LIMITS  3 GRAMMAR  4 CONFIG  5 LOG  6 SPOOL  7 SESSION
