@@ -9817,7 +9817,7 @@ def start_lean() -> None:
     of the process: 17 MB, more than the relay itself.  So the same process
     starts once more, with this file as a module.  On failure it goes on as it is."""
     if __name__ == "__main__" and sys.version_info >= (3, 9) and sys.executable:
-        flags = getattr(subprocess, "_args_from_interpreter_flags", list)()      # no public function tells them
+        flags: List[str] = getattr(subprocess, "_args_from_interpreter_flags", list)()      # no public function tells them
         try:
             os.execv(sys.executable, [sys.executable, *flags, "-B", "-c", LEAN_START, os.path.abspath(__file__), *sys.argv[1:]])
         except OSError:
