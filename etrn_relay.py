@@ -344,8 +344,6 @@ REPLY_OCTETS_MAX = 65536
 RCPTS_PER_TRANSACTION = 100     # what every server must take, RFC 5321 4.5.3.1.8
 JOBS_PER_CONNECTION = 32        # messages handed to a connection at a time, so that others get their share
 JOBS_REFILL = 24                # a connection with so few left gets more: more than may be in flight, so that it never runs dry
-GATHERED_MAX = 8                # messages taken before a connection tells the loop ...
-GATHERED_S = 0.02               # ... or so long after it told it last
 UNRECORDED_MAX = 200            # outcomes the disk has not taken yet; so many at most are sent again after a power cut
 CHUNK_MESSAGES = 16             # whole messages in flight on a connection with CHUNKING; when it breaks all of them are in doubt
 CHUNK_OCTETS = 262144           # ... and no further one is sent behind so many octets
@@ -5091,8 +5089,6 @@ class Courier(Line):
         self.taken = 0                  # messages the peer took on this connection
         self.legs: Deque[Leg] = collections.deque()
         self.flight: Deque[Leg] = collections.deque()       # sent, not answered
-        self.gathered: List[Outcome] = []       # not yet handed to the loop
-        self.handed_over = 0.0          # monotonic, when that was done last
         self.answered = 0.0             # monotonic, of the last answer to a message
         self.pipelining = False
         self.chunking = False
@@ -5122,7 +5118,6 @@ class Courier(Line):
             self.client.close()
         except OSError:
             pass
-        self._hand_over()
         self.post(Finished(self, error, bug))
 
     def _size_limit(self) -> int:
@@ -5155,7 +5150,7 @@ class Courier(Line):
             wanted = [one for one in sidecar["recipients"] if one["state"] == QUEUED and job.domain in ("", one["domain"])]
             message = self.spool.read_message(job.id, sidecar)
         except (Corrupt, OSError) as error:
-            return self._report(Outcome(self, job, (), False, 0.0, "none", 0.0, error))
+            return self.post(Outcome(self, job, (), False, 0.0, "none", 0.0, error))
         parcel = Parcel(job, sidecar, message, wanted)
         limit = self._size_limit()
         if limit and sidecar["size"] > limit:
@@ -5165,7 +5160,7 @@ class Courier(Line):
             self._fail_parcel(parcel, "5.6.7", "the primary does not offer SMTPUTF8, which this message needs")
         elif not wanted:
             message.close()
-            self._report(Outcome(self, job, (), False, sidecar["received"], str(self.hop), 0.0, Settled("no recipients left")))
+            self.post(Outcome(self, job, (), False, sidecar["received"], str(self.hop), 0.0, Settled("no recipients left")))
         else:
             for start in range(0, len(wanted), RCPTS_PER_TRANSACTION):
                 group = wanted[start:start + RCPTS_PER_TRANSACTION]
@@ -5180,23 +5175,8 @@ class Courier(Line):
         wants_report = "dsn" not in self.client.esmtp_features and any("SUCCESS" in one["notify"] for one in parcel.wanted)
         now = time.monotonic()
         pace_s, self.answered = now - max(self.answered, parcel.started), now
-        self._report(Outcome(self, parcel.job, tuple(parcel.results), parcel.is_whole, parcel.sidecar["received"],
-                             str(self.hop), now - parcel.started, None, wants_report, pace_s))
-
-    def _report(self, outcome: Outcome) -> None:
-        """To the loop; what was taken is gathered for a moment while there is more
-        to send, because each report on its own would wake the loop and a committer."""
-        self.gathered.append(outcome)
-        now = time.monotonic()
-        if (len(self.gathered) >= GATHERED_MAX or now - self.handed_over > GATHERED_S or self.inbox.empty()
-                or not all(result.kind == "sent" for result in outcome.results)):
-            self._hand_over()
-            self.handed_over = now
-
-    def _hand_over(self) -> None:
-        for outcome in self.gathered:
-            self.post(outcome)
-        self.gathered.clear()
+        self.post(Outcome(self, parcel.job, tuple(parcel.results), parcel.is_whole, parcel.sidecar["received"],
+                          str(self.hop), now - parcel.started, None, wants_report, pace_s))
 
     def _give(self, leg: Leg, recipients: Iterable[Dict[str, Any]], code: int, text: bytes,
               is_good: Optional[bool] = None) -> None:
