@@ -344,6 +344,8 @@ REPLY_OCTETS_MAX = 65536
 RCPTS_PER_TRANSACTION = 100     # what every server must take, RFC 5321 4.5.3.1.8
 JOBS_PER_CONNECTION = 32        # messages handed to a connection at a time, so that others get their share
 JOBS_REFILL = 24                # a connection with so few left gets more: more than may be in flight, so that it never runs dry
+GATHER_S = 0.02                 # while messages are taken in a row the loop looks so often, and is not woken for each ...
+GATHERING_S = 1.0               # ... until so long after the last
 UNRECORDED_MAX = 200            # outcomes the disk has not taken yet; so many at most are sent again after a power cut
 CHUNK_MESSAGES = 16             # whole messages in flight on a connection with CHUNKING; when it breaks all of them are in doubt
 CHUNK_OCTETS = 262144           # ... and no further one is sent behind so many octets
@@ -4601,6 +4603,7 @@ class Outcome(NamedTuple):
     fault: Optional[Exception] = None
     wants_report: bool = False  # NOTIFY=SUCCESS, and the next host does not see to it
     pace_s: float = 1.0         # since the answer before on the same connection
+    can_wait: bool = False      # the loop need not be woken for it: it will look within GATHER_S
 
 
 class Routed(NamedTuple):
@@ -5174,9 +5177,10 @@ class Courier(Line):
         parcel.message.close()
         wants_report = "dsn" not in self.client.esmtp_features and any("SUCCESS" in one["notify"] for one in parcel.wanted)
         now = time.monotonic()
-        pace_s, self.answered = now - max(self.answered, parcel.started), now
+        pace_s, since, self.answered = now - max(self.answered, parcel.started), now - self.answered, now
+        can_wait = since < GATHERING_S / 2 and not self.inbox.empty() and all(one.kind == "sent" for one in parcel.results)
         self.post(Outcome(self, parcel.job, tuple(parcel.results), parcel.is_whole, parcel.sidecar["received"],
-                          str(self.hop), now - parcel.started, None, wants_report, pace_s))
+                          str(self.hop), now - parcel.started, None, wants_report, pace_s, can_wait))
 
     def _give(self, leg: Leg, recipients: Iterable[Dict[str, Any]], code: int, text: bytes,
               is_good: Optional[bool] = None) -> None:
@@ -5959,6 +5963,7 @@ class Manager:
         self.free = spool.free()        # octets, as last asked
         self.next_free = now.mono
         self.certificate_end: Time = INF    # set by the server, which has it
+        self.last_outcome = -INF        # monotonic
         self.is_stopping = False
         self.is_dirty = False           # something worth saving changed
         self.alerts = Alerts(cfg, log, self._mail_alert)
@@ -6410,6 +6415,7 @@ class Manager:
     # -- outcomes
 
     def _on_outcome(self, outcome: Outcome) -> None:
+        self.last_outcome = self.now.mono
         courier = outcome.courier
         site = self.couriers[courier]
         entry = courier.jobs.pop(outcome.job.id)
@@ -8445,7 +8451,7 @@ class Server:
     def post(self, report: Any) -> None:
         """Hand something to the loop."""
         self.reports.append(report)
-        if not self.is_woken:
+        if not self.is_woken and not (isinstance(report, Outcome) and report.can_wait):
             self.is_woken = True
             try:
                 self.wake_writer.send(b"\0")
@@ -8730,6 +8736,8 @@ class Server:
             at = min(at, self.next_sweep)
         if self.stopping is not None:
             at = min(at, self.now.mono + COMMAND_POLL_S)
+        if self.now.mono - self.manager.last_outcome < GATHERING_S:
+            at = min(at, self.now.mono + GATHER_S)
         if any(one.answers is not None for one in self.controllers) or self.offline is not None:
             at = min(at, self.now.mono + COMMAND_POLL_S)
         return max(0.0, at - self.now.mono)
