@@ -346,7 +346,7 @@ JOBS_PER_CONNECTION = 32        # messages handed to a connection at a time, so 
 JOBS_REFILL = 24                # a connection with so few left gets more: more than may be in flight, so that it never runs dry
 GATHER_S = 0.02                 # while messages are taken in a row the loop looks so often, and is not woken for each ...
 GATHERING_S = 1.0               # ... until so long after the last
-UNRECORDED_MAX = 200            # outcomes the disk has not taken yet; so many at most are sent again after a power cut
+UNRECORDED_MAX = 200            # outcomes that the disk has not taken; then no more is given out, so that a kill repeats little
 CHUNK_MESSAGES = 16             # whole messages in flight on a connection with CHUNKING; when it breaks all of them are in doubt
 CHUNK_OCTETS = 262144           # ... and no further one is sent behind so many octets
 CHUNK_RECIPIENTS = 200          # ... nor behind so many recipients, whose replies nobody reads meanwhile: RFC 2920 3.1
@@ -822,7 +822,6 @@ class Option(NamedTuple):
     low: float                  # smallest value of a number, durations in seconds, sizes in octets
     high: float
     text: str                   # for the sample and the manual
-    built: Tuple[str, ...] = ("*",)     # values whose feature exists; "*" for all
 
 
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -1062,7 +1061,6 @@ KINDS: Dict[str, Callable[[str], Any]] = {
 FREE_TEXT = ("text", "login")   # kinds in which " #" and " ;" belong to the value: commands and passwords
 LISTS = ("listen", "odmr listen", "domains", "networks", "etrn", "nameservers", "primary", "recipients")     # on several lines
 INF = float("inf")
-LATER: Tuple[str, ...] = ()     # no value's feature exists yet
 
 OPTIONS: Tuple[Option, ...] = (
     Option("relay", "hostname", "host", "", 0, 0, "The name this host has in MX records; banner, EHLO, Received.\n"
@@ -1343,8 +1341,6 @@ def _parse_option(kind: str, key: str, raw: str, file: str, lines: Sequence[int]
         raise ConfigError(file, _line_at_fault(option, parts, lines), "%s: %s" % (key, error)) from None
     if isinstance(parsed, (int, float)) and not isinstance(parsed, bool) and not option.low <= parsed <= option.high:
         raise ConfigError(file, lines[0], "%s: '%s' is out of range (%s)" % (key, value, _range(option)))
-    if not _is_built(option, value):
-        raise ConfigError(file, lines[0], "%s = %s: not built yet in version %s" % (key, value, __version__))
     return parsed
 
 
@@ -1372,10 +1368,6 @@ def _range(option: Option) -> str:
             return format_duration(number)
         return format_size(number) if option.kind == "size" else "%d" % number
     return "at least %s" % show(option.low) if option.high == INF else "%s to %s" % (show(option.low), show(option.high))
-
-
-def _is_built(option: Option, value: str) -> bool:
-    return ("*" in option.built and "!" + value.lower() not in option.built) or value.lower() in option.built
 
 
 def _build_config(values: Dict[str, Dict[str, Any]], domains: Dict[str, Dict[str, Any]], file: str, fqdn: str,
@@ -1468,12 +1460,10 @@ SAMPLE_VALUES = {("relay", "hostname"): "backup.example.net", ("relay", "listen"
 
 
 def format_sample() -> str:
-    """The text of etrn.conf.sample.  Options whose feature is still to come are left out."""
+    """The text of etrn.conf.sample."""
     out = [SAMPLE_HEAD]
     section = ""
     for option in OPTIONS:
-        if not option.built:
-            continue
         if option.section != section:
             section = option.section
             out.append("\n[%s]" % ("domain example.com" if section == "domain" else section))
@@ -3115,7 +3105,6 @@ class Session:
 
 
 ANY = frozenset(Stage)
-GREETED = ANY - {Stage.START}
 COMMANDS: Dict[bytes, Tuple[Callable[[Session, str], None], FrozenSet[Stage]]] = {     # verb: (handler, legal in)
     b"HELO": (Session.do_helo, ANY),
     b"EHLO": (Session.do_ehlo, ANY),
@@ -6276,8 +6265,8 @@ class Manager:
                     known, login if login and login[0] else None)
 
     def _feed(self, courier: Courier, site: Site) -> None:
-        if not courier.is_greeted or courier.is_leaving:
-            return
+        if not courier.is_greeted or courier.is_leaving or len(self.chains) >= UNRECORDED_MAX:
+            return                      # tick() comes back
         self._load_up(courier, site)
         while isinstance(courier, Turnaround) and not courier.jobs and not courier.is_leaving:
             if courier.left:
@@ -6289,8 +6278,6 @@ class Manager:
     def _load_up(self, courier: Courier, site: Site) -> None:
         if site.open > site.limit and not isinstance(courier, Turnaround) and self._is_surplus(site):
             return courier.leave()
-        if len(self.chains) >= UNRECORDED_MAX:
-            return                      # tick() comes back
         if len(courier.jobs) >= JOBS_REFILL or not (site.count[State.ACTIVE] or site.state is Primary.REJECTING):
             return
         for entry in site.take(JOBS_PER_CONNECTION, self.now):

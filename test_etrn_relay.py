@@ -753,7 +753,7 @@ class Configuration(Folder):
             etrn.parse_config(text, "etrn.conf")
         return str(caught.exception)
 
-    def test_each_fault_is_told_with_file_and_line(self) -> None:
+    def test_each_fault_of_form_is_told_with_file_and_line(self) -> None:
         for text, expected in cases(self, [
                 ("[relay]\nrelay_domain = a.example\n", "etrn.conf:2: unknown option 'relay_domain' (did you mean 'domains'?)"),
                 ("[relay]\n\n# x\nhostnam = a\n", "etrn.conf:4: unknown option 'hostnam' (did you mean 'hostname'?)"),
@@ -767,6 +767,19 @@ class Configuration(Folder):
                 ("listen = 25\n", "etrn.conf:1: an option before the first [section]"),
                 ("[relay]\nlisten\n", "etrn.conf:2: neither [section], option = value, nor a comment"),
                 ("[domain ex ample]\n", "etrn.conf:1: [domain ex ample]: 'ex ample' is not a domain"),
+                ("[relay]\nlifetime = 1d\n",
+                 "etrn.conf:2: unknown option 'lifetime' (it belongs to [domain NAME] or [defaults])"),
+                ("[relay]\npostmaster = a@b.example\n", "etrn.conf:2: unknown option 'postmaster' (it belongs to [bounces])"),
+                ("[Relay]\n", "etrn.conf:1: unknown section [Relay] (did you mean 'relay'?)"),
+                ("[DEFAULT]\nlifetime = 1d\n", "etrn.conf:1: unknown section [DEFAULT] (did you mean 'defaults'?)"),
+                ("[domains a.example]\n", "etrn.conf:1: unknown section [domains a.example] (did you mean 'domain a.example'?)"),
+                ("[domaina.example]\n", "etrn.conf:1: unknown section [domaina.example] (did you mean 'domain a.example'?)"),
+                ("[domain *.example]\n", "etrn.conf:1: [domain *.example]: '*.example' is not a domain (all subdomains"),
+                ("[domain a.example] primary = mx\n", "etrn.conf:1: 'primary = mx' stands behind a [section]")]):
+            self.assertTrue(self.error(text).startswith(expected), self.error(text))
+
+    def test_each_fault_of_a_value_is_told_with_file_and_line(self) -> None:
+        for text, expected in cases(self, [
                 ("[relay]\nmax_recipients = 0\n", "etrn.conf:2: max_recipients: '0' is out of range (1 to 50000)"),
                 ("[relay]\nmax_recipients = many\n", "etrn.conf:2: max_recipients: 'many' is not a whole number"),
                 ("[relay]\nmax_message_size = 5X\n", "etrn.conf:2: max_message_size: '5X' is not a size"),
@@ -810,16 +823,7 @@ class Configuration(Folder):
                 ("[defaults]\nretry_interval = 1h\nmax_retry_interval = 1m\n[domain a.example]\n",
                  "etrn.conf:3: max_retry_interval is smaller than retry_interval"),
                 ("[bounces]\npassword = x\n", "etrn.conf:2: password needs username beside it"),
-                ("[tls]\nkey = x\n", "etrn.conf:2: key needs certificate beside it"),
-                ("[relay]\nlifetime = 1d\n",
-                 "etrn.conf:2: unknown option 'lifetime' (it belongs to [domain NAME] or [defaults])"),
-                ("[relay]\npostmaster = a@b.example\n", "etrn.conf:2: unknown option 'postmaster' (it belongs to [bounces])"),
-                ("[Relay]\n", "etrn.conf:1: unknown section [Relay] (did you mean 'relay'?)"),
-                ("[DEFAULT]\nlifetime = 1d\n", "etrn.conf:1: unknown section [DEFAULT] (did you mean 'defaults'?)"),
-                ("[domains a.example]\n", "etrn.conf:1: unknown section [domains a.example] (did you mean 'domain a.example'?)"),
-                ("[domaina.example]\n", "etrn.conf:1: unknown section [domaina.example] (did you mean 'domain a.example'?)"),
-                ("[domain *.example]\n", "etrn.conf:1: [domain *.example]: '*.example' is not a domain (all subdomains"),
-                ("[domain a.example] primary = mx\n", "etrn.conf:1: 'primary = mx' stands behind a [section]")]):
+                ("[tls]\nkey = x\n", "etrn.conf:2: key needs certificate beside it")]):
             self.assertTrue(self.error(text).startswith(expected), self.error(text))
 
     def test_a_fault_is_told_at_its_own_line_wherever_that_is(self) -> None:
@@ -873,12 +877,6 @@ class Configuration(Folder):
                 with open(file, "w", encoding="utf-8") as stream:
                     stream.write(text)
                 self.assertEqual(etrn.read_config(file).hostname, name)
-
-    def test_an_option_whose_feature_is_to_come_is_refused_not_ignored(self) -> None:
-        with mock.patch.object(etrn, "OPTIONS", tuple(
-                one._replace(built=()) if one.name == "connections" else one for one in etrn.OPTIONS)):
-            self.assertTrue(self.error("[domain a.example]\nconnections = 3\n").startswith(
-                "etrn.conf:2: connections = 3: not built yet"))
 
     def test_values_reach_their_domain_by_defaults_and_sections(self) -> None:
         cfg = etrn.parse_config(
@@ -7775,6 +7773,14 @@ class Odmr(Relays):
         one = relay.json("--status")["domains"][DOMAIN]
         self.assertEqual((one["primary"], one["delivered"], one["next_probe"]), ("unknown", 25, None))
         self.assertEqual(self.collect(relay, customer)[:3], "453")
+
+    def test_a_disk_that_lags_behind_keeps_nobody_from_collecting_all(self) -> None:
+        relay = self.odmr(UNRECORDED_MAX=1, JOBS_PER_CONNECTION=1, JOBS_REFILL=1)
+        for number in range(5):
+            relay.send(b"Subject: %d\r\n\r\n" % number)
+        customer = self.primary()
+        self.assertEqual(self.collect(relay, customer)[:3], "250")
+        self.assertEqual(len(customer.messages), 5)
 
     def test_mail_is_collected_within_tls(self) -> None:
         if etrn.ssl is None:
