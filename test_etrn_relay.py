@@ -169,11 +169,11 @@ class Primary:
         for sock in [self.sock, *self.clients]:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-        self.sock.close()
         for thread in self.threads:
             thread.join(DEADLINE_S)
         self.clients, self.threads = [], []
-        self.sock = self._bind()
+        last, self.sock = self.sock, self._bind()       # bound anew before it is let go: nobody else gets the port
+        last.close()
 
     def __enter__(self) -> "Primary":
         return self
@@ -487,10 +487,10 @@ class Relay:
     def start(self) -> "Relay":
         process = subprocess.Popen([*self.prefix, sys.executable, "-c", STARTER, json.dumps(self.limits), "--config", self.file],
                                    stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
-        self.process = process
-        self.reader = threading.Thread(target=self._read, args=(process, len(self.log)), daemon=True)
+        self.process, since = process, len(self.log)
+        self.reader = threading.Thread(target=self._read, args=(process, since), daemon=True)
         self.reader.start()
-        self.port = int(self.logged(r"started: .*listening on 127\.0\.0\.1:(\d+)", len(self.log)).group(1))
+        self.port = int(self.logged(r"started: .*listening on 127\.0\.0\.1:(\d+)", since).group(1))
         return self
 
     def _read(self, process: "subprocess.Popen[bytes]", _: int) -> None:
@@ -7738,6 +7738,7 @@ class Odmr(Relays):
         options.setdefault("relay", ODMR)
         relay = self.relay(options.pop("primary", "atrn"), **dict({"domain": LOGIN_OPTIONS, "LOGIN_FAILED_S": 0.01}, **options))
         relay.odmr_port = int(relay.logged(r"ODMR on 127\.0\.0\.1:(\d+)").group(1))      # type: ignore[attr-defined]
+        wait(lambda: not relay.json("--status")["spool"]["loading"], "a spool that is read")
         return relay
 
     @staticmethod
@@ -11309,8 +11310,10 @@ class Mounts(Ledgers):
         def is_fresh() -> bool:
             self.command("umount", folder)
             self.command("mount", "-o", "loop", self.image, folder)
-            with contextlib.suppress(OSError):
-                return bool(os.listdir(folder))
+            with contextlib.suppress(OSError):          # reading is no proof: the old one still has it in memory
+                with open(os.path.join(folder, "fresh"), "wb") as file:
+                    os.fsync(file.fileno())
+                return True
             return False
         wait(is_fresh, "a file system that is not the one whose power was cut")
 
