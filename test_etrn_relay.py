@@ -165,6 +165,11 @@ class Primary:
 
     def stop(self) -> None:
         """As abruptly as a power cut."""
+        self._end()
+        last, self.sock = self.sock, self._bind()       # bound anew before it is let go: nobody else gets the port
+        last.close()
+
+    def _end(self) -> None:
         self.is_up = False
         for sock in [self.sock, *self.clients]:
             with contextlib.suppress(OSError):
@@ -172,14 +177,12 @@ class Primary:
         for thread in self.threads:
             thread.join(DEADLINE_S)
         self.clients, self.threads = [], []
-        last, self.sock = self.sock, self._bind()       # bound anew before it is let go: nobody else gets the port
-        last.close()
 
     def __enter__(self) -> "Primary":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.stop()
+        self._end()
         self.sock.close()
 
     def _spawn(self, target: Callable[..., None], *arguments: Any) -> None:
@@ -7738,7 +7741,7 @@ class Odmr(Relays):
         options.setdefault("relay", ODMR)
         relay = self.relay(options.pop("primary", "atrn"), **dict({"domain": LOGIN_OPTIONS, "LOGIN_FAILED_S": 0.01}, **options))
         relay.odmr_port = int(relay.logged(r"ODMR on 127\.0\.0\.1:(\d+)").group(1))      # type: ignore[attr-defined]
-        wait(lambda: not relay.json("--status")["spool"]["loading"], "a spool that is read")
+        wait(lambda: "still being read" not in relay.run("--status")[1], "a spool that is read")
         return relay
 
     @staticmethod
