@@ -216,6 +216,7 @@ import enum
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import heapq
 import hmac
@@ -223,6 +224,7 @@ import io
 import ipaddress
 import itertools
 import json
+import marshal
 import os
 import pwd
 import queue
@@ -315,6 +317,10 @@ COMMITTERS_MIN = 2              # threads that write; more only fight for the in
 COMMITTERS_MAX = 48             # ... and so many where it takes tens of milliseconds and must overlap
 FAST_FSYNC_S = 0.0005           # one thread more for each such time that an fsync takes
 SPARES_MAX = 8192               # empty files kept for the next messages; a big outage makes and frees no more than it needs
+CLERKS = 2                      # processes that write small messages: one has work while the other waits for the disk
+CLERK_OCTETS = 65536            # of a body that is handed to one; a larger one is not worth the copy
+LOCK_WAIT_S = 5.0               # for the clerks of a relay that was killed to end ...
+LOCK_POLL_S = 0.01              # ... which takes them a moment
 BATCH_MAX = 64                  # messages a committer makes durable together
 BLOCK_OCTETS = 262144           # read or written at once where a file does not fit in memory
 ORPHAN_S = 3600.0               # a lone .eml younger than this may be half of a pair being copied
@@ -325,6 +331,7 @@ RETRY_DISK_S = 5.0              # between attempts to record what a full or fail
 PEEK_OCTETS = 16384             # most sidecars are far smaller
 SIDECAR_MAX = 8 << 20           # octets; a thousand recipients with long answers are far below
 STATE_MAX = 256 << 20           # octets; RECIPIENTS_MAX of the longest addresses are a tenth of it
+END_BATCH = 500                 # messages a command deletes or returns in one turn of the loop
 LOAD_BATCH = 200                # messages handed from the loader to the loop at a time
 STATE_SAVE_S = 60.0             # counters and primaries are saved so often when they changed
 SPACE_CHECK_S = 1.0             # free space is asked of the file system at most so often
@@ -1587,13 +1594,14 @@ class SpoolBusy(Exception):
 class Draft:
     """A message on its way to the spool.  The loop fills `blocks`; after that
     one committer at a time has it."""
-    __slots__ = ("id", "blocks", "pending", "fd", "size", "digest", "error", "busy", "ended")
+    __slots__ = ("id", "blocks", "pending", "fd", "sidecar_fd", "size", "digest", "error", "busy", "ended")
 
     def __init__(self, id: str, head: bytes = b"") -> None:
         self.id = id
         self.blocks: List[bytes] = [head] if head else []
         self.pending = len(head)        # octets in blocks
-        self.fd = -1
+        self.fd = -1                    # of the body
+        self.sidecar_fd = -1
         self.size = 0
         self.digest = hashlib.sha256()
         self.error: Optional[OSError] = None
@@ -1642,20 +1650,44 @@ class Spool:
 
     def lock(self) -> None:
         fd = os.open(os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        end = time.monotonic() + LOCK_WAIT_S
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(fd, 20).decode("ascii", "replace").strip()
+            while not self._is_locked(fd):
+                holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
+                if self._is_alive(holder) or time.monotonic() > end:
+                    raise SpoolBusy("%s is in use by process %s" % (self.path, printable(holder) or "unknown"))
+                time.sleep(LOCK_POLL_S)
+        except BaseException:
             os.close(fd)
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise SpoolBusy("%s is in use by process %s" % (self.path, printable(holder) or "unknown")) from None
+            raise
         self.lock_fd = fd
         try:
             os.ftruncate(fd, 0)
             os.write(fd, b"%d\n" % os.getpid())
         except OSError:
             pass                        # a full disk must not keep queued mail from leaving; the lock holds without our name
+
+    @staticmethod
+    def _is_locked(fd: int) -> bool:
+        """False when another process holds the lock."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            return False
+        return True
+
+    @staticmethod
+    def _is_alive(process: str) -> bool:
+        """The clerks of a relay that was killed hold its lock for a moment longer."""
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return False
+        except (ValueError, OverflowError, OSError):
+            pass                        # no number, or a process that is not ours
+        return True
 
     def _make_folders(self) -> None:
         for folder in (self.incoming, self.done, self.bad):
@@ -1761,8 +1793,9 @@ class Spool:
 
     def discard(self, draft: Draft) -> None:
         """Nothing of the draft remains, as far as the disk lets us."""
-        fd, draft.fd = draft.fd, -1
-        self._close_quietly(fd)
+        files, draft.fd, draft.sidecar_fd = (draft.fd, draft.sidecar_fd), -1, -1
+        for fd in files:
+            self._close_quietly(fd)
         for name in (draft.id + ".eml", draft.id + ".json"):
             try:
                 self._unlink(os.path.join(self.incoming, name))
@@ -1774,8 +1807,11 @@ class Spool:
         without size and SHA-256.  Returns for each None, when it is on
         stable storage, or the error, when nothing of it remains.  A file whose
         fsync failed is never fsynced again: after a failure the kernel may
-        call lost pages clean."""
+        call lost pages clean.  All of a batch is written before any of it is synced:
+        what one fsync has to write, a commit of the journal or a block of
+        inodes, then holds the other files' part, too, whose fsync has nothing left to do."""
         results = [self._store(draft, blocks, sidecar) for draft, blocks, sidecar in batch]
+        results = [self._sync(draft) if result is None else result for result, (draft, _, _) in zip(results, batch)]
         stored = [number for number, result in enumerate(results) if result is None]
         if not stored:
             return results
@@ -1797,25 +1833,33 @@ class Spool:
         return results
 
     def _store(self, draft: Draft, blocks: List[bytes], sidecar: Dict[str, Any]) -> Optional[OSError]:
-        """Body and sidecar in incoming/, both synced: state S2."""
+        """Body and sidecar in incoming/, on their way to the disk."""
         if draft.error is None:
             self.append(draft, blocks)
         if draft.error is not None:
             self.discard(draft)
             return self._note(draft.error)
-        fd = -1
         try:
-            body, draft.fd = draft.fd, -1
-            self._sync_and_close(body)
+            _start_writing(draft.fd)
             sidecar["size"], sidecar["sha256"] = draft.size, draft.digest.hexdigest()
-            fd = self._create(draft.id + ".json")
-            self._write(fd, format_sidecar(sidecar))
-            done, fd = fd, -1
-            self._sync_and_close(done)
+            draft.sidecar_fd = self._create(draft.id + ".json")
+            self._write(draft.sidecar_fd, format_sidecar(sidecar))
+            _start_writing(draft.sidecar_fd)
             if self._has(self.path, draft.id + ".json") or self._has(self.path, draft.id + ".eml"):
                 raise FileExistsError(errno.EEXIST, "queue ID in use", draft.id)
         except OSError as error:
-            self._close_quietly(fd)
+            self.discard(draft)
+            return self._note(error)
+        return None
+
+    def _sync(self, draft: Draft) -> Optional[OSError]:
+        """State S2."""
+        try:
+            body, draft.fd = draft.fd, -1
+            self._sync_and_close(body)
+            sidecar, draft.sidecar_fd = draft.sidecar_fd, -1
+            self._sync_and_close(sidecar)
+        except OSError as error:
             self.discard(draft)
             return self._note(error)
         return None
@@ -2134,6 +2178,14 @@ class Spool:
                           json.dumps(history, separators=(",", ":"), sort_keys=True).encode("ascii") + b"\n")
 
 
+def _start_writing(fd: int) -> None:
+    """The kernel begins to write the file, and an fsync that comes later has less
+    to wait for: what Linux makes of this advice, fadvise64(2).  Nothing depends on it."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 class Message:
     """An open body.  Small ones are read once and kept, so that verifying and sending share the read."""
 
@@ -2258,15 +2310,125 @@ Work = Union[Commit, Remove, Task]
 Done = Callable[[Any], None]    # called by the loop with None, a result, or the exception
 
 
+class Clerk:
+    """A process of our own that stores and removes small messages, with
+    Spool's methods for it.  A thread gives the interpreter's lock away with each
+    system call and fights the loop to have it back, which costs more than the
+    call; a clerk has an interpreter to itself, and gets a whole batch in
+    one call.  It holds the spool's lock, too, so that no other relay starts before it has ended.
+    What it cannot do, and all that it was doing when it died, is done by the spool here."""
+
+    def __init__(self, spool: Spool, settle: Callable[[], None], others: Sequence[Clerk] = ()) -> None:
+        """Forks, so there must be no threads yet.  `settle` is called in the new
+        process first; `others` are the clerks there are, whose ends it must not hold open.  Raises OSError."""
+        self.spool = spool
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self.process = os.fork()
+            self.stream = (ours if self.process else theirs).makefile("rwb")
+        if not self.process:
+            for other in others:
+                other.stream.close()
+            self._live(settle)
+
+    def commit(self, batch: Sequence[Commit]) -> List[Optional[OSError]]:
+        """As Spool.commit()."""
+        small = [one for one in batch if one.draft.fd < 0 and one.draft.error is None
+                 and sum(map(len, one.blocks)) <= CLERK_OCTETS]
+        ids = {one.draft.id for one in small}
+        self.spool.entering.update(ids)
+        try:
+            answers = self._ask(("commit", [(one.draft.id, one.blocks, one.sidecar) for one in small]))
+            for one, (_, size, digest) in zip(small, answers or ()):
+                one.sidecar["size"], one.sidecar["sha256"] = size, digest
+            if answers is None:         # how far it came nobody knows
+                for id in ids:
+                    self.spool._withdraw(id)
+                return self.spool.commit(batch)
+        finally:
+            self.spool.entering.difference_update(ids)
+        errors = {one.draft.id: error and OSError(*error) for one, (error, _, _) in zip(small, answers)}
+        others = [one for one in batch if one.draft.id not in ids]
+        errors.update(zip([one.draft.id for one in others], self.spool.commit(others)))
+        return [errors[one.draft.id] for one in batch]
+
+    def remove(self, ids: Sequence[str]) -> List[Optional[OSError]]:
+        """As Spool.remove()."""
+        errors = self._ask(("remove", list(ids)))
+        return self.spool.remove(ids) if errors is None else [error and OSError(*error) for error in errors]
+
+    def end(self) -> None:
+        """It ends when it has nothing more to read."""
+        with contextlib.suppress(OSError):
+            self.stream.close()
+        if self.process:
+            os.waitpid(self.process, 0)
+        self.process = 0
+
+    def _ask(self, request: Tuple[str, List[Any]]) -> Any:
+        """None when the clerk is no more."""
+        try:
+            self._write(request)
+            answer, sick = self._read()
+        except (OSError, EOFError):
+            os.kill(self.process, signal.SIGKILL)       # it cannot go on by itself: that is certain now
+            self.end()
+            return None
+        self.spool.sick = sick or self.spool.sick
+        return answer
+
+    def _write(self, value: Any) -> None:
+        data = marshal.dumps(value)
+        self.stream.write(struct.pack("=I", len(data)) + data)
+        self.stream.flush()
+
+    def _read(self) -> Any:
+        """Raises EOFError when the other end is closed."""
+        head = self.stream.read(4)
+        data = self.stream.read(struct.unpack("=I", head)[0]) if len(head) == 4 else b""
+        return marshal.loads(data)
+
+    # -- in the process
+
+    def _live(self, settle: Callable[[], None]) -> None:
+        """Signals are for the relay; the end of its requests is the end of this."""
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
+            settle()
+            gc.freeze()                 # what was there before stays shared with the relay
+            while True:
+                self._write(self._serve(*self._read()))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()       # to the relay's standard error; the relay does it again, and tells
+            os._exit(1)
+
+    def _serve(self, what: str, values: List[Any]) -> Tuple[List[Any], str]:
+        answer: List[Any]
+        if what == "commit":
+            batch = [(Draft(id), blocks, sidecar) for id, blocks, sidecar in values]
+            errors = self.spool.commit(batch)
+            answer = [(error and error.args[:2], sidecar["size"], sidecar["sha256"])
+                      for error, (_, _, sidecar) in zip(errors, batch)]
+        else:
+            answer = [error and error.args[:2] for error in self.spool.remove(values)]
+        sick, self.spool.sick = self.spool.sick, ""         # it is the relay that heals
+        return answer, sick
+
+
 class Committers:
     """Threads that do all writing.  As many are at work as the disk is slow:
     where an fsync is quick, two take turns and batches form, which share the
     directory's sync; where it is slow, many fsyncs are under way at once, and
     the kernel merges them into few journal commits."""
 
-    def __init__(self, spool: Spool, post: Callable[[List[Tuple[Done, Any]]], None]) -> None:
+    def __init__(self, spool: Spool, post: Callable[[List[Tuple[Done, Any]]], None], on_lost: Done = lambda _: None) -> None:
+        """`on_lost`: a clerk has died."""
         self.spool = spool
         self.post = post
+        self.on_lost = on_lost
         self.waiting: Deque[Tuple[Work, Done]] = collections.deque()
         self.condition = threading.Condition()
         self.working = 0                # threads that have a batch
@@ -2275,6 +2437,7 @@ class Committers:
         self.fsyncs_s: Deque[float] = collections.deque([16 * FAST_FSYNC_S], maxlen=16)
         self.stopping = False
         self.threads: List[threading.Thread] = []
+        self.clerks: Deque[Clerk] = collections.deque()     # that have nothing to do
 
     @property
     def width(self) -> int:
@@ -2304,6 +2467,8 @@ class Committers:
             self.condition.notify_all()
         for thread in self.threads:
             thread.join()
+        for clerk in self.clerks:
+            clerk.end()
 
     def _take(self) -> List[Tuple[Work, Done]]:
         with self.condition:
@@ -2329,15 +2494,32 @@ class Committers:
             self._note_time(time.monotonic() - began, sum(isinstance(work, Commit) for work, _ in batch))
             self.post(done)
 
+    @contextlib.contextmanager
+    def _hands(self) -> Iterator[Union[Spool, Clerk]]:
+        """A clerk that has nothing to do; the spool itself when there is none."""
+        try:
+            clerk = self.clerks.pop()
+        except IndexError:
+            yield self.spool
+            return
+        try:
+            yield clerk
+        finally:
+            if clerk.process:
+                self.clerks.append(clerk)
+            else:
+                self.post([(self.on_lost, None)])
+
     def _work(self, batch: List[Tuple[Work, Done]]) -> List[Tuple[Done, Any]]:
         out: List[Tuple[Done, Any]] = []
         commits = [(work, done) for work, done in batch if isinstance(work, Commit)]
         removals = [(work, done) for work, done in batch if isinstance(work, Remove)]
         try:
-            if commits:
-                out.extend(zip((done for _, done in commits), self.spool.commit([work for work, _ in commits])))
-            if removals:
-                out.extend(zip((done for _, done in removals), self.spool.remove([work.id for work, _ in removals])))
+            with self._hands() as hands:
+                if commits:
+                    out.extend(zip((done for _, done in commits), hands.commit([work for work, _ in commits])))
+                if removals:
+                    out.extend(zip((done for _, done in removals), hands.remove([work.id for work, _ in removals])))
         except Exception as error:      # a bug: everybody in this batch hears of it, none is told "done"
             told = len(out)
             out.extend((done, error) for _, done in (commits + removals)[told:])
@@ -5892,9 +6074,9 @@ def release_memory() -> None:
 class Watch:
     """A --flush that waits: done when each of its messages has left or failed once."""
 
-    def __init__(self, sites: Iterable[Site]) -> None:
-        self.left = {(site.name, entry.id) for site in sites for entry in site.entries.values()
-                     if entry.state is not State.HOLD}
+    def __init__(self, left: Iterable[Tuple[str, str]]) -> None:
+        """`left`: (site, queue ID)."""
+        self.left = set(left)
         self.total = len(self.left)
         self.counts = {"delivered": 0, "bounced": 0, "expired": 0, "deferred": 0, "deleted": 0}
         self.error = ""                 # why a primary could not be reached
@@ -5930,7 +6112,8 @@ class Manager:
         self.now = now
         self.ids = Ids()
         self.scheduler = Scheduler(cfg)
-        self.committers = Committers(spool, post)
+        self.committers = Committers(spool, post, lambda _: log.write(
+            "master", "a process of ours that writes the spool has ended; the relay writes itself", "warning"))
         self.listeners: Tuple[Endpoint, ...] = ()
         self.couriers: Dict[Courier, Site] = {}
         self.inquirers: Dict[Inquirer, Site] = {}
@@ -6766,8 +6949,8 @@ class Manager:
                     line.cut()          # nobody is there any more
             self.save_state()
 
-    def watch(self, sites: Iterable[Site]) -> Watch:
-        watch = Watch(sites)
+    def watch(self, left: Iterable[Tuple[str, str]]) -> Watch:
+        watch = Watch(left)
         self.watches.append(watch)
         return watch
 
@@ -7065,7 +7248,8 @@ def flush_and_watch(manager: Manager, what: str, wait: bool) -> Answers:
         yield {"error": "the queue for %s is held" % what, "exit": EX_TEMPFAIL}
         return
     held = sum(site.count[State.HOLD] for site in sites)
-    watch = manager.watch(sites)
+    watch = manager.watch((site.name, entry.id) for site in sites for entry in site.entries.values()
+                          if entry.state is not State.HOLD)
     try:
         manager.heal(sites)
         manager.flush_sites(sites)
@@ -7102,21 +7286,27 @@ def end_entries(manager: Manager, what: str, command: str) -> Answers:
     sites = manager.scheduler.holding(what)
     pairs = [(site, site.entries[what]) for site in sites] if sites else [
         (site, entry) for site in manager.scheduler.matching(what) for entry in list(site.entries.values())]
-    busy = [entry for _, entry in pairs if entry.state is State.DELIVERING]
-    watch = manager.watch(site for site, _ in pairs)
-    watch.left = {(site.name, entry.id) for site, entry in pairs if entry.state is not State.DELIVERING}
-    count = len(watch.left)
-    for site, entry in pairs:
-        if entry.state is not State.DELIVERING:
+    watch = manager.watch((site.name, entry.id) for site, entry in pairs)
+    count = busy = 0
+    try:
+        for number, (site, entry) in enumerate(pairs, 1):
+            if number % END_BATCH == 0:
+                yield None              # others wait for the loop, too
+            if site.entries.get(entry.id) is not entry or entry.state is State.DELIVERING:
+                busy += entry.id in site.entries
+                watch.left.discard((site.name, entry.id))
+                continue
+            count += 1
             manager.log.write("qmgr", "%s: %s by command" % (entry.id, "deleted" if command == "delete" else "bounced"))
             if command == "delete":
                 manager.end(site, entry, DELETED)
             else:
                 manager.end(site, entry, BOUNCED, "5.0.0", "Returned by the postmaster of the backup mail server")
-    while watch.left:
-        yield None
-    manager.watches.remove(watch)
-    yield {"count": count, "busy": len(busy), "exit": EX_TEMPFAIL if busy else EX_OK}
+        while watch.left:
+            yield None
+    finally:
+        manager.watches.remove(watch)
+    yield {"count": count, "busy": busy, "exit": EX_TEMPFAIL if busy else EX_OK}
 
 
 # == 14. STATUS ================================================================
@@ -9772,6 +9962,7 @@ class Account:
 
     def become(self) -> None:
         if self.name:
+            self.resume_root()
             os.setgid(self.gid)
             os.setuid(self.uid)
 
@@ -9805,10 +9996,15 @@ def serve(cfg: Config) -> int:
     supervisor = Supervisor(os.environ)
     account = Account(cfg.user)
     account.assume(cfg.spool)
-    log = Log(cfg.log, cfg.log_level, cfg.hostname)
     spool = Spool(cfg.spool)
     spool.open()
+    release_memory()
+    clerks: List[Clerk] = []            # before there is a thread, or a file that they should not have
+    for _ in range(CLERKS):
+        clerks.append(Clerk(spool, account.become, clerks))
+    log = Log(cfg.log, cfg.log_level, cfg.hostname)
     server = Server(cfg, spool, log)
+    server.manager.committers.clerks.extend(clerks)
     server.supervisor = supervisor
     server.load_recipients()
     server.load_logins()
