@@ -313,14 +313,12 @@ RESERVED_FILES = 64             # descriptors kept from clients for spool, worke
 DATA_RATE_MIN = 500             # octets a second a client must reach in the long run, as Postfix's smtpd_min_data_rate
 
 # -- the spool
-COMMITTERS_MIN = 2              # threads that write; more only fight for the interpreter's lock where fsync is quick ...
-COMMITTERS_MAX = 48             # ... and so many where it takes tens of milliseconds and must overlap
+COMMITTERS_MAX = 48             # batches under way at once where an fsync takes tens of milliseconds and must overlap
 FAST_FSYNC_S = 0.0005           # one thread more for each such time that an fsync takes
 SPARES_MAX = 8192               # empty files kept for the next messages; a big outage makes and frees no more than it needs
-CLERKS = 2                      # processes that write small messages: one has work while the other waits for the disk
-CLERK_OCTETS = 65536            # of a body that is handed to one; a larger one is not worth the copy
-LOCK_WAIT_S = 5.0               # for the clerks of a relay that was killed to end ...
-LOCK_POLL_S = 0.01              # ... which takes them a moment
+CLERK_OCTETS = 65536            # of a body that is handed to the clerk; a larger one is not worth the copy
+LOCK_WAIT_S = 5.0               # for the clerk of a relay that was killed to end ...
+LOCK_POLL_S = 0.01              # ... which takes it a moment
 BATCH_MAX = 64                  # messages a committer makes durable together
 BLOCK_OCTETS = 262144           # read or written at once where a file does not fit in memory
 ORPHAN_S = 3600.0               # a lone .eml younger than this may be half of a pair being copied
@@ -1680,7 +1678,7 @@ class Spool:
 
     @staticmethod
     def _is_alive(process: str) -> bool:
-        """The clerks of a relay that was killed hold its lock for a moment longer."""
+        """The clerk of a relay that was killed holds its lock for a moment longer."""
         try:
             os.kill(int(process), 0)
         except ProcessLookupError:
@@ -2318,17 +2316,14 @@ class Clerk:
     one call.  It holds the spool's lock, too, so that no other relay starts before it has ended.
     What it cannot do, and all that it was doing when it died, is done by the spool here."""
 
-    def __init__(self, spool: Spool, settle: Callable[[], None], others: Sequence[Clerk] = ()) -> None:
-        """Forks, so there must be no threads yet.  `settle` is called in the new
-        process first; `others` are the clerks there are, whose ends it must not hold open.  Raises OSError."""
+    def __init__(self, spool: Spool, settle: Callable[[], None]) -> None:
+        """Forks, so there must be no threads yet.  `settle` is called in the new process first.  Raises OSError."""
         self.spool = spool
         ours, theirs = socket.socketpair()
         with ours, theirs:
             self.process = os.fork()
             self.stream = (ours if self.process else theirs).makefile("rwb")
         if not self.process:
-            for other in others:
-                other.stream.close()
             self._live(settle)
 
     def commit(self, batch: Sequence[Commit]) -> List[Optional[OSError]]:
@@ -2396,7 +2391,6 @@ class Clerk:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_IGN)
             settle()
-            gc.freeze()                 # what was there before stays shared with the relay
             while True:
                 self._write(self._serve(*self._read()))
         except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -2419,37 +2413,45 @@ class Clerk:
 
 
 class Committers:
-    """Threads that do all writing.  As many are at work as the disk is slow:
-    where an fsync is quick, two take turns and batches form, which share the
-    directory's sync; where it is slow, many fsyncs are under way at once, and
-    the kernel merges them into few journal commits."""
+    """Threads that do all writing.  As many batches are under way as the disk is
+    slow: where an fsync is quick, one, which is the clerk's, while the next one grows;
+    where it is slow, many fsyncs are under way at once, and the kernel merges
+    them into few journal commits.  Tasks have a thread more, so that one that takes long holds no mail up."""
 
     def __init__(self, spool: Spool, post: Callable[[List[Tuple[Done, Any]]], None], on_lost: Done = lambda _: None) -> None:
-        """`on_lost`: a clerk has died."""
+        """`on_lost`: the clerk has died."""
         self.spool = spool
         self.post = post
         self.on_lost = on_lost
-        self.waiting: Deque[Tuple[Work, Done]] = collections.deque()
+        self.clerk: Optional[Clerk] = None      # that has nothing to do
+        self.messages: Deque[Tuple[Work, Done]] = collections.deque()
+        self.tasks: Deque[Tuple[Work, Done]] = collections.deque()
         self.condition = threading.Condition()
-        self.working = 0                # threads that have a batch
+        self.writing = 0                # threads that have messages
+        self.tasking = 0                # ... and a task
+        self.idle = 0                   # ... and nothing
         # What an fsync took in the last batches; the least of them, because a busy processor
         # makes others look slow.  The first is a guess between a card and an SSD.
         self.fsyncs_s: Deque[float] = collections.deque([16 * FAST_FSYNC_S], maxlen=16)
         self.stopping = False
         self.threads: List[threading.Thread] = []
-        self.clerks: Deque[Clerk] = collections.deque()     # that have nothing to do
 
     @property
     def width(self) -> int:
-        """How many may be at work at once."""
-        return max(COMMITTERS_MIN, min(COMMITTERS_MAX, int(min(self.fsyncs_s) / FAST_FSYNC_S)))
+        """How many batches may be under way at once."""
+        return max(1, min(COMMITTERS_MAX, int(min(self.fsyncs_s) / FAST_FSYNC_S)))
 
     def submit(self, work: Work, done: Done) -> None:
         with self.condition:
-            self.waiting.append((work, done))
-            if self.working < len(self.threads):
+            if isinstance(work, Task):
+                self.tasks.append((work, done))
+                is_free = self.tasking <= self.width
+            else:
+                self.messages.append((work, done))
+                is_free = self.writing < self.width
+            if is_free and self.idle:
                 self.condition.notify()
-            elif len(self.threads) < self.width:
+            elif is_free and len(self.threads) <= 2 * self.width:
                 self._grow()
 
     def _grow(self) -> None:
@@ -2462,27 +2464,14 @@ class Committers:
                 raise
 
     def stop(self) -> None:
+        """Returns when all that was submitted is done."""
         with self.condition:
             self.stopping = True
             self.condition.notify_all()
         for thread in self.threads:
             thread.join()
-        for clerk in self.clerks:
-            clerk.end()
-
-    def _take(self) -> List[Tuple[Work, Done]]:
-        with self.condition:
-            while not self.stopping and (not self.waiting or self.working >= self.width):
-                self.condition.wait()
-            share = min(BATCH_MAX, -(-len(self.waiting) // self.width))
-            self.working += 1
-            return [self.waiting.popleft() for _ in range(share)]
-
-    def _note_time(self, seconds: float, commits: int) -> None:
-        with self.condition:
-            self.working -= 1
-            if commits:
-                self.fsyncs_s.append(seconds / (2 * commits + 1))
+        if self.clerk is not None:
+            self.clerk.end()
 
     def _run(self) -> None:
         while True:
@@ -2491,26 +2480,43 @@ class Committers:
                 return
             began = time.monotonic()
             done = self._work(batch)
-            self._note_time(time.monotonic() - began, sum(isinstance(work, Commit) for work, _ in batch))
+            self._note(batch, time.monotonic() - began)
             self.post(done)
 
-    @contextlib.contextmanager
-    def _hands(self) -> Iterator[Union[Spool, Clerk]]:
-        """A clerk that has nothing to do; the spool itself when there is none."""
-        try:
-            clerk = self.clerks.pop()
-        except IndexError:
-            yield self.spool
-            return
-        try:
-            yield clerk
-        finally:
-            if clerk.process:
-                self.clerks.append(clerk)
-            else:
-                self.post([(self.on_lost, None)])
+    def _take(self) -> List[Tuple[Work, Done]]:
+        """One task, or a share of the messages; nothing at the end."""
+        with self.condition:
+            while True:
+                if self.messages and (self.writing < self.width or self.stopping):
+                    self.writing += 1
+                    share = min(BATCH_MAX, -(-len(self.messages) // self.width))
+                    return [self.messages.popleft() for _ in range(share)]
+                if self.tasks and (self.tasking <= self.width or self.stopping):
+                    self.tasking += 1
+                    return [self.tasks.popleft()]
+                if self.stopping:
+                    return []
+                self.idle += 1
+                self.condition.wait()
+                self.idle -= 1
 
-    def _work(self, batch: List[Tuple[Work, Done]]) -> List[Tuple[Done, Any]]:
+    def _note(self, batch: Sequence[Tuple[Work, Done]], seconds: float) -> None:
+        commits = sum(isinstance(work, Commit) for work, _ in batch)
+        with self.condition:
+            if isinstance(batch[0][0], Task):
+                self.tasking -= 1
+            else:
+                self.writing -= 1
+            if commits:
+                self.fsyncs_s.append(seconds / (2 * commits + 1))
+
+    def _work(self, batch: Sequence[Tuple[Work, Done]]) -> List[Tuple[Done, Any]]:
+        work, done = batch[0]
+        if isinstance(work, Task):
+            try:
+                return [(done, work.run(self.spool))]
+            except Exception as error:
+                return [(done, error)]
         out: List[Tuple[Done, Any]] = []
         commits = [(work, done) for work, done in batch if isinstance(work, Commit)]
         removals = [(work, done) for work, done in batch if isinstance(work, Remove)]
@@ -2523,13 +2529,20 @@ class Committers:
         except Exception as error:      # a bug: everybody in this batch hears of it, none is told "done"
             told = len(out)
             out.extend((done, error) for _, done in (commits + removals)[told:])
-        for work, done in batch:
-            if isinstance(work, Task):
-                try:
-                    out.append((done, work.run(self.spool)))
-                except Exception as error:
-                    out.append((done, error))
         return out
+
+    @contextlib.contextmanager
+    def _hands(self) -> Iterator[Union[Spool, Clerk]]:
+        """The clerk, when it has nothing to do; else the spool itself."""
+        with self.condition:
+            clerk, self.clerk = self.clerk, None
+        try:
+            yield clerk or self.spool
+        finally:
+            if clerk is not None and clerk.process:
+                self.clerk = clerk
+            elif clerk is not None:
+                self.post([(self.on_lost, None)])
 
 
 # == 7. SESSION ================================================================
@@ -9999,12 +10012,11 @@ def serve(cfg: Config) -> int:
     spool = Spool(cfg.spool)
     spool.open()
     release_memory()
-    clerks: List[Clerk] = []            # before there is a thread, or a file that they should not have
-    for _ in range(CLERKS):
-        clerks.append(Clerk(spool, account.become, clerks))
+    gc.freeze()                         # the collector leaves alone what is there now, so that it stays shared with the clerk
+    clerk = Clerk(spool, account.become)        # before there is a thread, or a file that it should not have
     log = Log(cfg.log, cfg.log_level, cfg.hostname)
     server = Server(cfg, spool, log)
-    server.manager.committers.clerks.extend(clerks)
+    server.manager.committers.clerk = clerk
     server.supervisor = supervisor
     server.load_recipients()
     server.load_logins()
