@@ -232,6 +232,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import selectors
 import shlex
 import shutil
@@ -2026,9 +2027,9 @@ class Spool:
 
     # -- reading
 
-    def _open(self, name: str, what: str) -> int:
-        """A queued file for reading.  Raises Corrupt when it is gone, or no file
-        that we may read, and OSError when the disk is at fault."""
+    def _open(self, name: str, what: str) -> Tuple[int, int]:
+        """A queued file for reading, and its octets.  Raises Corrupt when it is gone,
+        or no file that we may read, and OSError when the disk is at fault."""
         path = os.path.join(self.path, name)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)      # a FIFO would wait for a writer
@@ -2039,16 +2040,17 @@ class Spool:
                 raise OSError(errno.ESTALE, "the spool directory is not the one that was opened") from None
             raise Corrupt("the %s %s" % (what, "is gone" if error.errno == errno.ENOENT else
                                          "cannot be read: %s" % error.strerror)) from None
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
             os.close(fd)
             raise Corrupt("the %s is not a file" % what)
-        return fd
+        return fd, found.st_size
 
     def read_sidecar(self, id: str) -> Dict[str, Any]:
         """Raises Corrupt, or OSError when the disk is at fault."""
-        fd = self._open(id + ".json", "sidecar")
+        fd, size = self._open(id + ".json", "sidecar")
         try:
-            data = read_up_to(fd, SIDECAR_MAX)
+            data = read_up_to(fd, min(size, SIDECAR_MAX))
         finally:
             os.close(fd)
         return parse_sidecar(data, id)
@@ -2070,11 +2072,8 @@ class Spool:
 
     def check_body(self, id: str, sidecar: Mapping[str, Any]) -> None:
         """A quick look for the start; the SHA-256 is compared before each delivery.  Raises Corrupt or OSError."""
-        fd = self._open(id + ".eml", "body")
-        try:
-            size = os.fstat(fd).st_size
-        finally:
-            os.close(fd)
+        fd, size = self._open(id + ".eml", "body")
+        os.close(fd)
         if size != sidecar["size"]:
             raise Corrupt("the body has %d octets, not %d" % (size, sidecar["size"]))
 
@@ -2094,7 +2093,7 @@ class Spool:
     def read_message(self, id: str, sidecar: Mapping[str, Any]) -> "Message":
         """The body, verified against the sidecar's SHA-256; raises Corrupt or
         OSError.  A large one is verified now and read again block by block."""
-        message = Message(self._open(id + ".eml", "body"), sidecar["size"])
+        message = Message(*self._open(id + ".eml", "body"))
         try:
             digest = hashlib.sha256()
             size = 0
@@ -2110,7 +2109,7 @@ class Spool:
 
     def read_header(self, id: str, longest: int = HEADER_SCAN_MAX) -> bytes:
         """The message up to and without the first empty line.  Raises Corrupt or OSError."""
-        fd = self._open(id + ".eml", "body")
+        fd, _ = self._open(id + ".eml", "body")
         try:
             data = read_up_to(fd, longest)
         finally:
@@ -2150,9 +2149,9 @@ class Spool:
     def load_state(self, name: str = "state.json") -> Dict[str, Any]:
         """An unreadable state file costs only what was learned."""
         try:
-            fd = self._open(name, "state")
+            fd, size = self._open(name, "state")
             try:
-                state = json.loads(read_up_to(fd, STATE_MAX))
+                state = json.loads(read_up_to(fd, min(size, STATE_MAX)))
             finally:
                 os.close(fd)
             return state if isinstance(state, dict) else {}
@@ -2196,11 +2195,11 @@ class Message:
         if self.whole is not None:
             yield self.whole
             return
-        os.lseek(self.fd, 0, os.SEEK_SET)
-        if self.size < BLOCK_OCTETS:    # one octet more than expected would show as a wrong size
-            self.whole = read_up_to(self.fd, BLOCK_OCTETS)
+        if self.size < BLOCK_OCTETS:
+            self.whole = read_up_to(self.fd, self.size)
             yield self.whole
             return
+        os.lseek(self.fd, 0, os.SEEK_SET)
         while True:
             block = os.read(self.fd, BLOCK_OCTETS)
             if not block:
@@ -4983,7 +4982,8 @@ class Client(smtplib.SMTP):
     """smtplib's client with a total deadline and a bounded size for each reply,
     which is read strictly: smtplib takes garbage for codes like -1 and waits
     anew for every octet.  Addresses are ours, checked; quoteaddr() would
-    rewrite them."""
+    rewrite them.  The socket never blocks: a call first and a wait where it
+    must be is half the system calls of a socket with a timeout, and a new one for each."""
 
     def __init__(self, hostname: str) -> None:
         super().__init__(local_hostname=hostname, timeout=CONNECT_S)
@@ -4995,6 +4995,7 @@ class Client(smtplib.SMTP):
         """Be greeted on a connected socket.  A 5xx greeting says nothing about the mail."""
         self._host = hop.host
         self.ready = sock
+        sock.setblocking(False)
         self.wait(seconds or CONNECT_S)
         try:
             code, text = self.connect(hop.address, hop.port)
@@ -5026,12 +5027,33 @@ class Client(smtplib.SMTP):
         self.end = time.monotonic() + seconds
 
     def write(self, data: bytes, seconds: float = BLOCK_S) -> None:
+        """Raises PeerError unless all of it has left within so many seconds."""
         assert self.sock is not None
-        try:
-            self.sock.settimeout(seconds)
-            self.sock.sendall(data)
-        except OSError as error:
-            raise PeerError("lost connection with %s: %s" % (self._host, error.strerror or error)) from None
+        end, rest = time.monotonic() + seconds, memoryview(data)
+        while rest:
+            rest = rest[self._when_ready(self.sock.send, rest, select.POLLOUT, end):]
+
+    def send(self, s: Any) -> None:
+        """smtplib's own way to say something."""
+        self.write(s.encode(self.command_encoding) if isinstance(s, str) else bytes(s))
+
+    def _when_ready(self, call: Callable[[Any], Any], argument: Any, mask: int, end: float) -> Any:
+        """The result of a call of the socket, as soon as there is one."""
+        while True:
+            try:
+                return call(argument)
+            except WANTS as want:       # TLS may have to read before it can write
+                if ssl is not None and isinstance(want, ssl.SSLError):
+                    mask = select.POLLIN if isinstance(want, ssl.SSLWantReadError) else select.POLLOUT
+            except OSError as error:
+                raise PeerError("lost connection with %s: %s" % (self._host, error.strerror or error)) from None
+            left = end - time.monotonic()
+            if left <= 0:
+                raise PeerError("conversation with %s timed out" % self._host)
+            assert self.sock is not None
+            poller = select.poll()
+            poller.register(self.sock, mask)
+            poller.poll(left * 1000)
 
     def getreply(self) -> Tuple[int, bytes]:
         lines: List[bytes] = []
@@ -5057,16 +5079,7 @@ class Client(smtplib.SMTP):
                 return line.rstrip(b"\r")
             if len(self.pending) > REPLY_OCTETS_MAX:
                 raise PeerError("over-long reply from %s" % self._host)
-            left = self.end - time.monotonic()
-            if left <= 0:
-                raise PeerError("conversation with %s timed out" % self._host)
-            try:
-                self.sock.settimeout(left)
-                data = self.sock.recv(65536)
-            except socket.timeout:
-                continue
-            except OSError as error:
-                raise PeerError("lost connection with %s: %s" % (self._host, error.strerror or error)) from None
+            data = self._when_ready(self.sock.recv, 65536, select.POLLIN, self.end)
             if not data:
                 raise PeerError("lost connection with %s" % self._host)
             self.pending += data
@@ -5076,7 +5089,6 @@ class Client(smtplib.SMTP):
         421.  TLS has traffic of its own, so that readable is not enough."""
         assert self.sock is not None
         try:
-            self.sock.settimeout(0)
             self.pending += self.sock.recv(1024)
         except WANTS:
             return not self.pending
@@ -5104,6 +5116,7 @@ class Client(smtplib.SMTP):
             assert self.sock is not None
             self.sock.settimeout(CONNECT_S)
             self.sock = client_context(policy).wrap_socket(self.sock, server_hostname=self._host)
+            self.sock.setblocking(False)
         except (OSError, ValueError) as error:
             raise TlsError("TLS with %s failed: %s" % (self._host, printable(str(error), 200))) from None
         self.check_pin(policy)

@@ -7389,11 +7389,8 @@ class Fuzz(unittest.TestCase):
                     self.pieces.insert(0, piece[size:])
                 return piece[:size]
 
-            def settimeout(self, seconds: float) -> None:
-                pass
-
-            def sendall(self, data: bytes) -> None:
-                pass
+            def send(self, data: bytes) -> int:
+                return len(data)
 
         def read(data: bytes, cuts: Iterable[int]) -> List[Any]:
             client = etrn.Client("backup.example.net")
