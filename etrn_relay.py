@@ -225,6 +225,7 @@ import ipaddress
 import itertools
 import json
 import marshal
+import operator
 import os
 import pwd
 import queue
@@ -645,7 +646,11 @@ def is_below(name: str, parent: str) -> bool:
 
 def format_duration(seconds: float) -> str:
     """Two units are enough for a person: 45s, 2h14m, 6d3h."""
-    left = max(0, int(seconds))
+    return _format_seconds(max(0, int(seconds)))
+
+
+@functools.lru_cache(maxsize=4096)      # a long queue has many of the same age
+def _format_seconds(left: int) -> str:
     out: List[str] = []
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         if left >= size or (unit == "s" and not out):
@@ -658,6 +663,7 @@ def format_duration(seconds: float) -> str:
     return "".join(out)
 
 
+@functools.lru_cache(maxsize=4096)
 def format_size(octets: float) -> str:
     for unit in ("B", "K", "M"):
         if octets < 1024:
@@ -2066,7 +2072,7 @@ class Spool:
         finally:
             os.close(fd)
         try:
-            return dict(json.loads(data))
+            return dict(json.loads(data.decode("ascii")))
         except (ValueError, TypeError):
             raise Corrupt("the sidecar cannot be read") from None
 
@@ -7368,7 +7374,8 @@ def format_table(rows: Sequence[Row], right: Sequence[int] = (), style: Style = 
     """Columns padded to their widest cell; those in `right` are flush right.
     On a terminal too narrow for it those in `shrink` give way, down to
     CELL_MIN, then those in `drop` are left out one after the other."""
-    widths = {column: max(len(row[column]) for row in rows) for column in range(len(rows[0]))}
+    widths = {column: max(map(len, cells)) for column, cells in enumerate(zip(*rows))}
+    natural = dict(widths)
     least = {column: min(width, CELL_MIN) if column in shrink else width for column, width in widths.items()}
     for column in drop if style.width else ():
         if table_width(list(least.values())) > style.width:
@@ -7380,9 +7387,9 @@ def format_table(rows: Sequence[Row], right: Sequence[int] = (), style: Style = 
         widths[max(wide, key=lambda column: widths[column])] -= 1
     if not style.is_coloured:
         form = "  ".join("%%%s%ds" % ("" if column in right else "-", width) for column, width in widths.items())
-        cut = {column for column, width in widths.items() if any(len(row[column]) > width for row in rows)}
-        return "".join((form % tuple(clip(row[column], width) if column in cut else row[column]
-                                     for column, width in widths.items())).rstrip() + "\n" for row in rows)
+        columns = [[clip(row[column], width) for row in rows] if width < natural[column] else [row[column] for row in rows]
+                   for column, width in widths.items()]
+        return "".join((form % cells).rstrip() + "\n" for cells in zip(*columns))
     lines = []
     for number, row in enumerate(rows):
         cells = []
@@ -7463,9 +7470,9 @@ def format_queue(rows: Sequence[Mapping[str, Any]], now: Time, style: Style = PL
         return "The queue is empty.\n"
     out: List[Row] = [("ID", "AGE", "SIZE", "STATE", "NEXT TRY", "SENDER", "RECIPIENTS")]
     for row in rows:
-        people = [printable(one["address"], 60) for one in row["recipients"]]
-        if len(people) > 3:
-            people[3:] = ["and %d more" % (len(people) - 3)]
+        people = [printable(one["address"], 60) for one in row["recipients"][:3]]
+        if len(row["recipients"]) > 3:
+            people.append("and %d more" % (len(row["recipients"]) - 3))
         due = None if row["state"] == "delivering" else row["next_attempt"]
         out.append((row["id"], format_duration(now - row["received"]), format_size(row["size"]), row["state"],
                     say_next(due, now), "<%s>" % printable(row["sender"], 60), ", ".join(people)))
@@ -7482,10 +7489,11 @@ def format_sums(rows: Sequence[Mapping[str, Any]], now: Time, style: Style) -> s
     out: List[Row] = [("DOMAIN", "MESSAGES", "SIZE", "HELD", "OLDEST", "NEXT TRY")]
     reasons = []
     for name, its in [*domains.items(), *([("all", rows)] if len(domains) > 1 else [])]:
-        due = min((row["next_attempt"] for row in its if row["next_attempt"] is not None), default=None)
-        out.append((name, format(len(its), ","), format_size(sum(row["size"] for row in its)),
-                    str(sum(row["state"] == "held" for row in its)),
-                    format_duration(now - min(row["received"] for row in its)), say_next(due, now)))
+        octets, states, ages, times = (list(map(operator.itemgetter(key), its)) for key in (
+            "size", "state", "received", "next_attempt"))
+        due = min((at for at in set(times) if at is not None), default=None)
+        out.append((name, format(len(its), ","), format_size(sum(octets)), str(states.count("held")),
+                    format_duration(now - min(ages)), say_next(due, now)))
         last = next((one["last_response"] for row in its for one in row["recipients"] if one["last_response"]), "")
         if last and name in domains:
             reasons += _hang("%s: %s" % (name, printable(last)), style)
@@ -10142,6 +10150,7 @@ def show_queue(cfg: Config, what: str, as_json: bool) -> int:
     rows: List[Dict[str, Any]] = []
     spool = Spool(cfg.spool)
     answer: Dict[str, Any] = {}
+    gc.disable()                        # a hundred thousand rows and no cycle among them
     for answer in ask_relay(cfg, {"command": "list", "what": what}):
         for id, state, due, expires, failures in answer.get("rows", ()):
             try:
@@ -10150,7 +10159,7 @@ def show_queue(cfg: Config, what: str, as_json: bool) -> int:
                 continue                # delivered since, or somebody's own work
     code = say_error(answer)
     if code == EX_OK:
-        rows.sort(key=lambda row: (row["received"], row["id"]))
+        rows.sort(key=operator.itemgetter("received", "id"))
         if as_json:
             print_json(rows)
         else:
@@ -10162,15 +10171,15 @@ def queue_rows(sidecar: Mapping[str, Any], site: Mapping[str, Any], state: str, 
                failures: int) -> Iterator[Dict[str, Any]]:
     """A message as --queue lists it: the sidecar, and what the relay knows since.  Attempts
     to reach a primary that is down are counted there, not written to each sidecar."""
-    mine = [one for one in sidecar["recipients"]
-            if one["state"] == QUEUED and (site["notices"] or one["domain"] == site["site"])]
-    recipients = [{"address": one["address"], "attempts": one["attempts"] + failures,
-                   "last_response": site["error"] if site["error"] and (failures or not one["last_response"])
-                   else one["last_response"]} for one in mine]
-    if recipients:
+    name, error, is_all = site["site"], site["error"], site["notices"]
+    mine = [one for one in sidecar["recipients"] if one["state"] == QUEUED and (is_all or one["domain"] == name)]
+    if mine:
         yield {"id": sidecar["id"], "domain": mine[0]["domain"], "state": state, "sender": sidecar["sender"],
                "size": sidecar["size"], "received": sidecar["received"], "expires": expires, "next_attempt": due,
-               "client": sidecar["client"], "recipients": recipients}
+               "client": sidecar["client"], "recipients": [
+                   {"address": one["address"], "attempts": one["attempts"] + failures,
+                    "last_response": error if error and (failures or not one["last_response"]) else one["last_response"]}
+                   for one in mine]}
 
 
 def show_message(cfg: Config, id: str, as_json: bool, raw: bool) -> int:
