@@ -120,6 +120,8 @@ SIGNALS
     HUP   read the configuration again, reopen the log, look for copied mail
     USR1  probe every primary and deliver what can be delivered
     TERM, INT   stop within 5 seconds; nothing is lost
+    They are for the relay.  The second process one sees is its clerk, which
+    writes small messages to the spool, ignores them and ends with the relay.
 
 SERVICES
     --print-unit prints a unit with the paths of this script, of its Python and
