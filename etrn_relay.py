@@ -9041,7 +9041,7 @@ class Server:
         try:
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             reserved = RESERVED_FILES + (PAGE_CONNECTIONS if self.page is not None else 0)
-            wanted = 2 * (self.cfg.max_connections + LINES_MAX) + reserved     # each client may have a file open, too
+            wanted = 3 * self.cfg.max_connections + 2 * LINES_MAX + reserved   # each client may have a body and a sidecar open
             if soft < wanted:
                 soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -10045,10 +10045,17 @@ def serve(cfg: Config) -> int:
     spool.open()
     release_memory()
     gc.freeze()                         # the collector leaves alone what is there now, so that it stays shared with the clerk
-    clerk = Clerk(spool, account.become)        # before there is a thread, or a file that it should not have
+    clerk: Optional[Clerk] = None
+    problem = ""
+    try:
+        clerk = Clerk(spool, account.become)    # before there is a thread, or a file that it should not have
+    except OSError as error:
+        problem = describe(error)
     log = Log(cfg.log, cfg.log_level, cfg.hostname)
     server = Server(cfg, spool, log)
     server.manager.committers.clerk = clerk
+    if problem:
+        log.write("master", "no process to write the spool: %s; the relay writes itself" % problem, "warning")
     server.supervisor = supervisor
     server.load_recipients()
     server.load_logins()
@@ -10916,7 +10923,7 @@ def find_service(config: str) -> Service:
         service = Service(command, config, STATE_SPOOL, "stderr", "", (SMTP_PORT,), 65536, remark)
     else:
         ports = tuple(where.port for where in [*cfg.listen, *cfg.odmr_listen, *filter(None, [cfg.status_listen])])
-        service = Service(command, config, cfg.spool, cfg.log, cfg.user, ports, max(65536, 2 * cfg.max_connections), "")
+        service = Service(command, config, cfg.spool, cfg.log, cfg.user, ports, max(65536, 3 * cfg.max_connections), "")
     for path in (*command, service.spool, service.log):
         if not path.isprintable():
             raise Usage("%r cannot be named in a unit" % path)

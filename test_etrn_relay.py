@@ -11804,6 +11804,15 @@ class ClerksOfRelays(Ledgers):
         self.assertEqual([self.is_alive(clerk), len(relay.files())], [False, 2])
         self.assertEqual([line for line in relay.log if "has ended" in line], [])
 
+    def test_where_no_process_can_be_had_the_relay_does_without(self) -> None:
+        failing = "import os\ndef fork(): raise OSError(11, 'Resource temporarily unavailable')\nos.fork = fork\n" + STARTER
+        with mock.patch.object(sys.modules[__name__], "STARTER", failing):
+            relay = self.relay()
+        relay.logged(r"warning: no process to write the spool: Resource temporarily unavailable; the relay writes itself")
+        assert relay.process is not None
+        self.assertEqual((children_of(relay.process.pid), relay.send()[:3]), ([], "250"))
+        self.assertEqual(relay.end(), 0)
+
 
 class Mounts(Ledgers):
     """On file systems of their own, which only root can make."""
