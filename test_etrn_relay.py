@@ -4884,6 +4884,51 @@ class Recording(SpoolCase):
         notice, = self.spool.names()
         self.assertEqual(self.spool.read_sidecar(notice)["kind"], "notice")
 
+    # -- commands that end many messages
+
+    def finish(self, steps: etrn.Answers) -> Dict[str, Any]:
+        """The command's last answer."""
+        for answer in itertools.islice(steps, 100):
+            if answer is not None:
+                return answer
+            self.settle()
+        raise AssertionError("no answer")
+
+    def test_a_long_queue_is_deleted_in_steps_and_counted_right(self) -> None:
+        for command, notices in cases(self, [("delete", 0), ("bounce", 5)]):
+            for number in range(7):
+                site, _ = self.queue("ABCDE%d" % number)
+            entries = list(site.entries.values())
+            with shorten(END_BATCH=3):
+                steps = etrn.end_entries(self.manager, DOMAIN, command)
+                self.assertIsNone(next(steps))              # the others' turn, after two messages
+                self.settle()
+                self.assertEqual(list(site.entries.values()), entries[2:])
+                self.assertEqual(self.finish(etrn.end_entries(self.manager, entries[3].id, "delete"))["count"], 1)
+                site.on_started(self.clock.now)
+                site.on_connected(self.clock.now)
+                self.assertEqual(site.take(1, self.clock.now), [entries[2]])        # being sent
+                self.assertEqual(self.finish(steps), {"count": 5, "busy": 1, "exit": 75})
+            self.assertEqual((list(site.entries.values()), self.manager.watches), ([entries[2]], []))
+            mail = [one for one in map(self.spool.read_sidecar, self.spool.names()) if one["kind"] != "mail"]
+            self.assertEqual(len(mail), notices)
+            site.on_closed(self.clock.now, "")
+            self.spool.remove(list(self.spool.names()))
+            self.manager.scheduler.sites.clear()
+
+    def test_others_have_their_turn_after_each_step_of_a_deletion(self) -> None:
+        for number in range(6):
+            self.queue("ABCDE%d" % number)
+        for batch, turns in cases(self, [(1, 6), (2, 3), (6, 1), (7, 0)]):
+            ended: List[str] = []
+            with shorten(END_BATCH=batch), mock.patch.object(
+                    self.manager, "end", side_effect=lambda site, entry, kind, ended=ended: ended.append(entry.id)):
+                steps = etrn.end_entries(self.manager, DOMAIN, "delete")
+                counts = [len(ended) for answer in itertools.takewhile(lambda _: len(ended) < 6, steps)]    # noqa: B023
+                steps.close()           # type: ignore[attr-defined]
+            self.assertEqual(counts, [number * batch - 1 for number in range(1, turns + 1)])
+            self.assertEqual(self.manager.watches, [])
+
     # -- pairs that come and go
 
     def look(self) -> None:
@@ -11812,6 +11857,22 @@ class ClerksOfRelays(Ledgers):
         assert relay.process is not None
         self.assertEqual((children_of(relay.process.pid), relay.send()[:3]), ([], "250"))
         self.assertEqual(relay.end(), 0)
+
+    def test_whoever_hangs_up_in_the_middle_of_a_deletion_leaves_no_watch_behind(self) -> None:
+        with shorten(END_BATCH=1), Local(self.folder) as local, Wire(local.port) as client:
+            client.say("EHLO client.example")
+            for _ in range(8):
+                self.assertEqual(client.send(MESSAGE)[:3], "250")
+            manager = local.server.manager
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+                sock.connect(os.path.join(local.spool.path, "control"))
+                sock.sendall(b'{"command": "delete", "what": "all"}\n')
+                wait(lambda: manager.watches, "the command to begin")
+                self.assertTrue(spool_files(local.spool.path))
+            wait(lambda: not local.server.controllers, "the end of the command")
+            self.assertEqual(manager.watches, [])
+            wait(lambda: not manager.chains, "what was begun")
+            self.assertIn(len(spool_files(local.spool.path)), range(2, 16))
 
 
 class Mounts(Ledgers):
