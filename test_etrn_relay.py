@@ -18,6 +18,7 @@ import argparse
 import ast
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import ctypes
@@ -6994,6 +6995,105 @@ class TlsPrimaries(Secured):
 
 
 # -- attacks
+
+class Conversations(Secured):
+    """Of the client with a peer that is slow, or leaves."""
+
+    def pair(self, has_tls: bool) -> Tuple[etrn.Client, socket.socket]:
+        """Connected, with buffers so small that a large message does not fit."""
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+            sock = etrn.begin_connect(etrn.Hop("peer.example", "127.0.0.1", listener.getsockname()[1]))
+            peer, _ = listener.accept()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        peer.settimeout(DEADLINE_S)
+        client = etrn.Client("backup.example.net")
+        client._host = "peer.example"       # type: ignore[attr-defined]
+        client.sock = sock
+        if has_tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.path("one.pem"), self.path("one.key"))
+            client.esmtp_features = {"starttls": ""}
+            with mock.patch.object(client, "ask_tls", return_value=(220, b"")), mock.patch.object(client, "hello"), \
+                    concurrent.futures.ThreadPoolExecutor(1) as pool:
+                secured = pool.submit(context.wrap_socket, peer, server_side=True)
+                client.secure("require")
+                peer = secured.result()
+        self.addCleanup(client.close)
+        self.addCleanup(peer.close)
+        return client, peer
+
+    def test_a_peer_that_reads_slowly_gets_all_of_it_and_is_heard(self) -> None:
+        data = bytes(range(256)) * 4000
+        for has_tls in cases(self, [False, True]):
+            client, peer = self.pair(has_tls)
+            got: List[bytes] = []
+
+            def read(peer: socket.socket = peer, got: List[bytes] = got) -> None:
+                while sum(map(len, got)) < len(data):
+                    got.append(peer.recv(3000))
+                for piece in (b"2", b"50-a\r", b"\n250 ", b"b\r\n"):
+                    peer.sendall(piece)
+            thread = threading.Thread(target=read, daemon=True)
+            thread.start()
+            client.write(data, DEADLINE_S)
+            client.wait(DEADLINE_S)
+            self.assertEqual(client.getreply(), (250, b"a\nb"))
+            thread.join(DEADLINE_S)
+            self.assertEqual(b"".join(got), data)
+            self.assertGreater(len(got), 200)
+            self.assertTrue(client.is_silent())         # tickets of TLS are no traffic
+            peer.close()
+            wait(lambda client=client: not client.is_silent(), "the end to be noticed")
+
+    def test_a_peer_that_stops_reading_or_answering_is_left_after_its_time(self) -> None:
+        for has_tls, act in cases(self, itertools.product([False, True], [
+                lambda client: client.write(b"x" * 5000000, 0.2), lambda client: (client.wait(0.2), client.getreply())])):
+            client, peer = self.pair(has_tls)
+            began, used = time.monotonic(), time.process_time()
+            with self.assertRaises(etrn.PeerError) as caught:
+                act(client)
+            self.assertEqual(str(caught.exception), "conversation with peer.example timed out")
+            self.assertTrue(0.15 < time.monotonic() - began < DEADLINE_S / 2)
+            self.assertLess(time.process_time() - used, 0.15, "it waits without turning")
+            peer.close()
+
+    def test_a_peer_that_leaves_while_it_is_written_to_is_noticed_at_once(self) -> None:
+        for has_tls in cases(self, [False, True]):
+            client, peer = self.pair(has_tls)
+
+            def leave(peer: socket.socket = peer) -> None:
+                peer.recv(1000)
+                peer.close()
+            thread = threading.Thread(target=leave, daemon=True)
+            thread.start()
+            with self.assertRaises(etrn.PeerError) as caught:
+                client.write(b"x" * 5000000, DEADLINE_S)
+            self.assertRegex(str(caught.exception), r"\Alost connection with peer\.example: ")
+            thread.join(DEADLINE_S)
+
+    def test_what_is_cut_ends_whatever_it_waits_for(self) -> None:
+        for has_tls, act in cases(self, itertools.product([False, True], [
+                lambda client: client.write(b"x" * 5000000, DEADLINE_S),
+                lambda client: (client.wait(DEADLINE_S), client.getreply())])):
+            client, _ = self.pair(has_tls)
+            line = mock.Mock(client=client)
+            polled = threading.Event()
+            shim = types.SimpleNamespace(**dict(vars(select), poll=lambda polled=polled: (polled.set(), select.poll())[1]))
+
+            def cut(polled: threading.Event = polled, line: Any = line) -> None:
+                polled.wait(DEADLINE_S)
+                etrn.Line.cut(line)
+            thread = threading.Thread(target=cut, daemon=True)
+            thread.start()
+            began = time.monotonic()
+            with mock.patch.object(etrn, "select", shim):
+                self.assertRaises(etrn.PeerError, act, client)
+            self.assertLess(time.monotonic() - began, DEADLINE_S / 2)
+            thread.join(DEADLINE_S)
+
 
 def memory_of(pid: int) -> int:
     """Octets in RAM; 0 where the system does not say."""
