@@ -4661,6 +4661,15 @@ class Clerks(SpoolCase):
         committers.stop()
         self.assertEqual((list(recover_open(self.spool)), self.told), (["ABCDE1"], []))
 
+    def test_there_is_a_descriptor_for_each_clients_socket_body_and_sidecar(self) -> None:
+        """Those of a batch are all open at once."""
+        asked: List[Any] = []
+        fake = types.SimpleNamespace(RLIMIT_NOFILE=7, RLIM_INFINITY=-1, getrlimit=lambda _: (64, 99999),
+                                     setrlimit=lambda _, both: asked.append(both))
+        with mock.patch.object(etrn, "resource", fake):
+            etrn.Server._reserve_files(mock.Mock(page=None, cfg=config("max_connections = 500")))
+        self.assertEqual(asked, [(3 * 500 + 2 * etrn.LINES_MAX + etrn.RESERVED_FILES, 99999)])
+
     # -- a disk that fails it
 
     def test_each_failure_of_the_clerks_disk_is_told_and_leaves_nothing(self) -> None:
