@@ -2326,12 +2326,13 @@ class Clerk:
     def __init__(self, spool: Spool, settle: Callable[[], None]) -> None:
         """Forks, so there must be no threads yet.  `settle` is called in the new process first.  Raises OSError."""
         self.spool = spool
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # who is ignored when it ends has a number that others may get
         ours, theirs = socket.socketpair()
         with ours, theirs:
             self.process = os.fork()
-            self.stream = (ours if self.process else theirs).makefile("rwb")
-        if not self.process:
-            self._live(settle)
+            if not self.process:
+                self._live(ours, theirs, settle)
+            self.stream = ours.makefile("rwb")
 
     def commit(self, batch: Sequence[Commit]) -> List[Optional[OSError]]:
         """As Spool.commit()."""
@@ -2360,20 +2361,23 @@ class Clerk:
         return self.spool.remove(ids) if errors is None else [error and OSError(*error) for error in errors]
 
     def end(self) -> None:
-        """It ends when it has nothing more to read."""
+        """At once, also where it was stopped: it has nothing to do, or must not go on."""
         with contextlib.suppress(OSError):
             self.stream.close()
         if self.process:
+            with contextlib.suppress(PermissionError):      # it ended before it became `user`
+                os.kill(self.process, signal.SIGKILL)
             os.waitpid(self.process, 0)
         self.process = 0
 
     def _ask(self, request: Tuple[str, List[Any]]) -> Any:
         """None when the clerk is no more."""
+        if not self.process:
+            return None
         try:
             self._write(request)
             answer, sick = self._read()
-        except (OSError, EOFError):
-            os.kill(self.process, signal.SIGKILL)       # it cannot go on by itself: that is certain now
+        except Exception:               # whatever it was: an answer that is yet to come would be taken for the next one
             self.end()
             return None
         self.spool.sick = sick or self.spool.sick
@@ -2392,19 +2396,25 @@ class Clerk:
 
     # -- in the process
 
-    def _live(self, settle: Callable[[], None]) -> None:
-        """Signals are for the relay; the end of its requests is the end of this."""
+    def _live(self, relay: socket.socket, ours: socket.socket, settle: Callable[[], None]) -> None:
+        """Signals are for the relay; the end of its requests is the end of this.  Never
+        returns: there is one relay, and its code goes on in the other process."""
+        status = 1
         try:
+            relay.close()
+            self.stream = ours.makefile("rwb")
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_IGN)
             settle()
             while True:
                 self._write(self._serve(*self._read()))
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            os._exit(0)
+            status = 0
         except BaseException:
             traceback.print_exc()       # to the relay's standard error; the relay does it again, and tells
-            os._exit(1)
+            sys.stderr.flush()
+        finally:
+            os._exit(status)
 
     def _serve(self, what: str, values: List[Any]) -> Tuple[List[Any], str]:
         answer: List[Any]
@@ -2457,6 +2467,7 @@ class Committers:
                 self.messages.append((work, done))
                 is_free = self.writing < self.width
             if is_free and self.idle:
+                self.idle -= 1          # by us, because it wakes up later: the next one is not for it
                 self.condition.notify()
             elif is_free and len(self.threads) <= 2 * self.width:
                 self._grow()
@@ -2474,6 +2485,7 @@ class Committers:
         """Returns when all that was submitted is done."""
         with self.condition:
             self.stopping = True
+            self.idle = 0
             self.condition.notify_all()
         for thread in self.threads:
             thread.join()
@@ -2505,7 +2517,6 @@ class Committers:
                     return []
                 self.idle += 1
                 self.condition.wait()
-                self.idle -= 1
 
     def _note(self, batch: Sequence[Tuple[Work, Done]], seconds: float) -> None:
         commits = sum(isinstance(work, Commit) for work, _ in batch)
@@ -9032,7 +9043,7 @@ class Server:
         try:
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             reserved = RESERVED_FILES + (PAGE_CONNECTIONS if self.page is not None else 0)
-            wanted = 2 * (self.cfg.max_connections + LINES_MAX) + reserved     # each client may have a file open, too
+            wanted = 3 * self.cfg.max_connections + 2 * LINES_MAX + reserved   # each client may have a body and a sidecar open
             if soft < wanted:
                 soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -10036,10 +10047,17 @@ def serve(cfg: Config) -> int:
     spool.open()
     release_memory()
     gc.freeze()                         # the collector leaves alone what is there now, so that it stays shared with the clerk
-    clerk = Clerk(spool, account.become)        # before there is a thread, or a file that it should not have
+    clerk: Optional[Clerk] = None
+    problem = ""
+    try:
+        clerk = Clerk(spool, account.become)    # before there is a thread, or a file that it should not have
+    except OSError as error:
+        problem = describe(error)
     log = Log(cfg.log, cfg.log_level, cfg.hostname)
     server = Server(cfg, spool, log)
     server.manager.committers.clerk = clerk
+    if problem:
+        log.write("master", "no process to write the spool: %s; the relay writes itself" % problem, "warning")
     server.supervisor = supervisor
     server.load_recipients()
     server.load_logins()
@@ -10907,7 +10925,7 @@ def find_service(config: str) -> Service:
         service = Service(command, config, STATE_SPOOL, "stderr", "", (SMTP_PORT,), 65536, remark)
     else:
         ports = tuple(where.port for where in [*cfg.listen, *cfg.odmr_listen, *filter(None, [cfg.status_listen])])
-        service = Service(command, config, cfg.spool, cfg.log, cfg.user, ports, max(65536, 2 * cfg.max_connections), "")
+        service = Service(command, config, cfg.spool, cfg.log, cfg.user, ports, max(65536, 3 * cfg.max_connections), "")
     for path in (*command, service.spool, service.log):
         if not path.isprintable():
             raise Usage("%r cannot be named in a unit" % path)

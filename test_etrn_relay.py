@@ -18,6 +18,7 @@ import argparse
 import ast
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import ctypes
@@ -2977,6 +2978,13 @@ def store(spool: etrn.Spool, id: str, data: bytes = MESSAGE, **values: Any) -> O
     return spool.commit([(etrn.Draft(id), [data], sidecar_of(id, **values))])[0]
 
 
+def fork_clerk(spool: etrn.Spool) -> etrn.Clerk:
+    """It has what is replaced in etrn_relay now."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)     # of forks beside threads; a clerk needs nothing of theirs
+        return etrn.Clerk(spool, lambda: None)
+
+
 def opened(folder: str) -> etrn.Spool:
     spool = etrn.Spool(folder)
     spool.open()
@@ -4414,6 +4422,364 @@ class SpoolPeople(SpoolCase):
         self.assertEqual((draft.fd, os.listdir(self.at("incoming"))), (-1, []))
 
 
+class Stepping:
+    """Stands for a module within etrn_relay.  `on_step` is told the name of each of some functions before it is called."""
+
+    def __init__(self, real: Any, names: Sequence[str], on_step: Callable[[str], None]) -> None:
+        self.real, self.names, self.on_step = real, names, on_step
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.real, name)
+        if name not in self.names:
+            return found
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.on_step(name)
+            return found(*arguments, **options)
+        return call
+
+
+class Clerks(SpoolCase):
+    """The process that writes small messages, and the threads that hand them to it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.spool = opened(self.path)
+        self.addCleanup(self.spool.close)
+        self.told: List[Tuple[Any, Any]] = []
+
+    def clerk(self, on_step: Optional[Callable[[str], None]] = None, spool: Optional[etrn.Spool] = None) -> etrn.Clerk:
+        """`on_step`: in the clerk, before each call that changes files, and before it answers."""
+        with contextlib.ExitStack() as stack:
+            if on_step is not None:
+                stack.enter_context(mock.patch.object(etrn, "os", Stepping(os, Disk.COUNTED, on_step)))
+                stack.enter_context(mock.patch.object(etrn, "marshal", Stepping(etrn.marshal, ["dumps"], on_step)))
+            clerk = fork_clerk(spool or self.spool)
+        self.addCleanup(clerk.end)
+        return clerk
+
+    def committers(self, clerk: Optional[etrn.Clerk] = None, spool: Optional[etrn.Spool] = None) -> etrn.Committers:
+        """On a disk so quick that one batch at a time is under way."""
+        committers = etrn.Committers(spool or self.spool, self.told.extend, "lost")        # type: ignore[arg-type]
+        committers.clerk = clerk
+        committers.fsyncs_s.append(0.0)
+        return committers
+
+    @staticmethod
+    def mail(id: str, *blocks: bytes) -> etrn.Commit:
+        return etrn.Commit(etrn.Draft(id), list(blocks or [MESSAGE]), sidecar_of(id))
+
+    def left_in(self, spool: etrn.Spool) -> List[str]:
+        return os.listdir(spool.incoming) + sorted(spool.entering)
+
+    # -- as the spool does it
+
+    def test_a_clerk_keeps_and_removes_as_the_spool_does(self) -> None:
+        clerk = self.clerk()
+        batch = [self.mail("ABCDE1", MESSAGE, b"and more\r\n"), self.mail("ABCDE2", b"")]
+        self.assertEqual(clerk.commit(batch), [None, None])
+        self.assertEqual(recover_open(self.spool), {"ABCDE1": MESSAGE + b"and more\r\n", "ABCDE2": b""})
+        self.assertEqual([self.spool.read_sidecar(one.draft.id) for one in batch], [one.sidecar for one in batch])
+        self.assertEqual(clerk.remove(["ABCDE2", "ABCDE1", "ABCDE0"]), [None] * 3)
+        self.assertEqual((spool_files(self.path), self.left_in(self.spool)), ([], []))
+        self.assertTrue(clerk.process)
+
+    def test_answers_come_in_the_order_of_the_batch_whoever_writes(self) -> None:
+        self.assertIsNone(store(self.spool, "ABCDE4"))
+        clerk = self.clerk()
+        asked: List[str] = []
+        real = clerk._write
+
+        def write(request: Any) -> None:
+            asked.extend(id for id, _, _ in request[1])
+            real(request)
+        clerk._write = write            # type: ignore[method-assign]
+        large = b"x" * etrn.CLERK_OCTETS
+        batch = [self.mail("ABCDE0"), self.mail("ABCDE1", large, b"y"), self.mail("ABCDE2"), self.mail("ABCDE3", b"second"),
+                 self.mail("ABCDE4"), self.mail("ABCDE5"), self.mail("ABCDE6", large)]
+        self.spool.append(batch[3].draft, [b"first, "])
+        batch[5].draft.error = OSError(errno.EDQUOT, "a quota")
+        told = clerk.commit(batch)
+        self.assertEqual([one and one.errno for one in told], [None] * 4 + [errno.EEXIST, errno.EDQUOT, None])
+        self.assertEqual(asked, ["ABCDE0", "ABCDE2", "ABCDE4", "ABCDE6"])
+        self.assertEqual(recover_open(self.spool), {
+            "ABCDE0": MESSAGE, "ABCDE1": large + b"y", "ABCDE2": MESSAGE, "ABCDE3": b"first, second", "ABCDE4": MESSAGE,
+            "ABCDE6": large})
+        self.assertEqual([self.spool.read_sidecar(one.draft.id) for one in batch[:4]], [one.sidecar for one in batch[:4]])
+        self.assertEqual(self.left_in(self.spool), [])
+
+    def test_nobody_reads_what_the_clerk_has_not_been_heard_of(self) -> None:
+        clerk = self.clerk()
+        seen: List[str] = []
+        real = clerk._read
+
+        def read() -> Any:
+            answer = real()
+            seen.extend([*spool_files(self.path), *self.spool.names()])
+            return answer
+        clerk._read = read              # type: ignore[method-assign]
+        self.assertEqual(clerk.commit([self.mail("ABCDE1")]), [None])
+        self.assertEqual((seen, list(self.spool.names())), (["ABCDE1.eml", "ABCDE1.json"], ["ABCDE1"]))
+
+    def test_all_of_a_batch_is_written_before_any_of_it_is_synced_and_that_before_any_enters(self) -> None:
+        steps: List[str] = []
+        names = ("write", "posix_fadvise", "fsync", "rename")
+        with mock.patch.object(etrn, "os", Stepping(os, names, steps.append)):
+            self.assertEqual(self.spool.commit([self.mail("ABCDE%d" % number) for number in range(3)]), [None] * 3)
+        self.assertEqual(steps, ["write", "posix_fadvise"] * 6 + ["fsync"] * 6 + ["rename"] * 6 + ["fsync"])
+
+    def test_advice_that_the_kernel_does_not_take_costs_nothing(self) -> None:
+        def refuse(*_: Any) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        for number, shim in enumerate(cases(self, [
+                types.SimpleNamespace(**dict(vars(os), posix_fadvise=refuse)),
+                types.SimpleNamespace(**{name: value for name, value in vars(os).items() if name != "posix_fadvise"})])):
+            with mock.patch.object(etrn, "os", shim):
+                self.assertIsNone(store(self.spool, "ABCDE%d" % number))
+
+    # -- its end
+
+    def test_a_clerk_killed_at_any_moment_costs_no_message_and_no_answer(self) -> None:
+        ids = ["ABCDE1", "ABCDE2", "ABCDE3"]
+        for at in itertools.count():
+            self.row = at
+            left = [at]
+
+            def on_step(_: str, left: List[int] = left) -> None:
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+            spool = opened(self.fresh())
+            self.assertIsNone(store(spool, "ABCDE0"))
+            clerk = self.clerk(on_step, spool)
+            committers = self.committers(clerk, spool)
+            self.told.clear()
+            told = committers._work([*((self.mail(id), id) for id in ids), (etrn.Remove("ABCDE0"), "gone")])   # type: ignore[misc]
+            self.assertEqual(told, [*((id, None) for id in ids), ("gone", None)])
+            self.assertEqual(recover_open(spool), dict.fromkeys(ids, MESSAGE))
+            self.assertEqual(self.left_in(spool), [])
+            is_lost = committers.clerk is None
+            self.assertEqual((self.told, clerk.process == 0), ([("lost", None)] if is_lost else [], is_lost))
+            committers.stop()
+            spool.close()
+            self.assertEqual(recover(spool.path), dict.fromkeys(ids, MESSAGE))
+            if not is_lost:
+                break
+        self.assertGreater(self.row, 40)
+        del self.row
+
+    def test_a_clerk_killed_while_it_had_nothing_to_do_is_missed_by_nobody(self) -> None:
+        for number, ignored in enumerate(cases(self, [signal.SIG_DFL, signal.SIG_IGN])):
+            self.addCleanup(signal.signal, signal.SIGCHLD, signal.signal(signal.SIGCHLD, ignored))      # by whoever started us
+            clerk = self.clerk()
+            committers = self.committers(clerk)
+            pid = clerk.process
+            os.kill(pid, signal.SIGKILL)
+            self.assertEqual(signal.getsignal(signal.SIGCHLD), signal.SIG_DFL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            for id in ("ABCDE%d" % number, "ABCDF%d" % number):
+                told = committers._work([(self.mail(id), "kept"), (etrn.Remove("ABCDE9"), "gone")])     # type: ignore[list-item]
+                self.assertEqual(told, [("kept", None), ("gone", None)])
+            self.assertIsNone(committers.clerk)
+            self.assertRaises(ChildProcessError, os.waitpid, pid, 0)
+            committers.stop()
+        self.assertEqual((len(recover_open(self.spool)), self.told), (4, [("lost", None)] * 2))
+
+    def test_an_answer_is_never_taken_for_that_of_another_request(self) -> None:
+        for fault in cases(self, [MemoryError(), ValueError("bad marshal data"), OSError(errno.ENOMEM, "no memory")]):
+            self.assertIsNone(store(self.spool, "ABCDE0"))
+            committers = self.committers(self.clerk())
+            with mock.patch.object(etrn.marshal, "loads", side_effect=fault):
+                self.assertEqual(committers._work([(self.mail("ABCDE1"), "kept")]), [("kept", None)])     # type: ignore[list-item]
+            (_, error), = committers._work([(self.mail("ABCDE0"), "twice")])                              # type: ignore[list-item]
+            self.assertEqual(error and error.errno, errno.EEXIST)
+            self.spool.remove(["ABCDE0", "ABCDE1"])
+
+    def test_a_bug_in_the_clerk_is_told_on_standard_error_and_costs_nothing(self) -> None:
+        def on_step(name: str) -> None:
+            if name == "rename":
+                raise RuntimeError("a bug")
+        errors = tempfile.TemporaryFile()
+        self.addCleanup(errors.close)
+        with mock.patch.object(sys, "stderr", io.TextIOWrapper(io.FileIO(errors.fileno(), "w", closefd=False))):    # type: ignore[type-var]
+            clerk = self.clerk(on_step)
+        self.assertEqual(clerk.commit([self.mail("ABCDE1"), self.mail("ABCDE2")]), [None, None])
+        self.assertEqual((clerk.process, sorted(recover_open(self.spool)), self.left_in(self.spool)),
+                         (0, ["ABCDE1", "ABCDE2"], []))
+        errors.seek(0)
+        self.assertRegex(errors.read().decode(), r"\ATraceback [^\0]*RuntimeError: a bug\n\Z")
+
+    def test_a_clerk_that_cannot_say_what_is_wrong_ends_all_the_same(self) -> None:
+        """Its code must not go on where the relay's does."""
+        ours = os.getpid()
+        with mock.patch.object(etrn, "traceback", None):
+            try:
+                clerk = self.clerk(lambda name: 1 // 0)         # type: ignore[arg-type, return-value]
+            finally:
+                if os.getpid() != ours:
+                    os._exit(99)
+        clerk._write(("remove", ["ABCDE1"]))
+        found = os.waitid(os.P_PID, clerk.process, os.WEXITED | os.WNOWAIT)
+        self.assertEqual(found and found.si_status, 1)
+
+    def test_a_clerk_ends_when_the_relay_is_gone_and_for_no_other_signal(self) -> None:
+        clerk = self.clerk()
+        self.assertEqual(clerk.commit([]), [])              # it is up
+        for number in cases(self, [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]):
+            os.kill(clerk.process, number)
+            self.assertEqual(clerk.commit([]), [])
+            self.assertTrue(clerk.process)
+        pid, clerk.process = clerk.process, 0
+        clerk.end()                                         # closes alone, as the kernel does for a relay that is gone
+        try:
+            self.assertEqual(wait(lambda: os.waitpid(pid, os.WNOHANG)[0] and True, "its end", 5.0), True)
+        except AssertionError:
+            os.kill(pid, signal.SIGKILL)
+            raise
+
+    def test_a_clerk_that_was_stopped_holds_no_end_up(self) -> None:
+        committers = self.committers(self.clerk())
+        assert committers.clerk is not None
+        pid = committers.clerk.process
+        os.kill(pid, signal.SIGSTOP)
+        thread = threading.Thread(target=committers.stop, daemon=True)
+        thread.start()
+        try:
+            wait(lambda: not thread.is_alive(), "the end", 5.0)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+            thread.join(DEADLINE_S)
+
+    def test_without_a_process_the_relay_writes_itself(self) -> None:
+        with mock.patch.object(etrn.os, "fork", side_effect=OSError(errno.EAGAIN, "Resource temporarily unavailable")):
+            before = len(os.listdir("/proc/self/fd"))
+            self.assertRaises(OSError, etrn.Clerk, self.spool, lambda: None)
+            self.assertEqual(len(os.listdir("/proc/self/fd")), before)
+        committers = self.committers()
+        self.assertEqual(committers._work([(self.mail("ABCDE1"), "kept")]), [("kept", None)])             # type: ignore[list-item]
+        committers.stop()
+        self.assertEqual((list(recover_open(self.spool)), self.told), (["ABCDE1"], []))
+
+    def test_there_is_a_descriptor_for_each_clients_socket_body_and_sidecar(self) -> None:
+        """Those of a batch are all open at once."""
+        asked: List[Any] = []
+        fake = types.SimpleNamespace(RLIMIT_NOFILE=7, RLIM_INFINITY=-1, getrlimit=lambda _: (64, 99999),
+                                     setrlimit=lambda _, both: asked.append(both))
+        with mock.patch.object(etrn, "resource", fake):
+            etrn.Server._reserve_files(mock.Mock(page=None, cfg=config("max_connections = 500")))
+        self.assertEqual(asked, [(3 * 500 + 2 * etrn.LINES_MAX + etrn.RESERVED_FILES, 99999)])
+
+    # -- a disk that fails it
+
+    def test_each_failure_of_the_clerks_disk_is_told_and_leaves_nothing(self) -> None:
+        calls = [("open", 0), ("open", 1), ("open", 2), ("write", 0), ("write", 1), ("fsync", 0), ("fsync", 1), ("fsync", 2),
+                 ("rename", 0), ("rename", 1)]
+        for number, ((name, nth), fault) in enumerate(cases(self, itertools.product(calls, SpoolFaults.ERRORS))):
+            left = [nth]
+
+            def on_step(step: str, name: str = name, fault: int = fault, left: List[int] = left) -> None:
+                if step == name:
+                    left[0] -= 1
+                    if left[0] == -1:
+                        raise OSError(fault, os.strerror(fault))
+            clerk = self.clerk(on_step)
+            self.assertEqual(clerk.commit([]), [])          # it is up
+            left_open = len(os.listdir("/proc/%d/fd" % clerk.process))
+            error, = clerk.commit([self.mail("ABC%03d" % number)])
+            assert error is not None
+            self.assertEqual((error.errno, error.strerror), (fault, os.strerror(fault)))
+            self.assertEqual(str(etrn.disk_reply(error))[:9],
+                             "452 4.3.1" if fault in (errno.ENOSPC, errno.EDQUOT) else "451 4.3.0")
+            self.assertEqual(bool(self.spool.sick), fault in (errno.EIO, errno.EROFS))
+            self.assertEqual((spool_files(self.path), self.left_in(self.spool)), ([], []))
+            self.assertTrue(self.spool.heal())
+            self.assertEqual((clerk.commit([self.mail("ABD%03d" % number)]), self.spool.sick), ([None], ""))
+            self.assertEqual(clerk.remove(["ABD%03d" % number]), [None])
+            self.assertEqual(len(os.listdir("/proc/%d/fd" % clerk.process)), left_open)
+            clerk.end()
+
+    def test_an_illness_is_not_forgotten_because_the_clerk_is_well(self) -> None:
+        clerk = self.clerk()
+        self.spool.sick = "Input/output error"
+        self.assertEqual((clerk.commit([self.mail("ABCDE1")]), self.spool.sick), ([None], "Input/output error"))
+
+    # -- committers
+
+    def test_a_task_that_takes_long_holds_no_mail_up(self) -> None:
+        for number in cases(self, [1, 2, 5]):
+            committers = self.committers()
+            self.told.clear()
+            is_over = threading.Event()
+            try:
+                for _ in range(number):
+                    committers.submit(etrn.Task(lambda spool, is_over=is_over: is_over.wait(DEADLINE_S)), "task")  # type: ignore[arg-type, misc]
+                wait(lambda committers=committers, number=number: committers.tasking == min(number, 2), "the tasks to begin")
+                committers.submit(self.mail("ABCDE%d" % number), "kept")                                           # type: ignore[arg-type]
+                wait(lambda: self.told, "the message", 5.0)
+                self.assertEqual(self.told, [("kept", None)])
+            finally:
+                is_over.set()
+                committers.stop()
+            self.assertEqual(self.told, [("kept", None)] + [("task", True)] * number)
+
+    def test_what_comes_at_once_wakes_a_thread_each(self) -> None:
+        committers = self.committers()
+        is_over = threading.Event()
+
+        def slowly(batch: Sequence[etrn.Commit]) -> List[None]:
+            is_over.wait(DEADLINE_S)
+            return [None] * len(batch)
+        with mock.patch.object(self.spool, "commit", slowly):
+            try:
+                committers.submit(etrn.Task(lambda spool: "first"), "task")                                        # type: ignore[arg-type]
+                wait(lambda: committers.idle, "a thread with nothing to do")
+                with committers.condition:
+                    committers.submit(self.mail("ABCDE1"), "kept")                                                 # type: ignore[arg-type]
+                    committers.submit(etrn.Task(lambda spool: "second"), "task")                                   # type: ignore[arg-type]
+                wait(lambda: ("task", "second") in self.told, "the task", 5.0)
+                self.assertNotIn(("kept", None), self.told)
+            finally:
+                is_over.set()
+                committers.stop()
+        self.assertEqual(self.told[-1], ("kept", None))
+
+    # -- the lock
+
+    def test_a_start_waits_for_the_clerk_of_a_relay_that_was_killed(self) -> None:
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        lock = os.path.join(self.path, "lock")
+        for holder, waits in cases(self, [(b"%d\n" % gone.pid, True), (b"%d\n" % os.getpid(), False), (b"1\n", False),
+                                          (b"", False), (b"\xff\n", False), (b"9" * 20, False), (b"-1\n", False)]):
+            slept: List[float] = []
+
+            def sleep(seconds: float, slept: List[float] = slept) -> None:
+                slept.append(seconds)
+                self.spool.close()
+            with open(lock, "r+b") as file:
+                file.truncate(0)
+                file.write(holder)
+            with mock.patch.object(etrn, "time", types.SimpleNamespace(**dict(vars(time), sleep=sleep))):
+                if waits:
+                    self.spool = opened(self.path)
+                    self.assertEqual(slept, [etrn.LOCK_POLL_S])
+                else:
+                    self.assertRaises(etrn.SpoolBusy, opened, self.path)
+                    self.assertEqual(slept, [])
+        self.addCleanup(self.spool.close)
+
+    def test_a_clerk_that_does_not_end_is_not_waited_for_for_ever(self) -> None:
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        with open(os.path.join(self.path, "lock"), "r+b") as file:
+            file.write(b"%d\n" % gone.pid)
+            file.truncate()
+        with shorten(LOCK_WAIT_S=0.03), self.assertRaises(etrn.SpoolBusy) as caught:
+            opened(self.path)
+        self.assertIn("process %d" % gone.pid, str(caught.exception))
+
+
 def recover_open(spool: etrn.Spool) -> Dict[str, bytes]:
     """The queued messages of an open spool, intact."""
     out = {}
@@ -4527,6 +4893,51 @@ class Recording(SpoolCase):
         self.settle()
         notice, = self.spool.names()
         self.assertEqual(self.spool.read_sidecar(notice)["kind"], "notice")
+
+    # -- commands that end many messages
+
+    def finish(self, steps: etrn.Answers) -> Dict[str, Any]:
+        """The command's last answer."""
+        for answer in itertools.islice(steps, 100):
+            if answer is not None:
+                return answer
+            self.settle()
+        raise AssertionError("no answer")
+
+    def test_a_long_queue_is_deleted_in_steps_and_counted_right(self) -> None:
+        for command, notices in cases(self, [("delete", 0), ("bounce", 5)]):
+            for number in range(7):
+                site, _ = self.queue("ABCDE%d" % number)
+            entries = list(site.entries.values())
+            with shorten(END_BATCH=3):
+                steps = etrn.end_entries(self.manager, DOMAIN, command)
+                self.assertIsNone(next(steps))              # the others' turn, after two messages
+                self.settle()
+                self.assertEqual(list(site.entries.values()), entries[2:])
+                self.assertEqual(self.finish(etrn.end_entries(self.manager, entries[3].id, "delete"))["count"], 1)
+                site.on_started(self.clock.now)
+                site.on_connected(self.clock.now)
+                self.assertEqual(site.take(1, self.clock.now), [entries[2]])        # being sent
+                self.assertEqual(self.finish(steps), {"count": 5, "busy": 1, "exit": 75})
+            self.assertEqual((list(site.entries.values()), self.manager.watches), ([entries[2]], []))
+            mail = [one for one in map(self.spool.read_sidecar, self.spool.names()) if one["kind"] != "mail"]
+            self.assertEqual(len(mail), notices)
+            site.on_closed(self.clock.now, "")
+            self.spool.remove(list(self.spool.names()))
+            self.manager.scheduler.sites.clear()
+
+    def test_others_have_their_turn_after_each_step_of_a_deletion(self) -> None:
+        for number in range(6):
+            self.queue("ABCDE%d" % number)
+        for batch, turns in cases(self, [(1, 6), (2, 3), (6, 1), (7, 0)]):
+            ended: List[str] = []
+            with shorten(END_BATCH=batch), mock.patch.object(
+                    self.manager, "end", side_effect=lambda site, entry, kind, ended=ended: ended.append(entry.id)):
+                steps = etrn.end_entries(self.manager, DOMAIN, "delete")
+                counts = [len(ended) for answer in itertools.takewhile(lambda _: len(ended) < 6, steps)]    # noqa: B023
+                steps.close()           # type: ignore[attr-defined]
+            self.assertEqual(counts, [number * batch - 1 for number in range(1, turns + 1)])
+            self.assertEqual(self.manager.watches, [])
 
     # -- pairs that come and go
 
@@ -5951,7 +6362,9 @@ class Life(Relays):
 class Local:
     """The relay in a thread of this process, where its functions can be replaced."""
 
-    def __init__(self, folder: str, relay: str = "", domain: str = "") -> None:
+    def __init__(self, folder: str, relay: str = "", domain: str = "", has_clerk: bool = False) -> None:
+        """`has_clerk`: its clerk has what is replaced in etrn_relay now."""
+        self.has_clerk = has_clerk
         self.cfg = config("listen = 127.0.0.1:0\nmin_free_space = 0\nnameservers = 127.0.0.1:9\n" + relay,
                           "primary = 127.0.0.1:9\nrecipients = any\ncutthrough = no\n" + domain,
                           os.path.join(folder, "etrn.conf"))
@@ -5966,6 +6379,7 @@ class Local:
             log.lines.clear()
         log.flush = keep                # type: ignore[method-assign]
         self.server = etrn.Server(self.cfg, self.spool, log)
+        self.server.manager.committers.clerk = fork_clerk(self.spool) if self.has_clerk else None
         self.server.listen()
         self.server.set_certificate(self.server.load_certificate())
         self.server.load_recipients()
@@ -6590,6 +7004,105 @@ class TlsPrimaries(Secured):
 
 
 # -- attacks
+
+class Conversations(Secured):
+    """Of the client with a peer that is slow, or leaves."""
+
+    def pair(self, has_tls: bool) -> Tuple[etrn.Client, socket.socket]:
+        """Connected, with buffers so small that a large message does not fit."""
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+            sock = etrn.begin_connect(etrn.Hop("peer.example", "127.0.0.1", listener.getsockname()[1]))
+            peer, _ = listener.accept()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        peer.settimeout(DEADLINE_S)
+        client = etrn.Client("backup.example.net")
+        client._host = "peer.example"       # type: ignore[attr-defined]
+        client.sock = sock
+        if has_tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.path("one.pem"), self.path("one.key"))
+            client.esmtp_features = {"starttls": ""}
+            with mock.patch.object(client, "ask_tls", return_value=(220, b"")), mock.patch.object(client, "hello"), \
+                    concurrent.futures.ThreadPoolExecutor(1) as pool:
+                secured = pool.submit(context.wrap_socket, peer, server_side=True)
+                client.secure("require")
+                peer = secured.result()
+        self.addCleanup(client.close)
+        self.addCleanup(peer.close)
+        return client, peer
+
+    def test_a_peer_that_reads_slowly_gets_all_of_it_and_is_heard(self) -> None:
+        data = bytes(range(256)) * 4000
+        for has_tls in cases(self, [False, True]):
+            client, peer = self.pair(has_tls)
+            got: List[bytes] = []
+
+            def read(peer: socket.socket = peer, got: List[bytes] = got) -> None:
+                while sum(map(len, got)) < len(data):
+                    got.append(peer.recv(3000))
+                for piece in (b"2", b"50-a\r", b"\n250 ", b"b\r\n"):
+                    peer.sendall(piece)
+            thread = threading.Thread(target=read, daemon=True)
+            thread.start()
+            client.write(data, DEADLINE_S)
+            client.wait(DEADLINE_S)
+            self.assertEqual(client.getreply(), (250, b"a\nb"))
+            thread.join(DEADLINE_S)
+            self.assertEqual(b"".join(got), data)
+            self.assertGreater(len(got), 200)
+            self.assertTrue(client.is_silent())         # tickets of TLS are no traffic
+            peer.close()
+            wait(lambda client=client: not client.is_silent(), "the end to be noticed")
+
+    def test_a_peer_that_stops_reading_or_answering_is_left_after_its_time(self) -> None:
+        for has_tls, act in cases(self, itertools.product([False, True], [
+                lambda client: client.write(b"x" * 5000000, 0.2), lambda client: (client.wait(0.2), client.getreply())])):
+            client, peer = self.pair(has_tls)
+            began, used = time.monotonic(), time.process_time()
+            with self.assertRaises(etrn.PeerError) as caught:
+                act(client)
+            self.assertEqual(str(caught.exception), "conversation with peer.example timed out")
+            self.assertTrue(0.15 < time.monotonic() - began < DEADLINE_S / 2)
+            self.assertLess(time.process_time() - used, 0.15, "it waits without turning")
+            peer.close()
+
+    def test_a_peer_that_leaves_while_it_is_written_to_is_noticed_at_once(self) -> None:
+        for has_tls in cases(self, [False, True]):
+            client, peer = self.pair(has_tls)
+
+            def leave(peer: socket.socket = peer) -> None:
+                peer.recv(1000)
+                peer.close()
+            thread = threading.Thread(target=leave, daemon=True)
+            thread.start()
+            with self.assertRaises(etrn.PeerError) as caught:
+                client.write(b"x" * 5000000, DEADLINE_S)
+            self.assertRegex(str(caught.exception), r"\Alost connection with peer\.example: ")
+            thread.join(DEADLINE_S)
+
+    def test_what_is_cut_ends_whatever_it_waits_for(self) -> None:
+        for has_tls, act in cases(self, itertools.product([False, True], [
+                lambda client: client.write(b"x" * 5000000, DEADLINE_S),
+                lambda client: (client.wait(DEADLINE_S), client.getreply())])):
+            client, _ = self.pair(has_tls)
+            line = mock.Mock(client=client)
+            polled = threading.Event()
+            shim = types.SimpleNamespace(**dict(vars(select), poll=lambda polled=polled: (polled.set(), select.poll())[1]))
+
+            def cut(polled: threading.Event = polled, line: Any = line) -> None:
+                polled.wait(DEADLINE_S)
+                etrn.Line.cut(line)
+            thread = threading.Thread(target=cut, daemon=True)
+            thread.start()
+            began = time.monotonic()
+            with mock.patch.object(etrn, "select", shim):
+                self.assertRaises(etrn.PeerError, act, client)
+            self.assertLess(time.monotonic() - began, DEADLINE_S / 2)
+            thread.join(DEADLINE_S)
+
 
 def memory_of(pid: int) -> int:
     """Octets in RAM; 0 where the system does not say."""
@@ -10694,16 +11207,32 @@ SWEPT = """\
                         self._unlink(os.path.join(self.path, id + ".eml"))
                     self._unlink(os.path.join(folder, name))
 """
+STORED, SYNCED = ["""\
+        except OSError as error:
+            self.discard(draft)
+            return self._note(error)
+        return None
+
+    %s""" % follower for follower in ("def _sync(", "@staticmethod\n    def _close_quietly(")]
 ORDERS: List[Mutant] = [
     ("sidecar enters before its body", RENAMES, "".join(reversed(RENAMES.splitlines(True)))),
     ("names synced before they are entered", ENTER, ENTER.replace(
         "                for", "                pass\n            if True:\n                for")),
-    ("sidecar entered, then synced", """\
-            done, fd = fd, -1
-            self._sync_and_close(done)
+    ("nothing of a batch is synced", "[self._sync(draft) if result is None else result for", "[result for"),
+    ("each message is synced before the next is written", """\
+        results = [self._store(draft, blocks, sidecar) for draft, blocks, sidecar in batch]
+        results = [self._sync(draft) if result is None else result for result, (draft, _, _) in zip(results, batch)]
 """, """\
-            done, fd = fd, -1
-            os.close(done)
+        results = [self._store(draft, blocks, sidecar) or self._sync(draft) for draft, blocks, sidecar in batch]
+"""),
+    ("the kernel is not told to write the body", "            _start_writing(draft.fd)\n", ""),
+    ("the kernel is not told to write the sidecar", "            _start_writing(draft.sidecar_fd)\n", ""),
+    ("the kernel is told before there is something to write", """\
+            self._write(draft.sidecar_fd, format_sidecar(sidecar))
+            _start_writing(draft.sidecar_fd)
+""", """\
+            _start_writing(draft.sidecar_fd)
+            self._write(draft.sidecar_fd, format_sidecar(sidecar))
 """),
     ("body unlinked before its sidecar's removal is durable", REMOVE, REMOVE + """\
                     self._unlink(os.path.join(self.path, id + ".eml"))
@@ -10752,10 +11281,42 @@ ORDERS: List[Mutant] = [
     ("a commit that cannot be undone is torn",
      "            if name == sidecar or not os.path.lexists(sidecar):", "            if True:"),
     ("a failed commit is acknowledged", "                results[number] = results[number] or error\n", ""),
-    ("a failed body is acknowledged", "            self._close_quietly(fd)\n            self.discard(draft)\n"
-     "            return self._note(error)\n", "            self._close_quietly(fd)\n            self.discard(draft)\n"),
-    ("a failed message stays in incoming/", "            self._close_quietly(fd)\n            self.discard(draft)\n",
-     "            self._close_quietly(fd)\n"),
+    ("what cannot be written is acknowledged", STORED, STORED.replace("            return self._note(error)\n", "")),
+    ("what cannot be written stays in incoming/", STORED, STORED.replace("            self.discard(draft)\n", "")),
+    ("what cannot be synced is acknowledged", SYNCED, SYNCED.replace("            return self._note(error)\n", "")),
+    ("what cannot be synced stays in incoming/", SYNCED, SYNCED.replace("            self.discard(draft)\n", "")),
+    ("what a dead clerk began stays", "                    self.spool._withdraw(id)\n", "                    pass\n"),
+    ("readers see what the clerk enters", "        self.spool.entering.update(ids)\n", ""),
+    ("a dead clerk's batch is acknowledged", "                return self.spool.commit(batch)\n",
+     "                return [None] * len(batch)\n"),
+    ("a dead clerk's removals are told as done", "        return self.spool.remove(ids) if errors is None else",
+     "        return [None] * len(ids) if errors is None else"),
+    ("what the clerk cannot keep is acknowledged", "one.draft.id: error and OSError(*error) for", "one.draft.id: None for"),
+    ("large messages of a batch are forgotten", "zip([one.draft.id for one in others], self.spool.commit(others))",
+     "zip([one.draft.id for one in others], [None] * len(others))"),
+    ("the clerk gets what is half written", "if one.draft.fd < 0 and one.draft.error is None\n", "if one.draft.error is None\n"),
+    ("a large message is the clerk's", "                 and sum(map(len, one.blocks)) <= CLERK_OCTETS]", "]"),
+    ("answers come in another order", "        return [errors[one.draft.id] for one in batch]",
+     "        return [errors[one.draft.id] for one in [*small, *others]]"),
+    ("the relay knows nothing of size and SHA-256", 'one.sidecar["size"], one.sidecar["sha256"] = size, digest', "pass"),
+    ("an answer is left for the next request", "        except Exception:               # whatever it was",
+     "        except (OSError, EOFError):     # whatever it was"),
+    ("what is left of a clerk goes on", "                os.kill(self.process, signal.SIGKILL)\n", "                pass\n"),
+    ("a clerk that is gone is asked", "        if not self.process:\n            return None\n        try:",
+     "        if not self.process:\n            raise OSError\n        try:"),
+    ("a dead clerk is used again", "if clerk is not None and clerk.process:", "if clerk is not None:"),
+    ("children are ignored", "        signal.signal(signal.SIGCHLD, signal.SIG_DFL)", "        #"),
+    ("the clerk's illness is its own", "        self.spool.sick = sick or self.spool.sick\n", ""),
+    ("the clerk's health is the relay's", "        self.spool.sick = sick or self.spool.sick\n",
+     "        self.spool.sick = sick\n"),
+    ("the clerk is ill for ever", '        sick, self.spool.sick = self.spool.sick, ""', "        sick = self.spool.sick"),
+    ("the clerk holds the relay's end", "            relay.close()\n", ""),
+    ("signals are for the clerk, too", "                signal.signal(number, signal.SIG_IGN)\n", "                pass\n"),
+    ("who is woken is counted as idle", "                self.idle -= 1 ", "                # "),
+    ("tasks take the messages' threads", "                is_free = self.writing < self.width\n",
+     "                is_free = self.writing + self.tasking < self.width\n"),
+    ("the lock is not waited for", "                if self._is_alive(holder) or", "                if True or"),
+    ("the lock is waited for whoever has it", "                if self._is_alive(holder) or", "                if"),
     ("a failed removal goes on with the body",
      "            return [result or error for result in results]\n", "            pass\n"),
     ("short writes are taken for whole ones", "        while done < len(data):", "        while False:"),
@@ -10792,7 +11353,7 @@ ORDERS: List[Mutant] = [
 class Mutations(unittest.TestCase):
     """Each must make a test fail; with -v their names are listed."""
 
-    WATCHERS = ("PowerCuts", "SpoolCrashes", "SpoolFaults", "SpoolStates", "SpoolPeople", "Recording")
+    WATCHERS = ("PowerCuts", "SpoolCrashes", "SpoolFaults", "SpoolStates", "SpoolPeople", "Clerks", "Recording")
 
     @long_run
     def test_each_mutation_is_noticed(self) -> None:
@@ -11188,16 +11749,17 @@ class Sickness(Relays):
     WRITING = ("write", "fsync", "rename", "unlink", "ftruncate")
 
     def test_every_failing_disk_is_answered_4xx_and_outlived(self) -> None:
-        for fault in cases(self, [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE]):
+        for fault, has_clerk in cases(self, itertools.product(
+                [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE], [False, True])):
             primary = self.primary()
             folder = tempfile.mkdtemp(dir=self.folder)
-            fails = threading.Event()
+            fails = os.path.join(folder, "fails")       # a file, so that the clerk hears of it
             shim = types.SimpleNamespace(**vars(os))
 
-            def failing(real: Callable[..., Any], fault: int = fault, fails: threading.Event = fails) -> Callable[..., Any]:
+            def failing(real: Callable[..., Any], fault: int = fault, fails: str = fails) -> Callable[..., Any]:
                 def call(*arguments: Any, **options: Any) -> Any:
                     is_meant = real is not os.open or fault == errno.EMFILE or arguments[1] & os.O_CREAT
-                    if fails.is_set() and is_meant:
+                    if is_meant and os.path.exists(fails):
                         raise OSError(fault, os.strerror(fault))
                     return real(*arguments, **options)
                 return call
@@ -11206,10 +11768,10 @@ class Sickness(Relays):
                     setattr(shim, name, failing(getattr(os, name)))
             with shorten(RETRY_DISK_S=0.1, SWEEP_S=0.05, PROBE_FIRST_S=0.05), mock.patch.object(etrn, "os", shim), Local(
                     folder, domain="[domain two.example]\nprimary = %s\nrecipients = any\ncutthrough = no\nprobe_interval = 1s\n"
-                    % primary.address) as local, Wire(local.port) as client:
+                    % primary.address, has_clerk=has_clerk) as local, Wire(local.port) as client:
                 client.say("EHLO client.example")
                 self.assertEqual(client.send(marked(b"first"), recipients=["x@two.example"])[:3], "250")
-                fails.set()
+                os.mkdir(fails)
                 expected = "452 4.3.1" if fault in (errno.ENOSPC, errno.EDQUOT) else "451 4.3.0"
                 for data in (MESSAGE, b"x" * 600000 + b"\r\n", MESSAGE):
                     self.assertEqual(client.send(data)[:9], expected)
@@ -11217,12 +11779,13 @@ class Sickness(Relays):
                 primary.start()
                 if fault != errno.EMFILE:               # delivery goes on; without descriptors nothing can be read
                     wait(lambda: primary.messages, "a delivery")            # noqa: B023
-                fails.clear()
+                os.rmdir(fails)
                 wait(lambda: client.send(marked(b"last"), recipients=["x@two.example"])[:3] == "250", "new mail")   # noqa: B023
                 wait(lambda: not spool_files(local.spool.path), "an empty spool")       # noqa: B023
                 self.assertEqual([mark_of(data) for _, _, data in primary.messages], [b"first", b"last"])
                 self.assertEqual(os.listdir(local.spool.incoming), [])
-            self.assertEqual([line for line in local.log if "bug" in line], [])
+            self.assertEqual([line for line in local.log if "bug" in line or "has ended" in line], [])
+
 
 class Storms(Ledgers):
     """Relay and primary die at random, under load, for a while."""
@@ -11275,6 +11838,150 @@ class Storms(Ledgers):
     def test_long_storms_lose_nothing(self) -> None:
         for seed in range(10, 14):
             self.storm(seed, 15.0, seed % 2 == 0)
+
+
+def children_of(pid: int) -> List[int]:
+    """Processes that it started and that have not ended."""
+    out = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open("/proc/%s/stat" % name, encoding="utf-8") as file:
+            state, parent = file.read().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                out.append(int(name))
+    return out
+
+
+class ClerksOfRelays(Ledgers):
+    """The process beside the relay's, from outside."""
+
+    def clerk_of(self, relay: Relay) -> int:
+        assert relay.process is not None
+        clerk, = children_of(relay.process.pid)
+        return clerk
+
+    @staticmethod
+    def is_alive(pid: int) -> bool:
+        try:
+            with open("/proc/%d/stat" % pid, encoding="utf-8") as file:
+                return file.read().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    def end_of(self, pid: int) -> None:
+        if self.is_alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+    def test_a_clerk_killed_under_load_costs_nothing_and_is_told_once(self) -> None:
+        primary = Taker()
+        self.addCleanup(primary.__exit__)
+        relay = self.relay(primary, relay="max_connections_per_client = 0")
+        clerk = self.clerk_of(relay)
+        refused: List[str] = []
+        ledger: List[bytes] = []
+
+        def send(number: int) -> None:
+            with relay.client() as client:
+                for serial in range(60):
+                    mark = b"%d-%d" % (number, serial)
+                    reply = client.send(marked(mark))
+                    if reply[:3] == "250":
+                        ledger.append(mark)
+                    else:
+                        refused.append(reply)
+        threads = [threading.Thread(target=send, args=(number,), daemon=True) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        wait(lambda: len(ledger) > 100, "some messages")
+        os.kill(clerk, signal.SIGKILL)
+        for thread in threads:
+            thread.join(DEADLINE_S)
+        self.assertEqual((len(ledger), refused), (480, []))
+        relay.logged(r"master\[\d+\]: warning: a process of ours that writes the spool has ended")
+        self.assertEqual(len(relay.files()), 960)
+        primary.start()
+        copies = self.compare(primary, relay, ledger)
+        self.assertEqual((len(copies), max(copies.values())), (480, 1))
+        self.assertEqual(sum("has ended" in line for line in relay.log), 1)
+        self.assertEqual(relay.end(), 0)
+
+    def test_no_process_is_left_however_the_relay_ends(self) -> None:
+        relay = self.relay()
+        for number, status in cases(self, [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)]):
+            clerk = self.clerk_of(relay)
+            self.assertEqual(relay.send()[:3], "250")
+            self.assertEqual(relay.end(number), status)
+            wait(lambda clerk=clerk: not self.is_alive(clerk), "the clerk's end", 5.0)
+            if status == 0:
+                self.assertEqual(children_of(os.getpid()), [])      # gone before the relay was, and to nobody else
+            relay.start()
+        self.assertEqual(len(relay.queue()), 3)
+
+    def test_a_start_right_after_a_kill_waits_for_the_clerk(self) -> None:
+        relay = self.relay()
+        self.assertEqual(relay.send()[:3], "250")
+        clerk = self.clerk_of(relay)
+        os.kill(clerk, signal.SIGSTOP)                      # as a disk that does not answer would
+        self.addCleanup(self.end_of, clerk)
+        last = relay.process
+        assert last is not None
+        last.kill()
+        last.wait(DEADLINE_S)                               # its standard error is the clerk's, too, and stays open
+        thread = threading.Thread(target=relay.start, daemon=True)
+        thread.start()
+
+        def is_waiting() -> bool:
+            with contextlib.suppress(OSError):
+                if relay.process is not None and relay.process is not last:
+                    folder = "/proc/%d/fd" % relay.process.pid
+                    return any(os.readlink(os.path.join(folder, name)).endswith("/lock") for name in os.listdir(folder))
+            return False
+        wait(is_waiting, "a relay at the lock")
+        self.assertEqual(relay.log[-1:], [line for line in relay.log[-1:] if "started" not in line])
+        os.kill(clerk, signal.SIGCONT)
+        thread.join(DEADLINE_S)
+        self.assertFalse(thread.is_alive())
+        self.assertEqual(len(relay.queue()), 1)
+
+    def test_a_signal_to_all_processes_of_a_relay_is_one_to_the_relay(self) -> None:
+        relay = Relay(self.folder, "127.0.0.1:9")
+        relay.prefix = ["setsid"]
+        self.addCleanup(relay.__exit__)
+        relay.start()
+        assert relay.process is not None
+        clerk = self.clerk_of(relay)
+        for number, line in cases(self, [(signal.SIGHUP, "configuration reread"), (signal.SIGUSR1, "signal: site=all")]):
+            os.killpg(relay.process.pid, number)
+            relay.logged(line)
+        self.assertEqual((relay.send()[:3], self.clerk_of(relay)), ("250", clerk))
+        os.killpg(relay.process.pid, signal.SIGTERM)
+        self.assertEqual(relay.process.wait(DEADLINE_S), 0)
+        self.assertEqual([self.is_alive(clerk), len(relay.files())], [False, 2])
+        self.assertEqual([line for line in relay.log if "has ended" in line], [])
+
+    def test_where_no_process_can_be_had_the_relay_does_without(self) -> None:
+        failing = "import os\ndef fork(): raise OSError(11, 'Resource temporarily unavailable')\nos.fork = fork\n" + STARTER
+        with mock.patch.object(sys.modules[__name__], "STARTER", failing):
+            relay = self.relay()
+        relay.logged(r"warning: no process to write the spool: Resource temporarily unavailable; the relay writes itself")
+        assert relay.process is not None
+        self.assertEqual((children_of(relay.process.pid), relay.send()[:3]), ([], "250"))
+        self.assertEqual(relay.end(), 0)
+
+    def test_whoever_hangs_up_in_the_middle_of_a_deletion_leaves_no_watch_behind(self) -> None:
+        with shorten(END_BATCH=1), Local(self.folder) as local, Wire(local.port) as client:
+            client.say("EHLO client.example")
+            for _ in range(8):
+                self.assertEqual(client.send(MESSAGE)[:3], "250")
+            manager = local.server.manager
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+                sock.connect(os.path.join(local.spool.path, "control"))
+                sock.sendall(b'{"command": "delete", "what": "all"}\n')
+                wait(lambda: manager.watches, "the command to begin")
+                self.assertTrue(spool_files(local.spool.path))
+            wait(lambda: not local.server.controllers, "the end of the command")
+            self.assertEqual(manager.watches, [])
+            wait(lambda: not manager.chains, "what was begun")
+            self.assertIn(len(spool_files(local.spool.path)), range(2, 16))
 
 
 class Mounts(Ledgers):
