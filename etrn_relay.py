@@ -353,6 +353,7 @@ REPLY_OCTETS_MAX = 65536
 RCPTS_PER_TRANSACTION = 100     # what every server must take, RFC 5321 4.5.3.1.8
 JOBS_PER_CONNECTION = 32        # messages handed to a connection at a time, so that others get their share
 JOBS_REFILL = 24                # a connection with so few left gets more: more than may be in flight, so that it never runs dry
+JOBS_LOW = 8                    # ... and with so few not begun it wakes the loop for them
 GATHER_S = 0.02                 # while messages are taken in a row the loop looks so often, and is not woken for each ...
 GATHERING_S = 1.0               # ... until so long after the last
 UNRECORDED_MAX = 200            # outcomes that the disk has not taken; then no more is given out, so that a kill repeats little
@@ -5394,7 +5395,7 @@ class Courier(Line):
         wants_report = "dsn" not in self.client.esmtp_features and any("SUCCESS" in one["notify"] for one in parcel.wanted)
         now = time.monotonic()
         pace_s, since, self.answered = now - max(self.answered, parcel.started), now - self.answered, now
-        can_wait = since < GATHERING_S / 2 and not self.inbox.empty() and all(one.kind == "sent" for one in parcel.results)
+        can_wait = since < GATHERING_S / 2 and self.inbox.qsize() > JOBS_LOW and all(one.kind == "sent" for one in parcel.results)
         self.post(Outcome(self, parcel.job, tuple(parcel.results), parcel.is_whole, parcel.sidecar["received"],
                           str(self.hop), now - parcel.started, None, wants_report, pace_s, can_wait))
 
