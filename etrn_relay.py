@@ -1633,6 +1633,7 @@ class Spool:
         self.directory = -1             # descriptor of `path`, for fsync
         self.lock_fd = -1
         self.sick = ""                  # why no new mail is taken, or empty
+        self.fsync_s = 0.0              # what each fsync took in the last batch
         self.corrupt_count = 0
         self.spares: Deque[str] = collections.deque()       # names in done/ of files that may be used again
         self.entering: Set[str] = set()         # between their renames and their 250; not to be loaded yet
@@ -1819,6 +1820,7 @@ class Spool:
         what one fsync has to write, a commit of the journal or a block of
         inodes, then holds the other files' part, too, whose fsync has nothing left to do."""
         results = [self._store(draft, blocks, sidecar) for draft, blocks, sidecar in batch]
+        began = time.monotonic()
         results = [self._sync(draft) if result is None else result for result, (draft, _, _) in zip(results, batch)]
         stored = [number for number, result in enumerate(results) if result is None]
         if not stored:
@@ -1838,6 +1840,7 @@ class Spool:
                 results[number] = results[number] or error
         finally:
             self.entering.difference_update(ids)
+        self.fsync_s = (time.monotonic() - began) / (2 * len(stored) + 1)
         return results
 
     def _store(self, draft: Draft, blocks: List[bytes], sidecar: Dict[str, Any]) -> Optional[OSError]:
@@ -2377,7 +2380,7 @@ class Clerk:
             return None
         try:
             self._write(request)
-            answer, sick = self._read()
+            answer, sick, self.spool.fsync_s = self._read()
         except Exception:               # whatever it was: an answer that is yet to come would be taken for the next one
             self.end()
             return None
@@ -2417,7 +2420,7 @@ class Clerk:
         finally:
             os._exit(status)
 
-    def _serve(self, what: str, values: List[Any]) -> Tuple[List[Any], str]:
+    def _serve(self, what: str, values: List[Any]) -> Tuple[List[Any], str, float]:
         answer: List[Any]
         if what == "commit":
             batch = [(Draft(id), blocks, sidecar) for id, blocks, sidecar in values]
@@ -2427,7 +2430,7 @@ class Clerk:
         else:
             answer = [error and error.args[:2] for error in self.spool.remove(values)]
         sick, self.spool.sick = self.spool.sick, ""         # it is the relay that heals
-        return answer, sick
+        return answer, sick, self.spool.fsync_s
 
 
 class Committers:
@@ -2498,9 +2501,8 @@ class Committers:
             batch = self._take()
             if not batch:
                 return
-            began = time.monotonic()
             done = self._work(batch)
-            self._note(batch, time.monotonic() - began)
+            self._end(batch)
             self.post(done)
 
     def _take(self) -> List[Tuple[Work, Done]]:
@@ -2519,15 +2521,14 @@ class Committers:
                 self.idle += 1
                 self.condition.wait()
 
-    def _note(self, batch: Sequence[Tuple[Work, Done]], seconds: float) -> None:
-        commits = sum(isinstance(work, Commit) for work, _ in batch)
+    def _end(self, batch: Sequence[Tuple[Work, Done]]) -> None:
         with self.condition:
             if isinstance(batch[0][0], Task):
                 self.tasking -= 1
             else:
                 self.writing -= 1
-            if commits:
-                self.fsyncs_s.append(seconds / (2 * commits + 1))
+            if any(isinstance(work, Commit) for work, _ in batch):
+                self.fsyncs_s.append(self.spool.fsync_s)
 
     def _work(self, batch: Sequence[Tuple[Work, Done]]) -> List[Tuple[Done, Any]]:
         work, done = batch[0]
