@@ -1568,8 +1568,8 @@ class Log:
 
 # == 6. SPOOL ==================================================================
 # Owns every file below the spool directory; nothing else here opens one.
-# Uses 2 LIMITS, 3 GRAMMAR.  Runs in committer and delivery threads, never in
-# the loop.  Commit point: the second rename in Spool.commit().
+# Uses 2 LIMITS, 3 GRAMMAR.  Runs in committer and delivery threads and in the
+# clerk, never in the loop.  Commit point: the second rename in Spool.commit().
 #
 #   files in        SPOOL/       incoming/     done/   what it is, and what a start does with it
 #   S1              -            .eml          -       being received            delete
