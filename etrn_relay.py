@@ -318,7 +318,7 @@ DATA_RATE_MIN = 500             # octets a second a client must reach in the lon
 
 # -- the spool
 COMMITTERS_MAX = 48             # batches under way at once where an fsync takes tens of milliseconds and must overlap
-FAST_FSYNC_S = 0.0005           # one thread more for each such time that an fsync takes
+FAST_FSYNC_S = 0.0005           # one batch more for each such time that an fsync takes
 SPARES_MAX = 8192               # empty files kept for the next messages; a big outage makes and frees no more than it needs
 CLERK_OCTETS = 65536            # of a body that is handed to the clerk; a larger one is not worth the copy
 LOCK_WAIT_S = 5.0               # for the clerk of a relay that was killed to end ...
@@ -2078,7 +2078,7 @@ class Spool:
         finally:
             os.close(fd)
         try:
-            return dict(json.loads(data.decode("ascii")))
+            return dict(json.loads(data.decode("utf-8")))       # ours is ASCII; people's jq writes UTF-8
         except (ValueError, TypeError):
             raise Corrupt("the sidecar cannot be read") from None
 
@@ -10169,10 +10169,17 @@ def show_status(cfg: Config, as_json: bool) -> int:
 
 
 def show_queue(cfg: Config, what: str, as_json: bool) -> int:
+    gc.disable()                        # a hundred thousand rows and no cycle among them
+    try:
+        return _show_queue(cfg, what, as_json)
+    finally:
+        gc.enable()
+
+
+def _show_queue(cfg: Config, what: str, as_json: bool) -> int:
     rows: List[Dict[str, Any]] = []
     spool = Spool(cfg.spool)
     answer: Dict[str, Any] = {}
-    gc.disable()                        # a hundred thousand rows and no cycle among them
     for answer in ask_relay(cfg, {"command": "list", "what": what}):
         for id, state, due, expires, failures in answer.get("rows", ()):
             try:

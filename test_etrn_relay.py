@@ -4146,6 +4146,18 @@ class SpoolPeople(SpoolCase):
     def at(self, *parts: str) -> str:
         return os.path.join(self.path, *parts)
 
+    def test_a_sidecar_that_people_wrote_again_is_listed_like_any_other(self) -> None:
+        sidecar = dict(self.spool.read_sidecar("ABCDE0"), sender="j\u00fcrgen@sender.example", smtputf8=True)
+        with open(self.at("ABCDE0.json"), "w", encoding="utf-8") as file:
+            json.dump(sidecar, file, ensure_ascii=False, indent=2)          # as jq does
+        self.assertEqual(self.spool.peek_sidecar("ABCDE0"), self.spool.read_sidecar("ABCDE0"))
+        answers = [{"site": DOMAIN, "notices": False, "error": "", "rows": [["ABCDE0", "queued", None, 0.0, 0]]}, {"exit": 0}]
+        out = io.StringIO()
+        with mock.patch.object(etrn, "ask_relay", return_value=answers), contextlib.redirect_stdout(out):
+            self.assertEqual(etrn.show_queue(config("spool = " + self.path), "all", True), 0)
+        self.assertEqual([row["sender"] for row in json.loads(out.getvalue())], [sidecar["sender"]])
+        self.assertTrue(gc.isenabled())
+
     def test_what_is_no_file_is_set_aside_and_waited_for_by_nobody(self) -> None:
         os.mkfifo(self.at("ABCDE1.json"))
         os.mkdir(self.at("ABCDE2.json"))
