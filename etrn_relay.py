@@ -310,6 +310,7 @@ STRESS_SHARE = 0.8              # of max_connections in use ...
 STRESS_TIMEOUT_S = 10.0         # ... and idle clients are given so long; Postfix's stress mode
 COMMAND_POLL_S = 0.1            # a waiting command looks again so often
 ACCEPTS_PER_TURN = 64           # new connections taken before those already open are looked at again
+ACCEPT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)      # after these the client is still waiting
 SWEEP_S = 1.0                   # how often idle clients are looked for; idle limits are minutes
 NOTIFY_S = 1.0                  # a service manager has so long to take our word that we are ready
 STOP_S = 3.0                    # time given to sessions and deliveries at SIGTERM; contract: stopped within 5 s
@@ -8638,6 +8639,7 @@ class Server:
         self.door = Door(cfg, 0)
         self.listeners: Dict[Endpoint, socket.socket] = {}
         self.odmr_listeners: Dict[Endpoint, socket.socket] = {}
+        self.resting: Set[socket.socket] = set()        # those not looked at, for want of descriptors
         self.supervisor = Supervisor({})
         self.passed: Dict[Endpoint, socket.socket] = {}     # listening sockets of a service manager
         self.is_passed_all = False      # they serve, and `listen` is not bound
@@ -8733,9 +8735,7 @@ class Server:
         passed = self.passed.values()
         for listeners, wanted in ((self.listeners, self.cfg.listen), (self.odmr_listeners, self.cfg.odmr_listen)):
             for where in [where for where, sock in listeners.items() if where not in wanted and sock not in passed]:
-                sock = listeners.pop(where)
-                self.selector.unregister(sock)
-                sock.close()
+                self._unlisten(listeners.pop(where))
         self.manager.listeners = self._bound(self.listeners) + self._bound(self.odmr_listeners)
 
     @staticmethod
@@ -8762,6 +8762,13 @@ class Server:
     def _serve_on(self, sock: socket.socket, is_odmr: bool = False) -> socket.socket:
         self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_accept(sock, is_odmr))
         return sock
+
+    def _unlisten(self, sock: socket.socket) -> None:
+        if sock in self.resting:
+            self.resting.discard(sock)
+        else:
+            self.selector.unregister(sock)
+        sock.close()
 
     def load_logins(self) -> None:
         """Who may authenticate: the files of passwords are read here, at the start and at SIGHUP.  Raises OSError."""
@@ -9064,8 +9071,7 @@ class Server:
         self.supervisor.tell("STOPPING=1")
         for listeners in (self.listeners, self.odmr_listeners):
             for sock in listeners.values():
-                self.selector.unregister(sock)
-                sock.close()
+                self._unlisten(sock)
             listeners.clear()
         for connection in list(self.connections):
             if connection.session.is_idle:
@@ -9156,12 +9162,14 @@ class Server:
 
     def _on_accept(self, listener: socket.socket, is_odmr: bool = False) -> None:
         for _ in range(ACCEPTS_PER_TURN):
+            if not self._keep_reserve():
+                return self._listen_later(listener)
             try:
                 sock, where = listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                if error.errno not in ACCEPT_ERRORS:
                     return              # gone again before we looked
                 if not self._turn_away(listener):
                     return self._listen_later(listener)
@@ -9171,34 +9179,34 @@ class Server:
 
     def _turn_away(self, listener: socket.socket) -> bool:
         """No descriptor is left: the reserve is lent to tell one client so.
-        False when there is none, because a thread was quicker to take it."""
-        if self.reserve < 0:
-            return False
+        False when that did not work, because a thread was quicker to take it."""
         os.close(self.reserve)
         self.reserve = -1
         try:
             sock, _ = listener.accept()
-            self._refuse(sock, "too many connections")
         except OSError:
-            pass
-        return self._keep_reserve()
+            return False
+        self._refuse(sock, "too many connections")
+        return True
 
     def _keep_reserve(self) -> bool:
-        try:
-            self.reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            pass                        # asked for again with the next client
+        """Before a client is let in: it would have the last one, and nobody after
+        it could be told."""
+        if self.reserve < 0:
+            with contextlib.suppress(OSError):
+                self.reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         return self.reserve >= 0
 
     def _listen_later(self, listener: socket.socket) -> None:
         """Who waits at the listener cannot be taken: to look at it again at once would spin the loop."""
-        self.selector.unregister(listener)
+        handler = self.selector.unregister(listener).data
+        self.resting.add(listener)
         self.log.write("smtpd", "out of file descriptors: no new connection for %d s" % SWEEP_S, "warning")
 
         def again() -> None:
-            if listener in self.listeners.values():
-                self._keep_reserve()
-                self.selector.register(listener, selectors.EVENT_READ, lambda mask: self._on_accept(listener))
+            if listener in self.resting:
+                self.resting.discard(listener)
+                self.selector.register(listener, selectors.EVENT_READ, handler)
         self.manager.later(SWEEP_S, again)
 
     def _refuse(self, sock: socket.socket, why: str) -> None:
@@ -9700,7 +9708,13 @@ class Server:
         assert self.control is not None
         try:
             sock, _ = self.control.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in ACCEPT_ERRORS:
+                if self.reserve < 0:
+                    self._listen_later(self.control)
+                else:                   # for whoever finds out why, rather than for one more client
+                    os.close(self.reserve)
+                    self.reserve = -1
             return
         sock.setblocking(False)
         controller = Controller(sock)

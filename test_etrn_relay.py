@@ -7295,8 +7295,13 @@ class Attacks(Relays):
         said = [self.read(sock)[:4] for sock in late]
         self.assertEqual(set(said), {b"220 ", b"421 "})
         self.assertGreaterEqual(said.count(b"421 "), 10)
+        for _ in range(2):              # whoever finds out why is served with the reserve
+            self.assertGreaterEqual(relay.json("--status")["connections"], 5)
         used = processor_time_of(pid)
-        time.sleep(0.5)                 # the loop must have nothing to do
+        with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
+            for sock in (first, second):
+                sock.connect(os.path.join(relay.spool, "control"))
+            time.sleep(0.5)             # the loop must have nothing to do
         self.assertLess(processor_time_of(pid) - used, 0.2)
         held[0].sendall(b"NOOP\r\n")    # who is in is served
         self.assertIn(b"250 2.0.0", b"".join(iter(lambda: held[0].recv(1), b"\n")))
@@ -7312,24 +7317,61 @@ class Attacks(Relays):
         with Wire(port) as wire:
             return wire.greeting.startswith("220")
 
-    def test_a_listener_rests_when_even_the_reserve_is_gone(self) -> None:
-        with shorten(SWEEP_S=0.05), Local(self.folder) as local:
-            real = socket.socket.accept
-            failures = [errno.EMFILE, errno.ENFILE, errno.ENOMEM]
+    @contextlib.contextmanager
+    def short_of_descriptors(self, relay: str = "") -> Iterator[Tuple[Local, List[int]]]:
+        """A relay whose listeners fail as long as there are errors in the list."""
+        failures: List[int] = []
+        real = socket.socket.accept
+        with shorten(SWEEP_S=0.05), Local(self.folder, relay) as local:
+            listeners = {*local.server.listeners.values(), *local.server.odmr_listeners.values()}
 
             def accept(sock: socket.socket) -> Any:
-                if failures and sock in local.server.listeners.values():
-                    if local.server.reserve >= 0:
-                        os.close(local.server.reserve)
-                        local.server.reserve = -1
+                if failures and sock in listeners:
                     raise OSError(failures.pop(), "none left")
                 return real(sock)
             with mock.patch.object(socket.socket, "accept", accept):
-                with Wire(local.port) as client:
-                    self.assertEqual(client.greeting[:3], "220")
-            self.assertEqual(failures, [])
+                yield local, failures
+
+    @staticmethod
+    def rests(local: Local) -> int:
+        return sum("out of file descriptors" in line for line in local.log)
+
+    def test_a_listener_rests_when_a_thread_has_the_reserve(self) -> None:
+        with self.short_of_descriptors("odmr_listen = 127.0.0.1:0\n") as (local, failures):
+            for where in cases(self, local.server.manager.listeners):
+                was = self.rests(local)
+                failures += [errno.EMFILE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EMFILE]
+                for _ in range(2):
+                    with Wire(where.port) as client:
+                        self.assertEqual("ATRN" in client.say("EHLO x"), where.port != local.port)   # as before the rest
+                self.assertEqual((failures, self.rests(local) - was), ([], 3))
             self.assertGreaterEqual(local.server.reserve, 0)
-            self.assertEqual(sum("out of file descriptors" in line for line in local.log), 3)
+
+    def test_nobody_is_let_in_with_the_last_descriptor(self) -> None:
+        real = os.open
+        refused: List[bool] = []
+
+        def open_(path: Any, *args: Any, **kwargs: Any) -> int:
+            if path == os.devnull and len(refused) < 3:
+                refused.append(local.server.crowd > 0)
+                raise OSError(errno.EMFILE, "none left")
+            return real(path, *args, **kwargs)
+        with self.short_of_descriptors() as (local, failures), mock.patch("os.open", open_):
+            failures += [errno.EMFILE, errno.EMFILE]    # the reserve is lent, and gone
+            with Wire(local.port) as client:
+                self.assertEqual(client.greeting[:3], "220")
+            self.assertEqual((failures, refused, self.rests(local)), ([], [False] * 3, 4))
+            self.assertGreaterEqual(local.server.reserve, 0)
+
+    def test_a_listener_that_rests_can_be_closed(self) -> None:
+        with self.short_of_descriptors() as (local, failures):
+            failures += [errno.EMFILE] * 1000
+            with socket.create_connection(("127.0.0.1", local.port), DEADLINE_S):
+                wait(lambda: self.rests(local), "the listener to rest")
+                local.server.stop()
+                local.thread.join(DEADLINE_S)
+        self.assertEqual([line for line in local.log if "bug: " in line], [])
+        self.assertTrue(any("stopping" in line for line in local.log))
 
     def test_who_breaks_off_leaves_nothing_behind(self) -> None:
         relay = self.relay()
@@ -8960,7 +9002,7 @@ class Postfix:
             os.mkdir(name)
         with open(os.path.join(folder, "log", "mail.log"), "x", encoding="ascii"):
             pass
-        for name in ("data", "log", "log/mail.log"):        # postsuper, which tells of files that a stop left half made, is not root
+        for name in ("data", "log", "log/mail.log"):        # postsuper, which tells of half-made files, is not root
             shutil.chown(os.path.join(folder, name), "postfix")
         shutil.chown(self.mail, "nobody")
         with socket.socket() as sock:
