@@ -10629,7 +10629,7 @@ class LogReaders(Relays):
         relay.logged("status=deferred .*Greylisted")
         primary.stop()
         relay.send(sender="one@x.example", recipients=["a@" + DOMAIN])
-        relay.logged("status=deferred .*Connection refused")
+        relay.logged("to=<a@.* status=deferred .*Connection refused")
         self.assertEqual(relay.end(), 0)
         path = os.path.join(self.folder, "mail.log")
         with open(path, "w", encoding="utf-8") as file:
