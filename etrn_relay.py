@@ -2575,8 +2575,9 @@ class Send(NamedTuple):
 
 
 class Body(NamedTuple):
-    """Octets of the message, as they will be kept."""
+    """Octets of a message, as they will be kept; the session may have done with its transaction by now."""
     data: bytes
+    transaction: "Transaction"
 
 
 class Discard(NamedTuple):
@@ -2946,7 +2947,7 @@ class Session:
         if transaction.hops is not None and transaction.hops.feed(data):
             self._count_hops(transaction, transaction.hops)
         if data and transaction.refused is None:
-            self.out.append(Body(data))
+            self.out.append(Body(data, transaction))
 
     def _count_hops(self, transaction: Transaction, hops: Hops) -> None:
         """RFC 5321 6.3.  What came before our own field counts; our name only as a whole `by` name."""
@@ -9325,7 +9326,7 @@ class Server:
             if isinstance(action, Send):
                 connection.out += action.data
             elif isinstance(action, Body):
-                self._keep(connection, action.data)
+                self._keep(connection, action)
             elif isinstance(action, Discard):
                 self._discard(connection)
             elif isinstance(action, Note):
@@ -9558,12 +9559,11 @@ class Server:
             self.log.write("smtpd", "%s: client=%s" % (id, format_peer(session.address, session.name)))
         return connection.draft
 
-    def _keep(self, connection: Connection, data: bytes) -> None:
-        assert connection.session.transaction is not None
-        draft = self._draft(connection, connection.session.transaction)
+    def _keep(self, connection: Connection, body: Body) -> None:
+        draft = self._draft(connection, body.transaction)
         if draft.error is None:
-            draft.blocks.append(data)
-            draft.pending += len(data)
+            draft.blocks.append(body.data)
+            draft.pending += len(body.data)
             self._spill(connection, draft)
 
     def _share(self) -> int:

@@ -1073,6 +1073,9 @@ class Dialogues(unittest.TestCase):
     """Filled by script()."""
 
 
+SCRIPTS: List[Tuple[str, bytes, Dict[str, Any]]] = []       # name, what is sent, the options it has
+
+
 def script(name: str, text: str, **options: Any) -> None:
     """A dialogue: `C:` a line sent, `R:` octets without a line end, `S:` the code
     (and enhanced code) answered, `S: 421 close` when the session ends with it.
@@ -1084,6 +1087,8 @@ def script(name: str, text: str, **options: Any) -> None:
             expected.append(part)
         else:
             sent += part.encode("utf-8").decode("unicode_escape").encode("latin-1") + (b"\r\n" if kind == "C" else b"")
+
+    SCRIPTS.append((name, sent, options))
 
     def test(self: unittest.TestCase) -> None:
         player = play_all_ways(self, sent, **options)
@@ -6405,6 +6410,58 @@ class Local:
         self.server.stop()
         self.thread.join(DEADLINE_S)
         self.spool.close()
+
+
+class Wired(Relays):
+    """What the session is shown to do, over a real connection: there the server
+    carries its actions out after it has gone on."""
+
+    def exchange(self, local: Local, stream: bytes) -> List[str]:
+        """The replies' last lines to all of it in one piece; the client sends no more after that."""
+        with Wire(local.port) as wire:
+            wire.sock.sendall(stream)
+            wire.sock.shutdown(socket.SHUT_WR)
+            text = b"".join(iter(functools.partial(wire.sock.recv, 65536), b"")).decode("utf-8")
+        return [wire.greeting] + [line for line in text.split("\r\n") if line[3:4] == " "]
+
+    def bodies(self, local: Local) -> List[bytes]:
+        """What was kept, without our Received fields, oldest first; it is gone then."""
+        ids = sorted(name[:-4] for name in os.listdir(local.spool.path) if name.endswith(".eml"))
+        out = []
+        for id in ids:
+            with open(os.path.join(local.spool.path, id + ".eml"), "rb") as file:
+                out.append(without_received(file.read()))
+            for kind in (".eml", ".json"):
+                os.remove(os.path.join(local.spool.path, id + kind))
+        return out
+
+    def test_every_dialogue_comes_out_the_same(self) -> None:
+        wanted = [(name, sent, options) for name, sent, options in SCRIPTS if set(options) <= {"bare_newline"}
+                  and name != "without a limit any size is taken"]      # the disk's size is one
+        self.assertGreater(len(wanted), 100)
+        for value in ("normalize", "reject"):
+            with Local(self.folder, "max_message_size = 0\nbare_newline = " + value, DIALOGUE_DOMAINS) as local:
+                for _, sent, options in cases(self, wanted):
+                    if options.get("bare_newline", "normalize") == value:
+                        player = play(sent, bare_newline=value)
+                        self.assertEqual([reply[0] for reply in self.exchange(local, sent)], [reply[0] for reply in player.replies])
+                        self.assertEqual(self.bodies(local), player.bodies)
+            self.assertEqual([line for line in local.log if "bug: " in line], [])
+
+    def test_what_is_refused_or_taken_back_in_the_same_breath(self) -> None:
+        kept = b"MAIL FROM:<>\r\nRCPT TO:<u@ourdom.example>\r\nBDAT 6 LAST\r\nkept\r\n"
+        hops = b"Received: x\r\n" * 101
+        with Local(self.folder, "bare_newline = reject\nmax_message_size = 100000") as local:
+            for stream, replies in cases(self, [
+                    (b"DATA\r\na\nb\r\n.\r\n", ["354", "550 5.6.0"]), (b"BDAT 7 LAST\r\na\nb\r\nxy", ["550 5.6.0"]),
+                    (b"DATA\r\n" + hops + b".\r\n", ["354", "554 5.4.6"]), (b"BDAT %d LAST\r\n%s" % (len(hops), hops), ["554 5.4.6"]),
+                    (b"BDAT 6\r\nthrownRSET\r\n", ["250", "250 2.0.0"]), (b"BDAT 6\r\nthrownEHLO x\r\n", ["250", "250"]),
+                    (b"BDAT 60000\r\n%sBDAT 60000 LAST\r\n%s" % (b"x" * 60000, b"x" * 60000), ["250", "552 5.3.4"])]):
+                said = self.exchange(local, OPENING + stream + kept)[4:]
+                self.assertEqual([got[:len(want)] for got, want in zip(said, replies)], replies)
+                self.assertEqual([reply[:3] for reply in said[len(replies):]], ["250"] * 3)
+                self.assertEqual(self.bodies(local), [b"kept\r\n"])
+        self.assertEqual([line for line in local.log if "bug: " in line], [])
 
 
 class Forgetting(Relays):
