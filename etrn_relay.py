@@ -4673,7 +4673,8 @@ _MEANINGS: Tuple[Tuple[str, str, str], ...] = (
     (r"no such name|DNS lookup|no address is known", "The address of the addressee's mail server cannot be found.", _AGAIN),
     (r"loops back", "No mail server is known for this domain other than its backup servers.", _AGAIN),
     (r"null MX", "The domain declares that it takes no mail.", _ASK),
-    (r"lost connection|reply of .* is not SMTP|reply from", "The addressee's mail server broke the conversation off.", _AGAIN),
+    (r"lost connection|ended the connection|reply of .* is not SMTP|reply from|not asked for|answers RSET",
+     "The addressee's mail server broke the conversation off.", _AGAIN),
     (r"^[45]\.7\.\d", "The addressee's mail server does not want this message, or not from this sender.", _ASK),
     (r"^4|^\S+ 4\d\d[ -]", "The addressee's mail server put the message off again and again.", _AGAIN),
     (r"", "The addressee's mail server refused the message.", _ASK),
@@ -5214,7 +5215,7 @@ class Leg:
         self.recipients = recipients
         self.is_last = is_last
         self.is_sent = False            # its end of data may have reached the peer
-        self.is_reset = False           # RSET goes before its MAIL
+        self.is_reset = False           # RSET went before its MAIL, and is not answered
         self.accepted: List[Dict[str, Any]] = []
 
 
@@ -5234,7 +5235,7 @@ class Line(threading.Thread):
         sock = self.client.sock
         if sock is not None:
             try:
-                sock.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)      # SSLSocket's takes TLS away first, from under the thread
             except OSError:
                 pass
 
@@ -5285,9 +5286,16 @@ class Line(threading.Thread):
 
     def _command(self, line: bytes, seconds: float) -> Tuple[int, bytes]:
         if line:
+            self._check_step()
             self.client.write(line)
         self.client.wait(seconds)
         return self.client.getreply()
+
+    def _check_step(self) -> None:
+        """All that was asked is answered: one reply more, and each would count for another command."""
+        if self.client.pending:
+            raise PeerError("%s says what it was not asked for: %s" % (
+                self.hop, printable(self.client.pending[:100].decode("latin-1"))), self.client.pending.startswith(b"421"))
 
     def _quit(self) -> None:
         """Everything was answered before: what QUIT brings is of no interest."""
@@ -5310,6 +5318,7 @@ class Courier(Line):
         self.is_greeted = False         # the loop's
         self.is_leaving = False         # the loop's: None was sent
         self.taken = 0                  # messages the peer took on this connection
+        self.settled = 0                # transactions it answered
         self.legs: Deque[Leg] = collections.deque()
         self.flight: Deque[Leg] = collections.deque()       # sent, not answered
         self.answered = 0.0             # monotonic, of the last answer to a message
@@ -5326,22 +5335,23 @@ class Courier(Line):
         self.inbox.put(None)
 
     def run(self) -> None:
-        error, bug = "", None
+        error, closing, bug = "", False, None
         try:
             self._connect()
             self.post(Greeted(self, self.hop, self._size_limit()))
             self._serve()
         except PeerError as problem:
-            error = str(problem)
-            self._abandon(error, problem.closing)
+            error, closing = str(problem), problem.closing
         except Exception as problem:
             error, bug = "internal error: %r" % problem, problem
-            self._abandon(error)
         try:
+            self._abandon(error, closing)
             self.client.close()
         except OSError:
             pass
-        self.post(Finished(self, error, bug))
+        except Exception as problem:
+            bug = bug or problem
+        self.post(Finished(self, error, bug))       # whatever happens: the loop waits for it
 
     def _size_limit(self) -> int:
         value = self.client.esmtp_features.get("size", "")
@@ -5421,40 +5431,34 @@ class Courier(Line):
             self._answer(leg.parcel)
 
     def _abandon(self, error: str, closing: bool = False) -> None:
-        """The connection broke.  What was under way is deferred; what had not
-        begun, or met a peer that has had enough for now, goes back untried."""
-        blameless = closing and self.taken > 0
-        while self.flight:
-            leg = self.flight.popleft()
-            parcel = leg.parcel
+        """The connection is over.  What was under way, or was sent in part, is
+        deferred; what had not begun, or met a peer that has had enough for now, goes back untried."""
+        legs = [*self.flight, *self.legs]
+        blamed = self.flight[0].parcel if self.flight and not (closing and self.taken) else None    # the first in line
+        self.flight.clear()
+        self.legs.clear()
+        for parcel in dict.fromkeys(leg.parcel for leg in legs):
+            its = [leg for leg in legs if leg.parcel is parcel]
             answered = {result.address for result in parcel.results}
-            in_doubt = leg.is_sent
-            if in_doubt or not blameless or answered:
-                taken = {one["address"] for one in leg.accepted}        # RCPT's answer stands
+            if answered or parcel is blamed or any(leg.is_sent for leg in its):
+                taken = {one["address"] for leg in its for one in leg.accepted}     # RCPT's answer stands
                 parcel.results += [make_deferral(one, "4.4.2", error)._replace(is_good=one["address"] in taken or None)
                                    for one in parcel.wanted if one["address"] not in answered]
             self._answer(parcel)        # without results: given back
-            self.legs = collections.deque(other for other in self.legs if other.parcel is not parcel)
-            self.flight = collections.deque(other for other in self.flight if other.parcel is not parcel)
-            blameless = True            # only the first in line can be to blame
-        for leg in self.legs:
-            leg.parcel.message.close()
 
     # -- sending
 
     def _serve(self) -> None:
         """Keep as many transactions in flight as the peer's extensions allow, and read their answers in order."""
-        features = self.client.esmtp_features
-        self.pipelining = "pipelining" in features
-        self.chunking = self.pipelining and "chunking" in features
+        self._note_features()
         while True:
             while self._has_room():
                 leg = self._next_leg(wait=not self.flight)
                 if leg is None:
                     break
                 if not self.flight and not self.client.is_silent():
-                    self._unsend(leg)
-                    return self._quit()
+                    self.legs.appendleft(leg)
+                    return self._part()
                 self._launch(leg)
             if not self.flight:
                 return self._quit()
@@ -5471,11 +5475,20 @@ class Courier(Line):
                 and sum(leg.parcel.sidecar["size"] for leg in self.flight) < CHUNK_OCTETS
                 and sum(len(leg.recipients) for leg in self.flight) < CHUNK_RECIPIENTS)
 
-    def _unsend(self, leg: Leg) -> None:
-        """The peer closed while we were idle: nobody's fault, and nothing was tried."""
-        self.legs.clear()
-        leg.parcel.results.clear()
-        self._answer(leg.parcel)
+    def _note_features(self) -> None:
+        features = self.client.esmtp_features
+        self.pipelining = "pipelining" in features
+        self.chunking = self.pipelining and "chunking" in features
+
+    def _part(self) -> None:
+        """The peer ended the connection while we were idle.  That is nobody's
+        fault after a transaction; before the first it is a way to say no."""
+        words = printable(self.client.pending[:200].decode("latin-1").strip())
+        error = "%s ended the connection%s" % (self.hop, ": " + words if words else "")
+        if not self.settled:
+            raise PeerError(error, True)
+        self._abandon(error, True)
+        self._quit()
 
     def _envelope(self, leg: Leg) -> List[bytes]:
         """MAIL and RCPT commands.  Addresses went through our grammar twice."""
@@ -5519,6 +5532,7 @@ class Courier(Line):
             if verb == "xclient" and code == 220:
                 helo = decode_xtext(known["HELO"])      # the session begins anew
                 self.client.hello(helo if re.fullmatch(r"[!-~]+", helo) and helo[0] != "[" else "[%s]" % known["ADDR"])
+                self._note_features()                   # they may be others for that client
             return
 
     def _origin(self, leg: Leg) -> Dict[str, str]:
@@ -5562,8 +5576,13 @@ class Courier(Line):
             self.client.write(ready)
         code, text = self._read_envelope(leg)
         if self.chunking:
-            return self._settle(leg, code, text)
+            ended = self._look_behind()
+            self._settle(leg, code, text)
+            if ended is not None:
+                raise ended
+            return
         if leg.accepted and code == 354:
+            self._check_step()
             self._send_body(leg)
             self.client.wait(END_OF_DATA_S)
             return self._settle(leg, *self.client.getreply())
@@ -5573,7 +5592,25 @@ class Courier(Line):
             self.client.write(b".\r\n")     # RFC 2920 3.1: nobody is to get it, but the data must end
             self._command(b"", END_OF_DATA_S)
         self._settle(leg, code, text)
-        self._command(b"RSET\r\n", COMMAND_S)
+        self._leave_if_told(*self._command(b"RSET\r\n", COMMAND_S))
+
+    def _look_behind(self) -> Optional[PeerError]:
+        """With CHUNKING, one reply too many would make each message's verdict out
+        of a RCPT's 250.  So a verdict counts when the next transaction's RSET was
+        answered behind it, or nothing at all.  Returns how the connection ended, if it did: that speaks against no verdict."""
+        if len(self.flight) == 1:
+            if not self.client.pending.startswith(b"421"):      # that may come at any time
+                self._check_step()
+            return None
+        try:
+            code, text = self._command(b"", COMMAND_S)
+            self._leave_if_told(code, text)
+        except PeerError as error:
+            return error
+        if code != 250:
+            raise PeerError("%s answers RSET with %s" % (self.hop, reply_text(code, text)))
+        self.flight[1].is_reset = False     # answered
+        return None
 
     def _settle(self, leg: Leg, code: int, text: bytes) -> None:
         """The last answer of a transaction: it holds for the recipients that were accepted."""
@@ -5583,6 +5620,7 @@ class Courier(Line):
 
     def _end_leg(self, leg: Leg) -> None:
         self.flight.popleft()
+        self.settled += 1
         self._finish(leg)
 
     def _leave_if_told(self, code: int, text: bytes) -> None:

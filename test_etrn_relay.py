@@ -237,6 +237,9 @@ class Primary:
             raise OSError
         return data[:1].decode("latin-1")
 
+    def on_hello(self, sock: socket.socket) -> None:
+        """EHLO was answered."""
+
     def on_data(self, sock: socket.socket, data: bytes) -> None:
         """A whole message is here; its answer comes next."""
 
@@ -253,6 +256,7 @@ class Primary:
                 self._say(sock, verb, argument, "\n".join(
                     ["250-primary.example"] + ["250-" + one for one in self.extensions[:-1]]
                     + ["250 " + (self.extensions or ["HELP"])[-1]]))
+                self.on_hello(sock)
             elif verb == "MAIL":
                 if sender is not None:
                     sock.sendall(b"503 5.5.1 nested MAIL\r\n")
@@ -5055,6 +5059,13 @@ GARBAGE = [b"hello\r\n", b"-1 x\r\n", b"850 x\r\n", b"25 x\r\n", b"250x\r\n", b"
            b"199 x\r\n", b"600 x\r\n"]
 
 
+def slowed(real: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def late(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return real(*args, **kwargs)
+    return late
+
+
 class Delivery(Folder):
     def setUp(self) -> None:
         super().setUp()
@@ -5229,6 +5240,66 @@ class Delivery(Folder):
                         self.assertEqual(copies, len(primary.messages))
                         self.assertEqual(len(primary.messages), 2 - kinds.count(["refused"]))
                     primary.__exit__()
+
+    MANY = ["u%d@%s" % (number, DOMAIN) for number in range(250)]      # three transactions
+
+    def test_a_message_of_several_transactions_that_breaks_off_is_answered_once_and_whole(self) -> None:
+        leave = b"250 2.0.0 taken\r\n421 4.7.0 enough\r\n"      # and closes: _say() looks at the beginning only
+        for extensions, script, kinds in cases(self, [
+                (["SIZE"], {"DATA": "421 4.3.2 no"}, {"deferred": 250}),
+                (["PIPELINING"], {"DATA": "421 4.3.2 no"}, {"deferred": 250}),
+                (["PIPELINING", "CHUNKING"], {".": "421 4.3.2 no"}, {"deferred": 250}),
+                (["PIPELINING"], {"RCPT": "550 5.1.1 no", "RSET": CUT}, {"refused": 100, "deferred": 150}),
+                (["SIZE"], {"RCPT": ["250 ok"] * 100 + ["550 5.1.1 no"] * 100, "RSET": "421 4.3.2 no"},
+                 {"sent": 100, "refused": 100, "deferred": 50}),
+                (["SIZE"], {"DATA": ["354 go on", "421 4.3.2 no"]}, {"sent": 100, "deferred": 150}),
+                (["SIZE"], {".": leave, "MAIL": ["250 ok", CUT]}, {"sent": 100, "deferred": 150}),
+                (["PIPELINING", "CHUNKING"], {".": leave, "MAIL": ["250 ok", CUT]}, {"sent": 100, "deferred": 150})]):
+            primary = self.primary(**script)
+            primary.extensions = extensions
+            many, other = self.put(recipients=self.MANY), self.put()
+            results, error = self.deliver(primary, many, other)
+            self.assertEqual((collections.Counter(one.kind for one in results[many]), bool(error)), (kinds, "." not in script
+                             or script["."] is not leave))
+            self.assertEqual(len({one.address for one in results[many]}), 250)
+            self.assertEqual(results.get(other, []), [])        # untried
+            primary.stop()
+
+    def test_a_connection_that_ends_before_any_transaction_is_a_failure(self) -> None:
+        for bye in cases(self, ["421 4.7.0 not today", ""]):
+            primary = self.primary(EHLO=b"250 primary.example\r\n" + bye.encode())
+            primary.on_hello = lambda sock: sock.shutdown(socket.SHUT_RDWR)
+            with mock.patch.object(etrn.Courier, "_next_leg", slowed(etrn.Courier._next_leg, 0.1)):
+                results, error = self.deliver(primary, self.put())
+            self.assertEqual([list(one) for one in results.values()], [[]])
+            self.assertIn("ended the connection" + (": " + bye if bye else ""), error)
+            primary.stop()
+
+    def test_a_reply_too_many_makes_no_message_delivered(self) -> None:
+        """Each verdict would be that of another command."""
+        primary = self.primary(**{".": ["250 2.0.0 taken", b"250 2.0.0 taken\r\n250 2.0.0 again\r\n", "452 4.3.1 full"]})
+        primary.extensions = ["PIPELINING", "CHUNKING"]
+        ids = [self.put() for _ in range(4)]
+        results, error = self.deliver(primary, *ids)
+        self.assertEqual([[one.kind for one in results[id]] for id in ids], [["sent"], ["sent"], ["deferred"], ["deferred"]])
+        self.assertRegex(error, "answers RSET with 452|not asked for")
+        for extensions in cases(self, [["PIPELINING"], ["SIZE"]]):
+            primary = self.primary(DATA=b"354 go on\r\n250 2.0.0 taken\r\n")
+            primary.extensions = extensions
+            results, error = self.deliver(primary, self.put())
+            self.assertEqual([one.kind for one in [*results.values()][0]], ["deferred"])
+            self.assertIn("says what it was not asked for: 250 2.0.0 taken", error)
+            self.assertEqual(primary.messages, [])
+
+    def test_what_is_offered_after_xclient_is_what_counts(self) -> None:
+        primary = self.primary(XCLIENT="220 primary.example")
+        offers = [["PIPELINING", "CHUNKING", "XCLIENT ADDR"], ["SIZE"]]
+        primary.script["EHLO"] = lambda _: "250-primary.example\n" + "\n".join(
+            "250%s%s" % (" " if one == last else "-", one) for its in [offers.pop(0)] for last in [its[-1]] for one in its)
+        body = b"MAIL FROM:<forged@bank.example>\r\nRCPT TO:<victim@%s>\r\n" % DOMAIN.encode()
+        results, _ = self.deliver(primary, self.put(body), xclient="yes")
+        self.assertEqual(self.kinds(*results.values()), ["sent 2.0.0"])
+        self.assertEqual([message[0] for message in primary.messages], ["a@sender.example"])
 
     def test_a_primary_that_is_not_there_costs_nobody_an_attempt(self) -> None:
         with Primary() as primary:
