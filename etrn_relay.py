@@ -3459,6 +3459,7 @@ class Site:
         self.aging: List[Tuple[Time, str]] = []
         self.overdue: List[str] = []
         self.count = dict.fromkeys(State, 0)
+        self.handed: Set[str] = set()           # queue IDs that connections have; others DELIVERING are being written
         self.octets = 0
         self.is_held = False            # --hold DOMAIN: later mail too
         self.opening = 0                # connections not yet greeted
@@ -3522,6 +3523,8 @@ class Site:
         self.count[entry.state] -= 1
         self.count[state] += 1
         entry.state = state
+        if state is not State.DELIVERING:
+            self.handed.discard(entry.id)
         if state is State.ACTIVE:
             heapq.heappush(self.active, (entry.received, entry.id))
             self._tidy(self.active, state)
@@ -3562,6 +3565,7 @@ class Site:
 
     def drop(self, id: str) -> None:
         entry = self.entries.pop(id)
+        self.handed.discard(id)
         self.count[entry.state] -= 1
         self.octets -= entry.size
         self._leave_round(entry)
@@ -3600,13 +3604,14 @@ class Site:
             if entry is not None and entry.state is State.ACTIVE:
                 entry.again = False
                 self._set(entry, State.DELIVERING)
+                self.handed.add(entry.id)
                 out.append(entry)
         return out
 
     def _take_canary(self, now: Now) -> List[Entry]:
         """One message: the oldest that has not gone alone since the primary
         last took one.  A message that it will never take keeps no other waiting."""
-        if now.mono < self.next_probe or self.count[State.DELIVERING]:
+        if now.mono < self.next_probe or self.handed:
             return []
         if self.state is Primary.REJECTING and not self.count[State.ACTIVE]:
             self._wake_one()            # one is tried every probe_interval, whichever is due first
@@ -3632,6 +3637,7 @@ class Site:
         self.is_asked = False
         found.again = False
         self._set(found, State.DELIVERING)
+        self.handed.add(found.id)
         return [found]
 
     def _wake(self, now: Now) -> None:
@@ -6159,11 +6165,12 @@ def release_memory() -> None:
 
 
 class Watch:
-    """A --flush that waits: done when each of its messages has left or failed once."""
+    """A command that waits: done when each of its messages has left or failed once."""
 
-    def __init__(self, left: Iterable[Tuple[str, str]]) -> None:
+    def __init__(self, left: Iterable[Tuple[str, str]], needs_primary: bool) -> None:
         """`left`: (site, queue ID)."""
         self.left = set(left)
+        self.needs_primary = needs_primary
         self.total = len(self.left)
         self.counts = {"delivered": 0, "bounced": 0, "expired": 0, "deferred": 0, "deleted": 0}
         self.error = ""                 # why a primary could not be reached
@@ -6208,6 +6215,7 @@ class Manager:
         self.questions: Dict[Tuple[str, str], List[Callable[[str, str], None]]] = {}    # (site, address): who waits
         self.waiting: Dict[str, CutThrough] = {}    # messages whose clients wait for the primary's verdict
         self.chains: Dict[str, Deque[Tuple[Work, Done]]] = {}       # per message: work that waits for earlier work
+        self.unrecorded: Set[str] = set()       # messages whose outcome the disk refused, and will be asked to take again
         self.callers: Dict[str, Set[str]] = {}                      # address: sites it is a host of, as last routed
         self.fresh: Dict[str, Dict[str, Tuple[str, ...]]] = {}      # per site: messages not yet logged as deferred, recipients
         self.watches: List[Watch] = []
@@ -6389,6 +6397,7 @@ class Manager:
         orphans: List[str] = []
         found: List[Queued] = []
         remarks: List[str] = []
+        faults: List[Tuple[str, str]] = []
         error = unread = ""
         is_unsettled = False
         try:
@@ -6403,7 +6412,7 @@ class Manager:
                     if is_patient and self.spool.is_young(id):
                         is_unsettled = True
                     elif self.spool.has_sidecar(id):
-                        remarks.append(self.spool.set_aside(id, str(problem)))
+                        faults.append((id, str(problem)))
                 except OSError as problem:
                     unread = "%s: %s" % (id, problem.strerror)
                 if len(found) >= LOAD_BATCH:
@@ -6413,7 +6422,12 @@ class Manager:
                 if is_patient and self.spool.is_young(id):
                     is_unsettled = True
                 else:
-                    remarks.append(self.spool.set_aside(id, "a body without a sidecar"))
+                    faults.append((id, "a body without a sidecar"))
+            for id, why in faults:      # last, because the disk may have no room for that
+                try:
+                    remarks.append(self.spool.set_aside(id, why))
+                except OSError as problem:
+                    unread = "%s: %s: %s" % (id, why, problem.strerror)
         except Exception as problem:    # the directory cannot be read; or a bug, which must not hide the mail
             error = printable(str(problem) or repr(problem))
         self.post(Loaded(tuple(found), tuple(remarks), True, error, unread, is_unsettled))
@@ -6535,7 +6549,7 @@ class Manager:
                     known, login if login and login[0] else None)
 
     def _feed(self, courier: Courier, site: Site) -> None:
-        if not courier.is_greeted or courier.is_leaving or len(self.chains) >= UNRECORDED_MAX:
+        if not courier.is_greeted or courier.is_leaving or len(self.chains) + len(self.unrecorded) >= UNRECORDED_MAX:
             return                      # tick() comes back
         self._load_up(courier, site)
         while isinstance(courier, Turnaround) and not courier.jobs and not courier.is_leaving:
@@ -6649,7 +6663,7 @@ class Manager:
 
     def _end_watches(self, site: Site, error: str) -> None:
         """Nothing of it leaves soon: a --flush that waits has its answer."""
-        for watch in self.watches:
+        for watch in [watch for watch in self.watches if watch.needs_primary]:
             for name, id in [pair for pair in watch.left if pair[0] == site.name]:
                 watch.settle(name, id, "deferred", error)
 
@@ -6676,6 +6690,7 @@ class Manager:
         courier = outcome.courier
         site = self.couriers[courier]
         entry = courier.jobs.pop(outcome.job.id)
+        site.handed.discard(entry.id)
         is_ours = site.entries.get(entry.id) is entry       # else an operator removed it meanwhile
         if outcome.fault is not None:
             if is_ours:
@@ -6705,8 +6720,12 @@ class Manager:
     def _set_aside(self, id: str, why: str) -> None:
         for site in self.scheduler.holding(id):
             self._leave(site, id, "deleted")
-        self.work(id, Task(lambda spool: spool.set_aside(id, why)),
-                  lambda remark: self.log.write("qmgr", str(remark), "warning"))
+
+        def moved(remark: Any) -> None:
+            self.log.write("qmgr", str(remark), "warning")
+            if isinstance(remark, OSError):
+                self.later(RETRY_DISK_S, lambda: self._set_aside(id, why))
+        self.work(id, Task(lambda spool: spool.set_aside(id, why)), moved)
 
     def _judge(self, site: Site, outcome: Outcome) -> List[Verdict]:
         verdicts = []
@@ -6857,6 +6876,7 @@ class Manager:
 
         def written(done: Any) -> None:
             if isinstance(done, Corrupt):
+                self.unrecorded.discard(id)
                 return self._set_aside(id, str(done))
             if not isinstance(done, Recorded):
                 error = printable(str(done))
@@ -6864,7 +6884,9 @@ class Manager:
                                "error")
                 if otherwise is not None:
                     return otherwise(error)
+                self._tell_stuck(id, error)
                 return self.later(RETRY_DISK_S, lambda: self._record(id, record, then, None, told))
+            self.unrecorded.discard(id)
             self._note_record(done)
             then(done)
             if done.is_finished:
@@ -6883,12 +6905,20 @@ class Manager:
         def removed(error: Optional[Exception]) -> None:
             if error is not None:
                 self.log.write("qmgr", "%s: cannot be removed, trying again: %s" % (id, printable(str(error))), "error")
+                self._tell_stuck(id, printable(str(error)))
                 return self.later(RETRY_DISK_S, lambda: self._remove(id, then))
+            self.unrecorded.discard(id)
             if self.is_loading:
                 self.gone.add(id)
             then()
             self.log.write("qmgr", "%s: removed" % id)
         self.work(id, Remove(id), removed)
+
+    def _tell_stuck(self, id: str, error: str) -> None:
+        """The disk does not take what became of a message: it will be tried until it does, but nobody need wait for that."""
+        self.unrecorded.add(id)
+        for site in self.scheduler.holding(id):
+            self._tell(site, id, "deferred", error)
 
     def _leave(self, site: Site, id: str, kind: str) -> None:
         if kind == "delivered" and not site.cfg.is_notices:
@@ -7036,8 +7066,8 @@ class Manager:
                     line.cut()          # nobody is there any more
             self.save_state()
 
-    def watch(self, left: Iterable[Tuple[str, str]]) -> Watch:
-        watch = Watch(left)
+    def watch(self, left: Iterable[Tuple[str, str]], needs_primary: bool = True) -> Watch:
+        watch = Watch(left, needs_primary)
         self.watches.append(watch)
         return watch
 
@@ -7373,7 +7403,7 @@ def end_entries(manager: Manager, what: str, command: str) -> Answers:
     sites = manager.scheduler.holding(what)
     pairs = [(site, site.entries[what]) for site in sites] if sites else [
         (site, entry) for site in manager.scheduler.matching(what) for entry in list(site.entries.values())]
-    watch = manager.watch((site.name, entry.id) for site, entry in pairs)
+    watch = manager.watch(((site.name, entry.id) for site, entry in pairs), needs_primary=False)
     count = busy = 0
     try:
         for number, (site, entry) in enumerate(pairs, 1):
@@ -7393,7 +7423,8 @@ def end_entries(manager: Manager, what: str, command: str) -> Answers:
             yield None
     finally:
         manager.watches.remove(watch)
-    yield {"count": count, "busy": busy, "exit": EX_TEMPFAIL if busy else EX_OK}
+    late = watch.counts["deferred"]     # the disk is full, or worse
+    yield {"count": count - late, "busy": busy + late, "exit": EX_TEMPFAIL if busy + late else EX_OK}
 
 
 # == 14. STATUS ================================================================

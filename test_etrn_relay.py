@@ -2138,6 +2138,17 @@ class Schedule(unittest.TestCase):
         self.clock.advance(60)
         self.assertEqual(len(self.taken(16)), 1)
 
+    def test_what_is_being_written_down_keeps_no_canary_waiting(self) -> None:
+        """A full disk takes no record before mail has left it."""
+        self.configure(count=10)
+        self.site.start(next(iter(self.site.entries.values())))
+        self.probe("")
+        canary, = self.taken(16)
+        self.assertEqual(self.taken(16), [])            # that one is with a connection
+        self.site.drop(canary)
+        self.clock.advance(60)
+        self.assertEqual(len(self.taken(16)), 1)
+
     def test_a_deferred_message_pauses_longer_each_time(self) -> None:
         self.assertEqual([self.site.pause(n, self.clock.now) for n in (1, 2, 3, 4, 5, 6, 2000)],
                          [300, 600, 1200, 2400, 3600, 3600, 3600])
@@ -4961,6 +4972,40 @@ class Recording(SpoolCase):
             self.assertEqual(counts, [number * batch - 1 for number in range(1, turns + 1)])
             self.assertEqual(self.manager.watches, [])
 
+    def test_what_the_disk_does_not_take_is_not_counted_as_ended(self) -> None:
+        for number in range(3):
+            site, _ = self.queue("ABCDE%d" % number)
+        with mock.patch.object(self.spool, "_write", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+            steps = etrn.end_entries(self.manager, DOMAIN, "bounce")
+            self.assertIsNone(next(steps))
+            self.manager._end_watches(site, "Connection refused")       # says nothing of what needs no primary
+            self.assertEqual(self.finish(steps), {"count": 0, "busy": 3, "exit": 75})
+        self.assertEqual((len(site.entries), self.manager.unrecorded), (3, set(site.entries)))
+        self.manager.tick(self.clock.advance(etrn.RETRY_DISK_S))
+        self.settle()
+        self.assertEqual((site.entries, self.manager.unrecorded), ({}, set()))
+
+    def test_no_more_is_given_out_than_the_disk_may_owe(self) -> None:
+        for number in range(6):
+            site, entry = self.queue("ABCDE%d" % number)
+        site.on_started(self.clock.now)
+        site.on_connected(self.clock.now)
+        site.on_taken(self.clock.now)
+        courier = mock.Mock(is_greeted=True, is_leaving=False, jobs={})
+        refusing = mock.patch.object(self.spool, "remove", side_effect=lambda ids: [OSError(errno.EROFS, "read-only")] * len(ids))
+        with refusing, shorten(UNRECORDED_MAX=2, JOBS_PER_CONNECTION=1, JOBS_REFILL=1):
+            for _ in range(6):
+                courier.jobs.clear()
+                self.manager._feed(courier, site)
+                for id in list(courier.jobs):
+                    self.manager._remove(id)
+                self.settle()
+        self.assertEqual((len(self.manager.unrecorded), site.count[etrn.State.DELIVERING]), (2, 2))
+        self.manager.tick(self.clock.advance(etrn.RETRY_DISK_S))
+        self.settle()
+        self.assertEqual(self.manager.unrecorded, set())
+        site.on_closed(self.clock.now, "")
+
     # -- pairs that come and go
 
     def look(self) -> None:
@@ -5033,6 +5078,34 @@ class Recording(SpoolCase):
         self.manager.tick(self.clock.advance(etrn.RETRY_READ_S))
         self.settle()
         self.assertEqual(sorted(self.manager.scheduler.sites[DOMAIN].entries), ["ABCDE0", "ABCDE1"])
+
+    def test_a_pair_that_cannot_be_set_aside_keeps_no_other_from_being_read(self) -> None:
+        for number in range(5):
+            self.assertIsNone(store(self.spool, "ABCDE%d" % number))
+        for name in ("ABCDE1.eml", "ABCDE3.json"):
+            with open(os.path.join(self.path, name), "ab") as file:
+                file.write(b"x")
+        with mock.patch.object(self.spool, "set_aside", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+            self.look()
+            self.assertEqual(sorted(self.manager.scheduler.sites[DOMAIN].entries), ["ABCDE0", "ABCDE2", "ABCDE4"])
+            self.assertEqual(self.manager.load_error, "")
+            self.assertRegex("\n".join(self.log.lines), r"could not be read whole: ABCDE[13]: .*: No space left on device; trying")
+        with shorten(COPY_S=0.0):
+            self.manager.tick(self.clock.advance(self.manager.retries[0][0] - self.clock.mono))
+            self.settle()
+        self.assertEqual(sorted(os.listdir(os.path.join(self.path, "corrupt"))),
+                         ["ABCDE1.eml", "ABCDE1.json", "ABCDE3.eml", "ABCDE3.json"])
+
+    def test_what_could_not_be_set_aside_is_set_aside_later(self) -> None:
+        site, entry = self.queue("ABCDE0")
+        with mock.patch.object(self.spool, "set_aside", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+            self.manager._on_fault(site, entry, etrn.Corrupt("odd"))
+            self.settle()
+        self.assertEqual(spool_files(self.path), ["ABCDE0.eml", "ABCDE0.json"])
+        self.manager.tick(self.clock.advance(etrn.RETRY_DISK_S))
+        self.settle()
+        self.assertEqual(spool_files(self.path), [])
+        self.assertEqual(len(os.listdir(os.path.join(self.path, "corrupt"))), 2)
 
     def test_a_pair_removed_by_somebody_leaves_the_queue_too(self) -> None:
         for gone, outcome in cases(self, itertools.product(
