@@ -368,7 +368,7 @@ TRIGGER_S = 1.0                 # a flood of ETRNs costs one probe a second
 QUICK_PACE_S = 0.003            # a primary that answers each message within so long gets no more ...
 QUICK_CONNECTIONS = 2           # ... than so many connections: further threads would only wait for each other
 SLOW_PACE_S = 0.1               # longer waits count as this
-MESSAGES_PER_CONNECTION = 20    # so many waiting messages justify one connection more
+MESSAGES_PER_CONNECTION = 20    # so many waiting messages justify one connection more to such a primary
 NOTICE_CONNECTIONS = 2          # to a smarthost or a sender's server
 NOTICE_LIFETIME_S = 432000.0    # 5 days at least, as Postfix keeps bounces, however short `lifetime` is
 NOTICE_PROBE_S = 300.0          # longest pause between attempts to reach one of those
@@ -1500,12 +1500,16 @@ def format_sample() -> str:
 LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 
 
+def short_name(hostname: str) -> str:
+    return hostname.partition(".")[0] or "localhost"
+
+
 class Log:
     """Lines are gathered and written once a turn of the loop."""
 
     def __init__(self, where: str, level: str, hostname: str) -> None:
         self.level = LEVELS[level]
-        self.host = hostname.partition(".")[0] or "localhost"
+        self.host = short_name(hostname)
         self.pid = os.getpid()
         self.lines: List[str] = []
         self.stamp = ("", 0)
@@ -1515,18 +1519,19 @@ class Log:
         self.on_event: Callable[[str, str, str], None] = lambda service, text, level: None     # set by the server
         self.reopen()
 
-    def reopen(self) -> None:
-        """Open the file (again, after rotation).  Raises OSError and leaves the old one in use."""
+    def reopen(self, where: str = "") -> None:
+        """Open the file again, after a rotation, or go on elsewhere.  Raises OSError and leaves the old one in use."""
         self.flush()
-        if self.where == "syslog":
+        where, new = where or self.where, None
+        if where == "syslog":
             if syslog is None:
                 raise OSError("this Python has no syslog module")
             self.service = ""
-        elif self.where != "stderr":
-            new = open(self.where, "a", encoding="utf-8", errors="backslashreplace")
-            if self.file:
-                self.file.close()
-            self.file = new
+        elif where != "stderr":
+            new = open(where, "a", encoding="utf-8", errors="backslashreplace")
+        if self.file:
+            self.file.close()
+        self.where, self.file = where, new
 
     def write(self, service: str, text: str, level: str = "info") -> None:
         """One event.  Foreign parts of `text` must have been through printable()."""
@@ -3045,11 +3050,11 @@ class Session:
             raise Refuse(501, "5.1.7", "Sender address needs a domain")
         given = parse_parameters(rest)
         size = parse_size(given.pop("SIZE")) if "SIZE" in given else 0
-        body = (given.pop("BODY") or "").upper() if "BODY" in given else ""
+        body = (given.pop("BODY") or "?").upper() if "BODY" in given else ""
         smtputf8 = "SMTPUTF8" in given
         if self.cfg.has_logins:
             given.pop("AUTH", None)     # RFC 4954 5: who offers AUTH must take it; nothing here depends on it
-        ret = (given.pop("RET") or "").upper() if "RET" in given else ""
+        ret = (given.pop("RET") or "?").upper() if "RET" in given else ""
         envid = parse_xtext(given.pop("ENVID"), ENVID_MAX) if "ENVID" in given else ""
         if given.pop("SMTPUTF8", None) or body not in ("", "7BIT", "8BITMIME") or ret not in ("", "FULL", "HDRS"):
             raise Refuse(501, "5.5.4", "Syntax error in parameters")
@@ -3217,13 +3222,14 @@ class Session:
             self.out.append(Note("NOQUEUE: reject: STARTTLS from %s: 501 5.5.1 data behind STARTTLS in the clear"
                                  % format_peer(self.address, self.name)))
             return self.send(Reply(501, "5.5.1", "Data behind STARTTLS"), close=True)
+        self.reset()
         self.send(Reply(220, "2.0.0", "Ready to start TLS"))
         self.ask("starttls", None, self._on_tls)
 
     def _on_tls(self, agreed: Tuple[str, str]) -> None:
         """All that was said before is forgotten, but the errors: RFC 3207 4.2."""
         self.tls, self.cipher = agreed
-        self.helo, self.esmtp, self.stage, self.transaction, self.username = "", False, Stage.START, None, ""
+        self.helo, self.esmtp, self.stage, self.username = "", False, Stage.START, ""
         self.buffer.clear()
         self.mode = Mode.COMMAND
 
@@ -3335,7 +3341,7 @@ COMMANDS: Dict[bytes, Tuple[Callable[[Session, str], None], FrozenSet[Stage]]] =
     b"EXPN": (Session.do_expn, ANY),
     b"HELP": (Session.do_help, ANY),
     b"QUIT": (Session.do_quit, ANY),
-    b"STARTTLS": (Session.do_starttls, frozenset({Stage.START, Stage.READY})),
+    b"STARTTLS": (Session.do_starttls, ANY),                # a transaction is forgotten, RFC 3207 4.2
     b"AUTH": (Session.do_auth, frozenset({Stage.READY})),   # not within a transaction, RFC 4954 4
     b"ETRN": (Session.do_etrn, frozenset({Stage.READY})),   # not within a transaction, RFC 1985 5
     b"ATRN": (Session.do_atrn, ANY),                        # 530 comes first, RFC 2645 5.2.1
@@ -3754,12 +3760,19 @@ class Site:
         if not waiting and not (self.state is Primary.REJECTING and self.count[State.DEFERRED]):
             return False
         if self.state is Primary.UP and self.is_proven:
-            target = min(self.limit, 1 + waiting // MESSAGES_PER_CONNECTION)
             if self.pace_s < QUICK_PACE_S:
-                target = min(target, QUICK_CONNECTIONS)
+                target = min(self.limit, QUICK_CONNECTIONS, 1 + waiting // MESSAGES_PER_CONNECTION)
+            else:
+                target = min(self.limit, self.open + 1)
             return not self.opening and self.open < target and now.mono >= self.next_probe
         # One probe may hang in the dark while the next, later, finds the primary back.
         return not self.open and now.mono >= self.next_probe and self.opening * self.cfg.probe_interval < CONNECT_S
+
+    def share(self) -> int:
+        """Of what waits and is with connections, the part of one: the oldest go by
+        all of them, and do not queue up behind one that is slow."""
+        most = min(self.cfg.connections, QUICK_CONNECTIONS) if self.pace_s < QUICK_PACE_S else self.cfg.connections
+        return max(1, -(-(self.count[State.ACTIVE] + len(self.handed)) // most))
 
     def wake(self, now: Now) -> Optional[float]:
         """The monotonic time at which wanted() or take() may change by itself."""
@@ -5475,7 +5488,7 @@ class Courier(Line):
         transaction is in flight, and at most the next one's envelope.  BDAT may
         be followed by anything (RFC 3030 2): then a window of whole messages
         is, once the peer has taken the first.  Not behind XCLIENT, which comes between messages."""
-        if not self.chunking or not self.taken or self.plan.cfg.xclient:
+        if not (self.chunking and self.pipelining) or not self.taken or self.plan.cfg.xclient:
             return not self.flight
         return (len(self.flight) < CHUNK_MESSAGES
                 and sum(leg.parcel.sidecar["size"] for leg in self.flight) < CHUNK_OCTETS
@@ -5484,7 +5497,7 @@ class Courier(Line):
     def _note_features(self) -> None:
         features = self.client.esmtp_features
         self.pipelining = "pipelining" in features
-        self.chunking = self.pipelining and "chunking" in features
+        self.chunking = "chunking" in features
 
     def _part(self) -> None:
         """The peer ended the connection while we were idle.  That is nobody's
@@ -5569,7 +5582,7 @@ class Courier(Line):
         self.flight.append(leg)         # first: a peer that breaks off at the introduction has had this message
         if len(self.flight) == 1:
             self._introduce(leg)
-        if self.chunking:
+        if self.pipelining and self.chunking:
             self._send_chunk(leg)
         elif self.pipelining:
             self.client.write(b"".join(self._envelope(leg)) + b"DATA\r\n")
@@ -5581,11 +5594,13 @@ class Courier(Line):
             ready, self.unsent = self.unsent, b""
             self.client.write(ready)
         code, text = self._read_envelope(leg)
-        if self.chunking:
+        if self.chunking and leg.is_sent:
             ended = self._look_behind()
             self._settle(leg, code, text)
             if ended is not None:
                 raise ended
+            if code // 100 != 2 and not self.pipelining:
+                self._leave_if_told(*self._command(b"RSET\r\n", COMMAND_S))       # RFC 3030 2
             return
         if leg.accepted and code == 354:
             self._check_step()
@@ -5658,19 +5673,27 @@ class Courier(Line):
             if code // 100 == 2:
                 leg.accepted.append(one)
             else:
-                code = 452 if code == 552 else code     # RFC 5321 4.5.3.1.10
+                if code == 552 and reply_status(code, text) in ("5.0.0", "5.5.3"):       # RFC 5321 4.5.3.1.10
+                    code, text = 452, b"4.5.3 too many recipients: 552 " + text
                 self._give(leg, [one], code, text, False if is_no_such_user(code, text) else None)
         if not leg.accepted and not self.pipelining:
             return 503, b""
-        return self._command(b"" if self.pipelining else b"DATA\r\n", END_OF_DATA_S if self.chunking else DATA_S)
+        if self.chunking and not self.pipelining:
+            self._send_chunk(leg)
+            self.client.write(self.unsent)
+            self.unsent = b""
+        return self._command(b"" if self.pipelining or self.chunking else b"DATA\r\n",
+                             END_OF_DATA_S if self.chunking else DATA_S)
 
     def _send_chunk(self, leg: Leg) -> None:
         """A whole transaction; small ones are gathered and leave together.
         Whatever the peer thinks of the envelope it reads the octets announced as
         data (RFC 3030 2).  RSET ends the transaction before, should it have failed half-way."""
         leg.is_sent = True
-        leg.is_reset, self.is_used = self.is_used, True
-        ready = self.unsent + (b"RSET\r\n" if leg.is_reset else b"") + b"".join(self._envelope(leg))
+        ready = self.unsent
+        if self.pipelining:
+            leg.is_reset, self.is_used = self.is_used, True
+            ready += (b"RSET\r\n" if leg.is_reset else b"") + b"".join(self._envelope(leg))
         ready += b"BDAT %d LAST\r\n" % leg.parcel.message.size
         for block in leg.parcel.message.blocks():
             if len(ready) >= BLOCK_OCTETS:
@@ -5957,14 +5980,16 @@ def _all_told(told: Told) -> Tuple[Tuple[Dict[str, Any], ...], Tuple[str, ...]]:
             tuple(remark for _, remarks in told.values() for remark in remarks))
 
 
-def write_delay(spool: Spool, id: str, attempts: int, error: str, cfg: Config, ids: Ids, sent: Told) -> Recorded:
+def write_delay(spool: Spool, id: str, attempts: int, last: Optional[Time], error: str, cfg: Config, ids: Ids,
+                sent: Told) -> Recorded:
     """In a committer thread: tell the sender, once, that a message waits.
-    `attempts` and `error`: of the connections that failed, which no sidecar knows."""
+    `attempts`, `last` and `error`: of the connections that failed since the last answer, which no sidecar knows."""
     now = time.time()
     sidecar = spool.read_sidecar(id)
     fresh = [one for one in sidecar["recipients"] if one["state"] == QUEUED and not one.get("delayed")]
-    told = [dict(one, attempts=one["attempts"] + attempts, last_response=error or one["last_response"],
-                 last_status=one["last_status"] or "4.4.1") for one in fresh]
+    told = [one if not error or (one["last_response"] and not attempts) else
+            dict(one, attempts=one["attempts"] + attempts, last_attempt=last or one["last_attempt"], last_response=error,
+                 last_status="4.4.1", last_remote="") for one in fresh]
     if "delayed" not in sent:
         sent["delayed"] = send_notice(spool, sidecar, "delayed", told, cfg, ids, now)
     for one in fresh:
@@ -6331,6 +6356,7 @@ class Manager:
 
     def _tell_delay(self, site: Site, entry: Entry, sent: Optional[Told] = None) -> None:
         attempts, cfg, ids, error = self.failures_since(site, entry), self.cfg, self.ids, site.trouble
+        last = self.now.wall + site.last_start - self.now.mono if attempts else None
         told: Told = {} if sent is None else sent
 
         def written(done: Any) -> None:
@@ -6339,7 +6365,8 @@ class Manager:
             elif not isinstance(done, Corrupt):         # which the next delivery finds, too
                 self._log_failure(done)
                 self.later(RETRY_DISK_S, lambda: self._tell_delay(site, entry, told))
-        self.work(entry.id, Task(lambda spool: write_delay(spool, entry.id, attempts, error, cfg, ids, told)), written)
+        self.work(entry.id, Task(lambda spool: write_delay(
+            spool, entry.id, attempts, last, error, cfg, ids, told)), written)
 
     @staticmethod
     def failures_since(site: Site, entry: Entry) -> int:
@@ -6472,8 +6499,8 @@ class Manager:
         if len(sites) > 1:
             self.scheduler.share(queued.id, list(sites))
 
-    def accept(self, sidecar: Mapping[str, Any]) -> None:
-        """A message that is on stable storage since a moment ago."""
+    def accept(self, sidecar: Mapping[str, Any], is_undecided: bool = False) -> None:
+        """A message that is on stable storage since a moment ago; `is_undecided`: cut_through() comes next."""
         queued = summarize(sidecar)
         self._admit(queued)
         self.is_dirty = True
@@ -6482,7 +6509,8 @@ class Manager:
             addresses.setdefault(self.scheduler.site_of(sidecar["kind"], one["domain"]), []).append(one["address"])
         for name, its in addresses.items():
             self.fresh.setdefault(name, {})[queued.id] = tuple(its)
-            self.scheduler.sites[name].counters["accepted"] += 1
+            if not is_undecided:
+                self.scheduler.sites[name].counters["accepted"] += 1
         self.log.write("qmgr", "%s: from=<%s>, size=%d, nrcpt=%d (queue active)" % (
             queued.id, printable(sidecar["sender"]), queued.size, len(sidecar["recipients"])))
         for name in addresses:
@@ -6562,9 +6590,12 @@ class Manager:
     def _load_up(self, courier: Courier, site: Site) -> None:
         if site.open > site.limit and not isinstance(courier, Turnaround) and self._is_surplus(site):
             return courier.leave()
-        if len(courier.jobs) >= JOBS_REFILL or not (site.count[State.ACTIVE] or site.state is Primary.REJECTING):
+        if not (site.count[State.ACTIVE] or site.state is Primary.REJECTING):
             return
-        for entry in site.take(JOBS_PER_CONNECTION, self.now):
+        share = site.share()
+        if len(courier.jobs) >= min(JOBS_REFILL, share):
+            return
+        for entry in site.take(min(JOBS_PER_CONNECTION, share - len(courier.jobs)), self.now):
             courier.jobs[entry.id] = entry
             courier.inbox.put(Job(entry.id, "" if site.cfg.is_notices else site.name))
 
@@ -6776,7 +6807,7 @@ class Manager:
             self._on_rejecting(site, outcome.results[0].response)
         elif QUEUED in states and any(result.remote for result in outcome.results):     # the primary's word, not ours
             site.on_deferred(self.now)
-        if was is Primary.REJECTING or site.state is Primary.REJECTING:
+        if site.state is Primary.REJECTING or (was is Primary.REJECTING and "sent" not in kinds):
             site.last_error = site.last_error or outcome.results[0].response
             return                      # it is not itself
         if site.cfg.is_notices:
@@ -6814,7 +6845,7 @@ class Manager:
             domain = outcome.job.domain
             if any(one["state"] == QUEUED and is_part(one, domain) for one in done.sidecar["recipients"]):
                 site.defer(entry, self.now, pause)
-                self._tell(site, entry.id, "deferred", verdicts[-1].response)
+                self._tell(site, entry.id, "deferred", next(one.response for one in verdicts if one.state == QUEUED))
             else:
                 self._leave(site, entry.id, "bounced" if BOUNCED in states else "delivered")
         by_address = {verdict.address: verdict for verdict in verdicts}
@@ -6835,9 +6866,14 @@ class Manager:
         gone, or None: it was taken, or stays queued."""
         id = sidecar["id"]
         sites = self.scheduler.holding(id)
+
+        def decided(refusal: Optional[Reply]) -> None:
+            for site in sites if refusal is None else ():
+                site.counters["accepted"] += 1
+            answer(refusal)
         if self.is_stopping or not sites or not all(site.may_cut_through(self.now) for site in sites):
-            return answer(None)
-        self.waiting[id] = CutThrough((site.name for site in sites), answer)
+            return decided(None)
+        self.waiting[id] = CutThrough((site.name for site in sites), decided)
         for site in sites:
             site.urge(site.entries[id])
         self.later(CUT_THROUGH_S, lambda: self._let_go(id))
@@ -6856,6 +6892,7 @@ class Manager:
         result = outcome.results[0]
         code, _, text = result.response.partition(" ")
         text = text[len(result.status):].lstrip(" ") if text.startswith(result.status) else text
+        text = text.encode("ascii", "backslashreplace").decode("ascii")         # RFC 6531 3.7.4
         waiting.refusal = waiting.refusal or Reply(int(code), result.status, text)
         if waiting.left:
             return
@@ -7627,12 +7664,14 @@ def format_progress(total: int, left: int, width: int = 40) -> str:
     return "[%s%s] %d of %d" % ("#" * done, "." * (width - done), total - left, total)
 
 
-def format_mbox(sidecar: Mapping[str, Any], message: bytes) -> bytes:
-    """One message as mboxrd: LF line ends, From_ lines quoted reversibly.  The envelope goes in front of the header."""
+def format_mbox(sidecar: Mapping[str, Any], message: bytes, is_meant: Callable[[str], bool]) -> bytes:
+    """One message as mboxrd: LF line ends, From_ lines quoted reversibly.  The
+    envelope goes in front of the header; of the recipients those whose domain is meant."""
     date = time.strftime("%a %b %e %H:%M:%S %Y", time.gmtime(sidecar["received"]))
     sender = re.sub(r"[^!-~]", "_", sidecar["sender"]) or "MAILER-DAEMON"     # readers know only ASCII here
     head = ["From %s %s" % (sender, date), "X-Envelope-From: <%s>" % sidecar["sender"]]
-    head += ["X-Envelope-To: <%s>" % one["address"] for one in sidecar["recipients"] if one["state"] == QUEUED]
+    head += ["X-Envelope-To: <%s>" % one["address"] for one in sidecar["recipients"]
+             if one["state"] == QUEUED and is_meant(one["domain"])]
     body = re.sub(rb"^(>*From )", rb">\1", message.replace(b"\r\n", b"\n"), flags=re.M)
     return "\n".join(head).encode("utf-8") + b"\n" + body + (b"\n" if body.endswith(b"\n") else b"\n\n")
 
@@ -8785,23 +8824,22 @@ class Server:
         """Bind what the configuration names.  Raises OSError with the address in
         it.  A machine without IPv6 serves the default addresses all the same."""
         default = KINDS["listen"](next(o.default for o in OPTIONS if o.name == "listen" and o.section == "relay"))
-        for where in () if self.is_passed_all else self.cfg.listen:
-            if where in self.listeners or self.passed.get(where) in self.listeners.values():
-                continue
-            try:
-                self.listeners[where] = self._bind(where)
-            except OSError as error:
-                if self.cfg.listen == default and ":" in where.host and self.listeners:
-                    self.log.write("master", "no IPv6 here: %s: %s" % (where, error.strerror), "warning")
+        fresh: List[Tuple[Dict[Endpoint, socket.socket], Endpoint]] = []
+        for listeners, wanted in ((self.listeners, () if self.is_passed_all else self.cfg.listen),
+                                  (self.odmr_listeners, self.cfg.odmr_listen)):
+            for where in wanted:
+                if where in listeners or self.passed.get(where) in listeners.values():
                     continue
-                raise OSError(error.errno, "cannot listen on %s: %s" % (str(where), error.strerror)) from None
-        for where in self.cfg.odmr_listen:
-            if where in self.odmr_listeners or self.passed.get(where) in self.odmr_listeners.values():
-                continue
-            try:
-                self.odmr_listeners[where] = self._bind(where, is_odmr=True)
-            except OSError as error:
-                raise OSError(error.errno, "cannot listen on %s: %s" % (str(where), error.strerror)) from None
+                try:
+                    listeners[where] = self._bind(where, listeners is self.odmr_listeners)
+                    fresh.append((listeners, where))
+                except OSError as error:
+                    if self.cfg.listen == default and ":" in where.host and self.listeners:
+                        self.log.write("master", "no IPv6 here: %s: %s" % (where, error.strerror), "warning")
+                        continue
+                    for its, one in fresh:          # all or none
+                        self._unlisten(its.pop(one))
+                    raise OSError(0, "cannot listen on %s: %s" % (str(where), error.strerror)) from None
         passed = self.passed.values()
         for listeners, wanted in ((self.listeners, self.cfg.listen), (self.odmr_listeners, self.cfg.odmr_listen)):
             for where in [where for where, sock in listeners.items() if where not in wanted and sock not in passed]:
@@ -9073,41 +9111,40 @@ class Server:
             self.manager.flush("all")
 
     def _reload(self) -> None:
-        """SIGHUP.  A bad file is refused and the old configuration stays."""
+        """SIGHUP.  A configuration that cannot be used is refused, and the old one stays, whole."""
+        old, files, logins = self.cfg, self.recipient_files, self.logins
         try:
-            self.log.reopen()
-            cfg = read_config(self.cfg.file)
-            old, self.cfg = self.cfg, cfg
-            try:
-                certificate = self._reload_certificate()
-                self.load_recipients()
-                self.load_logins()
-            finally:
-                self.cfg = old
+            self.log.reopen()           # after a rotation, whatever comes of the rest
+            cfg = read_config(old.file)
+            for name in ("spool", "user"):
+                if getattr(cfg, name) != getattr(old, name):
+                    self.log.write("master", "%s changes at the next start" % name, "warning")
+            self.cfg = cfg = dataclasses.replace(cfg, spool=old.spool, user=old.user)
+            certificate = self._reload_certificate()
+            self.load_recipients()
+            self.load_logins()
+            if cfg.log != old.log:
+                self.log.reopen(cfg.log)
+            self.listen()
         except (ConfigError, OSError) as error:
+            self.cfg, self.recipient_files, self.logins = old, files, logins
+            if self.log.where != old.log:
+                with contextlib.suppress(OSError):
+                    self.log.reopen(old.log)
             text = str(error.strerror if isinstance(error, OSError) and not error.errno else error)
             self.log.write("master", "not reloaded, the old configuration stays: %s" % printable(text), "error")
             return
-        for name in ("spool", "user", "log"):
-            if getattr(cfg, name) != getattr(self.cfg, name):
-                self.log.write("master", "%s changes at the next start" % name, "warning")
-        cfg = dataclasses.replace(cfg, spool=self.cfg.spool, user=self.cfg.user, log=self.cfg.log)
-        old, self.cfg = self.cfg, cfg
-        try:
-            self.listen()
-        except OSError as error:
-            self.log.write("master", "%s; the old addresses stay" % error.strerror, "error")
-            self.cfg = cfg = dataclasses.replace(cfg, listen=old.listen, odmr_listen=old.odmr_listen)
         try:
             self.open_page()
         except OSError as error:
             self.log.write("master", "status page: %s; the old one stays" % error.strerror, "error")
             self.cfg = cfg = dataclasses.replace(cfg, status_listen=old.status_listen, status_token=old.status_token)
-        self.log.level = LEVELS[cfg.log_level]
+        self.log.level, self.log.host = LEVELS[cfg.log_level], short_name(cfg.hostname)
         self.door = Door(cfg, 0)        # sessions under way keep the old one to their end
         self.set_certificate(certificate)
         self.manager.reconfigure(cfg)
         self._set_size_limit()
+        self._reserve_files()
         self.log.write("master", "configuration reread")
 
     def _set_size_limit(self) -> None:
@@ -9588,7 +9625,8 @@ class Server:
                 known = address.lower() in cfg.recipients
         elif cfg.recipients == "verify":
             known = self.manager.memory.knows(address, self.now.wall)
-        known = known or is_postmaster or known
+        if is_postmaster:
+            return None                 # RFC 5321 4.5.1
         if known is False:
             return no_such_user(address)
         must_ask = known is None or (cfg.while_up == "defer" and not site.is_known_up(self.now))
@@ -9699,7 +9737,7 @@ class Server:
 
         def committed(error: Optional[Exception]) -> None:
             if error is None:
-                self.manager.accept(sidecar)
+                self.manager.accept(sidecar, is_undecided=True)
                 return self.manager.cut_through(sidecar, answer)
             self.log.write("smtpd", "%s: cannot be kept: %s" % (draft.id, printable(str(error))), "error")
             answer(disk_reply(error if isinstance(error, OSError) else None))
@@ -10124,6 +10162,8 @@ def start_lean() -> None:
 
 def serve(cfg: Config) -> int:
     """Run the relay in the foreground."""
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)       # until there is something to reread; it outlives the new start
     start_lean()
     supervisor = Supervisor(os.environ)
     account = Account(cfg.user)
@@ -10346,7 +10386,7 @@ def export(cfg: Config, what: str) -> int:
             if not any(one["state"] == QUEUED and is_meant(one["domain"]) for one in sidecar["recipients"]):
                 continue
             message = spool.read_message(id, sidecar)
-            text = format_mbox(sidecar, b"".join(message.blocks()))
+            text = format_mbox(sidecar, b"".join(message.blocks()), is_meant)
             message.close()
         except (Corrupt, OSError) as error:
             if spool.has_sidecar(id):
@@ -10392,10 +10432,16 @@ def format_flush(answer: Mapping[str, Any], waited: bool) -> str:
 def change_queue(cfg: Config, command: str, what: str, yes: bool) -> int:
     """--hold, --release, --delete, --bounce."""
     if what == "all" and command in ("delete", "bounce") and not yes:
-        if not sys.stdin.isatty():
-            raise Usage("--%s all needs --yes" % command)
-        print("Really %s all queued mail? [y/N] " % command, end="", flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        question, reply = "Really %s all queued mail? [y/N] " % command, ""
+        if sys.stdin is not None and sys.stdin.isatty():
+            print(question, end="", flush=True)
+            reply = sys.stdin.readline()
+        elif sys.stdin is not None:     # a script that answers, or nobody
+            reply = sys.stdin.readline()
+            if not reply:
+                raise Usage("--%s all needs --yes" % command)
+            print(question + reply.strip())
+        if reply.strip().lower() not in ("y", "yes"):
             print("Nothing was done.")
             return EX_OK
     answer = last_answer(cfg, {"command": command, "what": what})
@@ -10813,10 +10859,16 @@ def check_spool(cfg: Config) -> List[Finding]:
         out += [Finding("error", "spool", "%s cannot write %s" % (who, path)) if path == cfg.spool else
                 Finding("warning", "user", "%s cannot read %s: SIGHUP and renewals will fail" % (who, path))
                 for path in denied(account, wanted)]
-        if folder != cfg.spool and not os.access(folder, os.W_OK | os.X_OK):
+        if os.path.lexists(cfg.spool) and folder != cfg.spool:
+            out.append(Finding("error", "spool", "%s is not a directory" % cfg.spool))
+        elif folder != cfg.spool and not os.access(folder, os.W_OK | os.X_OK):
             out.append(Finding("error", "spool", "%s cannot be written" % folder))
     except OSError as error:
         out.append(Finding("error", "user", describe(error)))
+    if cfg.log not in ("stderr", "syslog"):
+        place = os.path.dirname(cfg.log)
+        if os.path.isdir(cfg.log) or not os.access(cfg.log if os.path.exists(cfg.log) else place, os.W_OK):
+            out.append(Finding("error", "log", "%s cannot be written" % cfg.log))
     kind = file_system(folder)
     if kind in VOLATILE:
         out.append(Finding("warning", "spool", "%s is on %s: mail there %s" % (cfg.spool, kind, VOLATILE[kind])))

@@ -1164,6 +1164,8 @@ script("several messages in one session", DATA + r"""C: one
     C: two
     C: .                        S: 250 2.0.0""", bodies=[b"one\r\n", b"two\r\n"])
 script("mail syntax", READY + r"""
+    C: MAIL FROM:<a@b.example> BODY     S: 501 5.5.4
+    C: MAIL FROM:<a@b.example> RET      S: 501 5.5.4
     C: MAIL                     S: 501 5.5.4
     C: MAIL <a@b.example>       S: 501 5.5.4
     C: MAIL FROM:               S: 501 5.1.7
@@ -1642,7 +1644,7 @@ script("the eleventh error of any kind and no refusal counts", READY + r"""
     C: %s                       S: 500
     C: ETRN ourdom.example      S: 503
     C: BDAT x                   S: 501
-    C: STARTTLS                 S: 503
+    C: STARTTLS                 S: 502
     C: RCPT TO:<u@other.example>                S: 554
     C: HELO                     S: 421 4.7.0 close""" % ("x" * 3000), size_limit=10000)
 script("any 421 ends the session", READY + "C: MAIL FROM:<> S: 421 close C: NOOP",
@@ -2085,12 +2087,20 @@ class Schedule(unittest.TestCase):
                     self.site.on_connected(self.clock.now)
             self.assertEqual(self.site.open, connections)
 
-    def test_few_messages_need_one_connection(self) -> None:
-        self.configure(count=5)
-        self.prove()
-        for _ in range(10):
-            self.took_one()
-        self.assertFalse(self.site.wanted(self.clock.now))
+    def test_few_messages_need_one_connection_to_a_quick_primary_and_several_to_a_slow_one(self) -> None:
+        for pace_s, share, opened in cases(self, [(0.001, 3, 1), (0.3, 2, 4)]):
+            self.configure("connections = 4", 6)
+            self.prove()
+            for _ in range(10):
+                self.site.on_taken(self.clock.now, pace_s)
+            connections = 1
+            while self.site.wanted(self.clock.now):
+                self.site.on_started(self.clock.now)
+                self.site.on_connected(self.clock.now)
+                connections += 1
+            self.assertEqual((connections, self.site.share()), (opened, share))
+            self.assertEqual(len(self.taken(self.site.share())), share)
+            self.assertEqual(self.site.share(), share)          # what is with connections counts, too
 
     def full_speed(self) -> None:
         self.configure("connections = 8", 5000)
@@ -4927,6 +4937,47 @@ class Recording(SpoolCase):
         notice, = self.spool.names()
         self.assertEqual(self.spool.read_sidecar(notice)["kind"], "notice")
 
+    def test_a_primary_that_takes_mail_again_is_itself(self) -> None:
+        site, entry = self.queue("ABCDE0")
+        site.state, site.last_error, site.rejected_since = etrn.Primary.REJECTING, "", self.clock.wall
+        site.on_started(self.clock.now)
+        site.on_connected(self.clock.now)
+        self.assertEqual(site.take(1, self.clock.now), [entry])
+        courier = mock.Mock(jobs={entry.id: entry}, is_greeted=True, is_leaving=True)
+        self.manager.couriers[courier] = site
+        result = etrn.Result("user@" + DOMAIN, "sent", "2.0.0", "250 2.0.0 taken", "mail.example", None, True)
+        self.manager._on_outcome(etrn.Outcome(courier, etrn.Job(entry.id, DOMAIN), (result,), True, entry.received, "x", 0.1))
+        self.settle()
+        self.assertEqual((site.state, site.last_error), (etrn.Primary.UP, ""))
+        self.assertTrue(self.manager.memory.is_good("user@" + DOMAIN, self.clock.wall))
+        self.manager.couriers.clear()
+        site.on_closed(self.clock.now, "")
+
+    def test_a_delay_is_told_with_the_last_attempt_and_its_own_reason(self) -> None:
+        for attempts, status in cases(self, [(0, "4.6.7"), (3, "4.4.1")]):
+            site, entry = self.queue("ABCDE%d" % attempts)
+            self.spool.update(entry.id, lambda sidecar: sidecar["recipients"][0].update(
+                attempts=1, last_attempt=5.0, last_status="5.6.7", last_response="needs SMTPUTF8"))
+            site.state, site.last_error, site.last_start = etrn.Primary.DOWN, "Connection refused", self.clock.mono - 10
+            site.failures = entry.base + attempts
+            self.manager._tell_delay(site, entry)
+            self.settle()
+            id, = [id for id in self.spool.names() if self.spool.read_sidecar(id)["kind"] == "notice"]
+            with open(os.path.join(self.path, id + ".eml"), "rb") as file:
+                parts = email.message_from_binary_file(file).get_payload()
+            fields = parts[1].get_payload()[1]
+            self.assertEqual((fields["Status"], "refused" in fields["Diagnostic-Code"]), (status, attempts > 0))
+            last = email.utils.parsedate_to_datetime(fields["Last-Attempt-Date"]).timestamp()
+            self.assertAlmostEqual(last, self.clock.wall - 10 if attempts else 5.0, delta=2)
+            self.spool.remove([id])
+
+    def test_a_flush_gives_the_reason_of_what_stays(self) -> None:
+        site, entry = self.queue("ABCDE0", recipients=["a@" + DOMAIN, "b@" + DOMAIN])
+        watch = self.manager.watch([(DOMAIN, entry.id)])
+        self.outcome(site, entry, a="deferred", b="sent")
+        self.settle()
+        self.assertEqual((watch.counts["deferred"], watch.error), (1, "deferred"))
+
     # -- commands that end many messages
 
     def finish(self, steps: etrn.Answers) -> Dict[str, Any]:
@@ -5089,7 +5140,7 @@ class Recording(SpoolCase):
             self.look()
             self.assertEqual(sorted(self.manager.scheduler.sites[DOMAIN].entries), ["ABCDE0", "ABCDE2", "ABCDE4"])
             self.assertEqual(self.manager.load_error, "")
-            self.assertRegex("\n".join(self.log.lines), r"could not be read whole: ABCDE[13]: .*: No space left on device; trying")
+            self.assertRegex("\n".join(self.log.lines), r"not be read whole: ABCDE[13]: .*: No space left on device; trying")
         with shorten(COPY_S=0.0):
             self.manager.tick(self.clock.advance(self.manager.retries[0][0] - self.clock.mono))
             self.settle()
@@ -5219,7 +5270,8 @@ class Delivery(Folder):
                 ({"MAIL": "451 4.3.0 later"}, "deferred 4.3.0"), ({"MAIL": "550 5.7.1 not you"}, "refused 5.7.1"),
                 ({"MAIL": "552 too big"}, "refused 5.0.0"), ({"RCPT": "450 4.2.0 greylisted"}, "deferred 4.2.0"),
                 ({"RCPT": "550-5.1.1 no\n550 5.1.1 such user"}, "refused 5.1.1"), ({"RCPT": "251 will forward"}, "sent 2.0.0"),
-                ({"RCPT": "552 too many"}, "deferred"), ({"DATA": "451 4.3.0 later"}, "deferred 4.3.0"),
+                ({"RCPT": "552 too many"}, "deferred 4.5.3"), ({"RCPT": "552 5.5.3 too many"}, "deferred 4.5.3"),
+                ({"RCPT": "552 5.2.2 full"}, "refused 5.2.2"), ({"DATA": "451 4.3.0 later"}, "deferred 4.3.0"),
                 ({"DATA": "554 5.7.1 no"}, "refused 5.7.1"),
                 ({".": "452 4.3.1 full"}, "deferred 4.3.1"), ({".": "550 5.7.1 spam"}, "refused 5.7.1"),
                 ({".": "550 2.0.0 odd"}, "refused 5.0.0"),
@@ -5313,6 +5365,16 @@ class Delivery(Folder):
                         self.assertEqual(copies, len(primary.messages))
                         self.assertEqual(len(primary.messages), 2 - kinds.count(["refused"]))
                     primary.__exit__()
+
+    def test_chunking_alone_is_used_step_by_step(self) -> None:
+        primary = self.primary(RCPT=["250 ok", "550 5.1.1 no", "250 ok"], **{".": ["250 ok", "452 4.3.1 full", "250 ok"]})
+        primary.extensions = ["CHUNKING", "SIZE"]
+        ids = [self.put() for _ in range(4)]
+        results, error = self.deliver(primary, *ids)
+        self.assertEqual(([one.kind for id in ids for one in results[id]], error), (["sent", "refused", "deferred", "sent"], ""))
+        verbs = [line.split()[0] for line in primary.log]
+        self.assertEqual((verbs.count("BDAT"), verbs.count("DATA"), verbs.count("RSET")), (3, 0, 2))
+        self.assertEqual([data for _, _, data in primary.messages], [MESSAGE] * 2)
 
     MANY = ["u%d@%s" % (number, DOMAIN) for number in range(250)]      # three transactions
 
@@ -6461,6 +6523,56 @@ class Life(Relays):
         with relay.client() as client:
             self.assertEqual(client.say("MAIL FROM:<>", "RCPT TO:<u@new.example>")[:3], "250")
 
+    def test_sighup_changes_limits_and_the_log_and_takes_all_or_nothing(self) -> None:
+        def reload(expected: str, **values: str) -> None:
+            relay.write_config(**values)
+            since = len(relay.log)
+            relay.signal(signal.SIGHUP)
+            relay.logged(expected, since)
+
+        def let_in() -> int:
+            with contextlib.ExitStack() as stack:
+                wires = [stack.enter_context(Wire(relay.port)) for _ in range(4)]
+                return sum(wire.greeting.startswith("220") for wire in wires)
+        relay = self.relay(relay="max_connections = 2")
+        self.assertEqual(let_in(), 2)
+        for most in (3, 1):
+            reload("configuration reread", relay="max_connections = %d" % most)
+            wait(lambda most=most: let_in() == most, "the new limit")   # those before may not have left yet
+        with socket.socket() as taken, socket.socket() as free:
+            for sock in (taken, free):
+                sock.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+            free.close()
+            reload("not reloaded, the old configuration stays: cannot listen on .*: Address already in use",
+                   relay="max_connections = 4\nodmr_listen = 127.0.0.1:%d, 127.0.0.1:%d" % (
+                       port, taken.getsockname()[1]))
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            self.fail("a port of the refused configuration is open")
+        self.assertEqual(let_in(), 1)
+        other = os.path.join(relay.folder, "other.log")
+        relay.write_config(relay="log = other.log")
+        relay.signal(signal.SIGHUP)
+        wait(lambda: os.path.exists(other) and "configuration reread" in open(other, encoding="utf-8").read(),   # noqa: SIM115
+             "the new log")
+        relay.write_config(relay="log = missing/other.log")
+        relay.signal(signal.SIGHUP)
+        wait(lambda: "not reloaded" in open(other, encoding="utf-8").read(), "the old log")     # noqa: SIM115
+
+    def test_signals_during_the_start_are_not_the_end(self) -> None:
+        code = ("import os, signal; import etrn_relay as e\ndef assume(self, spool):\n"
+                "    os.kill(os.getpid(), signal.SIGHUP); os.kill(os.getpid(), signal.SIGUSR1); raise OSError(0, 'seen')\n"
+                "e.Account.assume = assume; e.start_lean = lambda: None\n"
+                "raise SystemExit(e.main(['--config', %r]))" % self.config_file())
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.PIPE)
+        self.assertEqual((done.returncode, done.stderr), (78, b"etrn_relay.py: seen\n"))
+
+    def config_file(self) -> str:
+        path = os.path.join(self.folder, "start.conf")
+        with open(path, "w", encoding="ascii") as file:
+            file.write("[relay]\nspool = spool\n[domain x.example]\n")
+        return path
+
     def test_a_log_file_is_reopened_on_sighup(self) -> None:
         relay = Relay(self.folder, "127.0.0.1:9", relay="log = relay.log")
         path = os.path.join(self.folder, "relay.log")
@@ -6588,7 +6700,8 @@ class Wired(Relays):
                 for _, sent, options in cases(self, wanted):
                     if options.get("bare_newline", "normalize") == value:
                         player = play(sent, bare_newline=value)
-                        self.assertEqual([reply[0] for reply in self.exchange(local, sent)], [reply[0] for reply in player.replies])
+                        said = self.exchange(local, sent)
+                        self.assertEqual([reply[0] for reply in said], [reply[0] for reply in player.replies])
                         self.assertEqual(self.bodies(local), player.bodies)
             self.assertEqual([line for line in local.log if "bug: " in line], [])
 
@@ -6598,7 +6711,8 @@ class Wired(Relays):
         with Local(self.folder, "bare_newline = reject\nmax_message_size = 100000") as local:
             for stream, replies in cases(self, [
                     (b"DATA\r\na\nb\r\n.\r\n", ["354", "550 5.6.0"]), (b"BDAT 7 LAST\r\na\nb\r\nxy", ["550 5.6.0"]),
-                    (b"DATA\r\n" + hops + b".\r\n", ["354", "554 5.4.6"]), (b"BDAT %d LAST\r\n%s" % (len(hops), hops), ["554 5.4.6"]),
+                    (b"DATA\r\n" + hops + b".\r\n", ["354", "554 5.4.6"]),
+                    (b"BDAT %d LAST\r\n%s" % (len(hops), hops), ["554 5.4.6"]),
                     (b"BDAT 6\r\nthrownRSET\r\n", ["250", "250 2.0.0"]), (b"BDAT 6\r\nthrownEHLO x\r\n", ["250", "250"]),
                     (b"BDAT 60000\r\n%sBDAT 60000 LAST\r\n%s" % (b"x" * 60000, b"x" * 60000), ["250", "552 5.3.4"])]):
                 said = self.exchange(local, OPENING + stream + kept)[4:]
@@ -6880,10 +6994,16 @@ class TlsClients(Secured):
                     client.handshake()
                     for command in ("RCPT TO:<u@%s>" % DOMAIN, "DATA", "MAIL FROM:<a@b.example>", "ETRN " + DOMAIN):
                         self.assertEqual(client.say(command)[:9], "503 5.5.1")
-            with TlsWire(local.port, secure=False) as client:
-                client.say("MAIL FROM:<a@b.example>", "RCPT TO:<u@%s>" % DOMAIN)
-                self.assertEqual(client.say("STARTTLS")[:9], "503 5.5.1")
-                self.assertEqual(client.say("DATA")[:3], "354")
+            for begun in cases(self, [[], ["BDAT 8\r\nthrown"]]):
+                with TlsWire(local.port, secure=False) as client:
+                    client.say("MAIL FROM:<a@b.example>", "RCPT TO:<u@%s>" % DOMAIN, *begun)
+                    self.assertEqual(client.say("STARTTLS")[:9], "220 2.0.0")
+                    client.handshake()
+                    self.assertEqual(client.say("EHLO x", "DATA")[:9], "503 5.5.1")
+                    self.assertEqual(client.send(MESSAGE)[:3], "250")
+                id = sorted(name[:-4] for name in spool_files(local.spool.path) if name.endswith(".eml"))[-1]
+                with open(os.path.join(local.spool.path, id + ".eml"), "rb") as file:
+                    self.assertEqual(without_received(file.read()), MESSAGE)
 
     def test_errors_before_tls_still_count(self) -> None:
         with self.local() as local, TlsWire(local.port, secure=False) as client:
@@ -7914,6 +8034,14 @@ class CutThrough(Relays):
             kept += 2 if script_ else 0
             wait(lambda kept=kept: len(relay.files()) == kept, "%d files" % kept)
         self.assertEqual([line for line in relay.log if "notification" in line], [])
+        domains = relay.json("--status")["domains"]
+        self.assertEqual([domains["d%d.example" % number]["accepted"] for number in range(len(table))],
+                         [int(reply[0] == "2") for _, reply in table])
+
+    def test_a_verdict_reaches_a_client_in_ascii(self) -> None:
+        primary = self.primary(**{".": "554 5.6.0 caf\xe9\x01"}).start()
+        relay = self.relay(primary, domain=self.OPTIONS)
+        self.assertEqual(relay.send(), r"554 5.6.0 caf\xe9\x01")
 
     def test_mixed_verdicts_are_250_and_the_refused_are_told_by_a_notice(self) -> None:
         primary, smarthost = self.primary(RCPT=only("good")).start(), self.primary().start()
@@ -7990,6 +8118,11 @@ class WhileUp(Relays):
         self.assertEqual([self.rcpt(relay), self.rcpt(relay)], ["250 2.1.5"] * 2)
         self.assertEqual([self.rcpt(relay, user="v"), self.rcpt(relay, sender="c@b.example")], ["450 4.3.2"] * 2)
         self.assertEqual(self.rcpt(relay, user="v"), "250 2.1.5")
+
+    def test_postmaster_is_always_let_in(self) -> None:
+        relay = self.relay(self.primary().start(), domain="while_up = defer")
+        self.assertEqual([self.rcpt(relay, user=user) for user in ("u", "postmaster", "PostMaster")],
+                         ["450 4.3.2", "250 2.1.5", "250 2.1.5"])
 
     def test_mail_is_taken_as_soon_as_the_primary_is_not_known_to_be_up(self) -> None:
         primary = self.primary()
@@ -10780,6 +10913,14 @@ class Checks(Relays):
         with mock.patch.object(etrn.time, "time", lambda: etrn.parse_pem(open(files[0], "rb").read()).until + 5):    # noqa: SIM115
             self.found("error", "expired on", bounces="[tls]\ncertificate = %s\nkey = %s" % files)
 
+    def test_the_spool_is_a_directory_and_the_log_has_one(self) -> None:
+        spool = os.path.join(self.folder, "spool")
+        self.found("error", "none/relay.log cannot be written", relay="log = none/relay.log")
+        self.found("error", "cannot be written", relay="log = .")
+        with open(spool, "wb"):
+            pass
+        self.found("error", "spool is not a directory")
+
     def test_the_spool_must_be_of_use_to_its_account(self) -> None:
         spool = os.path.join(self.folder, "spool")
         with mock.patch.object(etrn, "file_system", return_value="vfat"):
@@ -11033,6 +11174,22 @@ class Misuse(Relays):
         for answer, left in cases(self, [(b"\n", 1), (b"\x04", 1), (b"y\n", 0)]):
             code, shown = self.terminal(relay, "--delete", "all", answer=answer)
             self.assertEqual((code, "Really delete all queued mail?" in shown, len(relay.queue())), (0, True, left), shown)
+
+    def test_delete_all_takes_an_answer_from_a_script(self) -> None:
+        relay = self.relay()
+        relay.send()
+        relay.end()
+        for answer, code, left in cases(self, [(b"", 64, 1), (b"n\n", 0, 1), (b"y\n", 0, 0)]):
+            done = subprocess.run([*COMMAND, "--config", relay.file, "--delete", "all"], input=answer, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE)
+            self.assertEqual((done.returncode, len(relay.queue())), (code, left), done)
+
+    def test_an_export_names_the_recipients_of_its_domain_alone(self) -> None:
+        relay = self.relay(domain="[domain two.example]\n")
+        relay.send(recipients=["u@" + DOMAIN, "v@two.example"])
+        for what, found in cases(self, [(DOMAIN, ["u@" + DOMAIN]), ("two.example", ["v@two.example"]),
+                                        ("all", ["u@" + DOMAIN, "v@two.example"])]):
+            self.assertEqual(re.findall("X-Envelope-To: <(.*)>", relay.run("--export", what)[1]), found)
 
     def test_mailbox_reads_an_export_and_its_bodies_come_back(self) -> None:
         relay = self.relay()
