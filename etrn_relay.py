@@ -1236,6 +1236,9 @@ def is_within(address: str, networks: Sequence[Network]) -> bool:
     return any(ip in network for network in networks if network.version == ip.version)
 
 
+SECTION_HEAD = re.compile(r"\[(?P<header>[^]]+)\]")
+
+
 class _Lines:
     """Which line a section or key stands on, and for a key those its value goes
     on in; configparser does not tell.  What is a continuation is judged as it
@@ -1255,12 +1258,12 @@ class _Lines:
                 self.keys[section, key].append(number)
                 continue
             indent = depth
-            head = re.match(r"\[(.+)\](.*)", bare)
+            head = SECTION_HEAD.match(bare)
             if head:
-                section, key = head.group(1), ""
+                section, key, behind = head.group("header"), "", bare[head.end():].strip()
                 self.sections.setdefault(section, number)
-                if head.group(2).strip()[:1] not in ("", "#", ";"):
-                    self.odd[number] = head.group(2).strip()
+                if behind[:1] not in ("", "#", ";"):
+                    self.odd[number] = behind
             else:
                 key = re.split(r"[=:]", bare, maxsplit=1)[0].strip().lower()
                 self.keys.setdefault((section, key), [number])
@@ -1284,6 +1287,7 @@ def parse_config(text: str, file: str, fqdn: str = "localhost") -> Config:
     """The whole file.  `fqdn` is the machine's name, for the default of
     `hostname`.  Raises ConfigError at the first fault."""
     parser = configparser.ConfigParser(interpolation=None, default_section="\0", delimiters=("=", ":"))
+    parser.SECTCRE = SECTION_HEAD       # the default is another one from 3.11 on
     text = text[1:] if text.startswith("\ufeff") else text      # Windows editors begin a file with this mark
     lines = _Lines(text)
     try:

@@ -919,7 +919,7 @@ class Configuration(Folder):
             self.assertEqual((cfg.cutthrough, cfg.xclient), (value, value))
 
     def test_comments_stand_behind_values_too(self) -> None:
-        cfg = etrn.parse_config("[relay] ; here\n# and\n; there\nmax_recipients = 7   # few\nspool = a#1 #2\n", "/x/etrn.conf")
+        cfg = etrn.parse_config("[relay] ; here [x]\n# and\n; there\nmax_recipients = 7   # few\nspool = a#1 #2\n", "/x/etrn.conf")
         self.assertEqual((cfg.max_recipients, cfg.spool), (7, "/x/a#1"))
 
     def test_yes_and_no_are_said_in_every_common_way(self) -> None:
