@@ -3469,6 +3469,7 @@ class Site:
         self.aging: List[Tuple[Time, str]] = []
         self.overdue: List[str] = []
         self.count = dict.fromkeys(State, 0)
+        self.last_flush = -INF          # monotonic
         self.handed: Set[str] = set()           # queue IDs that connections have; others DELIVERING are being written
         self.octets = 0
         self.is_held = False            # --hold DOMAIN: later mail too
@@ -3704,6 +3705,7 @@ class Site:
     def _settle(self, entry: Entry) -> None:
         held = entry.hold or self.is_held
         if entry.state is not State.DELIVERING and held != (entry.state is State.HOLD):
+            self._forget_tries(entry)   # from before the hold: released mail has its chance, however old it became
             self._leave_round(entry)
             self._set(entry, State.HOLD if held else State.ACTIVE)
 
@@ -3728,7 +3730,12 @@ class Site:
         """ETRN, --flush, SIGUSR1.  False when one was under way already; even
         then there will be another look.  Probes once a second at most."""
         fresh = self.round_left == 0
-        self.release_all()
+        if self.count[State.DEFERRED]:
+            self.release_all()
+        elif now.mono - self.last_flush < TRIGGER_S:
+            self.trigger(now)           # all of it is due since a moment ago: a flood costs no walk through the queue each
+            return fresh or bool(self.waits_for)
+        self.last_flush = now.mono
         if self.waits_for:
             return True                 # due it is, for the next who comes
         self.round += 1
@@ -3776,7 +3783,7 @@ class Site:
         """Of what waits and is with connections, the part of one: the oldest go by
         all of them, and do not queue up behind one that is slow."""
         most = min(self.cfg.connections, QUICK_CONNECTIONS) if self.pace_s < QUICK_PACE_S else self.cfg.connections
-        return max(1, -(-(self.count[State.ACTIVE] + len(self.handed)) // most))
+        return max(2, -(-(self.count[State.ACTIVE] + len(self.handed)) // most))
 
     def wake(self, now: Now) -> Optional[float]:
         """The monotonic time at which wanted() or take() may change by itself."""
@@ -4064,20 +4071,24 @@ class Site:
 
     def on_clock_jump(self, now: Now, seconds: float) -> None:
         """The wall clock was set: what was measured by it is as old as before."""
-        self.since += seconds
-        self.recovered += seconds
-        self.rejected_since += seconds
+        self.since, self.recovered, self.rejected_since = (
+            max(0.0, at + seconds) if at else at for at in (self.since, self.recovered, self.rejected_since))
         self.jumped = now.mono
         for entry in self.entries.values():
-            entry.attempts, entry.tries, entry.base = self.attempts(entry), 0, self.failures
+            self._forget_tries(entry)
+
+    def _forget_tries(self, entry: Entry) -> None:
+        """It must be tried anew before it may expire; the attempts are told all the same."""
+        entry.attempts, entry.tries, entry.base = self.attempts(entry), 0, self.failures
 
     def keep_ages(self, seconds: float, now: Now) -> None:
         """The wall clock jumped so far.  Mail that only waits keeps the age it
         had, and what is left of its lifetime: its hours of arrival are told anew."""
         self.watched_since = now.mono
         for entry in self.entries.values():
-            entry.received += seconds
-            entry.expires += seconds
+            if entry.received <= now.wall - seconds:    # else it was told by another clock, which was right
+                entry.received += seconds
+                entry.expires += seconds
         self.aging = [(entry.expires, entry.id) for entry in self.entries.values()]
         self.delays = [(at + seconds, id) for at, id in self.delays]
         heapq.heapify(self.aging)
@@ -4112,6 +4123,11 @@ class Memory:
         self.known = {address: one for address, one in self.known.items()
                       if one[0] or not address.endswith(end) or one[1] - BAD_S < since}
         self.is_dirty = True
+
+    def forget(self, domain: str) -> None:
+        """Another primary has other recipients."""
+        self.forget_bad(domain, 0.0)
+        self.accept_all.pop(domain, None)
 
     def learn_accept_all(self, domain: str, takes_all: bool, now: Time) -> None:
         self.accept_all[domain] = (takes_all, now + ACCEPT_ALL_S)
@@ -5238,7 +5254,6 @@ class Leg:
         self.recipients = recipients
         self.is_last = is_last
         self.is_sent = False            # its end of data may have reached the peer
-        self.is_reset = False           # RSET went before its MAIL, and is not answered
         self.accepted: List[Dict[str, Any]] = []
 
 
@@ -5347,7 +5362,6 @@ class Courier(Line):
         self.answered = 0.0             # monotonic, of the last answer to a message
         self.pipelining = False
         self.chunking = False
-        self.is_used = False            # a transaction has been sent
         self.unsent = b""               # of the transactions in flight, not yet written
         self.introduced: List[str] = []         # the client that the peer was told of last
         self.named = ("", "")                   # its address, and the name found for it
@@ -5603,8 +5617,6 @@ class Courier(Line):
             self._settle(leg, code, text)
             if ended is not None:
                 raise ended
-            if code // 100 != 2 and not self.pipelining:
-                self._leave_if_told(*self._command(b"RSET\r\n", COMMAND_S))       # RFC 3030 2
             return
         if leg.accepted and code == 354:
             self._check_step()
@@ -5621,20 +5633,17 @@ class Courier(Line):
 
     def _look_behind(self) -> Optional[PeerError]:
         """With CHUNKING, one reply too many would make each message's verdict out
-        of a RCPT's 250.  So a verdict counts when the next transaction's RSET was
-        answered behind it, or nothing at all.  Returns how the connection ended, if it did: that speaks against no verdict."""
-        if len(self.flight) == 1:
-            if not self.client.pending.startswith(b"421"):      # that may come at any time
-                self._check_step()
-            return None
+        of a RCPT's 250.  So RSET follows each message, and a verdict counts when that was answered
+        behind it.  Returns how the connection ended, if it did: that speaks against no verdict."""
+        if not self.pipelining and not self.client.pending.startswith(b"421"):      # that may come at any time
+            self._check_step()
         try:
-            code, text = self._command(b"", COMMAND_S)
+            code, text = self._command(b"" if self.pipelining else b"RSET\r\n", COMMAND_S)
             self._leave_if_told(code, text)
         except PeerError as error:
             return error
         if code != 250:
             raise PeerError("%s answers RSET with %s" % (self.hop, reply_text(code, text)))
-        self.flight[1].is_reset = False     # answered
         return None
 
     def _settle(self, leg: Leg, code: int, text: bytes) -> None:
@@ -5662,8 +5671,6 @@ class Courier(Line):
             self._leave_if_told(code, text)
             return code, text
 
-        if leg.is_reset:
-            step(b"", COMMAND_S)
         code, text = step(envelope[0], COMMAND_S)
         refused = code // 100 != 2
         if refused:
@@ -5683,6 +5690,7 @@ class Courier(Line):
         if not leg.accepted and not self.pipelining:
             return 503, b""
         if self.chunking and not self.pipelining:
+            self._check_step()
             self._send_chunk(leg)
             self.client.write(self.unsent)
             self.unsent = b""
@@ -5692,19 +5700,16 @@ class Courier(Line):
     def _send_chunk(self, leg: Leg) -> None:
         """A whole transaction; small ones are gathered and leave together.
         Whatever the peer thinks of the envelope it reads the octets announced as
-        data (RFC 3030 2).  RSET ends the transaction before, should it have failed half-way."""
+        data (RFC 3030 2).  RSET ends it, should it have failed half-way."""
         leg.is_sent = True
-        ready = self.unsent
-        if self.pipelining:
-            leg.is_reset, self.is_used = self.is_used, True
-            ready += (b"RSET\r\n" if leg.is_reset else b"") + b"".join(self._envelope(leg))
+        ready = self.unsent + (b"".join(self._envelope(leg)) if self.pipelining else b"")
         ready += b"BDAT %d LAST\r\n" % leg.parcel.message.size
         for block in leg.parcel.message.blocks():
             if len(ready) >= BLOCK_OCTETS:
                 self.client.write(ready)
                 ready = b""
             ready += block
-        self.unsent = ready
+        self.unsent = ready + (b"RSET\r\n" if self.pipelining else b"")
 
     def _send_body(self, leg: Leg) -> None:
         """The message, dot-stuffed (RFC 5321 4.5.2), block by block; with
@@ -6265,6 +6270,7 @@ class Manager:
         self.alerts = Alerts(cfg, log, self._mail_alert)
         self.alerts.on_failure = lambda text: post([(self._log_failure, OSError(text))])    # type: ignore[method-assign]
         self.saves = 0                  # of the state, so far
+        self.saving = 0                 # ... that the disk has yet to take
         self.next_save = now.mono + STATE_SAVE_S
         self.next_sweep = now.mono
         self.drift = now.wall - now.mono
@@ -6276,10 +6282,10 @@ class Manager:
 
     def handle(self, report: Any, now: Now) -> None:
         """One report of a committer, a courier or the loader."""
-        self.now = now
+        self._look_at_clock(now)
         if isinstance(report, list):
             for done, result in report:
-                done(result)
+                self._tell_one(done, result)
         elif isinstance(report, Outcome):
             self._on_outcome(report)
         elif isinstance(report, Loaded):
@@ -6299,13 +6305,14 @@ class Manager:
 
     def tick(self, now: Now) -> None:
         """What time has brought: connections, retries, expiry, saving."""
-        self.now = now
+        self._look_at_clock(now)
         while self.retries and self.retries[0][0] <= now.mono:
             heapq.heappop(self.retries)[2]()
         if not self.is_stopping:
-            self._open_lines()
             for courier, site in self.couriers.items():
                 self._feed(courier, site)
+            if not self.is_stalled:
+                self._open_lines()      # for what those there do not take
         if now.mono >= self.next_sweep:
             self.next_sweep = now.mono + SWEEP_S
             self._sweep()
@@ -6328,16 +6335,28 @@ class Manager:
                     times.append(max(self.next_sweep, now.mono + site.aging[0][0] - now.wall))
         return min(times)
 
-    def _sweep(self) -> None:
-        drift = self.now.wall - self.now.mono
+    def _tell_one(self, done: Callable[..., Any], *values: Any) -> None:
+        """A bug in what one of them does is not the others'."""
+        try:
+            done(*values)
+        except Exception as error:
+            self.log.bug(error)
+
+    def _look_at_clock(self, now: Now) -> None:
+        """First of all: nothing must be judged by a wall clock that was set meanwhile."""
+        self.now = now
+        drift = now.wall - now.mono
         if abs(drift - self.drift) > CLOCK_JUMP_S:
             self.log.write("master", "the clock jumped by %d s: nothing expires before it was tried again"
                            % (drift - self.drift), "warning")
             for site in self.scheduler.sites.values():
-                site.on_clock_jump(self.now, drift - self.drift)
+                site.on_clock_jump(now, drift - self.drift)
                 if site.waits_for:
-                    site.keep_ages(drift - self.drift, self.now)
-        self.drift = drift
+                    site.keep_ages(drift - self.drift, now)
+            self.drift = drift
+
+    def _sweep(self) -> None:
+        self.drift = self.now.wall - self.now.mono      # small steps, and a clock that is slewed
         for site in list(self.scheduler.sites.values()):
             for entry in site.expired(self.now):
                 self.end(site, entry, EXPIRED, "4.4.7", UNCOLLECTED if site.waits_for else site.last_error)
@@ -6347,6 +6366,7 @@ class Manager:
                     or site in self.couriers.values()
                     or site in self.inquirers.values()):
                 del self.scheduler.sites[site.name]     # of a notice, or a subdomain somebody wrote to once
+                self._on_route(site.name, ())
         self.alerts.sweep(self.scheduler.sites.values(), self.free_space(), self.now, self.certificate_end)
         if self.now.mono >= self.next_save:
             self.next_save = self.now.mono + STATE_SAVE_S
@@ -6366,7 +6386,10 @@ class Manager:
         def written(done: Any) -> None:
             if isinstance(done, Recorded):
                 self._note_record(done)
-            elif not isinstance(done, Corrupt):         # which the next delivery finds, too
+            elif isinstance(done, Corrupt):             # or gone, because it was delivered; what was told stays so
+                for notice in _all_told(told)[0]:
+                    self.accept(notice)
+            else:
                 self._log_failure(done)
                 self.later(RETRY_DISK_S, lambda: self._tell_delay(site, entry, told))
         self.work(entry.id, Task(lambda spool: write_delay(
@@ -6456,7 +6479,12 @@ class Manager:
                     faults.append((id, "a body without a sidecar"))
             for id, why in faults:      # last, because the disk may have no room for that
                 try:
-                    remarks.append(self.spool.set_aside(id, why))
+                    try:
+                        sidecar = self.spool.read_sidecar(id)
+                        self.spool.check_body(id, sidecar)
+                        found.append(summarize(sidecar))        # mended meanwhile
+                    except Corrupt:
+                        remarks.append(self.spool.set_aside(id, why))
                 except OSError as problem:
                     unread = "%s: %s: %s" % (id, why, problem.strerror)
         except Exception as problem:    # the directory cannot be read; or a bug, which must not hide the mail
@@ -6580,8 +6608,13 @@ class Manager:
         return Plan(site.name, site.cfg, primary, self.cfg.hostname, Resolver(self.cfg.nameservers), self.listeners,
                     known, login if login and login[0] else None)
 
+    @property
+    def is_stalled(self) -> bool:
+        """The disk lags behind with what became of the mail: no more is given out."""
+        return len(self.chains) + len(self.unrecorded) >= UNRECORDED_MAX
+
     def _feed(self, courier: Courier, site: Site) -> None:
-        if not courier.is_greeted or courier.is_leaving or len(self.chains) + len(self.unrecorded) >= UNRECORDED_MAX:
+        if not courier.is_greeted or courier.is_leaving or self.is_stalled:
             return                      # tick() comes back
         self._load_up(courier, site)
         while isinstance(courier, Turnaround) and not courier.jobs and not courier.is_leaving:
@@ -6645,7 +6678,7 @@ class Manager:
                 self._say_up(one, one.state, one.on_came(self.now))
         else:
             sites = (site,)
-            self._keep_route(site, report.hop)
+            self._keep_route(site, courier, report.hop)
             self._say_up(site, site.state, site.on_connected(self.now))
         if any(one.size_limit != report.size_limit for one in sites):
             for one in sites:
@@ -6653,7 +6686,9 @@ class Manager:
             self.on_size_limit()
         self._feed(courier, site)
 
-    def _keep_route(self, site: Site, hop: Hop) -> None:
+    def _keep_route(self, site: Site, line: Line, hop: Hop) -> None:
+        if line.plan.cfg.primary != site.cfg.primary:
+            return                      # configured once
         site.route = [hop] + [other for other in site.route if other[1:] != hop[1:]][:ROUTE_HOSTS_MAX - 1]
         site.route_seen = self.now.wall
 
@@ -6665,8 +6700,9 @@ class Manager:
     def _say(self, site: Site, event: str, text: str) -> None:
         """A primary's state has changed."""
         self.log.write("primary", "%s: %s" % (site.label, printable(text)), "warning" if event == "rejecting" else "info")
-        self.save_state()
-        if not site.cfg.is_notices:
+        self.is_dirty = True
+        if not site.cfg.is_notices:     # of those there may be thousands, one for each domain that spam names
+            self.save_state()
             self.alerts.on_state(site, event, text, self.now)
 
     def _on_finished(self, report: Finished) -> None:
@@ -6875,7 +6911,7 @@ class Manager:
             for site in sites if refusal is None else ():
                 site.counters["accepted"] += 1
             answer(refusal)
-        if self.is_stopping or not sites or not all(site.may_cut_through(self.now) for site in sites):
+        if self.is_stopping or self.is_stalled or not sites or not all(site.may_cut_through(self.now) for site in sites):
             return decided(None)
         self.waiting[id] = CutThrough((site.name for site in sites), decided)
         for site in sites:
@@ -6918,6 +6954,8 @@ class Manager:
         def written(done: Any) -> None:
             if isinstance(done, Corrupt):
                 self.unrecorded.discard(id)
+                for notice in _all_told(told)[0]:
+                    self.accept(notice)
                 return self._set_aside(id, str(done))
             if not isinstance(done, Recorded):
                 error = printable(str(done))
@@ -6929,9 +6967,9 @@ class Manager:
                 return self.later(RETRY_DISK_S, lambda: self._record(id, record, then, None, told))
             self.unrecorded.discard(id)
             self._note_record(done)
-            then(done)
             if done.is_finished:
-                self._remove(id)
+                return self._remove(id, lambda: then(done))
+            then(done)
         cfg, ids = self.cfg, self.ids
         self.work(id, Task(lambda spool: write_record(spool, id, record, cfg, ids, told)), written)
 
@@ -7023,7 +7061,7 @@ class Manager:
         mine = [inquirer for inquirer, its in self.inquirers.items() if its is site]
         inquirer = min(mine, key=lambda one: len(one.open), default=None)
         if inquirer is None and len(self.inquirers) >= LINES_MAX:
-            return self._tell_all(site.name, address, "down", "")
+            return self.later(0.0, give_up)     # not from within: the asker may have many more behind this one
         if inquirer is None or (len(inquirer.open) >= QUESTIONS_PER_INQUIRER and len(mine) < INQUIRERS_MAX):
             inquirer = Inquirer(self.plan(site), self.post)
             self.inquirers[inquirer] = site
@@ -7040,11 +7078,11 @@ class Manager:
 
     def _tell_all(self, name: str, address: str, word: str, text: str) -> None:
         for then in self.questions.pop((name, address), ()):
-            then(word, text)
+            self._tell_one(then, word, text)
 
     def _on_heard(self, report: Heard) -> None:
         site = self.inquirers[report.inquirer]
-        self._keep_route(site, report.hop)
+        self._keep_route(site, report.inquirer, report.hop)
         self._say_up(site, site.state, site.on_heard(self.now))
 
     def _on_answered(self, report: Answered) -> None:
@@ -7127,6 +7165,8 @@ class Manager:
         """An ID, a domain (later mail for it too), or all.  Returns the number
         of messages meant; `done` is called when it is on stable storage."""
         holding = self.scheduler.holding(what)
+        for site in () if on else holding or self.scheduler.matching(what):
+            site.watched_since = self.now.mono
         if holding:
             for site in holding:
                 site.hold(site.entries[what], on)
@@ -7156,7 +7196,12 @@ class Manager:
 
     # -- state.json
 
-    def save_state(self, then: Callable[[Any], None] = lambda result: None) -> None:
+    def save_state(self, then: Optional[Callable[[Any], None]] = None) -> None:
+        """`then` is called when it is on stable storage.  Without, one that waits for the disk already will do."""
+        if then is None and self.saving > 1:
+            self.is_dirty = True        # with the next
+            return
+        self.saving += 1
         self.is_dirty = False
         sites = {site.name: {"primary": site.state.value, "since": site.since, "recovered": site.recovered,
                              "last_error": site.last_error, "held": site.is_held, "size_limit": site.size_limit,
@@ -7173,11 +7218,13 @@ class Manager:
             release_memory()            # now and then, and not in the loop
 
         def saved(result: Any) -> None:
+            self.saving -= 1
             if isinstance(result, Exception):
                 self.is_dirty = True
                 self.memory.is_dirty = self.memory.is_dirty or memory is not None       # again with the next save
             self._log_failure(result)
-            then(result)
+            if then is not None:
+                then(result)
         self.committers.submit(Task(save), saved)
 
     def load_state(self) -> None:
@@ -7189,6 +7236,8 @@ class Manager:
         sites = state.get("sites")
         for name, known in sites.items() if isinstance(sites, dict) else ():
             try:
+                if known["held"] is True:       # an order, and no knowledge: it holds whatever the rest is
+                    self.scheduler.site(name, self.now).is_held = True
                 route = parse_known_route(known, self.scheduler.config_of(name).primary)
                 seen, limit, held = float(known["route_seen"]), int(known["size_limit"]), bool(known["held"])
                 counters = {key: int(known["counters"].get(key, 0)) for key in COUNTERS.values()}
@@ -7203,9 +7252,9 @@ class Manager:
             site = self.scheduler.site(name, self.now)
             site.route, site.route_seen, site.size_limit, site.is_held = route, seen, limit, held
             site.counters.update(counters)
-            site.recovered = recovered
+            site.recovered = min(recovered, self.now.wall)
             if was in (Primary.DOWN.value, Primary.REJECTING.value) and not site.waits_for:
-                site.state, site.since, site.was_away = Primary.DOWN, since, True
+                site.state, site.since, site.was_away = Primary.DOWN, min(since, self.now.wall), True
                 site.last_error = error
                 self.alerts.on_known(site, known.get("told") is True, self.now)
             self._on_route(name, [hop.address for hop in route])
@@ -7223,6 +7272,13 @@ class Manager:
     def reconfigure(self, cfg: Config) -> None:
         self.cfg = self.alerts.cfg = cfg
         self.scheduler.reconfigure(cfg, self.now)
+        for line, site in [*self.couriers.items(), *self.inquirers.items()]:
+            if line.plan.cfg.primary != site.cfg.primary and not isinstance(line, Turnaround):
+                if isinstance(line, Courier):
+                    line.leave()        # with what it has not begun: that is for the new one
+                else:
+                    line.cut()
+                self.memory.forget(site.name)
         self.load()
 
     def stop(self) -> None:
@@ -7351,6 +7407,8 @@ def to_wall(mono: float, now: Now) -> Time:
 def run_command(manager: Manager, request: Mapping[str, Any], connections: int = 0, started: Optional[float] = None) -> Answers:
     """Any request of the control socket.  What is wrong with it is said in an answer."""
     command, what = str(request.get("command")), str(request.get("what", "all"))
+    if command == "flush" and manager.is_loading:
+        manager.early.add(what)         # what is read only later goes, too
     while manager.is_loading and (started is None or command not in ("status", "flush")):
         yield None                      # what is asked about may not have been read yet
     if command == "status":
@@ -9130,11 +9188,13 @@ class Server:
             if cfg.log != old.log:
                 self.log.reopen(cfg.log)
             self.listen()
-        except (ConfigError, OSError) as error:
+        except Exception as error:
             self.cfg, self.recipient_files, self.logins = old, files, logins
             if self.log.where != old.log:
                 with contextlib.suppress(OSError):
                     self.log.reopen(old.log)
+            if not isinstance(error, (ConfigError, OSError)):
+                self.log.bug(error)
             text = str(error.strerror if isinstance(error, OSError) and not error.errno else error)
             self.log.write("master", "not reloaded, the old configuration stays: %s" % printable(text), "error")
             return
@@ -9211,7 +9271,7 @@ class Server:
         return is_quiet or waited > STOP_S
 
     def _close(self) -> None:
-        self.manager.save_state()
+        self.manager.save_state(lambda result: None)
         if self.started is not None:
             self._note_history(OFF)
             self._save_history()
