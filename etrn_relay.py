@@ -6266,6 +6266,7 @@ class Manager:
         self.certificate_end: Time = INF    # set by the server, which has it
         self.last_outcome = -INF        # monotonic
         self.is_stopping = False
+        self.is_offline = False         # a --flush without a daemon
         self.is_dirty = False           # something worth saving changed
         self.alerts = Alerts(cfg, log, self._mail_alert)
         self.alerts.on_failure = lambda text: post([(self._log_failure, OSError(text))])    # type: ignore[method-assign]
@@ -6372,6 +6373,19 @@ class Manager:
             self.next_save = self.now.mono + STATE_SAVE_S
             if self.is_dirty or self.memory.is_dirty:
                 self.save_state()
+
+    def keep_attempts(self) -> None:
+        """At the end of a --flush without a daemon: what is past its time and was
+        tried often enough ends; of the others the attempts are written down for the next run."""
+        self._sweep()
+        for site in list(self.scheduler.sites.values()):
+            domain = "" if site.cfg.is_notices else site.name
+            for entry in [site.entries[id] for id in site.overdue if id in site.entries]:
+                if entry.state in (State.ACTIVE, State.DEFERRED) and self.failures_since(site, entry):
+                    self._record(entry.id, Record(
+                        lambda one, site=site, domain=domain: Verdict(  # type: ignore[misc]
+                            one["address"], QUEUED, "4.4.1", site.trouble, "") if is_part(one, domain) else None,
+                        self.failures_since(site, entry), self.now.wall, 0.0), lambda done: None)
 
     def free_space(self) -> int:
         if self.now.mono >= self.next_free:
@@ -6526,6 +6540,8 @@ class Manager:
             site = self.scheduler.site(self.scheduler.site_of(queued.kind, domain), self.now)
             if queued.id not in site.entries:
                 entry = Entry(queued.id, queued.size, queued.received, queued.received + site.cfg.lifetime, attempts)
+                if self.is_offline:     # each run makes one attempt; before this one fails, too, nothing expires
+                    entry.tries = min(attempts, ATTEMPTS_MIN - 1)
                 site.add(entry, self.now, due, held)
             sites[site] = None
         if len(sites) > 1:
@@ -9951,7 +9967,7 @@ class Server:
     def run_offline(self, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
         """A command on a spool that no relay holds; the caller has its lock.
         Connections are made for --flush alone, to the sites it means."""
-        flushed = request.get("command") == "flush"
+        flushed = self.manager.is_offline = request.get("command") == "flush"
         self.manager.load_state()
         self.manager.load()
         self.manager.may_connect = lambda site: flushed and bool(self.manager.watches) and any(
@@ -9965,6 +9981,8 @@ class Server:
                 yield answer
             else:
                 self._turn(min(self._pause(), COMMAND_POLL_S))
+        if flushed:
+            self.manager.keep_attempts()
         self.manager.stop()
         end = self.now.mono + STOP_S
         while (self.manager.couriers or self.manager.chains) and self.now.mono < end:

@@ -4983,6 +4983,147 @@ class Recording(SpoolCase):
         self.settle()
         self.assertEqual((watch.counts["deferred"], watch.error), (1, "deferred"))
 
+    # -- clocks, floods and neighbours
+
+    def test_a_clock_set_back_costs_no_hold_and_no_knowledge(self) -> None:
+        site, _ = self.queue("ABCDE0")
+        site.is_held = True
+        self.assertEqual(site.recovered, 0.0)
+        for seconds in (-300.0, -1e10):
+            site.on_clock_jump(self.clock.now, seconds)
+            self.assertEqual((site.recovered, site.since >= 0, site.rejected_since >= 0), (0.0, True, True))
+        self.manager.save_state()
+        wait(self.is_saved, "the state")
+        other = etrn.Manager(self.manager.cfg, self.spool, self.log, self.reports.append, self.clock.now)
+        other.load_state()
+        self.assertTrue(other.scheduler.sites[DOMAIN].is_held)
+        with mock.patch.object(self.spool, "load_state", lambda *_: {"sites": {DOMAIN: {"held": True}}}):
+            other = etrn.Manager(self.manager.cfg, self.spool, self.log, self.reports.append, self.clock.now)
+            other.load_state()          # an order holds although the knowledge is damaged
+        self.assertTrue(other.scheduler.sites[DOMAIN].is_held)
+
+    def test_a_clock_that_was_set_is_noticed_before_anything_is_judged_by_it(self) -> None:
+        site, entry = self.queue("ABCDE0")
+        site.since = site.recovered = self.clock.wall
+        site.on_started(self.clock.now)
+        site.on_connected(self.clock.now)
+        self.assertEqual(site.take(1, self.clock.now), [entry])
+        courier = mock.Mock(jobs={entry.id: entry}, is_greeted=True, is_leaving=True)
+        self.manager.couriers[courier] = site
+        result = etrn.Result("user@" + DOMAIN, "refused", "5.1.1", "550 5.1.1 not yet", "mail.example", self.clock.wall)
+        self.clock.jump(2 * site.cfg.recovery_grace)
+        self.manager.handle(etrn.Outcome(courier, etrn.Job(entry.id, DOMAIN), (result,), True, entry.received, "x", 0.1),
+                            self.clock.now)
+        self.settle()
+        self.assertEqual((list(site.entries), site.counters["bounced"]), (["ABCDE0"], 0))
+        self.manager.couriers.clear()
+        site.on_closed(self.clock.now, "")
+
+    def test_another_primary_gets_what_the_old_one_has_not_begun(self) -> None:
+        site, _ = self.queue("ABCDE0")
+        plan = self.manager.plan(site)
+        courier, inquirer = mock.Mock(spec=etrn.Courier, plan=plan), mock.Mock(spec=etrn.Inquirer, plan=plan)
+        self.manager.couriers[courier], self.manager.inquirers[inquirer] = site, site
+        self.manager.memory.learn("x@" + DOMAIN, False, self.clock.wall)
+        self.manager.reconfigure(config("", "primary = 192.0.2.7"))
+        self.assertEqual((courier.leave.call_count, inquirer.cut.call_count), (1, 1))
+        self.assertIsNone(self.manager.memory.knows("x@" + DOMAIN, self.clock.wall))
+        self.manager._keep_route(site, courier, etrn.Hop("old.example", "192.0.2.1", 25))
+        self.assertEqual(site.route, [])
+        self.manager.couriers.clear()
+        self.manager.inquirers.clear()
+        self.settle()
+
+    def test_a_flood_of_flushes_walks_the_queue_once_a_second(self) -> None:
+        site, entry = self.queue("ABCDE0")
+        rounds = []
+        for seconds in (0.0, 0.3, 0.3, 0.5, 0.1):
+            self.manager.flush_sites([site])
+            rounds.append(site.round)
+            self.clock.advance(seconds)
+            self.manager.tick(self.clock.now)
+        self.assertEqual(rounds, [1, 1, 1, 1, 2])
+        site.defer(entry, self.clock.now, 300)
+        self.manager.flush_sites([site])        # something waits again: due at once
+        self.assertIs(entry.state, etrn.State.ACTIVE)
+
+    def test_states_that_wait_for_the_disk_do_not_pile_up(self) -> None:
+        told: List[Any] = []
+        for _ in range(10):
+            self.manager.save_state()
+        self.manager.save_state(told.append)
+        self.assertEqual((self.manager.saving, self.manager.is_dirty), (3, False))
+        wait(self.is_saved, "all of them")
+        self.assertEqual(told, [None])
+
+    def is_saved(self) -> bool:
+        self.settle()
+        return not self.manager.saving
+
+    def test_a_notice_of_a_delay_is_sent_although_its_message_has_left_meanwhile(self) -> None:
+        site, entry = self.queue("ABCDE0")
+        with mock.patch.object(self.spool, "replace_sidecar", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+            self.manager._tell_delay(site, entry)
+            self.settle()
+        notice, = [id for id in self.spool.names() if id != "ABCDE0"]
+        self.outcome(site, entry, user="sent")
+        self.settle()
+        self.assertEqual((list(self.spool.names()), self.manager.scheduler.holding(notice)), ([notice], []))
+        self.manager.tick(self.clock.advance(etrn.RETRY_DISK_S))
+        self.settle()
+        self.assertTrue(self.manager.scheduler.holding(notice))
+
+    def test_a_bug_in_one_callback_is_not_its_neighbours(self) -> None:
+        told: List[int] = []
+        self.manager.handle([(lambda _: 1 // 0, 1), (told.append, 2)], self.clock.now)
+        self.manager.questions[DOMAIN, "x"] = [lambda *_: 1 // 0, lambda *_: told.append(3)]
+        self.manager._tell_all(DOMAIN, "x", "good", "")
+        self.assertEqual(told, [2, 3])
+        self.assertEqual(sum("bug: " in line for line in self.log.lines), 2)
+        self.log.lines.clear()
+
+    def test_a_flush_during_the_loading_holds_for_what_is_read_later(self) -> None:
+        self.manager.is_loading = True
+        self.assertEqual(self.finish(etrn.run_command(self.manager, {"command": "flush", "what": DOMAIN}, 0, 1.0))["queued"], 0)
+        self.assertEqual(self.manager.early, {DOMAIN})
+        self.manager.is_loading = False
+
+    def test_a_disk_that_owes_much_gets_no_connections_and_keeps_no_client(self) -> None:
+        site, _ = self.queue("ABCDE0")
+        self.manager.may_connect = lambda site: True
+        with shorten(UNRECORDED_MAX=1), mock.patch.object(self.manager, "_connect") as connect:
+            self.manager.unrecorded.add("ABCDEF")
+            answers: List[Any] = []
+            self.manager.tick(self.clock.advance(5))
+            self.manager.cut_through({"id": "ABCDE0"}, answers.append)
+            self.assertEqual((connect.call_count, answers), (0, [None]))
+            self.manager.unrecorded.clear()
+            self.manager.tick(self.clock.advance(5))
+            self.assertEqual(connect.call_count, 1)
+
+    def test_a_message_for_which_an_idle_connection_is_there_opens_none(self) -> None:
+        site, _ = self.queue("ABCDE0")
+        site.on_started(self.clock.now)
+        site.on_connected(self.clock.now)
+        for _ in range(10):
+            site.on_taken(self.clock.now, 0.3)
+        courier = mock.Mock(jobs={}, is_greeted=True, is_leaving=False)
+        self.manager.couriers[courier] = site
+        self.manager.may_connect = lambda site: True
+        with mock.patch.object(self.manager, "_connect") as connect:
+            self.manager.tick(self.clock.advance(1))
+        self.assertEqual((list(courier.jobs), connect.call_count), (["ABCDE0"], 0))
+        self.manager.couriers.clear()
+        site.on_closed(self.clock.now, "")
+
+    def test_a_removal_that_fails_is_not_told_as_done(self) -> None:
+        self.queue("ABCDE0")
+        with mock.patch.object(self.spool, "remove", side_effect=lambda ids: [OSError(errno.EROFS, "read-only")] * len(ids)):
+            self.assertEqual(self.finish(etrn.end_entries(self.manager, DOMAIN, "delete")), {"count": 0, "busy": 1, "exit": 75})
+        self.manager.tick(self.clock.advance(etrn.RETRY_DISK_S))
+        self.settle()
+        self.assertEqual((list(self.spool.names()), self.manager.scheduler.sites[DOMAIN].entries), ([], {}))
+
     # -- commands that end many messages
 
     def finish(self, steps: etrn.Answers) -> Dict[str, Any]:
@@ -11186,6 +11327,41 @@ class Misuse(Relays):
         for answer, left in cases(self, [(b"\n", 1), (b"\x04", 1), (b"y\n", 0)]):
             code, shown = self.terminal(relay, "--delete", "all", answer=answer)
             self.assertEqual((code, "Really delete all queued mail?" in shown, len(relay.queue())), (0, True, left), shown)
+
+    def test_mail_expires_without_a_daemon_too(self) -> None:
+        """--flush from cron: three runs that failed after its time, and the last run's own try."""
+        grey = self.primary(RCPT="450 4.2.0 greylisted").start()
+        for primary in cases(self, [None, grey]):
+            relay = self.relay(primary, domain="lifetime = 1s")
+            if primary is not None:
+                primary.stop()
+            relay.send()
+            relay.end()
+            one, = relay.queue()
+            time.sleep(max(0.0, one["expires"] + 0.01 - time.time()))
+            if primary is not None:
+                primary.start()
+            for run in range(1, 4):
+                relay.run("--flush", DOMAIN)
+                kinds = [json.load(open(os.path.join(relay.spool, name), encoding="utf-8"))["kind"]      # noqa: SIM115
+                         for name in relay.files() if name.endswith(".json")]
+                self.assertEqual((run, kinds), (run, ["mail"] if run < 3 else ["notice"]))
+            self.assertEqual(relay.run("--show", one["id"])[0], 1)
+        relay = self.relay(domain="lifetime = 1s")
+        relay.send()
+        relay.end()
+        one, = relay.queue()
+        primary = self.primary()
+        path = os.path.join(relay.spool, one["id"] + ".json")
+        with open(path, encoding="utf-8") as file:
+            sidecar = json.load(file)
+        sidecar["recipients"][0]["attempts"] = 9
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(sidecar, file)
+        time.sleep(max(0.0, one["expires"] + 0.01 - time.time()))
+        relay.write_config(primary=primary.start().address)
+        relay.run("--flush", DOMAIN)
+        self.assertEqual((len(primary.messages), relay.files()), (1, []))       # the primary is back: delivered, however late
 
     def test_delete_all_takes_an_answer_from_a_script(self) -> None:
         relay = self.relay()
