@@ -877,6 +877,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _web_address(text: str) -> str:
+    if text and not re.fullmatch(r"https?://[!-~]+", text):
+        raise ValueError("'%s' is not a web address (like https://example.org/hook)" % text)
+    return text
+
+
 def _flag(text: str) -> bool:
     value = configparser.ConfigParser.BOOLEAN_STATES.get(text.lower())
     if value is None:
@@ -1070,7 +1076,7 @@ KINDS: Dict[str, Callable[[str], Any]] = {
     "count": _count, "flag": _flag, "host": _hostname, "listen": _listen, "domains": _domains, "networks": _networks,
     "etrn": _etrn, "nameservers": _nameservers, "primary": _primary, "route": _route, "recipients": _recipients,
     "odmr listen": lambda text: _listen(text, ODMR_PORT), "login": _login,
-    "tls": _tls, "address": _address, "page": _page,
+    "tls": _tls, "address": _address, "page": _page, "web address": _web_address,
     "level": _choice("debug", "info", "warning", "error"), "newline": _choice("normalize", "reject"),
     "while up": _choice("relay", "defer"), "unknown": _choice("accept", "defer"),
 }
@@ -1111,7 +1117,7 @@ OPTIONS: Tuple[Option, ...] = (
            "like 127.0.0.1:8025; a bare port means all."),
     Option("status", "token", "text", "", 0, 0, "Asked as bearer token or basic-auth password when set."),
     Option("alerts", "command", "text", "", 0, 0, "Run when a primary goes down, comes back, or rejects."),
-    Option("alerts", "webhook", "word", "", 0, 0, "Gets the same as a JSON POST."),
+    Option("alerts", "webhook", "web address", "", 0, 0, "Gets the same as a JSON POST."),
     Option("alerts", "mail", "address", "", 0, 0, "Gets the same as mail."),
     Option("alerts", "mail_route", "route", "mx", 0, 0, "How that mail leaves: mx, or host[:port]."),
     Option("alerts", "after", "duration", "5m", 0, WEEK_S, "A primary must be down so long before the first alert."),
@@ -4714,6 +4720,7 @@ _MEANINGS: Tuple[Tuple[str, str, str], ...] = (
     (r"null MX", "The domain declares that it takes no mail.", _ASK),
     (r"lost connection|ended the connection|reply of .* is not SMTP|reply from|not asked for|answers RSET",
      "The addressee's mail server broke the conversation off.", _AGAIN),
+    (r"Returned by the postmaster", "The postmaster of the backup mail server returned it.", _AGAIN),
     (r"^[45]\.7\.\d", "The addressee's mail server does not want this message, or not from this sender.", _ASK),
     (r"^4|^\S+ 4\d\d[ -]", "The addressee's mail server put the message off again and again.", _AGAIN),
     (r"", "The addressee's mail server refused the message.", _ASK),
@@ -4772,7 +4779,8 @@ def _explain_one(sidecar: Mapping[str, Any], report: Report, now: Time) -> List[
         tried = "It was tried for %s (%d attempt%s%s)." % (
             format_age(now - sidecar["received"]), report.attempts, "" if report.attempts == 1 else "s",
             last if report.last_attempt else "")
-        waited = "It waited for %s to be collected." % format_age(now - sidecar["received"])
+        waited = "It waited for %s%s." % (format_age(now - sidecar["received"]),
+                                          " to be collected" if report.response == UNCOLLECTED else "")
         out += _wrap(tried if report.attempts else waited, 66)
     if report.action == "delayed":
         out += _wrap("It will be tried until %s." % email.utils.formatdate(_expires(sidecar, report), localtime=True), 66)
@@ -5266,6 +5274,7 @@ class Line(threading.Thread):
         self.post = post
         self.client = Client(plan.hostname)
         self.hop = Hop("none", "", 0)
+        self.hops: Tuple[Hop, ...] = ()         # the loop's: the route
         self.is_over = False
 
     def cut(self) -> None:
@@ -5319,8 +5328,11 @@ class Line(threading.Thread):
         self.client.wait(COMMAND_S)
         try:
             self.client.login(username, password)
+        except smtplib.SMTPResponseException as error:
+            text = error.smtp_error if isinstance(error.smtp_error, bytes) else error.smtp_error.encode()
+            raise PeerError("AUTH at %s failed: %s" % (self.client._host, reply_text(error.smtp_code, text))) from None
         except smtplib.SMTPException as error:
-            raise PeerError("AUTH at %s failed: %s" % (self.plan.site, printable(str(error), 200))) from None
+            raise PeerError("AUTH at %s failed: %s" % (self.client._host, printable(str(error), 200))) from None
 
     def _command(self, line: bytes, seconds: float) -> Tuple[int, bytes]:
         if line:
@@ -6076,7 +6088,8 @@ def known_homes(state: Mapping[str, Any], cfg: Config) -> Dict[str, str]:
 
 
 class Alerts:
-    """Tells people: a program, a web hook, a mail.  A thread of its own waits for the first two."""
+    """Tells people: a program, a web hook, a mail.  Threads of their own wait for
+    the first two, so that one that hangs keeps the other from nothing."""
 
     def __init__(self, cfg: Config, log: Log, mail: Callable[[Dict[str, Any]], None]) -> None:
         self.cfg = cfg
@@ -6085,8 +6098,7 @@ class Alerts:
         self.down: Dict[str, Tuple[float, str]] = {}    # site: (monotonic when to tell, why)
         self.told: Set[str] = set()                     # sites whose trouble was told
         self.daily: Dict[str, Time] = {}                # what is told once a day, and when it was
-        self.inbox: "queue.SimpleQueue[Tuple[Config, Dict[str, Any]]]" = queue.SimpleQueue()
-        self.worker: Optional[threading.Thread] = None
+        self.inboxes: Dict[Tell, "queue.SimpleQueue[Tuple[Config, Dict[str, Any]]]"] = {}
 
     def on_state(self, site: Site, event: str, text: str, now: Now) -> None:
         """A short outage is not worth an alert, nor then its end."""
@@ -6144,23 +6156,34 @@ class Alerts:
                  "time": now.wall, "waiting": len(site.entries) if site else 0}
         if self.cfg.alerts_mail:
             self.mail(alert)
-        if self.cfg.alerts_command or self.cfg.alerts_webhook:
-            if self.worker is None:
-                self.worker = threading.Thread(target=self._work, name="alerts", daemon=True)
-                self.worker.start()
-            self.inbox.put((self.cfg, alert))
+        if self.cfg.alerts_command:
+            self._hand_to(run_alert_command, alert)
+        if self.cfg.alerts_webhook:
+            self._hand_to(post_alert, alert)
 
-    def _work(self) -> None:
+    def _hand_to(self, tell: "Tell", alert: Dict[str, Any]) -> None:
+        if tell not in self.inboxes:
+            inbox = self.inboxes[tell] = queue.SimpleQueue()
+            threading.Thread(target=self._work, args=(tell, inbox), name="alerts", daemon=True).start()
+        self.inboxes[tell].put((self.cfg, alert))
+
+    def _work(self, tell: "Tell", inbox: "queue.SimpleQueue[Tuple[Config, Dict[str, Any]]]") -> None:
         while True:
-            cfg, alert = self.inbox.get()
-            for tell in (run_alert_command, post_alert):
-                try:
-                    tell(cfg, alert)
-                except Exception as error:      # whatever is wrong with it, the mail goes on
-                    self.on_failure("alert %s: %s" % (tell.__name__, printable(str(error))))
+            cfg, alert = inbox.get()
+            try:
+                tell(cfg, alert)
+            except subprocess.CalledProcessError as error:      # without the command, which may hold a secret
+                self.on_failure("command: exit status %d" % error.returncode)
+            except subprocess.TimeoutExpired:
+                self.on_failure("command: no end within %d s" % ALERT_S)
+            except Exception as error:          # whatever is wrong with it, the mail goes on
+                self.on_failure("%s: %s" % ("webhook" if tell is post_alert else "command", printable(str(error))))
 
     def on_failure(self, text: str) -> None:
         """Set by the manager: hands the text to the loop, for the log."""
+
+
+Tell = Callable[[Config, Mapping[str, Any]], None]
 
 
 def run_alert_command(cfg: Config, alert: Mapping[str, Any]) -> None:
@@ -6269,7 +6292,7 @@ class Manager:
         self.is_offline = False         # a --flush without a daemon
         self.is_dirty = False           # something worth saving changed
         self.alerts = Alerts(cfg, log, self._mail_alert)
-        self.alerts.on_failure = lambda text: post([(self._log_failure, OSError(text))])    # type: ignore[method-assign]
+        self.alerts.on_failure = lambda text: post([(self._log_alert, text)])       # type: ignore[method-assign]
         self.saves = 0                  # of the state, so far
         self.saving = 0                 # ... that the disk has yet to take
         self.next_save = now.mono + STATE_SAVE_S
@@ -6679,6 +6702,7 @@ class Manager:
 
     def _on_routed(self, report: Routed) -> None:
         line = report.line
+        line.hops = report.hops
         site = self.inquirers[line] if isinstance(line, Inquirer) else self.couriers[line]      # type: ignore[index]
         if not site.cfg.is_notices:
             self._on_route(site.name, [hop.address for hop in report.hops])
@@ -6705,7 +6729,8 @@ class Manager:
     def _keep_route(self, site: Site, line: Line, hop: Hop) -> None:
         if line.plan.cfg.primary != site.cfg.primary:
             return                      # configured once
-        site.route = [hop] + [other for other in site.route if other[1:] != hop[1:]][:ROUTE_HOSTS_MAX - 1]
+        hops = line.hops if hop in line.hops else (hop, *line.hops)
+        site.route = list(hops[:ROUTE_HOSTS_MAX])       # all of it, in its order: the host that greeted may be down next time
         site.route_seen = self.now.wall
 
     def _say_up(self, site: Site, was: Primary, lasted: Optional[float]) -> None:
@@ -7205,6 +7230,9 @@ class Manager:
         def change(sidecar: Dict[str, Any]) -> None:
             sidecar["held"] = held
         self.work(id, Task(lambda spool: spool.update(id, change)), done)
+
+    def _log_alert(self, text: str) -> None:
+        self.log.write("master", "alert not told by %s" % text, "error")
 
     def _log_failure(self, result: Any) -> None:
         if isinstance(result, Exception):

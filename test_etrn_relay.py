@@ -48,6 +48,7 @@ import select
 import selectors
 import shutil
 import signal
+import smtplib
 import socket
 import socketserver
 import ssl
@@ -808,6 +809,7 @@ class Configuration(Folder):
                 ("[domain a.example]\netrn = 10.0.0.0/40\n", "etrn.conf:2: etrn: "),
                 ("[domain a.example]\nrecipients = bob\n", "etrn.conf:2: recipients: 'bob' is not an address"),
                 ("[domain a.example]\ntls = sha256:abc\n", "etrn.conf:2: tls: 'sha256:abc' is not one of"),
+                ("[alerts]\nwebhook = ftp://x.example/\n", "etrn.conf:2: webhook: 'ftp://x.example/' is not a web address"),
                 ("[domain a.example]\ncutthrough = maybe\n", "etrn.conf:2: cutthrough: 'maybe' is neither yes nor no"),
                 ("[domain a.example]\nretry_interval = 1h\nmax_retry_interval = 1m\n",
                  "etrn.conf:3: max_retry_interval is smaller than retry_interval"),
@@ -2883,6 +2885,16 @@ class Notices(unittest.TestCase):
                 (b"Message-ID: <%s@x>\r\n" % (b"y" * 300), None), (b"Message-ID: <\xe9@x>\r\n", None)]):
             message, _ = notice([report()], header)
             self.assertEqual((message["References"], message["In-Reply-To"]), (expected, expected))
+
+    def test_what_an_operator_returned_was_neither_refused_nor_waited_for(self) -> None:
+        words = "Returned by the postmaster of the backup mail server"
+        for response, there, absent in cases(self, [(words, "postmaster of the backup mail server returned it", "collected"),
+                                                    (etrn.UNCOLLECTED, "to be collected", "returned it")]):
+            message, _ = notice([report()._replace(status="5.0.0", response=response, remote="", attempts=0)])
+            text = " ".join(list(message.iter_parts())[0].get_content().split())
+            self.assertIn(there, text)
+            self.assertNotIn(absent, text)
+            self.assertNotIn("refused the message", text if response == words else "")
 
     def test_a_layman_is_told_what_happened_and_what_to_do(self) -> None:
         for status, response, happened, to_do in cases(self, [
@@ -5019,6 +5031,18 @@ class Recording(SpoolCase):
         self.manager.couriers.clear()
         site.on_closed(self.clock.now, "")
 
+    def test_the_whole_route_is_remembered_in_its_order(self) -> None:
+        site, _ = self.queue("ABCDE0")
+        hops = tuple(etrn.Hop("m%d.example" % number, "192.0.2.%d" % number, 25) for number in range(3))
+        line = mock.Mock(spec=etrn.Courier, plan=self.manager.plan(site))
+        self.manager.couriers[line] = site
+        self.manager._on_routed(etrn.Routed(line, hops, ""))
+        self.manager._keep_route(site, line, hops[1])
+        self.assertEqual(site.route, list(hops))
+        self.manager._keep_route(site, line, etrn.Hop("x.example", "192.0.2.9", 25))
+        self.assertEqual([hop.host for hop in site.route], ["x.example", "m0.example", "m1.example", "m2.example"])
+        self.manager.couriers.clear()
+
     def test_another_primary_gets_what_the_old_one_has_not_begun(self) -> None:
         site, _ = self.queue("ABCDE0")
         plan = self.manager.plan(site)
@@ -5512,6 +5536,17 @@ class Delivery(Folder):
                         self.assertEqual(len(primary.messages), 2 - kinds.count(["refused"]))
                     primary.__exit__()
 
+    def test_a_smarthost_that_refuses_the_password_is_named_with_its_words(self) -> None:
+        cfg = config("", "primary = mail.example").domain(DOMAIN)
+        courier = etrn.Courier(self.spool, make_plan(cfg, cfg.primary), lambda report: None)
+        courier.client = mock.Mock(_host="smart.example")
+        for error, text in cases(self, [(smtplib.SMTPAuthenticationError(535, b"5.7.8 bad creds"), "535 5.7.8 bad creds"),
+                                        (smtplib.SMTPNotSupportedError("no AUTH"), "no AUTH")]):
+            courier.client.login.side_effect = error
+            with self.assertRaises(etrn.PeerError) as caught:
+                courier._log_in("u", "p")
+            self.assertEqual(str(caught.exception), "AUTH at smart.example failed: " + text)
+
     def test_chunking_alone_is_used_step_by_step(self) -> None:
         primary = self.primary(RCPT=["250 ok", "550 5.1.1 no", "250 ok"], **{".": ["250 ok", "452 4.3.1 full", "250 ok"]})
         primary.extensions = ["CHUNKING", "SIZE"]
@@ -5974,8 +6009,8 @@ class Simulation:
         self.manager.committers.stop()
         self.manager.committers.submit = (          # type: ignore[method-assign]
             lambda work, done: self.reports.append(self.manager.committers._work([(work, done)])))
-        self.manager.alerts.inbox = mock.Mock(put=lambda item: self.alerts.append(item[1]))
-        self.manager.alerts.worker = threading.current_thread()
+        inbox = mock.Mock(put=lambda item: self.alerts.append(item[1]))
+        self.manager.alerts.inboxes = {etrn.run_alert_command: inbox, etrn.post_alert: inbox}
         self.puppets.clear()
         self.reports.clear()
         self.manager.load_state()
@@ -9404,6 +9439,20 @@ class Alerting(Relays):
                 self.assertIn("%s %s" % (DOMAIN, alert["event"]), mail["Subject"])
             wait(relay.is_empty, "an empty spool")
 
+    def test_a_command_that_fails_is_told_without_its_words_and_a_hook_that_hangs_does_not_hold_it_up(self) -> None:
+        primary = self.primary()
+        with socket.socket() as hook:
+            hook.bind(("127.0.0.1", 0))
+            hook.listen(8)
+            relay = self.relay(primary, domain="[alerts]\nafter = 0s\ncommand = sh -c 'exit 3' secret\nwebhook = http://127.0.0.1:%d/"
+                               % hook.getsockname()[1])
+            relay.send()
+            relay.logged("alert not told by command: exit status 3$")
+            since = len(relay.log)
+            primary.start()
+            relay.logged("alert not told by command: exit status 3$", since)        # of its return
+            self.assertEqual([line for line in relay.log if "secret" in line], [])
+
     def test_alerts_that_cannot_be_told_are_logged_and_hold_nothing_up(self) -> None:
         primary = self.primary()
         with Webhook("500 no") as hook:
@@ -9411,8 +9460,8 @@ class Alerting(Relays):
             relay = self.relay(primary, domain="[alerts]\nafter = 0s\ncommand = /nowhere/program\nwebhook = http://127.0.0.1:%d/"
                                % hook.server_address[1])
             relay.send()
-            relay.logged("alert run_alert_command: .*No such file")
-            relay.logged("alert post_alert: .*500")
+            relay.logged("error: alert not told by command: .*No such file")
+            relay.logged("error: alert not told by webhook: .*500")
             primary.start()
             wait(relay.is_empty, "an empty spool")
 
