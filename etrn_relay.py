@@ -6335,8 +6335,7 @@ class Manager:
         if not self.is_stopping:
             for courier, site in self.couriers.items():
                 self._feed(courier, site)
-            if not self.is_stalled:
-                self._open_lines()      # for what those there do not take
+            self._open_lines()          # for what those there do not take
         if now.mono >= self.next_sweep:
             self.next_sweep = now.mono + SWEEP_S
             self._sweep()
@@ -6596,7 +6595,7 @@ class Manager:
         without any comes before others, and whoever waited longest first."""
         wanting = [site for site in self.scheduler.sites.values()
                    if site.entries and site.wanted(self.now) and self.may_connect(site)]
-        if not wanting:
+        if not wanting or self.is_stalled:
             return
         lines = collections.Counter(site.name for site in self.couriers.values())
         notices = sum(site.cfg.is_notices for site in self.couriers.values())

@@ -5121,6 +5121,10 @@ class Recording(SpoolCase):
             self.manager.tick(self.clock.advance(5))
             self.manager.cut_through({"id": "ABCDE0"}, answers.append)
             self.assertEqual((connect.call_count, answers), (0, [None]))
+            entry = site.entries["ABCDE0"]
+            self.manager.scheduler.sites[DOMAIN].defer(entry, self.clock.now, 3)
+            self.manager.tick(self.clock.advance(5))
+            self.assertGreater(self.manager.wake(self.clock.now), self.clock.mono)      # it rests
             self.manager.unrecorded.clear()
             self.manager.tick(self.clock.advance(5))
             self.assertEqual(connect.call_count, 1)
