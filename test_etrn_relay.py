@@ -11335,7 +11335,7 @@ class Misuse(Relays):
         one, = relay.json("--show", id)["recipients"]
         self.assertGreaterEqual(one["attempts"], 2)
         self.assertRegex(one["last_response"], r"^connect to 127\.0\.0\.1:\d+: Connection refused$")
-        self.assertRegex(relay.run("--show", id)[1], r"<Other@ourdom\.example>: queued, [2-9] attempts")
+        self.assertRegex(relay.run("--show", id)[1], r"<Other@ourdom\.example>: queued, (?:[2-9]|\d\d+) attempts")
 
     def test_a_hold_of_subdomains_or_of_all_holds_the_first_mail_too(self) -> None:
         for what in cases(self, ["@" + DOMAIN, "all", DOMAIN.upper()]):
