@@ -3476,6 +3476,7 @@ class Site:
         self.overdue: List[str] = []
         self.count = dict.fromkeys(State, 0)
         self.last_flush = -INF          # monotonic
+        self.is_odd = False             # it answers CHUNKING out of step
         self.handed: Set[str] = set()           # queue IDs that connections have; others DELIVERING are being written
         self.octets = 0
         self.is_held = False            # --hold DOMAIN: later mail too
@@ -3657,6 +3658,11 @@ class Site:
         self.handed.add(found.id)
         return [found]
 
+    def is_due(self, now: Now) -> bool:
+        """Whether there is mail to be given out."""
+        self._wake(now)
+        return self.count[State.ACTIVE] > 0
+
     def _wake(self, now: Now) -> None:
         """Deferred messages whose pause is over."""
         while self.deferred and self.deferred[0][0] <= now.mono:
@@ -3739,7 +3745,9 @@ class Site:
         if self.count[State.DEFERRED]:
             self.release_all()
         elif now.mono - self.last_flush < TRIGGER_S:
-            self.trigger(now)           # all of it is due since a moment ago: a flood costs no walk through the queue each
+            for id in self.handed:
+                self.entries[id].again = True
+            self.trigger(now)           # all else is due since a moment ago: a flood costs no walk through the queue each
             return fresh or bool(self.waits_for)
         self.last_flush = now.mono
         if self.waits_for:
@@ -4096,8 +4104,9 @@ class Site:
                 entry.received += seconds
                 entry.expires += seconds
         self.aging = [(entry.expires, entry.id) for entry in self.entries.values()]
-        self.delays = [(at + seconds, id) for at, id in self.delays]
+        self.delays = [(self.entries[id].received + self.cfg.delay_notice, id) for _, id in self.delays if id in self.entries]
         heapq.heapify(self.aging)
+        heapq.heapify(self.delays)
         self.overdue.clear()
 
 
@@ -4821,6 +4830,7 @@ class Plan(NamedTuple):
     listeners: Tuple[Endpoint, ...]     # ours, as bound
     last_route: Tuple[Hop, ...]         # used when the DNS fails
     login: Optional[Tuple[str, str]] = None     # at a smarthost
+    chunking: bool = True               # used, where offered
 
 
 class Job(NamedTuple):
@@ -5369,6 +5379,7 @@ class Courier(Line):
         self.is_leaving = False         # the loop's: None was sent
         self.taken = 0                  # messages the peer took on this connection
         self.settled = 0                # transactions it answered
+        self.is_out_of_step = False     # its replies cannot be told apart: no CHUNKING the next time
         self.legs: Deque[Leg] = collections.deque()
         self.flight: Deque[Leg] = collections.deque()       # sent, not answered
         self.answered = 0.0             # monotonic, of the last answer to a message
@@ -5511,7 +5522,10 @@ class Courier(Line):
                 self._launch(leg)
             if not self.flight:
                 return self._quit()
-            self._land()
+            ended = self._land()
+            if ended is not None:       # behind a verdict, with nothing else under way: that is nobody's fault
+                self._abandon(str(ended), True)
+                return self._quit()
 
     def _has_room(self) -> bool:
         """DATA must be the last command of a group (RFC 2920 3.1), so there one
@@ -5527,7 +5541,7 @@ class Courier(Line):
     def _note_features(self) -> None:
         features = self.client.esmtp_features
         self.pipelining = "pipelining" in features
-        self.chunking = "chunking" in features
+        self.chunking = "chunking" in features and self.plan.chunking
 
     def _part(self) -> None:
         """The peer ended the connection while we were idle.  That is nobody's
@@ -5617,8 +5631,9 @@ class Courier(Line):
         elif self.pipelining:
             self.client.write(b"".join(self._envelope(leg)) + b"DATA\r\n")
 
-    def _land(self) -> None:
-        """Read the answers to the first transaction in flight."""
+    def _land(self) -> Optional[PeerError]:
+        """Read the answers to the first transaction in flight.  Returns how the
+        connection ended, where it did so in good order behind them."""
         leg = self.flight[0]
         if self.unsent:
             ready, self.unsent = self.unsent, b""
@@ -5627,14 +5642,15 @@ class Courier(Line):
         if self.chunking and leg.is_sent:
             ended = self._look_behind()
             self._settle(leg, code, text)
-            if ended is not None:
+            if ended is not None and self.flight:
                 raise ended
-            return
+            return ended
         if leg.accepted and code == 354:
             self._check_step()
             self._send_body(leg)
             self.client.wait(END_OF_DATA_S)
-            return self._settle(leg, *self.client.getreply())
+            self._settle(leg, *self.client.getreply())
+            return None
         if leg.accepted and code // 100 == 2:       # nothing was sent yet, so nothing can have been taken
             code, text = 451, b"4.5.0 unexpected reply to DATA: %d %s" % (code, text)
         elif code == 354:
@@ -5642,6 +5658,7 @@ class Courier(Line):
             self._command(b"", END_OF_DATA_S)
         self._settle(leg, code, text)
         self._leave_if_told(*self._command(b"RSET\r\n", COMMAND_S))
+        return None
 
     def _look_behind(self) -> Optional[PeerError]:
         """With CHUNKING, one reply too many would make each message's verdict out
@@ -5654,9 +5671,13 @@ class Courier(Line):
             self._leave_if_told(code, text)
         except PeerError as error:
             return error
-        if code != 250:
-            raise PeerError("%s answers RSET with %s" % (self.hop, reply_text(code, text)))
-        return None
+        if code == 250:
+            return None
+        oddity = PeerError("%s answers RSET with %s" % (self.hop, reply_text(code, text)))
+        if not self.pipelining:
+            return oddity               # each command had its reply before the next: the peer is odd, but in step
+        self.is_out_of_step = True
+        raise oddity
 
     def _settle(self, leg: Leg, code: int, text: bytes) -> None:
         """The last answer of a transaction: it holds for the recipients that were accepted."""
@@ -6404,10 +6425,18 @@ class Manager:
             domain = "" if site.cfg.is_notices else site.name
             for entry in [site.entries[id] for id in site.overdue if id in site.entries]:
                 if entry.state in (State.ACTIVE, State.DEFERRED) and self.failures_since(site, entry):
-                    self._record(entry.id, Record(
-                        lambda one, site=site, domain=domain: Verdict(  # type: ignore[misc]
-                            one["address"], QUEUED, "4.4.1", site.trouble, "") if is_part(one, domain) else None,
-                        self.failures_since(site, entry), self.now.wall, 0.0), lambda done: None)
+                    self._record(entry.id, Record(functools.partial(self._judge_failure, site.trouble, domain),
+                                                  self.failures_since(site, entry), self.now.wall, 0.0), lambda done: None)
+
+    @staticmethod
+    def _judge_failure(error: str, domain: str, one: Mapping[str, Any]) -> Optional[Verdict]:
+        """A connection failed.  What the primary said of the message itself before stays said."""
+        if not is_part(one, domain):
+            return None
+        if one["last_status"][:2] == "5.":
+            return Verdict(one["address"], QUEUED, one["last_status"], one["last_response"], one["last_remote"],
+                           one["refused_since"])
+        return Verdict(one["address"], QUEUED, "4.4.1", error, "", one["refused_since"])
 
     def free_space(self) -> int:
         if self.now.mono >= self.next_free:
@@ -6644,7 +6673,7 @@ class Manager:
         login = (self.cfg.bounces_username, self.cfg.bounces_password) if site.name == NOTICES else None
         primary = (Endpoint(site.home, SMTP_PORT),) if site.home else site.cfg.primary
         return Plan(site.name, site.cfg, primary, self.cfg.hostname, Resolver(self.cfg.nameservers), self.listeners,
-                    known, login if login and login[0] else None)
+                    known, login if login and login[0] else None, not site.is_odd)
 
     @property
     def is_stalled(self) -> bool:
@@ -6665,7 +6694,7 @@ class Manager:
     def _load_up(self, courier: Courier, site: Site) -> None:
         if site.open > site.limit and not isinstance(courier, Turnaround) and self._is_surplus(site):
             return courier.leave()
-        if not (site.count[State.ACTIVE] or site.state is Primary.REJECTING):
+        if not (site.is_due(self.now) or site.state is Primary.REJECTING):
             return
         share = site.share()
         if len(courier.jobs) >= min(JOBS_REFILL, share):
@@ -6751,6 +6780,7 @@ class Manager:
         for entry in courier.jobs.values():
             if site.entries.get(entry.id) is entry and entry.state is State.DELIVERING:
                 site.give_back(entry)
+        site.is_odd = site.is_odd or courier.is_out_of_step
         if report.bug is not None:
             self.log.bug(report.bug)
         if isinstance(courier, Turnaround):
@@ -7098,7 +7128,8 @@ class Manager:
             if self.questions.get(key) is waiting:      # and not a later question for the same
                 self._tell_all(site.name, address, "down", "")
         self.later(CALL_AHEAD_S, give_up)
-        mine = [inquirer for inquirer, its in self.inquirers.items() if its is site]
+        mine = [inquirer for inquirer, its in self.inquirers.items()
+                if its is site and inquirer.plan.cfg.primary == site.cfg.primary]
         inquirer = min(mine, key=lambda one: len(one.open), default=None)
         if inquirer is None and len(self.inquirers) >= LINES_MAX:
             return self.later(0.0, give_up)     # not from within: the asker may have many more behind this one
@@ -7133,6 +7164,8 @@ class Manager:
         is_itself = site.is_itself(self.now)
         if not is_itself and (site.state is Primary.REJECTING or (word == "bad" and site.entries)):
             word = "silent"             # it has yet to take what waits for it
+        if report.inquirer.plan.cfg.primary != site.cfg.primary:
+            word = "silent"             # that was another one
         if address and address == report.inquirer.stranger:
             if word in ("good", "bad"):
                 self.memory.learn_accept_all(site.name, word == "good", self.now.wall)

@@ -4997,6 +4997,25 @@ class Recording(SpoolCase):
 
     # -- clocks, floods and neighbours
 
+    def test_a_primary_that_answers_out_of_step_gets_no_chunks(self) -> None:
+        site, _ = self.queue("ABCDE0")
+        self.assertTrue(self.manager.plan(site).chunking)
+        site.on_started(self.clock.now)
+        courier = mock.Mock(jobs={}, is_greeted=False, is_out_of_step=True)
+        self.manager.couriers[courier] = site
+        self.manager._on_finished(etrn.Finished(courier, "x answers RSET with 500", None))
+        self.assertFalse(self.manager.plan(site).chunking)
+        self.settle()
+
+    def test_a_failed_connection_leaves_what_the_primary_said_of_the_message(self) -> None:
+        one = dict(sidecar_of("A")["recipients"][0], refused_since=5.0)
+        for said, verdict in cases(self, [(("5.3.4", "too big", "mail.example"), ("5.3.4", "too big", "mail.example")),
+                                          (("4.2.0", "later", "mail.example"), ("4.4.1", "refused", ""))]):
+            one.update(zip(("last_status", "last_response", "last_remote"), said))
+            found = self.manager._judge_failure("refused", DOMAIN, one)
+            self.assertEqual((found.status, found.response, found.remote, found.refused_since), (*verdict, 5.0))
+        self.assertIsNone(self.manager._judge_failure("refused", "other.example", one))
+
     def test_a_clock_set_back_costs_no_hold_and_no_knowledge(self) -> None:
         site, _ = self.queue("ABCDE0")
         site.is_held = True
@@ -5067,6 +5086,14 @@ class Recording(SpoolCase):
             self.clock.advance(seconds)
             self.manager.tick(self.clock.now)
         self.assertEqual(rounds, [1, 1, 1, 1, 2])
+        site.is_proven = True
+        self.clock.advance(5)
+        self.manager.flush_sites([site])
+        self.assertEqual(site.take(1, self.clock.now), [entry])
+        self.manager.flush_sites([site])        # one under way has another look, should it come back
+        self.assertTrue(entry.again)
+        site.defer(entry, self.clock.now, 300)
+        self.assertIs(entry.state, etrn.State.ACTIVE)
         site.defer(entry, self.clock.now, 300)
         self.manager.flush_sites([site])        # something waits again: due at once
         self.assertIs(entry.state, etrn.State.ACTIVE)
@@ -5130,7 +5157,8 @@ class Recording(SpoolCase):
             self.assertEqual(connect.call_count, 1)
 
     def test_a_message_for_which_an_idle_connection_is_there_opens_none(self) -> None:
-        site, _ = self.queue("ABCDE0")
+        site, entry = self.queue("ABCDE0")
+        site.defer(entry, self.clock.now, 0.5)
         site.on_started(self.clock.now)
         site.on_connected(self.clock.now)
         for _ in range(10):
@@ -5387,7 +5415,7 @@ class Delivery(Folder):
         lines = ["%s = %s" % item for item in {"primary": primary.address, "tls": "none", **options}.items()]
         cfg = config("", "\n".join(lines)).domain(DOMAIN)
         reports: List[Any] = []
-        courier = etrn.Courier(self.spool, make_plan(cfg, cfg.primary), reports.append)
+        courier = self.courier = etrn.Courier(self.spool, make_plan(cfg, cfg.primary), reports.append)
         for id in ids:
             courier.jobs[id] = mock.sentinel.entry
             courier.inbox.put(etrn.Job(id, DOMAIN))
@@ -5580,9 +5608,27 @@ class Delivery(Folder):
             many, other = self.put(recipients=self.MANY), self.put()
             results, error = self.deliver(primary, many, other)
             self.assertEqual(collections.Counter(one.kind for one in results[many]), kinds)
-            self.assertEqual(bool(error), script.get(".") is not leave or "CHUNKING" in extensions)     # there it answers RSET
+            self.assertEqual(bool(error), script.get(".") is not leave)
             self.assertEqual(len({one.address for one in results[many]}), 250)
             self.assertEqual(results.get(other, []), [])        # untried
+            primary.stop()
+
+    def test_what_comes_behind_a_verdict_does_not_undo_it(self) -> None:
+        """A peer that closes after each message, or has no RSET, has taken them all the same."""
+        for extensions, said, kinds, error in cases(self, [
+                (["PIPELINING", "CHUNKING"], CUT, ["sent"], ""), (["PIPELINING", "CHUNKING"], "421 4.7.0 enough", ["sent"], ""),
+                (["CHUNKING"], CUT, ["sent"], ""), (["CHUNKING"], "421 4.7.0 enough", ["sent"], ""),
+                (["CHUNKING"], "500 5.5.2 what?", ["sent"], ""),
+                (["PIPELINING", "CHUNKING"], "500 5.5.2 what?", ["deferred"], "answers RSET with 500")]):
+            primary = self.primary(RSET=said)
+            primary.extensions = extensions
+            ids = [self.put(), self.put()]
+            results, ended = self.deliver(primary, *ids)
+            self.assertEqual([one.kind for one in results[ids[0]]], kinds)
+            self.assertIn(error, ended)
+            self.assertEqual(bool(ended), bool(error))
+            self.assertEqual(results.get(ids[1], []), [])       # untried
+            self.assertEqual(self.courier.is_out_of_step, bool(error))
             primary.stop()
 
     def test_a_connection_that_ends_before_any_transaction_is_a_failure(self) -> None:
