@@ -9671,7 +9671,7 @@ class RealPrimary(Relays):
 
     def test_a_postfix_stopped_and_started_under_load_gets_each_message_once(self) -> None:
         postfix = self.postfix()
-        relay = self.relay("127.0.0.1:%d" % postfix.port)
+        relay = self.relay("127.0.0.1:%d" % postfix.port, domain="connections = 2")
         self.load(relay, range(40))
         relay.logged(": down: ")
         postfix.start()
@@ -9689,9 +9689,10 @@ class RealPrimary(Relays):
         loading.result(DEADLINE_S)
         wait(lambda: len(postfix.arrived()) >= 160, "all of them")
         wait(relay.is_empty, "an empty spool")
-        copies = collections.Counter(map(int, postfix.subjects()))      # "postfix stop" may cut a connection at its last answer
+        copies = collections.Counter(map(int, postfix.subjects()))
         self.assertEqual(sorted(copies), list(range(160)))
-        self.assertLessEqual(sum(copies.values()) - len(copies), 10)
+        # "postfix stop" cuts two connections; what it took of a window without having said so comes again.
+        self.assertLessEqual(sum(copies.values()) - len(copies), 2 * etrn.CHUNK_MESSAGES)
 
     def test_postfix_sees_the_original_client_by_xclient(self) -> None:
         postfix = self.postfix()
