@@ -9687,8 +9687,8 @@ class RealPrimary(Relays):
         relay.logged(": down: ", since)
         postfix.start()
         loading.result(DEADLINE_S)
-        wait(lambda: len(postfix.arrived()) >= 160, "all of them")
         wait(relay.is_empty, "an empty spool")
+        wait(lambda: len(set(postfix.subjects())) == 160, "all of them in the mailbox", 2 * DEADLINE_S)
         copies = collections.Counter(map(int, postfix.subjects()))
         self.assertEqual(sorted(copies), list(range(160)))
         # "postfix stop" cuts two connections; what it took of a window without having said so comes again.
