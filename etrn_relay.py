@@ -4272,14 +4272,16 @@ class Scheduler:
             return prefix
         return domain if self.is_served(domain) else prefix + domain
 
-    def reconfigure(self, cfg: Config, now: Now) -> None:
-        """SIGHUP.  A longer or shorter lifetime holds for queued mail too."""
+    def reconfigure(self, cfg: Config, now: Now) -> List[Site]:
+        """SIGHUP.  A longer or shorter lifetime holds for queued mail too.  Returns the sites that have another primary now."""
         self.cfg = cfg
+        changed = []
         for site in self.sites.values():
             primary, site.cfg = site.cfg.primary, self.config_of(site.name)
             self._set_home(site)
             if site.cfg.primary != primary:
                 site.route = []         # mail never goes to a primary that was configured once
+                changed.append(site)
             if site.waits_for and site.state is Primary.DOWN:
                 site.state, site.since = Primary.UNKNOWN, now.wall
             site.limit = min(site.limit, site.cfg.connections)
@@ -4294,6 +4296,7 @@ class Scheduler:
                     site.delays.append((entry.received + site.cfg.delay_notice, entry.id))
             heapq.heapify(site.aging)
             heapq.heapify(site.delays)
+        return changed
 
     def matching(self, what: str) -> List[Site]:
         """Sites that `example.org`, `@example.org` or `all` means."""
@@ -7347,14 +7350,15 @@ class Manager:
 
     def reconfigure(self, cfg: Config) -> None:
         self.cfg = self.alerts.cfg = cfg
-        self.scheduler.reconfigure(cfg, self.now)
+        changed = self.scheduler.reconfigure(cfg, self.now)
+        for site in changed:
+            site.is_odd = False
+            self.memory.forget(site.name)
         for line, site in [*self.couriers.items(), *self.inquirers.items()]:
-            if line.plan.cfg.primary != site.cfg.primary and not isinstance(line, Turnaround):
-                if isinstance(line, Courier):
-                    line.leave()        # with what it has not begun: that is for the new one
-                else:
-                    line.cut()
-                self.memory.forget(site.name)
+            if site in changed and isinstance(line, Courier) and not isinstance(line, Turnaround):
+                line.leave()            # with what it has not begun: that is for the new one
+            elif site in changed and isinstance(line, Inquirer):
+                line.cut()
         self.load()
 
     def stop(self) -> None:
@@ -8972,12 +8976,12 @@ class Server:
                     listeners[where] = self._bind(where, listeners is self.odmr_listeners)
                     fresh.append((listeners, where))
                 except OSError as error:
-                    if self.cfg.listen == default and ":" in where.host and self.listeners:
+                    if listeners is self.listeners and self.cfg.listen == default and ":" in where.host and listeners:
                         self.log.write("master", "no IPv6 here: %s: %s" % (where, error.strerror), "warning")
                         continue
                     for its, one in fresh:          # all or none
                         self._unlisten(its.pop(one))
-                    raise OSError(0, "cannot listen on %s: %s" % (str(where), error.strerror)) from None
+                    raise OSError(error.errno, "cannot listen on %s: %s" % (str(where), error.strerror)) from None
         passed = self.passed.values()
         for listeners, wanted in ((self.listeners, self.cfg.listen), (self.odmr_listeners, self.cfg.odmr_listen)):
             for where in [where for where, sock in listeners.items() if where not in wanted and sock not in passed]:
@@ -9271,7 +9275,7 @@ class Server:
                     self.log.reopen(old.log)
             if not isinstance(error, (ConfigError, OSError)):
                 self.log.bug(error)
-            text = str(error.strerror if isinstance(error, OSError) and not error.errno else error)
+            text = describe(error) if isinstance(error, OSError) else str(error)
             self.log.write("master", "not reloaded, the old configuration stays: %s" % printable(text), "error")
             return
         try:

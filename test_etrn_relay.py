@@ -20,6 +20,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import copy
 import ctypes
 import email
@@ -5075,6 +5076,11 @@ class Recording(SpoolCase):
         self.assertEqual(site.route, [])
         self.manager.couriers.clear()
         self.manager.inquirers.clear()
+        self.manager.memory.learn("x@" + DOMAIN, False, self.clock.wall)
+        self.manager.reconfigure(config("", "primary = 192.0.2.7"))             # the same
+        self.assertIs(self.manager.memory.knows("x@" + DOMAIN, self.clock.wall), False)
+        self.manager.reconfigure(config("", "primary = 192.0.2.8"))             # without a connection
+        self.assertIsNone(self.manager.memory.knows("x@" + DOMAIN, self.clock.wall))
         self.settle()
 
     def test_a_flood_of_flushes_walks_the_queue_once_a_second(self) -> None:
@@ -6804,6 +6810,29 @@ class Life(Relays):
                 "raise SystemExit(e.main(['--config', %r]))" % self.config_file())
         done = subprocess.run([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.PIPE)
         self.assertEqual((done.returncode, done.stderr), (78, b"etrn_relay.py: seen\n"))
+
+    def test_an_address_that_cannot_be_bound_is_told_with_its_error(self) -> None:
+        """Its number says what to do: a port of somebody else's is no fault of the configuration."""
+        # Where `listen` is the default, IPv6 may be missing, but not for other ports.
+        usual = etrn.KINDS["listen"](next(one.default for one in etrn.OPTIONS if one.name == "listen"))
+        with Local(self.folder) as local, mock.patch.object(local.server, "_bind", side_effect=OSError(errno.EACCES, "not you")):
+            server, listeners = local.server, local.server.listeners
+            server.listeners = dict.fromkeys(usual, next(iter(listeners.values())))
+            server.cfg = dataclasses.replace(local.cfg, listen=usual, odmr_listen=(etrn.Endpoint("::1", 366),))
+            with self.assertRaises(OSError) as caught:
+                server.listen()
+            server.cfg, server.listeners = local.cfg, listeners
+        self.assertEqual((caught.exception.errno, caught.exception.strerror),
+                         (errno.EACCES, "cannot listen on [::1]:366: not you"))
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            with open(self.config_file(), "r+", encoding="ascii") as file:
+                text = file.read().replace("[relay]\n", "[relay]\nlisten = 127.0.0.1:%d\n" % taken.getsockname()[1])
+                file.seek(0)
+                file.write(text)
+            done = subprocess.run([*COMMAND, "--config", file.name], stderr=subprocess.PIPE)
+        self.assertEqual((done.returncode, done.stderr.partition(b"cannot listen on ")[2].partition(b": ")[2]),
+                         (75, b"Address already in use\n"))
 
     def config_file(self) -> str:
         path = os.path.join(self.folder, "start.conf")
