@@ -1510,6 +1510,10 @@ def format_sample() -> str:
 LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 
 
+def describe(error: OSError) -> str:
+    return "%s: %s" % (error.filename, error.strerror) if error.filename and error.strerror else error.strerror or str(error)
+
+
 def short_name(hostname: str) -> str:
     return hostname.partition(".")[0] or "localhost"
 
@@ -10186,10 +10190,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-
-
-def describe(error: OSError) -> str:
-    return "%s: %s" % (error.filename, error.strerror) if error.filename and error.strerror else error.strerror or str(error)
 
 
 def find_config(given: Optional[str]) -> str:
