@@ -3826,6 +3826,20 @@ class Site:
         steps = self.quick // (2 if self.cfg.is_notices else QUICK_PROBES)
         return min(self.cfg.probe_interval, PROBE_FIRST_S * 2.0 ** min(steps, 20))
 
+    def on_moved(self, now: Now) -> None:
+        """Another primary than before: the way there, and how it takes mail, are to be found out anew."""
+        self.route = []                 # mail never goes to a primary that was configured once
+        self.is_odd = self.is_proven = False
+        self.limit, self.pace_s = 1, 0.0
+        self.trigger(now)
+
+    def on_parted(self, was_greeted: bool) -> None:
+        """A connection to the former primary no longer counts as one to this."""
+        if was_greeted:
+            self.open -= 1
+        else:
+            self.opening -= 1
+
     def on_connected(self, now: Now) -> Optional[float]:
         """It greeted.  Returns the length of the outage that ended, if one did."""
         self.opening -= 1
@@ -4251,13 +4265,14 @@ class Scheduler:
         return [cfg for name, cfg in self.cfg.domains.items() if is_below(name.lstrip("."), what[1:])] or [
             self.config_of(what[1:])]
 
-    def move(self, cfg: DomainConfig, address: str) -> List[Site]:
+    def move(self, cfg: DomainConfig, address: str, now: Now) -> List[Site]:
         """primary = etrn: an authenticated ETRN says where a section's primary
         is now.  Returns the sites it had been elsewhere for."""
         self.homes[cfg.name] = address
         moved = [site for site in self.sites.values() if site.cfg.name == cfg.name and site.home != address]
         for site in moved:
-            site.home, site.route, site.last_error = address, [], ""
+            site.home, site.last_error = address, ""
+            site.on_moved(now)
         return moved
 
     def collected_by(self, username: str, domains: Sequence[str], now: Now) -> List[Site]:
@@ -4284,7 +4299,7 @@ class Scheduler:
             primary, site.cfg = site.cfg.primary, self.config_of(site.name)
             self._set_home(site)
             if site.cfg.primary != primary:
-                site.route = []         # mail never goes to a primary that was configured once
+                site.on_moved(now)
                 changed.append(site)
             if site.waits_for and site.state is Primary.DOWN:
                 site.state, site.since = Primary.UNKNOWN, now.wall
@@ -5293,6 +5308,7 @@ class Line(threading.Thread):
         self.hop = Hop("none", "", 0)
         self.hops: Tuple[Hop, ...] = ()         # the loop's: the route
         self.is_over = False
+        self.is_former = False                  # the loop's: the site has another primary now
 
     def cut(self) -> None:
         """From the loop, when time is up: what waits for the peer fails now."""
@@ -5350,6 +5366,11 @@ class Line(threading.Thread):
             raise PeerError("AUTH at %s failed: %s" % (self.client._host, reply_text(error.smtp_code, text))) from None
         except smtplib.SMTPException as error:
             raise PeerError("AUTH at %s failed: %s" % (self.client._host, printable(str(error), 200))) from None
+
+    def _size_limit(self) -> int:
+        """SIZE, RFC 1870; 0 when it names none."""
+        value = self.client.esmtp_features.get("size", "")
+        return int(value) if value.isdigit() and len(value) < 16 else 0
 
     def _command(self, line: bytes, seconds: float) -> Tuple[int, bytes]:
         if line:
@@ -5419,10 +5440,6 @@ class Courier(Line):
         except Exception as problem:
             bug = bug or problem
         self.post(Finished(self, error, bug))       # whatever happens: the loop waits for it
-
-    def _size_limit(self) -> int:
-        value = self.client.esmtp_features.get("size", "")
-        return int(value) if value.isdigit() and len(value) < 16 else 0
 
     # -- what to send
 
@@ -5825,6 +5842,7 @@ class Answered(NamedTuple):
 class Heard(NamedTuple):
     inquirer: "Inquirer"
     hop: Hop
+    size_limit: int
 
 
 class Unheard(NamedTuple):
@@ -5848,7 +5866,7 @@ class Inquirer(Line):
         error, bug = "", None
         try:
             self._connect()
-            self.post(Heard(self, self.hop))
+            self.post(Heard(self, self.hop, self._size_limit()))
             self._answer_all()
             self._quit()
         except PeerError as problem:
@@ -6739,6 +6757,8 @@ class Manager:
         line = report.line
         line.hops = report.hops
         site = self.inquirers[line] if isinstance(line, Inquirer) else self.couriers[line]      # type: ignore[index]
+        if line.is_former:
+            return
         if not site.cfg.is_notices:
             self._on_route(site.name, [hop.address for hop in report.hops])
         if report.warning and report.warning != site.last_error:
@@ -6747,6 +6767,8 @@ class Manager:
     def _on_greeted(self, report: Greeted) -> None:
         courier, site = report.courier, self.couriers[report.courier]
         courier.is_greeted = True
+        if courier.is_former:
+            return
         if isinstance(courier, Turnaround):
             sites = courier.sites
             for one in sites:
@@ -6755,15 +6777,17 @@ class Manager:
             sites = (site,)
             self._keep_route(site, courier, report.hop)
             self._say_up(site, site.state, site.on_connected(self.now))
-        if any(one.size_limit != report.size_limit for one in sites):
-            for one in sites:
-                one.size_limit = report.size_limit
-            self.on_size_limit()
+        self._keep_size(sites, report.size_limit)
         self._feed(courier, site)
 
+    def _keep_size(self, sites: Sequence[Site], limit: int) -> None:
+        """What the primary takes at most, the door takes at most."""
+        if any(one.size_limit != limit for one in sites):
+            for one in sites:
+                one.size_limit = limit
+            self.on_size_limit()
+
     def _keep_route(self, site: Site, line: Line, hop: Hop) -> None:
-        if line.plan.cfg.primary != site.cfg.primary:
-            return                      # configured once
         hops = line.hops if hop in line.hops else (hop, *line.hops)
         site.route = list(hops[:ROUTE_HOSTS_MAX])       # all of it, in its order: the host that greeted may be down next time
         site.route_seen = self.now.wall
@@ -6787,9 +6811,11 @@ class Manager:
         for entry in courier.jobs.values():
             if site.entries.get(entry.id) is entry and entry.state is State.DELIVERING:
                 site.give_back(entry)
-        site.is_odd = site.is_odd or courier.is_out_of_step
         if report.bug is not None:
             self.log.bug(report.bug)
+        if courier.is_former:
+            return
+        site.is_odd = site.is_odd or courier.is_out_of_step
         if isinstance(courier, Turnaround):
             return self._on_turned(courier, report.error)
         if self.is_stopping:
@@ -6913,6 +6939,8 @@ class Manager:
 
     def _learn(self, site: Site, outcome: Outcome, states: Set[str]) -> None:
         """What an outcome says of the primary and of the recipients."""
+        if outcome.courier.is_former:
+            return
         was = site.state
         kinds = {result.kind for result in outcome.results}
         if "sent" in kinds:
@@ -7136,7 +7164,7 @@ class Manager:
                 self._tell_all(site.name, address, "down", "")
         self.later(CALL_AHEAD_S, give_up)
         mine = [inquirer for inquirer, its in self.inquirers.items()
-                if its is site and inquirer.plan.cfg.primary == site.cfg.primary]
+                if its is site and not inquirer.is_former]
         inquirer = min(mine, key=lambda one: len(one.open), default=None)
         if inquirer is None and len(self.inquirers) >= LINES_MAX:
             return self.later(0.0, give_up)     # not from within: the asker may have many more behind this one
@@ -7160,19 +7188,22 @@ class Manager:
 
     def _on_heard(self, report: Heard) -> None:
         site = self.inquirers[report.inquirer]
+        if report.inquirer.is_former:
+            return
         self._keep_route(site, report.inquirer, report.hop)
+        self._keep_size([site], report.size_limit)
         self._say_up(site, site.state, site.on_heard(self.now))
 
     def _on_answered(self, report: Answered) -> None:
         site = self.inquirers[report.inquirer]
         address, word = report.address, report.word
         report.inquirer.open.discard(address)
+        if report.inquirer.is_former:
+            return self._tell_all(site.name, address, "silent", report.text)
         site.last_heard = self.now.mono
         is_itself = site.is_itself(self.now)
         if not is_itself and (site.state is Primary.REJECTING or (word == "bad" and site.entries)):
             word = "silent"             # it has yet to take what waits for it
-        if report.inquirer.plan.cfg.primary != site.cfg.primary:
-            word = "silent"             # that was another one
         if address and address == report.inquirer.stranger:
             if word in ("good", "bad"):
                 self.memory.learn_accept_all(site.name, word == "good", self.now.wall)
@@ -7185,7 +7216,8 @@ class Manager:
         site = self.inquirers.pop(report.inquirer)
         if report.bug is not None:
             self.log.bug(report.bug)
-        if report.error and not report.inquirer.hop.address and site.on_unheard(self.now, report.error):
+        if report.error and not report.inquirer.hop.address and not report.inquirer.is_former and site.on_unheard(
+                self.now, report.error):
             self._say(site, "down", "down: %s, %d messages waiting" % (report.error, len(site.entries)))
         for address in report.inquirer.open:
             self._tell_all(site.name, address, "down", report.error)
@@ -7218,12 +7250,23 @@ class Manager:
         for cfg in self.scheduler.meant(what):
             if cfg.primary != "etrn" or self.scheduler.homes.get(cfg.name) == address:
                 continue
-            moved = self.scheduler.move(cfg, address)
+            moved = self.scheduler.move(cfg, address, self.now)
             self.log.write("primary", "%s: at %s since an authenticated ETRN" % (cfg.name, address))
-            for line, site in [*self.couriers.items(), *self.inquirers.items()]:
-                if site in moved and not isinstance(line, Turnaround):
-                    line.cut()          # nobody is there any more
+            self._part(moved, True)     # nobody is there any more
             self.save_state()
+
+    def _part(self, moved: Sequence[Site], is_gone: bool) -> None:
+        """These sites have another primary: what their former one still says settles
+        the messages that it has, and nothing else.  `is_gone`: they are not waited for."""
+        for line, site in [*self.couriers.items(), *self.inquirers.items()]:
+            if site not in moved or line.is_former or isinstance(line, Turnaround):
+                continue
+            line.is_former = True
+            if isinstance(line, Courier):
+                site.on_parted(line.is_greeted)
+                line.leave()            # with what it has not begun: that is for the new one
+            if is_gone or isinstance(line, Inquirer):
+                line.cut()
 
     def watch(self, left: Iterable[Tuple[str, str]], needs_primary: bool = True) -> Watch:
         watch = Watch(left, needs_primary)
@@ -7321,8 +7364,10 @@ class Manager:
             try:
                 if known["held"] is True:       # an order, and no knowledge: it holds whatever the rest is
                     self.scheduler.site(name, self.now).is_held = True
-                route = parse_known_route(known, self.scheduler.config_of(name).primary)
-                seen, limit, held = float(known["route_seen"]), int(known["size_limit"]), bool(known["held"])
+                primary = self.scheduler.config_of(name).primary
+                route = parse_known_route(known, primary)
+                limit = int(known["size_limit"]) if known["route_of"] == format_primary(primary) else 0
+                seen, held = float(known["route_seen"]), bool(known["held"])
                 counters = {key: int(known["counters"].get(key, 0)) for key in COUNTERS.values()}
                 since, recovered, was = float(known["since"]), float(known["recovered"]), str(known["primary"])
                 if not all(0 <= one < TIME_MAX for one in (seen, since, recovered)):
@@ -7356,13 +7401,9 @@ class Manager:
         self.cfg = self.alerts.cfg = cfg
         changed = self.scheduler.reconfigure(cfg, self.now)
         for site in changed:
-            site.is_odd = False
+            site.size_limit = 0
             self.memory.forget(site.name)
-        for line, site in [*self.couriers.items(), *self.inquirers.items()]:
-            if site in changed and isinstance(line, Courier) and not isinstance(line, Turnaround):
-                line.leave()            # with what it has not begun: that is for the new one
-            elif site in changed and isinstance(line, Inquirer):
-                line.cut()
+        self._part(changed, False)
         self.load()
 
     def stop(self) -> None:

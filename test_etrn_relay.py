@@ -98,6 +98,17 @@ def wait(is_so: Callable[[], Any], what: str = "", seconds: float = DEADLINE_S) 
         time.sleep(0.005)
 
 
+def unused_port() -> int:
+    """For a program that will bind it later, and again after a stop.  Below the ports that
+    the system gives to whoever asks for any: what connects meanwhile does not get it."""
+    while True:
+        port = random.randrange(10000, 32768)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("127.0.0.1", port))
+            return port
+
+
 def config(text: str = "", domain: str = "", file: str = "/nowhere/etrn.conf") -> etrn.Config:
     """A small configuration: lines for [relay], lines for [domain ourdom.example] and what follows it."""
     return etrn.parse_config("[relay]\nhostname = backup.example.net\n%s\n[domain %s]\n%s\n" % (text, DOMAIN, domain), file)
@@ -556,6 +567,10 @@ class Relay:
     def queue(self) -> List[Dict[str, Any]]:
         rows: List[Dict[str, Any]] = self.json("--queue")
         return rows
+
+    def read_spool(self) -> None:
+        """Returns once it has; what would do harm or tell half the truth until then, it refuses or waits with."""
+        self.queue()
 
     def files(self) -> List[str]:
         return spool_files(self.spool)
@@ -2391,8 +2406,9 @@ class Schedule(unittest.TestCase):
     def test_the_address_of_an_etrn_holds_for_its_section(self) -> None:
         scheduler = etrn.Scheduler(config("", "primary = etrn\n[domain .wild.example]\nprimary = etrn\n[domain x.example]"))
         one, two, other = (scheduler.site(name, self.clock.now) for name in (DOMAIN, "a.wild.example", "x.example"))
-        self.assertEqual([[site.name for site in scheduler.move(scheduler.config_of(name), "192.0.2.9")] for name in cases(
-            self, ["a.wild.example", "b.wild.example", DOMAIN])], [["a.wild.example"], [], [DOMAIN]])
+        for name, moved in cases(self, [("a.wild.example", ["a.wild.example"]), ("b.wild.example", []), (DOMAIN, [DOMAIN])]):
+            sites = scheduler.move(scheduler.config_of(name), "192.0.2.9", self.clock.now)
+            self.assertEqual([site.name for site in sites], moved)
         later = scheduler.site("b.wild.example", self.clock.now)
         self.assertEqual([site.home for site in (one, two, later, other)], ["192.0.2.9"] * 3 + [""])
         scheduler.reconfigure(config("", "primary = atrn"), self.clock.now)
@@ -4424,7 +4440,8 @@ class SpoolPeople(SpoolCase):
         clock = Clock()
         state = {"format": 1, "sites": {DOMAIN: {
             "primary": "down", "since": 5.0, "recovered": 0.0, "last_error": "x", "held": True, "size_limit": 5,
-            "route": [["192.0.2.1", 25]], "route_seen": 5.0, "counters": {"accepted": 1}}}}
+            "route": [["m.example", "192.0.2.1", 25]], "route_seen": 5.0, "counters": {"accepted": 1},
+            "route_of": etrn.format_primary(config().domains[DOMAIN].primary)}}}
         recipients = {"format": 1, "recipients": {"a@" + DOMAIN: [True, 5e9]}, "accept_all": {DOMAIN: [False, 5e9]}}
         rows = [(one, recipients) for one in self.variants(state)] + [(state, one) for one in self.variants(recipients)]
         log = etrn.Log("stderr", "error", "x")
@@ -4889,7 +4906,7 @@ class Recording(SpoolCase):
         site.on_connected(self.clock.now)
         taken = site.take(16, self.clock.now)
         self.assertEqual(taken, [entry])
-        courier = mock.Mock(jobs={entry.id: entry}, is_greeted=True, is_leaving=True)
+        courier = mock.Mock(jobs={entry.id: entry}, is_greeted=True, is_leaving=True, is_former=False)
         self.manager.couriers[courier] = site
         results = tuple(etrn.Result("%s@%s" % (name, DOMAIN), kind, {"sent": "2.0.0"}.get(kind, "4.2.0"), kind, "mail.example",
                                     None)
@@ -4961,7 +4978,7 @@ class Recording(SpoolCase):
         site.on_started(self.clock.now)
         site.on_connected(self.clock.now)
         self.assertEqual(site.take(1, self.clock.now), [entry])
-        courier = mock.Mock(jobs={entry.id: entry}, is_greeted=True, is_leaving=True)
+        courier = mock.Mock(jobs={entry.id: entry}, is_greeted=True, is_leaving=True, is_former=False)
         self.manager.couriers[courier] = site
         result = etrn.Result("user@" + DOMAIN, "sent", "2.0.0", "250 2.0.0 taken", "mail.example", None, True)
         self.manager._on_outcome(etrn.Outcome(courier, etrn.Job(entry.id, DOMAIN), (result,), True, entry.received, "x", 0.1))
@@ -5002,7 +5019,7 @@ class Recording(SpoolCase):
         site, _ = self.queue("ABCDE0")
         self.assertTrue(self.manager.plan(site).chunking)
         site.on_started(self.clock.now)
-        courier = mock.Mock(jobs={}, is_greeted=False, is_out_of_step=True)
+        courier = mock.Mock(jobs={}, is_greeted=False, is_out_of_step=True, is_former=False)
         self.manager.couriers[courier] = site
         self.manager._on_finished(etrn.Finished(courier, "x answers RSET with 500", None))
         self.assertFalse(self.manager.plan(site).chunking)
@@ -5040,7 +5057,7 @@ class Recording(SpoolCase):
         site.on_started(self.clock.now)
         site.on_connected(self.clock.now)
         self.assertEqual(site.take(1, self.clock.now), [entry])
-        courier = mock.Mock(jobs={entry.id: entry}, is_greeted=True, is_leaving=True)
+        courier = mock.Mock(jobs={entry.id: entry}, is_greeted=True, is_leaving=True, is_former=False)
         self.manager.couriers[courier] = site
         result = etrn.Result("user@" + DOMAIN, "refused", "5.1.1", "550 5.1.1 not yet", "mail.example", self.clock.wall)
         self.clock.jump(2 * site.cfg.recovery_grace)
@@ -5054,7 +5071,7 @@ class Recording(SpoolCase):
     def test_the_whole_route_is_remembered_in_its_order(self) -> None:
         site, _ = self.queue("ABCDE0")
         hops = tuple(etrn.Hop("m%d.example" % number, "192.0.2.%d" % number, 25) for number in range(3))
-        line = mock.Mock(spec=etrn.Courier, plan=self.manager.plan(site))
+        line = mock.Mock(spec=etrn.Courier, is_former=False)
         self.manager.couriers[line] = site
         self.manager._on_routed(etrn.Routed(line, hops, ""))
         self.manager._keep_route(site, line, hops[1])
@@ -5063,24 +5080,77 @@ class Recording(SpoolCase):
         self.assertEqual([hop.host for hop in site.route], ["x.example", "m0.example", "m1.example", "m2.example"])
         self.manager.couriers.clear()
 
-    def test_another_primary_gets_what_the_old_one_has_not_begun(self) -> None:
-        site, _ = self.queue("ABCDE0")
-        plan = self.manager.plan(site)
-        courier, inquirer = mock.Mock(spec=etrn.Courier, plan=plan), mock.Mock(spec=etrn.Inquirer, plan=plan)
+    def part_with(self, primary: str) -> Tuple[etrn.Site, etrn.Courier, etrn.Inquirer, List[Any]]:
+        """A site with connections, whose primary becomes another one.  The last is what the courier was told."""
+        site, entry = self.queue("ABCDE0")
+        plan, told = self.manager.plan(site), []
+        courier, inquirer = etrn.Courier(self.spool, plan, told.append), etrn.Inquirer(plan, told.append)
         self.manager.couriers[courier], self.manager.inquirers[inquirer] = site, site
+        site.on_started(self.clock.now)
+        with mock.patch.object(etrn.Inquirer, "cut") as cut:
+            self.manager.reconfigure(config("", primary))
+        self.assertEqual(cut.call_count, 1)
+        return site, courier, inquirer, told
+
+    def test_another_primary_gets_what_the_old_one_has_not_begun(self) -> None:
         self.manager.memory.learn("x@" + DOMAIN, False, self.clock.wall)
-        self.manager.reconfigure(config("", "primary = 192.0.2.7"))
-        self.assertEqual((courier.leave.call_count, inquirer.cut.call_count), (1, 1))
+        site, courier, inquirer, _ = self.part_with("primary = 192.0.2.7")
         self.assertIsNone(self.manager.memory.knows("x@" + DOMAIN, self.clock.wall))
-        self.manager._keep_route(site, courier, etrn.Hop("old.example", "192.0.2.1", 25))
-        self.assertEqual(site.route, [])
-        self.manager.couriers.clear()
-        self.manager.inquirers.clear()
-        self.manager.memory.learn("x@" + DOMAIN, False, self.clock.wall)
-        self.manager.reconfigure(config("", "primary = 192.0.2.7"))             # the same
-        self.assertIs(self.manager.memory.knows("x@" + DOMAIN, self.clock.wall), False)
-        self.manager.reconfigure(config("", "primary = 192.0.2.8"))             # without a connection
-        self.assertIsNone(self.manager.memory.knows("x@" + DOMAIN, self.clock.wall))
+        self.assertIsNone(courier.inbox.get_nowait())
+        self.assertTrue(site.wanted(self.clock.now))        # the old one, in its long wait, counts no more
+        old = etrn.Hop("old.example", "192.0.2.1", 25)
+        for report in cases(self, [etrn.Routed(courier, (old,), ""), etrn.Greeted(courier, old, 7), etrn.Heard(inquirer, old, 7),
+                                   etrn.Finished(courier, "old.example has gone", None),
+                                   etrn.Unheard(inquirer, "old.example has gone", None)]):
+            self.manager.handle(report, self.clock.now)
+            self.assertEqual((site.route, site.state, site.size_limit, site.last_error, site.opening, site.open,
+                              courier.inbox.empty(), self.manager.callers), ([], etrn.Primary.UP, 0, "", 0, 0, True, {}))
+        self.assertEqual((self.manager.couriers, self.manager.inquirers), ({}, {}))
+        self.settle()
+
+    def test_what_a_former_primary_says_settles_the_message_alone(self) -> None:
+        site, courier, inquirer, _ = self.part_with("primary = 192.0.2.7")
+        asked: List[Any] = []
+        self.manager.questions[site.name, "y@" + DOMAIN] = [lambda *answer: asked.append(answer)]
+        self.manager.handle(etrn.Answered(inquirer, "y@" + DOMAIN, "bad", "550 gone"), self.clock.now)
+        self.assertEqual((asked, self.manager.memory.knows("y@" + DOMAIN, self.clock.wall)), ([("silent", "550 gone")], None))
+        entry, = site.entries.values()
+        site._set(entry, etrn.State.DELIVERING)
+        courier.jobs[entry.id] = entry
+        result = etrn.Result("user@" + DOMAIN, "sent", "2.0.0", "250 ok", "old.example", None)
+        self.manager.handle(etrn.Outcome(courier, etrn.Job(entry.id, DOMAIN), (result,), True, entry.received, "x", 0.1),
+                            self.clock.now)
+        self.settle()
+        self.assertEqual((list(site.entries), site.is_proven, site.counters["delivered"]), ([], False, 1))
+
+    def test_a_connection_under_way_to_where_the_primary_was_carries_nothing(self) -> None:
+        self.manager.reconfigure(config("", "primary = etrn"))
+        site, _ = self.queue("ABCDE0")
+        self.manager.move(DOMAIN, "192.0.2.1")
+        for is_greeted in cases(self, [False, True]):
+            courier = etrn.Courier(self.spool, self.manager.plan(site), self.reports.append)
+            self.manager.couriers[courier] = site
+            site.on_started(self.clock.now)
+            if is_greeted:
+                site.on_connected(self.clock.now)
+            courier.is_greeted = is_greeted
+            with mock.patch.object(etrn.Courier, "cut") as cut:
+                self.manager.move(DOMAIN, "192.0.2.%d" % (8 + is_greeted))
+            self.assertEqual(cut.call_count, 1)
+            self.manager.handle(etrn.Greeted(courier, etrn.Hop("192.0.2.1", "192.0.2.1", 25), 0), self.clock.now)
+            self.assertEqual((courier.inbox.get_nowait(), courier.inbox.empty(), courier.jobs), (None, True, {}))
+            self.clock.advance(etrn.TRIGGER_S)
+            self.assertTrue(site.wanted(self.clock.now))
+            self.manager.handle(etrn.Finished(courier, "lost connection", None), self.clock.now)
+            self.assertEqual((site.opening, site.open, site.state), (0, 0, etrn.Primary.UP))
+        self.settle()
+
+    def test_the_same_primary_is_remembered(self) -> None:
+        self.manager.scheduler.site(DOMAIN, self.clock.now)
+        for host, known in cases(self, [("192.0.2.7", None), ("192.0.2.7", False), ("192.0.2.8", None)]):
+            self.manager.memory.learn("x@" + DOMAIN, False, self.clock.wall)
+            self.manager.reconfigure(config("", "primary = " + host))
+            self.assertIs(self.manager.memory.knows("x@" + DOMAIN, self.clock.wall), known)
         self.settle()
 
     def test_a_flood_of_flushes_walks_the_queue_once_a_second(self) -> None:
@@ -5169,7 +5239,7 @@ class Recording(SpoolCase):
         site.on_connected(self.clock.now)
         for _ in range(10):
             site.on_taken(self.clock.now, 0.3)
-        courier = mock.Mock(jobs={}, is_greeted=True, is_leaving=False)
+        courier = mock.Mock(jobs={}, is_greeted=True, is_leaving=False, is_former=False)
         self.manager.couriers[courier] = site
         self.manager.may_connect = lambda site: True
         with mock.patch.object(self.manager, "_connect") as connect:
@@ -5250,7 +5320,7 @@ class Recording(SpoolCase):
         site.on_started(self.clock.now)
         site.on_connected(self.clock.now)
         site.on_taken(self.clock.now)
-        courier = mock.Mock(is_greeted=True, is_leaving=False, jobs={})
+        courier = mock.Mock(is_greeted=True, is_leaving=False, jobs={}, is_former=False)
         refusing = mock.patch.object(self.spool, "remove", side_effect=lambda ids: [OSError(errno.EROFS, "read-only")] * len(ids))
         with refusing, shorten(UNRECORDED_MAX=2, JOBS_PER_CONNECTION=1, JOBS_REFILL=1):
             for _ in range(6):
@@ -6783,11 +6853,9 @@ class Life(Relays):
         for most in (3, 1):
             reload("configuration reread", relay="max_connections = %d" % most)
             wait(lambda most=most: let_in() == most, "the new limit")   # those before may not have left yet
-        with socket.socket() as taken, socket.socket() as free:
-            for sock in (taken, free):
-                sock.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-            free.close()
+        port = unused_port()
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
             reload("not reloaded, the old configuration stays: cannot listen on .*: Address already in use",
                    relay="max_connections = 4\nodmr_listen = 127.0.0.1:%d, 127.0.0.1:%d" % (
                        port, taken.getsockname()[1]))
@@ -6927,6 +6995,7 @@ class Local:
         self.port = self.server.manager.listeners[0].port
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
+        wait(lambda: self.server.manager.loads and not self.server.manager.is_loading, "the spool to be read")
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -8273,6 +8342,32 @@ class Announced(Relays):
                 self.assertEqual(client.say("MAIL FROM:<> SIZE=%d" % (size + 1))[:9], "552 5.3.4")
         relay.end()
         relay.start()                   # it is remembered
+
+        def announced() -> int:
+            with Wire(relay.port) as client:
+                return int(re.search(r"250-SIZE (\d+)", client.say("EHLO x")).group(1))    # type: ignore[union-attr]
+        self.assertEqual(announced(), 4000)
+        relay.end()
+        relay.write_config(primary="127.0.0.1:9")       # ... of this primary alone
+        relay.start()
+        self.assertEqual(announced(), 9000000)
+        relay.end()
+        relay.write_config(primary=small.address)
+        relay.start()
+        relay.send()
+        wait(relay.is_empty, "an empty spool")
+        self.assertEqual(announced(), 4000)
+        relay.write_config(primary="127.0.0.1:9")
+        relay.signal(signal.SIGHUP)
+        relay.logged("configuration reread")
+        self.assertEqual(announced(), 9000000)
+
+    def test_the_size_is_learnt_from_a_question_too(self) -> None:
+        primary = self.primary()
+        primary.extensions = ["SIZE 4000"]
+        relay = self.relay(primary.start(), relay="max_message_size = 5000", domain="recipients = verify\n")
+        with relay.client() as client:
+            self.assertEqual(client.say("MAIL FROM:<a@x.example>", "RCPT TO:<u@%s>" % DOMAIN)[:3], "250")
         with Wire(relay.port) as client:
             self.assertIn("250-SIZE 4000", client.say("EHLO x").split("\n"))
 
@@ -8685,9 +8780,7 @@ class RealPostfix(Secured):
     def setUp(self) -> None:
         super().setUp()
         os.chmod(self.folder, 0o755)
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
+        self.port = unused_port()
 
     def start_postfix(self, relay: int) -> None:
         """A Postfix of the test's own: a primary for ourdom.example, and a sender to far.example."""
@@ -8852,13 +8945,14 @@ class Authenticated(Relays):
         relay = self.relay("etrn", domain=LOGIN_OPTIONS)
         relay.send()
         relay.end()
-        relay.limits["SMTP_PORT"] = relay.port
+        port = relay.limits["SMTP_PORT"] = unused_port()
         relay.write_config()
         with open(relay.file, encoding="utf-8") as file:
-            text = file.read().replace("127.0.0.1:0", "127.0.0.1:%d" % relay.port)
+            text = file.read().replace("127.0.0.1:0", "127.0.0.1:%d" % port)
         with open(relay.file, "w", encoding="utf-8") as file:
             file.write(text)
         relay.start()
+        relay.read_spool()
         with Wire(relay.port) as client:
             self.assertEqual((log_in(client)[:3], client.say("ETRN " + DOMAIN)[:3]), ("235", "253"))
         relay.logged(r"ourdom\.example: down: mail for ourdom\.example loops back to this host")
@@ -9180,13 +9274,18 @@ class Fetchmail(Relays):
         relay = self.relay("atrn", relay=ODMR, domain=LOGIN_OPTIONS)
         port = int(relay.logged(r"ODMR on 127\.0\.0\.1:(\d+)").group(1))
         bodies = [b"Subject: one\r\n\r\n.dot\r\n", b"Subject: two\r\n\r\n" + b"line\r\n" * 2000]
+        relay.read_spool()
         for body in bodies:
             relay.send(body)
         customer = self.primary().start()
         said = self.fetch(self.RC % ("127.0.0.1", port, customer.port))
         wait(relay.is_empty, "an empty spool after\n" + said)
         self.assertEqual([without_received(data) for _, _, data in customer.messages], bodies)
-        wait(lambda: relay.json("--status")["spool"]["messages"] == 0, "an empty queue")
+
+        def is_over() -> bool:
+            status = relay.json("--status")
+            return (status["connections"], status["spool"]["messages"]) == (0, 0)
+        wait(is_over, "the end of the connection and of the queue")
         self.assertIn("You have no mail", self.fetch(self.RC % ("127.0.0.1", port, customer.port)))
 
     def test_its_authenticated_etrn_tells_where_the_primary_is(self) -> None:
@@ -9210,6 +9309,7 @@ class Fetchmail(Relays):
         relay.start()
         for _ in range(3):
             self.assertIn("queued", within(provider, relay.send))
+        relay.read_spool()
         for address in cases(self, ["10.77.0.2", "198.51.100.2"]):      # the customer, and what it looks like from outside
             with self.assertRaises(OSError):
                 within(provider, lambda address=address: socket.create_connection((address, 25), 0.3))
@@ -9620,9 +9720,7 @@ class Postfix:
         for name in ("data", "log", "log/mail.log"):        # postsuper, which tells of half-made files, is not root
             shutil.chown(os.path.join(folder, name), "postfix")
         shutil.chown(self.mail, "nobody")
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
+        self.port = unused_port()
         nobody = pwd.getpwnam("nobody")
         with open(os.path.join(self.etc, "main.cf"), "w", encoding="ascii") as file:
             file.write("""compatibility_level = 3.6
@@ -9775,7 +9873,7 @@ class Routes(Relays):
                 self.assertEqual(len(relay.queue()), 3)
             self.zone[DOMAIN, etrn.MX] = self.zone[DOMAIN, etrn.MX][1:]         # the two alone are left
             for relay in relays:
-                self.assertIn("loops back to this host", relay.run("--flush", DOMAIN)[1] + relay.run("--flush", DOMAIN)[2])
+                wait(lambda relay=relay: "loops back to this host" in "".join(relay.run("--flush", DOMAIN)[1:]), "the loop")
                 self.assertEqual(len(relay.queue()), 3)
             self.zone[DOMAIN, etrn.MX] = [(10, "mail.example"), *self.zone[DOMAIN, etrn.MX]]
             self.mail.start()
