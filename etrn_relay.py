@@ -6328,6 +6328,7 @@ class Manager:
         self.loads = 0
         self.load_pause = RETRY_DISK_S  # before another attempt at what could not be read
         self.gone: Set[str] = set()     # removed while the spool was being read
+        self.coming: Set[str] = set()   # being made durable, or so just now: accept() comes next, or nothing is left of it
         self.early: Set[str] = set()    # flushes asked for while it was
         self.load_error = ""
         self.free = spool.free()        # octets, as last asked
@@ -6585,7 +6586,7 @@ class Manager:
         for remark in report.remarks:
             self.log.write("qmgr", remark, "warning")
         for queued in report.found:
-            if queued.id not in self.gone:
+            if queued.id not in self.gone and queued.id not in self.coming:
                 self._admit(queued)
         if not report.is_last:
             return
@@ -6623,8 +6624,18 @@ class Manager:
         if len(sites) > 1:
             self.scheduler.share(queued.id, list(sites))
 
+    def commit(self, draft: Draft, blocks: List[bytes], sidecar: Dict[str, Any], then: Callable[[Any], None]) -> None:
+        """Make a message durable.  `then` is called with None, to accept() it, or with the error."""
+        def done(error: Any) -> None:
+            self.coming.discard(draft.id)
+            then(error)
+        self.coming.add(draft.id)
+        self.committers.submit(Commit(draft, blocks, sidecar), done)
+
     def accept(self, sidecar: Mapping[str, Any], is_undecided: bool = False) -> None:
         """A message that is on stable storage since a moment ago; `is_undecided`: cut_through() comes next."""
+        if sidecar["id"] in self.gone:
+            return                      # a notice that was read from the spool, delivered and removed meanwhile
         queued = summarize(sidecar)
         self._admit(queued)
         self.is_dirty = True
@@ -9938,7 +9949,7 @@ class Server:
                 connection.draft = None
                 connection.last = self.now.mono
                 self._act(connection, session.resume(refusal or Reply(250, "2.0.0", "Ok: queued as %s" % draft.id)))
-        self.manager.committers.submit(Commit(draft, draft.take(), sidecar), committed)
+        self.manager.commit(draft, draft.take(), sidecar, committed)
 
     # -- once a second
 

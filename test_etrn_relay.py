@@ -5080,6 +5080,34 @@ class Recording(SpoolCase):
         self.assertEqual([hop.host for hop in site.route], ["x.example", "m0.example", "m1.example", "m2.example"])
         self.manager.couriers.clear()
 
+    def test_what_the_reader_of_the_spool_finds_too_early_waits_for_its_own_report(self) -> None:
+        for error, left in cases(self, [(None, ["ABCDE0"]), (OSError(5, "Input/output error"), [])]):
+            told: List[Any] = []
+
+            def then(result: Any, told: List[Any] = told) -> None:
+                told.append(result)
+                if result is None:
+                    self.manager.accept(sidecar)
+            sidecar = sidecar_of("ABCDE0")
+            self.manager.commit(etrn.Draft("ABCDE0"), [MESSAGE], sidecar, then)
+            report = wait(lambda: self.reports and self.reports.pop(), "its report")
+            self.manager.load()                         # it is in the folder, and nobody was told yet
+            found = wait(lambda: self.reports and self.reports.pop(), "what was found")
+            self.assertEqual([one.id for one in found.found], ["ABCDE0"])
+            self.manager.handle(found, self.clock.now)
+            self.assertEqual(self.manager.scheduler.messages()[0], 0)
+            self.manager.handle([(report[0][0], error)], self.clock.now)
+            self.assertEqual((told, [id for site in self.manager.scheduler.sites.values() for id in site.entries]), ([error], left))
+            self.manager.scheduler.sites.clear()
+            self.spool.remove(["ABCDE0"])
+
+    def test_a_notice_that_was_read_delivered_and_removed_before_its_report_is_not_queued_again(self) -> None:
+        self.manager.load()
+        self.manager.gone.add("ABCDE0")
+        self.manager.accept(sidecar_of("ABCDE0"))
+        self.assertEqual(self.manager.scheduler.messages()[0], 0)
+        self.settle()
+
     def part_with(self, primary: str) -> Tuple[etrn.Site, etrn.Courier, etrn.Inquirer, List[Any]]:
         """A site with connections, whose primary becomes another one.  The last is what the courier was told."""
         site, entry = self.queue("ABCDE0")
@@ -5757,7 +5785,7 @@ class Delivery(Folder):
             self.assertIn("Connection refused", error)
 
     def test_a_primary_that_hangs_is_left_at_its_deadline(self) -> None:
-        quick = dict.fromkeys(("CONNECT_S", "COMMAND_S", "DATA_S", "END_OF_DATA_S"), 0.15)
+        quick = dict.fromkeys(("CONNECT_S", "COMMAND_S", "DATA_S", "END_OF_DATA_S"), 0.5)
         for stage in cases(self, ["greeting", "EHLO", "MAIL", "RCPT", "DATA", "."]):
             for primary in self.every_way(**{stage: HANG}):
                 id = self.put()
@@ -6020,7 +6048,7 @@ class Delivery(Folder):
             began = time.monotonic()
             hop, sock = next(etrn.connect_each([dead, good]))       # type: ignore[assignment]
             self.assertEqual(hop, good)
-            self.assertLess(time.monotonic() - began, 2)
+            self.assertLess(time.monotonic() - began, 10)
             for one in [sock, *full]:
                 one.close()
 
@@ -6702,7 +6730,7 @@ class Life(Relays):
         primary.start()
         wait(relay.is_empty, "an empty spool")
         self.assertEqual([data for _, _, data in primary.messages if not data.startswith(b"Received: from client.example")], [])
-        self.assertEqual([without_received(data) for _, _, data in primary.messages], self.BODIES)
+        self.assertEqual(sorted(without_received(data) for _, _, data in primary.messages), sorted(self.BODIES))
         self.assertEqual({(sender, *people) for sender, people, _ in primary.messages},
                          {("a@sender.example", "user@" + DOMAIN, "other@" + DOMAIN)})
         relay.logged(r"primary\[\d+\]: ourdom\.example: up after .*, \d+ messages waiting")
@@ -7382,7 +7410,7 @@ class TlsClients(Secured):
             with TlsWire(local.port) as good:
                 good.say("EHLO x")
                 self.assertEqual(good.send(MESSAGE)[:3], "250")
-            self.assertLess(time.monotonic() - began, 2.0)
+            self.assertLess(time.monotonic() - began, 10)
 
     def test_who_does_not_even_read_our_220_is_dropped(self) -> None:
         class Stuffed(socket.socket):
@@ -8064,16 +8092,16 @@ class Attacks(Relays):
         self.assertEqual(len(more), 2)
 
     def test_who_speaks_before_the_banner_is_turned_away(self) -> None:
-        relay = self.relay(relay="greet_pause = 1s")
+        relay = self.relay(relay="greet_pause = 2s")
         hasty, patient, gone = (socket.create_connection(("127.0.0.1", relay.port), DEADLINE_S) for _ in range(3))
         began = time.monotonic()
         with hasty, patient:
             gone.close()
             hasty.sendall(b"EHLO x\r\n")
             self.assertRegex(b"".join(iter(lambda: self.read(hasty), b"")), rb"\A521 5\.5\.1 [^\r]*\r\n\Z")
-            self.assertLess(time.monotonic() - began, 0.9)
+            self.assertLess(time.monotonic() - began, 1.9)
             self.assertEqual(patient.recv(4), b"220 ")
-            self.assertGreater(time.monotonic() - began, 0.9)
+            self.assertGreater(time.monotonic() - began, 1.9)
         relay.logged(r"NOQUEUE: reject: PREGREET from unknown\[127\.0\.0\.1\]: 521 5\.5\.1")
 
     def test_messages_a_minute_are_limited_but_not_for_the_trusted(self) -> None:
@@ -9883,6 +9911,7 @@ class Routes(Relays):
             subjects = sorted(re.search(rb"Subject: (\d)", data).group(1) for _, _, data in self.mail.messages)   # type: ignore
             self.assertEqual(subjects, [b"%d" % number for number in range(6)])
             for relay in relays:
+                self.assertEqual(relay.end(), 0)        # its log is whole then
                 self.assertEqual(sum(": client=" in line for line in relay.log), 3)
 
     def test_the_last_route_serves_when_the_dns_dies_even_after_a_restart(self) -> None:
@@ -11143,7 +11172,7 @@ class Probes(Relays):
     def test_a_probe_ends_although_the_primary_does_not_answer(self) -> None:
         for stage in cases(self, ["greeting", "EHLO", "RCPT"]):
             primary = self.primary(**{stage: HANG}).start()
-            with shorten(PROBE_REPLY_S=0.2):
+            with shorten(PROBE_REPLY_S=0.5):
                 began = time.monotonic()
                 code, found, _ = self.probe(primary.address)
             self.assertLess(time.monotonic() - began, 10)
@@ -11187,7 +11216,7 @@ class Probes(Relays):
             relay = ask(Relay(self.folder, "mx"), dns)
             began = time.monotonic()
             code, out, _ = relay.run("--probe", DOMAIN, "--json")
-            self.assertLess(time.monotonic() - began, 2)
+            self.assertLess(time.monotonic() - began, 10)
         self.assertEqual((code, json.loads(out)["hosts"], "DNS: no answer" in json.loads(out)["error"]), (69, [], True))
 
     def test_a_dead_dns_leaves_the_route_that_worked_last(self) -> None:
@@ -11323,10 +11352,10 @@ class Checks(Relays):
                 self.found("error", "Address already in use")
 
     def test_it_ends_although_nobody_answers(self) -> None:
-        with shorten(CHECK_S=0.3), mock.patch.object(etrn.Resolver, "query", lambda *_: time.sleep(1.5)):
+        with shorten(CHECK_S=0.3), mock.patch.object(etrn.Resolver, "query", lambda *_: time.sleep(10)):
             began = time.monotonic()
             self.found("warning", "no answer within")
-            self.assertLess(time.monotonic() - began, 1.4)
+            self.assertLess(time.monotonic() - began, 9)
 
 
 # -- what other programs read in the log
