@@ -134,9 +134,9 @@ SERVICES
 
 ALERTS
     [alerts] command, webhook and mail are told of: down, a primary has been
-    away for `after`; up again; rejecting; expiring, mail has a day left; disk,
-    less than twice min_free_space is left; certificate, it expires within 14
-    days.  The last three come once a day, and stand in the log as warnings.
+    away for `after`; up again; rejecting; expiring, mail has a day left, or half
+    its lifetime where that is less; disk, less than twice min_free_space is
+    left; certificate, it expires within 14 days.  The last three come once a day, and stand in the log as warnings.
     The command finds ETRN_EVENT, ETRN_DOMAIN, ETRN_TEXT, ETRN_HOST, ETRN_TIME
     and ETRN_WAITING in its environment and the same as JSON on its input.
 
@@ -152,7 +152,8 @@ FILES
     SPOOL/control, SPOOL/lock       how commands reach the running relay
 
 LOG LINES
-    Postfix's grammar; one line an event, queue ID or NOQUEUE first.
+    Postfix's grammar; one line an event, queue ID or NOQUEUE first.  These are
+    the kinds that tell what became of mail and of primaries:
     smtpd: ID: client=NAME[ADDRESS]
     qmgr: ID: from=<ADDRESS>, size=N, nrcpt=N (queue active)
     smtp: ID: to=<ADDRESS>, relay=HOST[ADDRESS]:PORT, delay=S, delays=A/B/C/D,
@@ -162,19 +163,25 @@ LOG LINES
     smtpd: NOQUEUE: reject: RCPT from NAME[ADDRESS]: REPLY; from=<> to=<> ...
           (also CONNECT, PREGREET, MAIL, END-OF-MESSAGE, STARTTLS, GET ...)
     smtpd: timeout after STAGE from NAME[ADDRESS]
-    smtpd: too many errors from NAME[ADDRESS]
+    smtpd: too many errors after STAGE from NAME[ADDRESS]
     smtpd: TLS handshake failed from NAME[ADDRESS]: WHY
     smtpd: warning: NAME[ADDRESS]: SASL MECHANISM authentication failed: ...
     smtpd: NAME[ADDRESS]: sasl_method=MECHANISM, sasl_username=NAME
     flush: etrn: site=DOMAIN, client=NAME[ADDRESS], messages=N, reply=CODE
     flush: atrn: site=DOMAIN,..., client=NAME[ADDRESS], messages=N, reply=CODE
     primary: DOMAIN: at ADDRESS since an authenticated ETRN
-    smtpd: too many errors after STAGE from NAME[ADDRESS]
+    flush: command: site=DOMAIN, messages=N
+    qmgr: ID|DOMAIN|all: held|released by command, N messages
+    qmgr: ID: deleted|bounced by command
+    primary: DOMAIN: up, N messages waiting
     primary: DOMAIN: up after 2h14m, 1841 messages waiting
     primary: DOMAIN: down: WHY, N messages waiting
-    primary: DOMAIN: rejecting: REPLY, N messages waiting
+    primary: warning: DOMAIN: rejecting: REPLY, N messages waiting
     primary: DOMAIN: up after rejecting for 10m, N messages waiting
-    http: reject: GET PATH from NAME[ADDRESS]: 401 wrong token
+    http: refused: GET PATH from NAME[ADDRESS]: 401 wrong token
+    master: started: ..., configuration reread, stopping, stopped, and what is
+          wrong with the machine.  `warning: ` or `error: ` comes before the text
+          of whatever is.
     `log = syslog` has the same lines, tagged etrn_relay/SERVICE[PID], in the
     mail facility.  Other programs read them:
         pflogsumm --syslog-name etrn_relay FILE
@@ -184,8 +191,8 @@ LOG LINES
 EXIT STATUS
     0 done; 1 something asked about is missing; 64 usage; 69 the relay or the
     primary cannot be reached; 75 temporary: mail is still waiting, the primary
-    answers a --probe but would not take mail now, or another relay holds the
-    spool; 78 configuration.
+    answers a --probe but would not take mail now, another relay holds the spool,
+    or another program an address to listen on; 78 configuration.
 
 BUGS
     A disk that says "written" before it is cannot be noticed.  A message whose
@@ -1088,13 +1095,15 @@ OPTIONS: Tuple[Option, ...] = (
     Option("relay", "hostname", "host", "", 0, 0, "The name this host has in MX records; banner, EHLO, Received.\n"
            "Default: the machine's full name"),
     Option("relay", "listen", "listen", "0.0.0.0:25, [::]:25", 0, 0, "Addresses to serve SMTP on; a bare port means all."),
-    Option("relay", "spool", "path", "", 0, 0, "The directory that holds all state.  Default: spool, beside this file"),
+    Option("relay", "spool", "path", "", 0, 0, "The directory that holds all state.\n"
+           "Default: spool, beside the configuration file"),
     Option("relay", "user", "word", "", 0, 0, "Account to become once ports are bound."),
     Option("relay", "domains", "domains", "", 0, 0, "Domains that need no section of their own (all defaults)."),
     Option("relay", "nameservers", "nameservers", "/etc/resolv.conf", 0, 0, "DNS servers: address or address:port."),
     Option("relay", "log", "path", "stderr", 0, 0, "stderr, syslog, or a file (reopened on SIGHUP)."),
     Option("relay", "log_level", "level", "info", 0, 0, "debug, info, warning or error."),
-    Option("relay", "max_message_size", "size", "50M", 0, INF, "Announced in SIZE; 0 means no limit but the disk."),
+    Option("relay", "max_message_size", "size", "50M", 0, INF, "Announced in SIZE, unless a primary takes less:\n"
+           "then the least of what the primaries take.  0 means no limit but theirs and the disk."),
     Option("relay", "max_recipients", "count", "1000", 1, 50000, "For one message; more get 452 4.5.3."),
     Option("relay", "min_free_space", "size", "100M", 0, INF,
            "Below it new mail gets 452 4.3.1; queued mail still leaves."),
@@ -1114,9 +1123,10 @@ OPTIONS: Tuple[Option, ...] = (
     Option("bounces", "password", "text", "", 0, 0, "The password, or file:PATH."),
     Option("bounces", "postmaster", "address", "", 0, 0, "Gets notices that could not be delivered."),
     Option("status", "listen", "page", "", 0, 0, "Address of the status page, /metrics, /healthz, /status.json,\n"
-           "like 127.0.0.1:8025; a bare port means all."),
+           "like 127.0.0.1:8025; a bare port means all of IPv4, [::]:8025 both."),
     Option("status", "token", "text", "", 0, 0, "Asked as bearer token or basic-auth password when set."),
-    Option("alerts", "command", "text", "", 0, 0, "Run when a primary goes down, comes back, or rejects."),
+    Option("alerts", "command", "text", "", 0, 0, "Run when a primary goes down, comes back, or rejects, and when mail,\n"
+           "the disk or the certificate comes to its end."),
     Option("alerts", "webhook", "web address", "", 0, 0, "Gets the same as a JSON POST."),
     Option("alerts", "mail", "address", "", 0, 0, "Gets the same as mail."),
     Option("alerts", "mail_route", "route", "mx", 0, 0, "How that mail leaves: mx, or host[:port]."),
@@ -1127,10 +1137,11 @@ OPTIONS: Tuple[Option, ...] = (
     Option("domain", "lifetime", "duration", "7d", 1, YEAR_S, "How long mail is kept before the sender is told."),
     Option("domain", "delay_notice", "optional duration", "off", 0, YEAR_S, "Age at which the sender is told of the delay."),
     Option("domain", "recipients", "recipients", "verify", 0, 0, "any, verify (ask the primary, and remember),\n"
-           "file:PATH with an address a line, or addresses."),
+           "file:PATH with an address a line, or addresses.  postmaster is always taken."),
     Option("domain", "while_up", "while up", "relay", 0, 0, "relay, or defer mail while the primary is known to be up."),
     Option("domain", "unknown_recipients", "unknown", "accept", 0, 0, "While the primary cannot be asked: accept or defer."),
-    Option("domain", "cutthrough", "flag", "yes", 0, 0, "While the primary is up, answer with its own verdict."),
+    Option("domain", "cutthrough", "flag", "yes", 0, 0,
+           "While the primary is up, and not just back, answer with its own verdict."),
     Option("domain", "etrn", "etrn", "any", 0, 0, "Who may ask to flush: any, none, or networks."),
     Option("domain", "username", "login", "", 0, 0, "For ATRN and authenticated ETRN.  Domains may share one."),
     Option("domain", "password", "login", "", 0, 0, "The password, or file:PATH."),
@@ -1418,7 +1429,7 @@ def _build_config(values: Dict[str, Dict[str, Any]], domains: Dict[str, Dict[str
     for name in ("tls_certificate", "tls_key"):
         flat[name] = flat[name] and os.path.join(folder, flat[name])
     if flat["bounces_password"].startswith("file:"):
-        flat["bounces_password"] = "file:" + os.path.join(folder, flat["bounces_password"][5:])
+        flat["bounces_password"] = "file:" + os.path.join(folder, flat["bounces_password"][5:].strip())
     defaults = {option.name: _default(option) for option in OPTIONS if option.section == "domain"}
     defaults.update({key: value for key, value in values["defaults"].items() if value is not None})
     served: Dict[str, DomainConfig] = {}
@@ -5264,13 +5275,19 @@ def reply_status(code: int, text: bytes) -> str:
 
 def read_secret(password: str) -> str:
     """A password option: itself, or the content of the file it names.  Raises OSError."""
-    if not password.startswith("file:"):
+    path = secret_path(password)
+    if not path:
         return password
     try:
-        with open(password[5:], encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             return file.read().strip()
     except UnicodeDecodeError:
-        raise OSError(0, "%s: not UTF-8" % password[5:]) from None
+        raise OSError(0, "%s: not UTF-8" % path) from None
+
+
+def secret_path(password: str) -> str:
+    """The file that a password option names; empty when it is the password itself."""
+    return password[5:] if password.startswith("file:") else ""
 
 
 class Parcel:
@@ -7761,21 +7778,28 @@ def format_status(status: Mapping[str, Any], now: Time, style: Style = PLAIN) ->
     rows: List[Row] = [("DOMAIN", "PRIMARY", "SINCE", "QUEUED", "SIZE", "OLDEST", "NEXT TRY", "ACCEPTED", "DELIVERED",
                         "BOUNCED", "EXPIRED")]
     errors = []
-    for name, one in status["domains"].items():
+    for site, one in status["domains"].items():
+        name = say_site(site)
         rows.append((
-            printable(name), one["primary"] + (" (held)" if one["held"] else ""), format_duration(now - one["since"]),
+            name, one["primary"] + (" (held)" if one["held"] else ""), format_duration(now - one["since"]),
             str(one["queued"]), format_size(one["bytes"]), format_duration(now - one["oldest"]) if one["oldest"] else "-",
             say_next(one["next_probe"], now),
             str(one["accepted"]), str(one["delivered"]), str(one["bounced"]), str(one["expired"])))
         if one.get("address"):
-            errors += _hang("%s: at %s since an authenticated ETRN" % (printable(name), printable(one["address"])), style)
+            errors += _hang("%s: at %s since an authenticated ETRN" % (name, printable(one["address"])), style)
         if one["last_error"]:
-            errors += _hang("%s: %s" % (printable(name), printable(one["last_error"])), style)
+            errors += _hang("%s: %s" % (name, printable(one["last_error"])), style)
     text = "\n".join(out) + "\n"
     if len(rows) > 1:
         text += "\n" + format_table(rows, (3, 4, 7, 8, 9, 10), style, (0,), (7, 10, 9, 8, 4, 5, 6),
                                     lambda row, column: STATE_COLOURS.get(row[1].split()[0], DIM) if column == 1 else "")
     return text + ("\n" + "\n".join(errors) + "\n" if errors else "")
+
+
+def say_site(name: str) -> str:
+    """A domain, or whose mail of ours a site that is none carries."""
+    kind, _, domain = printable(name).partition(":")
+    return kind if is_domain(name) else "%ss to %s" % (kind, domain) if domain else "our %ss" % kind
 
 
 def _hang(text: str, style: Style, indent: int = 4) -> List[str]:
@@ -8604,6 +8628,11 @@ def recipient_paths(cfg: Config) -> List[str]:
                    if isinstance(one.recipients, str) and one.recipients.startswith("file:")})
 
 
+def secret_paths(cfg: Config) -> List[str]:
+    passwords = [one.password for one in cfg.domains.values()] + [cfg.bounces_password]
+    return sorted(set(filter(None, map(secret_path, passwords))))
+
+
 class Controller:
     """One client of the control socket."""
     __slots__ = ("sock", "data", "out", "answers")
@@ -8878,7 +8907,7 @@ class PageHandler(HandlerBase):         # type: ignore[misc]
             return True
         if scheme:                      # without one it is a browser that does not know yet
             address = str(self.client_address[0])
-            self.server.say("reject: %s %s from %s: 401 wrong token" % (
+            self.server.say("refused: %s %s from %s: 401 wrong token" % (
                 self.command, printable(self.path, 100), format_peer(address[7:] if address.startswith("::ffff:") else address)))
         return False
 
@@ -10384,8 +10413,7 @@ def serve(cfg: Config) -> int:
     server.supervisor = supervisor
     server.load_recipients()
     server.load_logins()
-    if cfg.bounces_password.startswith("file:"):
-        open(cfg.bounces_password[5:], "rb").close()        # read at each login; a wrong path is said now
+    read_secret(cfg.bounces_password)       # at each login, too; a wrong path is said now
     account.resume_root()
     server.set_certificate(server.load_certificate())
     try:
@@ -11031,6 +11059,10 @@ def check_config(cfg: Config) -> List[Finding]:
     if cfg.log == "syslog" and (syslog is None or not os.path.exists("/dev/log")):
         out.append(Finding("warning", "config", "log = syslog, but there is %s: nothing will be logged" % (
             "no /dev/log" if syslog else "no syslog module")))
+    try:
+        read_secret(cfg.bounces_password)
+    except OSError as error:
+        out.append(Finding("error", "config", "[bounces] password cannot be read: %s" % describe(error)))
     for path in recipient_paths(cfg):
         try:
             remark = RecipientFile(path).remark
@@ -11049,29 +11081,32 @@ def check_spool(cfg: Config) -> List[Finding]:
         folder = os.path.dirname(folder)
     try:
         account = Account(cfg.user)
-        wanted = [(path, os.R_OK) for path in [cfg.file, cfg.tls_certificate, cfg.tls_key, *recipient_paths(cfg)]
-                  if path and account.name]
-        if folder == cfg.spool:         # else root makes it, and gives it to the account
-            wanted.append((folder, os.R_OK | os.W_OK | os.X_OK))
         who = cfg.user or "this account"
-        out += [Finding("error", "spool", "%s cannot write %s" % (who, path)) if path == cfg.spool else
-                Finding("warning", "user", "%s cannot read %s: SIGHUP and renewals will fail" % (who, path))
-                for path in denied(account, wanted)]
+        if folder == cfg.spool:         # else root makes it, and gives it to the account
+            out += [Finding("error", "spool", "%s cannot write %s" % (who, path))
+                    for path in denied(account, [(folder, os.R_OK | os.W_OK | os.X_OK)])]
+        if account.name:                # root may read and write everything, but is given up before these are
+            needed = recipient_paths(cfg) + secret_paths(cfg)
+            out += [Finding("error", "user", "%s cannot read %s" % (who, path))
+                    for path in denied(account, [(path, os.R_OK) for path in needed])]
+            reread = filter(None, (cfg.file, cfg.tls_certificate, cfg.tls_key))
+            out += [Finding("warning", "user", "%s cannot read %s: SIGHUP and renewals will fail" % (who, path))
+                    for path in denied(account, [(path, os.R_OK) for path in reread])]
+        if cfg.log not in ("stderr", "syslog"):
+            place = cfg.log if os.path.exists(cfg.log) else os.path.dirname(cfg.log)
+            if os.path.isdir(cfg.log) or denied(account, [(place, os.W_OK)]):
+                out.append(Finding("error", "log", "%s cannot write %s" % (who, cfg.log)))
         if os.path.lexists(cfg.spool) and folder != cfg.spool:
             out.append(Finding("error", "spool", "%s is not a directory" % cfg.spool))
         elif folder != cfg.spool and not os.access(folder, os.W_OK | os.X_OK):
             out.append(Finding("error", "spool", "%s cannot be written" % folder))
     except OSError as error:
         out.append(Finding("error", "user", describe(error)))
-    if cfg.log not in ("stderr", "syslog"):
-        place = os.path.dirname(cfg.log)
-        if os.path.isdir(cfg.log) or not os.access(cfg.log if os.path.exists(cfg.log) else place, os.W_OK):
-            out.append(Finding("error", "log", "%s cannot be written" % cfg.log))
     kind = file_system(folder)
     if kind in VOLATILE:
         out.append(Finding("warning", "spool", "%s is on %s: mail there %s" % (cfg.spool, kind, VOLATILE[kind])))
     free = Spool(folder).free()
-    level = "warning" if free < 2 * cfg.min_free_space else "ok"
+    level = "error" if free < cfg.min_free_space else "warning" if free < 2 * cfg.min_free_space else "ok"
     out.append(Finding(level, "spool", "%s: %s free%s" % (
         cfg.spool, format_size(free), ", mail is refused below %s" % format_size(cfg.min_free_space) if level != "ok" else "")))
     return out
@@ -11297,7 +11332,7 @@ After=network-online.target nss-lookup.target
 [Service]
 Type=notify
 ExecStart=%(command)s
-ExecReload=/bin/kill -HUP $MAINPID
+ExecReload=/bin/sh -c "kill -HUP ${MAINPID}"
 WatchdogSec=60
 Restart=on-failure
 RestartSec=5
@@ -11449,7 +11484,8 @@ start_service() {
 
 
 def format_procd(service: Service) -> str:
-    return PROCD % {"remark": "# %s.\n" % service.remark if service.remark else "", "files": service.files,
+    remark = service.remark.replace(STATE_SPOOL, "/mnt/usb/etrn_relay")
+    return PROCD % {"remark": "# %s.\n" % remark if remark else "", "files": service.files,
                     "command": " ".join(map(shlex.quote, service.command)), "config": shlex.quote(service.config)}
 
 

@@ -5087,9 +5087,8 @@ class Recording(SpoolCase):
             def then(result: Any, told: List[Any] = told) -> None:
                 told.append(result)
                 if result is None:
-                    self.manager.accept(sidecar)
-            sidecar = sidecar_of("ABCDE0")
-            self.manager.commit(etrn.Draft("ABCDE0"), [MESSAGE], sidecar, then)
+                    self.manager.accept(sidecar_of("ABCDE0"))
+            self.manager.commit(etrn.Draft("ABCDE0"), [MESSAGE], sidecar_of("ABCDE0"), then)
             report = wait(lambda: self.reports and self.reports.pop(), "its report")
             self.manager.load()                         # it is in the folder, and nobody was told yet
             found = wait(lambda: self.reports and self.reports.pop(), "what was found")
@@ -5097,7 +5096,8 @@ class Recording(SpoolCase):
             self.manager.handle(found, self.clock.now)
             self.assertEqual(self.manager.scheduler.messages()[0], 0)
             self.manager.handle([(report[0][0], error)], self.clock.now)
-            self.assertEqual((told, [id for site in self.manager.scheduler.sites.values() for id in site.entries]), ([error], left))
+            queued = [id for site in self.manager.scheduler.sites.values() for id in site.entries]
+            self.assertEqual((told, queued), ([error], left))
             self.manager.scheduler.sites.clear()
             self.spool.remove(["ABCDE0"])
 
@@ -5785,7 +5785,7 @@ class Delivery(Folder):
             self.assertIn("Connection refused", error)
 
     def test_a_primary_that_hangs_is_left_at_its_deadline(self) -> None:
-        quick = dict.fromkeys(("CONNECT_S", "COMMAND_S", "DATA_S", "END_OF_DATA_S"), 0.5)
+        quick = dict.fromkeys(("CONNECT_S", "COMMAND_S", "DATA_S", "END_OF_DATA_S"), 0.3)
         for stage in cases(self, ["greeting", "EHLO", "MAIL", "RCPT", "DATA", "."]):
             for primary in self.every_way(**{stage: HANG}):
                 id = self.put()
@@ -10580,7 +10580,7 @@ class PageOfARelay(Relays):
         relay.signal(signal.SIGHUP)
         relay.logged("configuration reread")
         self.assertEqual([fetch(port, Authorization="Bearer " + token)[0] for token in ("one", "two")], [401, 200])
-        relay.logged("http.*: reject: GET / from unknown.127.0.0.1.: 401 wrong token")
+        relay.logged("http.*: refused: GET / from unknown.127.0.0.1.: 401 wrong token")
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen(1)
@@ -10907,7 +10907,7 @@ class Units(Folder):
                  ["DynamicUser", "StateDirectory"])]):
             out = self.unit("systemd", text)
             for line in lines + ["Type=notify", "ProtectSystem=strict", "NoNewPrivileges=yes", "MemoryDenyWriteExecute=yes",
-                                 "Restart=on-failure", "ExecReload=/bin/kill -HUP $MAINPID",
+                                 "Restart=on-failure", 'ExecReload=/bin/sh -c "kill -HUP ${MAINPID}"',
                                  "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6", "SystemCallFilter=@system-service"]:
                 self.assertIn(line, out.split("\n"))
             self.assertRegex(out, r"\nWatchdogSec=\d+\n(?:.*\n)*LimitNOFILE=\d+\n")
@@ -11324,8 +11324,8 @@ class Checks(Relays):
 
     def test_the_spool_is_a_directory_and_the_log_has_one(self) -> None:
         spool = os.path.join(self.folder, "spool")
-        self.found("error", "none/relay.log cannot be written", relay="log = none/relay.log")
-        self.found("error", "cannot be written", relay="log = .")
+        self.found("error", "none/relay.log", relay="log = none/relay.log")
+        self.found("error", "this account cannot write", relay="log = .")
         with open(spool, "wb"):
             pass
         self.found("error", "spool is not a directory")
@@ -11343,6 +11343,26 @@ class Checks(Relays):
         os.chown(spool, pwd.getpwnam("nobody").pw_uid, -1)
         code, findings = self.check(relay="user = nobody")
         self.assertEqual(code, 0, findings)
+        secret = os.path.join(self.folder, "secret")        # root reads it, and then is root no more
+        with open(os.open(secret, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
+            file.write("u@%s\n" % DOMAIN)
+        for level, text, options in cases(self, [
+                ("error", "nobody cannot read " + secret, {"domain": "username = u\npassword = file:" + secret}),
+                ("error", "nobody cannot read " + secret, {"domain": "recipients = file:" + secret}),
+                ("error", "nobody cannot read " + secret, {"bounces": "username = u\npassword = file:" + secret}),
+                ("error", "nobody cannot write", {"relay": "log = relay.log"}),
+                ("error", "nobody cannot write", {"relay": "log = secret"})]):
+            options["relay"] = "user = nobody\n" + options.get("relay", "")
+            self.found(level, text, **options)
+
+    def test_a_disk_that_is_full_already_is_an_error(self) -> None:
+        free = etrn.Spool(self.folder).free()
+        for size, level in cases(self, [(free // 3, "ok"), (free * 2 // 3, "warning"), (free * 2, "error")]):
+            with mock.patch.dict(globals(), CONFIG=CONFIG.replace("min_free_space = 0", "min_free_space = %d" % size)):
+                self.found(level, "/spool: ")
+
+    def test_a_password_of_the_smarthost_that_cannot_be_read_is_an_error(self) -> None:
+        self.found("error", "none: No such file", bounces="username = u\npassword = file: none")
 
     def test_a_port_of_somebody_else_is_an_error(self) -> None:
         with socket.socket() as sock:
