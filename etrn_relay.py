@@ -66,7 +66,8 @@ QUEUE
     that time, or three recipients at any time that the primary took before,
     make it rejecting: one message is tried every probe_interval, each in its
     turn, nothing is returned, and what it says of recipients is forgotten,
-    until it takes one, or --flush says that it is itself again.
+    until it takes one, or --flush says that it is itself again.  Then every
+    message has a first 5xx before it; by itself that happens once a day.
 
     A route found through MX never leads to this host, to hosts of the same
     preference, or beyond: any number of relays may share one.  When the DNS
@@ -384,6 +385,7 @@ ALERT_S = 30.0                  # for an alert's command or web hook
 ALERT_EXPIRY_S = 86400.0        # so long before mail expires its operator is told
 REFUSED_ROW = 3                 # messages refused in a row that make a returned primary `rejecting`; contract 5
 CANARIES_DEFERRED = 3           # 4xx to so many canaries in a row is greylisting: the rest goes by one connection
+PARDON_S = 86400.0              # so often a primary that ceases to be `rejecting` by itself begins anew
 EARLY_PAUSES_S = (60.0, 300.0)  # after the first and the second 4xx or kept 5xx of a returned primary
 STAGGER_S = 0.25                # before a host's next address is tried beside one that does not answer, RFC 8305 5
 HOST_STAGGER_S = 4.0            # ... and before the next host is, which may be far away but is there
@@ -3112,7 +3114,7 @@ class Session:
             raise Refuse(555, "5.5.4", "Unsupported parameter: %s" % next(iter(given)))
         if not transaction.smtputf8 and not text.isascii():
             return self._rcpt_answer(Recipient(path, notify, orcpt), Reply(553, "5.6.7", "Address needs SMTPUTF8"))
-        if not path.domain:
+        if not path.domain and not path.is_rerouting:
             if path.local.lower() != "postmaster" or not self.cfg.first_domain:
                 raise Refuse(501, "5.1.3", "Recipient address needs a domain")
             path = Path(path.local, self.cfg.first_domain)          # RFC 5321 4.1.1.3
@@ -3514,6 +3516,7 @@ class Site:
         self.size_limit = 0             # the primary's SIZE, 0 when not known
         self.recovered = 0.0            # wall, end of the last outage that we saw
         self.rejected_since = 0.0       # wall, when it last began to reject
+        self.pardoned = 0.0             # wall: no 5xx before that counts as a message's first
         self.refused: Set[str] = set()          # messages refused in a row
         self.refused_good: Set[str] = set()     # recipients known to be good refused in a row
         self.tried: Set[str] = set()    # messages that went alone since the primary last took one
@@ -3909,11 +3912,16 @@ class Site:
         if self.state is not Primary.REJECTING:
             return False
         self._end_rejecting(now)
+        self.pardoned = now.wall
         return True
 
     def _end_rejecting(self, now: Now) -> None:
+        """What it said until now is pardoned, because its mailboxes may come back one by one;
+        but once a day, or mail to three who have left would never be returned."""
         self.rejected_since = self.since
         self.state, self.since, self.recovered, self.last_error = Primary.UP, now.wall, now.wall, ""
+        if now.wall - self.pardoned >= PARDON_S:
+            self.pardoned = now.wall
         self._forget_row()
 
     def _forget_row(self) -> None:
@@ -4114,8 +4122,8 @@ class Site:
 
     def on_clock_jump(self, now: Now, seconds: float) -> None:
         """The wall clock was set: what was measured by it is as old as before."""
-        self.since, self.recovered, self.rejected_since = (
-            max(0.0, at + seconds) if at else at for at in (self.since, self.recovered, self.rejected_since))
+        self.since, self.recovered, self.rejected_since, self.pardoned = (
+            max(0.0, at + seconds) if at else at for at in (self.since, self.recovered, self.rejected_since, self.pardoned))
         self.jumped = now.mono
         for entry in self.entries.values():
             self._forget_tries(entry)
@@ -6933,6 +6941,8 @@ class Manager:
         verdicts = []
         for result in outcome.results:
             since = result.refused_since
+            if since is not None and since < site.pardoned:
+                since = None            # said while it was not itself
             if result.kind == "sent":
                 state, since = DELIVERED, None
             elif result.kind == "refused" and site.is_final(self.now, since, self._was_good(result)):
@@ -6958,6 +6968,8 @@ class Manager:
     def _settle(self, site: Site, entry: Entry, outcome: Outcome, verdicts: List[Verdict]) -> None:
         """Write the verdicts down; the message stays DELIVERING until that is done."""
         self._learn(site, outcome, {verdict.state for verdict in verdicts})
+        if site.state is Primary.REJECTING:
+            verdicts = self._judge(site, outcome)       # perhaps only since this one: it is not returned
         waiting = self.waiting.get(entry.id)
         if waiting is not None and site.name in waiting.left:
             if all(result.kind == "refused" for result in outcome.results):
@@ -6975,7 +6987,7 @@ class Manager:
             if site.on_taken(self.now, outcome.pace_s):
                 self._say(site, "up", "up after rejecting for %s, %d messages waiting" % (
                     format_duration(self.now.wall - site.rejected_since), len(site.entries)))
-        elif kinds == {"refused"} and QUEUED in states and site.on_refused(self.now, outcome.job.id, [
+        elif kinds == {"refused"} and site.on_refused(self.now, outcome.job.id, [
                 result.address for result in outcome.results if self._was_good(result)]):
             self._on_rejecting(site, outcome.results[0].response)
         elif QUEUED in states and any(result.remote for result in outcome.results):     # the primary's word, not ours
@@ -7358,7 +7370,8 @@ class Manager:
         self.saving += 1
         self.is_dirty = False
         sites = {site.name: {"primary": site.state.value, "since": site.since, "recovered": site.recovered,
-                             "last_error": site.last_error, "held": site.is_held, "size_limit": site.size_limit,
+                             "pardoned": site.pardoned, "last_error": site.last_error, "held": site.is_held,
+                             "size_limit": site.size_limit,
                              "route": [list(hop) for hop in site.route], "route_seen": site.route_seen,
                              "route_of": format_primary(site.cfg.primary), "told": site.name in self.alerts.told,
                              "counters": dict(site.counters)}
@@ -7398,7 +7411,8 @@ class Manager:
                 seen, held = float(known["route_seen"]), bool(known["held"])
                 counters = {key: int(known["counters"].get(key, 0)) for key in COUNTERS.values()}
                 since, recovered, was = float(known["since"]), float(known["recovered"]), str(known["primary"])
-                if not all(0 <= one < TIME_MAX for one in (seen, since, recovered)):
+                pardoned = float(known["pardoned"])
+                if not all(0 <= one < TIME_MAX for one in (seen, since, recovered, pardoned)):
                     raise ValueError("not a time")
                 error = printable(str(known["last_error"]))
             except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
@@ -7409,6 +7423,7 @@ class Manager:
             site.route, site.route_seen, site.size_limit, site.is_held = route, seen, limit, held
             site.counters.update(counters)
             site.recovered = min(recovered, self.now.wall)
+            site.pardoned = self.now.wall if was == Primary.REJECTING.value else min(pardoned, self.now.wall)
             if was in (Primary.DOWN.value, Primary.REJECTING.value) and not site.waits_for:
                 site.state, site.since, site.was_away = Primary.DOWN, min(since, self.now.wall), True
                 site.last_error = error
@@ -7758,7 +7773,8 @@ def public_status(status: Mapping[str, Any]) -> Dict[str, Any]:
     """--status --json and /status.json: what was promised to scripts, without what only our own pages show."""
     out: Dict[str, Any] = {key: status[key] for key in STATUS_KEYS}
     out["spool"] = {key: status["spool"][key] for key in SPOOL_KEYS}
-    out["domains"] = {name: {key: one[key] for key in DOMAIN_KEYS} for name, one in status["domains"].items()}
+    out["domains"] = {name: {key: one[key] for key in DOMAIN_KEYS}
+                      for name, one in status["domains"].items() if is_domain(name)}
     return out
 
 

@@ -1246,6 +1246,8 @@ script("rcpt before mail is out of order", READY + r"""
     C: RCPT TO:<u@ourdom.example>       S: 503 5.5.1""")
 script("the eleventh protocol error ends the session", r"S: 220 C: EHLO a S: 250 " + "C: FOO S: 500 5.5.2 " * 10
        + "C: FOO S: 421 4.7.0 close C: NOOP")
+script("what was to be sent on is refused without a domain, too", MAIL + "".join(
+    "C: RCPT TO:<%s> S: 554 5.7.1\n" % one for one in ("host!user", "user%host", "a!b%c") * 4) + "C: NOOP S: 250")
 script("refused recipients are no protocol errors", MAIL + "C: RCPT TO:<x@other.example> S: 554 5.7.1\n" * 20
        + "C: RCPT TO:<u@ourdom.example> S: 250")
 script("too many recipients are refused and the earlier ones kept", MAIL + r"""
@@ -4439,7 +4441,7 @@ class SpoolPeople(SpoolCase):
     def test_a_state_file_of_any_content_costs_only_what_was_learned(self) -> None:
         clock = Clock()
         state = {"format": 1, "sites": {DOMAIN: {
-            "primary": "down", "since": 5.0, "recovered": 0.0, "last_error": "x", "held": True, "size_limit": 5,
+            "primary": "down", "since": 5.0, "recovered": 0.0, "pardoned": 0.0, "last_error": "x", "held": True, "size_limit": 5,
             "route": [["m.example", "192.0.2.1", 25]], "route_seen": 5.0, "counters": {"accepted": 1},
             "route_of": etrn.format_primary(config().domains[DOMAIN].primary)}}}
         recipients = {"format": 1, "recipients": {"a@" + DOMAIN: [True, 5e9]}, "accept_all": {DOMAIN: [False, 5e9]}}
@@ -6355,11 +6357,60 @@ class Recovery(Folder):
         self.assertIs(sim.site.state, etrn.Primary.REJECTING)
         sim.run(hours=4)
         self.assertEqual((len(sim.site.entries), sim.site.state), (3, etrn.Primary.REJECTING))
-        sim.put("other@" + DOMAIN)
-        sim.run(61)
-        self.assertIs(sim.site.state, etrn.Primary.UP)
+        for left in cases(self, [3, 1, 0]):     # kept once more; then all but the third in a row; then that one
+            sim.put("other@" + DOMAIN)
+            sim.run(61)
+            self.assertTrue(sim.logged(": up after rejecting for "))
+            sim.log.lines.clear()
+            sim.run(hours=1.5)
+            self.assertEqual(len(sim.site.entries), left)
+
+    def returned(self, heal: Callable[["Simulation"], None]) -> Tuple["Simulation", int]:
+        """How much goes back when a primary that knew these recipients, and has refused all of them for hours, is healed."""
+        sim = Simulation(os.path.join(self.folder, heal.__name__),
+                         "probe_interval = 1m\nretry_interval = 1m\nmax_retry_interval = 1m")
+        self.addCleanup(sim.spool.close)
+        people = ["k%d@%s" % (number, DOMAIN) for number in range(8)]
+        for one in people:
+            sim.put(one)
+        sim.run(hours=2)
+        sim.reach = lambda site: "nobody there"
+        for one in people:
+            sim.put(one)
         sim.run(60)
-        self.assertEqual(len(sim.site.entries), 0)      # refused for longer than the grace, now by a primary that works
+        sim.reach, sim.rcpt = lambda site: None, lambda address: "550 5.1.1 half"
+        sim.run(hours=2)
+        self.assertIs(sim.site.state, etrn.Primary.REJECTING)
+        heal(sim)
+        sim.run(1800)
+        self.assertIs(sim.site.state, etrn.Primary.REJECTING)
+        return sim, sim.site.counters["bounced"]
+
+    def test_a_primary_that_ceases_to_reject_but_for_some_loses_nobodys_mail(self) -> None:
+        def take_one(sim: "Simulation") -> None:
+            sim.rcpt = lambda address: "250 ok" if address[:2] == "k0" else "550 5.1.1 half"
+
+        def flush(sim: "Simulation") -> None:
+            for answer in itertools.takewhile(bool, etrn.run_command(sim.manager, {"command": "flush", "what": DOMAIN})):
+                del answer
+            self.assertIs(sim.site.state, etrn.Primary.UP)
+
+        def restart(sim: "Simulation") -> None:
+            sim.manager.save_state()
+            sim.turn()
+            sim.begin()
+        for heal in cases(self, [take_one, flush, restart]):
+            sim, bounced = self.returned(heal)
+            self.assertEqual(bounced, 0)
+            sim.rcpt = lambda address: "250 ok"
+            sim.run(hours=1)
+            self.assertEqual((len(sim.site.entries), sim.site.counters["bounced"]), (0, 0))
+
+    def test_a_third_second_refusal_in_a_row_is_not_believed(self) -> None:
+        def take_one(sim: "Simulation") -> None:
+            sim.site.pardoned = sim.clock.wall - 3 * 3600     # not long ago
+            sim.rcpt = lambda address: "250 ok" if address[:2] == "k0" else "550 5.1.1 half"
+        self.assertEqual(self.returned(take_one)[1], 2)
 
     def test_a_flush_by_command_ends_rejecting_and_one_by_etrn_does_not(self) -> None:
         sim = self.simulate()
@@ -10251,6 +10302,9 @@ class Page(unittest.TestCase):
         self.assertTrue(all(name.startswith("etrn_relay_") for name in families))
         self.assertEqual(families["etrn_relay_queue_messages"][1][("etrn_relay_queue_messages", 'domain="example.com"')], 1841)
         self.assertFalse(any("notice:" in labels for _, samples in families.values() for _, labels in samples))
+        shown = snapshot(text="x.example").status
+        self.assertEqual(sorted(etrn.public_status(shown)["domains"]), ["example.com", "example.org", "x.example"])
+        self.assertIn("\nnotices to x.example ", etrn.format_status(shown, 1764104472.0))
         self.assertEqual(sum(value for (_, labels), value in families["etrn_relay_primary_state"][1].items()), 3)
         for name in cases(self, ["etrn_relay_acceptance_seconds", "etrn_relay_queue_time_seconds"]):
             kind, samples = families[name]
