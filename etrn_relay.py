@@ -3494,6 +3494,7 @@ class Site:
         self.count = dict.fromkeys(State, 0)
         self.last_flush = -INF          # monotonic
         self.is_odd = False             # it answers CHUNKING out of step
+        self.is_wary = False            # its last connection broke with several messages in flight
         self.handed: Set[str] = set()           # queue IDs that connections have; others DELIVERING are being written
         self.octets = 0
         self.is_held = False            # --hold DOMAIN: later mail too
@@ -3843,7 +3844,7 @@ class Site:
     def on_moved(self, now: Now) -> None:
         """Another primary than before: the way there, and how it takes mail, are to be found out anew."""
         self.route = []                 # mail never goes to a primary that was configured once
-        self.is_odd = self.is_proven = False
+        self.is_odd = self.is_wary = self.is_proven = False
         self.limit, self.pace_s = 1, 0.0
         self.trigger(now)
 
@@ -4872,6 +4873,7 @@ class Plan(NamedTuple):
     last_route: Tuple[Hop, ...]         # used when the DNS fails
     login: Optional[Tuple[str, str]] = None     # at a smarthost
     chunking: bool = True               # used, where offered
+    is_wary: bool = False               # the connection before broke with several messages in flight
 
 
 class Job(NamedTuple):
@@ -5081,6 +5083,10 @@ def connect_each(hops: Sequence[Hop]) -> Iterator[Tuple[Hop, Union[socket.socket
                 sock.close()
 
 
+class LostError(PeerError):
+    """The peer takes no more.  What it said before can still be read."""
+
+
 class TlsError(PeerError):
     """STARTTLS was offered but did not come about."""
 
@@ -5168,7 +5174,7 @@ class Client(smtplib.SMTP):
                 if ssl is not None and isinstance(want, ssl.SSLError):
                     mask = select.POLLIN if isinstance(want, ssl.SSLWantReadError) else select.POLLOUT
             except OSError as error:
-                raise PeerError("lost connection with %s: %s" % (self._host, error.strerror or error)) from None
+                raise LostError("lost connection with %s: %s" % (self._host, error.strerror or error)) from None
             left = end - time.monotonic()
             if left <= 0:
                 raise PeerError("conversation with %s timed out" % self._host)
@@ -5433,12 +5439,15 @@ class Courier(Line):
         self.taken = 0                  # messages the peer took on this connection
         self.settled = 0                # transactions it answered
         self.is_out_of_step = False     # its replies cannot be told apart: no CHUNKING the next time
+        self.is_lost = False            # the peer takes no more
+        self.is_in_doubt = False        # it ended with several messages in flight
         self.legs: Deque[Leg] = collections.deque()
         self.flight: Deque[Leg] = collections.deque()       # sent, not answered
         self.answered = 0.0             # monotonic, of the last answer to a message
         self.pipelining = False
         self.chunking = False
         self.unsent = b""               # of the transactions in flight, not yet written
+        self.gathered: List[Leg] = []           # ... and which these are
         self.introduced: List[str] = []         # the client that the peer was told of last
         self.named = ("", "")                   # its address, and the name found for it
 
@@ -5457,6 +5466,7 @@ class Courier(Line):
             error, closing = str(problem), problem.closing
         except Exception as problem:
             error, bug = "internal error: %r" % problem, problem
+        self.is_in_doubt = len(self.flight) > 1 and not closing
         try:
             self._abandon(error, closing)
             self.client.close()
@@ -5541,7 +5551,8 @@ class Courier(Line):
 
     def _abandon(self, error: str, closing: bool = False) -> None:
         """The connection is over.  What was under way, or was sent in part, is
-        deferred; what had not begun, or met a peer that has had enough for now, goes back untried."""
+        deferred; what had not begun, or met a peer that has had enough for now, goes back untried.
+        `closing`: it said 421, and has read nothing behind that."""
         legs = [*self.flight, *self.legs]
         blamed = self.flight[0].parcel if self.flight and not (closing and self.taken) else None    # the first in line
         self.flight.clear()
@@ -5549,7 +5560,7 @@ class Courier(Line):
         for parcel in dict.fromkeys(leg.parcel for leg in legs):
             its = [leg for leg in legs if leg.parcel is parcel]
             answered = {result.address for result in parcel.results}
-            if answered or parcel is blamed or any(leg.is_sent for leg in its):
+            if answered or parcel is blamed or (not closing and any(leg.is_sent for leg in its)):
                 taken = {one["address"] for leg in its for one in leg.accepted}     # RCPT's answer stands
                 parcel.results += [make_deferral(one, "4.4.2", error)._replace(is_good=one["address"] in taken or None)
                                    for one in parcel.wanted if one["address"] not in answered]
@@ -5561,7 +5572,7 @@ class Courier(Line):
         """Keep as many transactions in flight as the peer's extensions allow, and read their answers in order."""
         self._note_features()
         while True:
-            while self._has_room():
+            while not self.is_lost and self._has_room():
                 leg = self._next_leg(wait=not self.flight)
                 if leg is None:
                     break
@@ -5570,7 +5581,7 @@ class Courier(Line):
                     return self._part()
                 self._launch(leg)
             if not self.flight:
-                return self._quit()
+                return self._part() if self.is_lost else self._quit()
             ended = self._land()
             if ended is not None:       # behind a verdict, with nothing else under way: that is nobody's fault
                 self._abandon(str(ended), True)
@@ -5580,10 +5591,12 @@ class Courier(Line):
         """DATA must be the last command of a group (RFC 2920 3.1), so there one
         transaction is in flight, and at most the next one's envelope.  BDAT may
         be followed by anything (RFC 3030 2): then a window of whole messages
-        is, once the peer has taken the first.  Not behind XCLIENT, which comes between messages."""
+        is, once the peer has taken the first; a small one that grows, where the last connection
+        broke and left several in doubt.  Not behind XCLIENT, which comes between messages."""
         if not (self.chunking and self.pipelining) or not self.taken or self.plan.cfg.xclient:
             return not self.flight
-        return (len(self.flight) < CHUNK_MESSAGES
+        window = min(CHUNK_MESSAGES, 1 + self.taken // 4) if self.plan.is_wary else CHUNK_MESSAGES
+        return (len(self.flight) < window
                 and sum(leg.parcel.sidecar["size"] for leg in self.flight) < CHUNK_OCTETS
                 and sum(len(leg.recipients) for leg in self.flight) < CHUNK_RECIPIENTS)
 
@@ -5684,9 +5697,7 @@ class Courier(Line):
         """Read the answers to the first transaction in flight.  Returns how the
         connection ended, where it did so in good order behind them."""
         leg = self.flight[0]
-        if self.unsent:
-            ready, self.unsent = self.unsent, b""
-            self.client.write(ready)
+        self._flush()
         code, text = self._read_envelope(leg)
         if self.chunking and leg.is_sent:
             ended = self._look_behind()
@@ -5712,13 +5723,16 @@ class Courier(Line):
     def _look_behind(self) -> Optional[PeerError]:
         """With CHUNKING, one reply too many would make each message's verdict out
         of a RCPT's 250.  So RSET follows each message, and a verdict counts when that was answered
-        behind it.  Returns how the connection ended, if it did: that speaks against no verdict."""
+        behind it.  Returns how the connection ended, if it did: that speaks against no verdict, unless we could not
+        even send all there was: then the RSET must be answered."""
         if not self.pipelining and not self.client.pending.startswith(b"421"):      # that may come at any time
             self._check_step()
         try:
             code, text = self._command(b"" if self.pipelining else b"RSET\r\n", COMMAND_S)
             self._leave_if_told(code, text)
         except PeerError as error:
+            if self.is_lost:
+                raise
             return error
         if code == 250:
             return None
@@ -5774,8 +5788,7 @@ class Courier(Line):
         if self.chunking and not self.pipelining:
             self._check_step()
             self._send_chunk(leg)
-            self.client.write(self.unsent)
-            self.unsent = b""
+            self._flush()
         return self._command(b"" if self.pipelining or self.chunking else b"DATA\r\n",
                              END_OF_DATA_S if self.chunking else DATA_S)
 
@@ -5783,15 +5796,26 @@ class Courier(Line):
         """A whole transaction; small ones are gathered and leave together.
         Whatever the peer thinks of the envelope it reads the octets announced as
         data (RFC 3030 2).  RSET ends it, should it have failed half-way."""
-        leg.is_sent = True
-        ready = self.unsent + (b"".join(self._envelope(leg)) if self.pipelining else b"")
-        ready += b"BDAT %d LAST\r\n" % leg.parcel.message.size
+        self.gathered.append(leg)
+        self.unsent += b"".join(self._envelope(leg)) if self.pipelining else b""
+        self.unsent += b"BDAT %d LAST\r\n" % leg.parcel.message.size
         for block in leg.parcel.message.blocks():
-            if len(ready) >= BLOCK_OCTETS:
+            if len(self.unsent) >= BLOCK_OCTETS:
+                self._flush()
+            self.unsent += block
+        self.unsent += b"RSET\r\n" if self.pipelining else b""
+
+    def _flush(self) -> None:
+        """What was gathered leaves.  When the peer takes no more, its answers to what came before are read first."""
+        ready, self.unsent = self.unsent, b""
+        for leg in self.gathered:
+            leg.is_sent = True
+        self.gathered.clear()
+        try:
+            if ready and not self.is_lost:
                 self.client.write(ready)
-                ready = b""
-            ready += block
-        self.unsent = ready + (b"RSET\r\n" if self.pipelining else b"")
+        except LostError:
+            self.is_lost = True
 
     def _send_body(self, leg: Leg) -> None:
         """The message, dot-stuffed (RFC 5321 4.5.2), block by block; with
@@ -6734,7 +6758,7 @@ class Manager:
         login = (self.cfg.bounces_username, self.cfg.bounces_password) if site.name == NOTICES else None
         primary = (Endpoint(site.home, SMTP_PORT),) if site.home else site.cfg.primary
         return Plan(site.name, site.cfg, primary, self.cfg.hostname, Resolver(self.cfg.nameservers), self.listeners,
-                    known, login if login and login[0] else None, not site.is_odd)
+                    known, login if login and login[0] else None, not site.is_odd, site.is_wary)
 
     @property
     def is_stalled(self) -> bool:
@@ -6852,6 +6876,7 @@ class Manager:
         if courier.is_former:
             return
         site.is_odd = site.is_odd or courier.is_out_of_step
+        site.is_wary = courier.is_in_doubt or (site.is_wary and bool(report.error))
         if isinstance(courier, Turnaround):
             return self._on_turned(courier, report.error)
         if self.is_stopping:

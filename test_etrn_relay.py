@@ -5082,6 +5082,19 @@ class Recording(SpoolCase):
         self.assertEqual([hop.host for hop in site.route], ["x.example", "m0.example", "m1.example", "m2.example"])
         self.manager.couriers.clear()
 
+    def test_a_connection_that_left_several_in_doubt_makes_the_next_ones_wary(self) -> None:
+        site, _ = self.queue("ABCDE0")
+        for is_in_doubt, error, is_wary in cases(self, [
+                (False, "", False), (True, "lost connection", True), (False, "421 enough", True), (False, "", False)]):
+            site.on_started(self.clock.now)
+            site.on_connected(self.clock.now)
+            courier = etrn.Courier(self.spool, self.manager.plan(site), self.reports.append)
+            courier.is_greeted, courier.is_in_doubt = True, is_in_doubt
+            self.manager.couriers[courier] = site
+            self.manager.handle(etrn.Finished(courier, error, None), self.clock.now)
+            self.assertEqual(self.manager.plan(site).is_wary, is_wary)
+        self.settle()
+
     def test_what_the_reader_of_the_spool_finds_too_early_waits_for_its_own_report(self) -> None:
         for error, left in cases(self, [(None, ["ABCDE0"]), (OSError(5, "Input/output error"), [])]):
             told: List[Any] = []
@@ -5902,6 +5915,64 @@ class Delivery(Folder):
             with shorten(CHUNK_MESSAGES=50):
                 results, _ = self.deliver(other, self.put(), *[self.put(b"x" * size + b"\r\n") for _ in range(30)])
             self.assertEqual(sum(one[0].kind == "deferred" for one in results.values() if one), most)
+
+    def test_what_a_primary_said_before_it_took_no_more_counts(self) -> None:
+        """A reset of the connection shows at the first write, and the answers to sixteen messages are there to be read."""
+        real, lost = etrn.Client.write, etrn.LostError("lost connection with m.example: Broken pipe")
+        for last in cases(self, ["", "421 4.7.0 enough"]):
+            primary = self.primary()
+            primary.extensions = ["PIPELINING", "CHUNKING"]
+            ids = [self.put() for _ in range(20)]
+            writes: List[bytes] = []
+
+            def write(client: etrn.Client, data: bytes, seconds: float = 9.0, last: str = last, primary: Primary = primary,
+                      writes: List[bytes] = writes) -> None:
+                writes.append(data)
+                if data.count(b"BDAT") != 1 or len(writes) < 3:
+                    return real(client, data, seconds)
+                wait(lambda: len(primary.messages) == 17)
+                if last:
+                    primary.clients[-1].sendall(last.encode("ascii") + b"\r\n")
+                raise lost
+            with mock.patch.object(etrn.Client, "write", write), shorten(COMMAND_S=0.5):
+                results, error = self.deliver(primary, *ids)
+            self.assertEqual([results.get(id, []) and results[id][0].kind for id in ids],
+                             ["sent"] * 17 + [[] if last else "deferred", [], []])
+            self.assertEqual((len(primary.messages), self.courier.is_lost, last in error), (17, True, True))
+
+    def test_a_verdict_without_its_rset_does_not_count_when_the_peer_took_no_more(self) -> None:
+        primary = self.primary(RSET=["250 ok", HANG])
+        primary.extensions = ["PIPELINING", "CHUNKING"]
+        for is_lost, kinds in cases(self, [(False, ["sent", "sent"]), (True, ["sent", "deferred"])]):
+            primary.uses.clear()
+            with mock.patch.object(etrn.Courier, "_land", self.land_lost(is_lost)), shorten(COMMAND_S=0.3):
+                results, _ = self.deliver(primary, self.put(), self.put())
+            self.assertEqual([one[0].kind for one in results.values()], kinds)
+
+    @staticmethod
+    def land_lost(is_lost: bool) -> Callable[[etrn.Courier], Any]:
+        real = etrn.Courier._land
+
+        def land(courier: etrn.Courier) -> Any:
+            courier._flush()
+            courier.is_lost = is_lost and courier.taken == 1
+            return real(courier)
+        return land
+
+    def test_after_a_window_in_doubt_the_next_one_is_small_at_first(self) -> None:
+        primary = self.primary()
+        cfg = config("", "primary = " + primary.address).domain(DOMAIN)
+        sizes = []
+        for is_wary in (False, True):
+            courier = etrn.Courier(self.spool, make_plan(cfg, cfg.primary)._replace(is_wary=is_wary), [].append)
+            courier.chunking = courier.pipelining = True
+            leg = mock.Mock(recipients=[1], parcel=mock.Mock(sidecar={"size": 10}))
+            for courier.taken in (0, 1, 4, 40, 400):
+                courier.flight.clear()
+                while courier._has_room():
+                    courier.flight.append(leg)
+                sizes.append(len(courier.flight))
+        self.assertEqual(sizes, [1, 16, 16, 16, 16, 1, 1, 2, 11, 16])
 
     def test_an_answer_of_421_ends_the_connection_in_good_order(self) -> None:
         for primary in self.every_way(MAIL=["250 ok", "421 4.3.2 enough for now"]):
