@@ -322,6 +322,7 @@ ACCEPT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)      #
 SWEEP_S = 1.0                   # how often idle clients are looked for; idle limits are minutes
 NOTIFY_S = 1.0                  # a service manager has so long to take our word that we are ready
 STOP_S = 3.0                    # time given to sessions and deliveries at SIGTERM; contract: stopped within 5 s
+STOP_DISK_S = 1.5               # ... and to the disk after that
 RESERVED_FILES = 64             # descriptors kept from clients for spool, workers, logs and DNS
 DATA_RATE_MIN = 500             # octets a second a client must reach in the long run, as Postfix's smtpd_min_data_rate
 
@@ -342,6 +343,7 @@ RETRY_DISK_S = 5.0              # between attempts to record what a full or fail
 PEEK_OCTETS = 16384             # most sidecars are far smaller
 SIDECAR_MAX = 8 << 20           # octets; a thousand recipients with long answers are far below
 STATE_MAX = 256 << 20           # octets; RECIPIENTS_MAX of the longest addresses are a tenth of it
+FLUSH_LOOK_S = 1.0              # a --flush that waits looks so often for what was held meanwhile
 END_BATCH = 500                 # messages a command deletes or returns in one turn of the loop
 LOAD_BATCH = 200                # messages handed from the loader to the loop at a time
 STATE_SAVE_S = 60.0             # counters and primaries are saved so often when they changed
@@ -385,6 +387,8 @@ ALERT_S = 30.0                  # for an alert's command or web hook
 ALERT_EXPIRY_S = 86400.0        # so long before mail expires its operator is told
 REFUSED_ROW = 3                 # messages refused in a row that make a returned primary `rejecting`; contract 5
 CANARIES_DEFERRED = 3           # 4xx to so many canaries in a row is greylisting: the rest goes by one connection
+ATRN_SILENT_S = 60.0            # who collects is taken for gone when silent for so long and somebody else comes
+PART_S = 5.0                    # for answers of a primary that asked for its mail from elsewhere meanwhile
 PARDON_S = 86400.0              # so often a primary that ceases to be `rejecting` by itself begins anew
 EARLY_PAUSES_S = (60.0, 300.0)  # after the first and the second 4xx or kept 5xx of a returned primary
 STAGGER_S = 0.25                # before a host's next address is tried beside one that does not answer, RFC 8305 5
@@ -404,6 +408,7 @@ INQUIRER_IDLE_S = 10.0          # such a connection waits so long for another qu
 GOOD_S = 31 * 86400.0           # a recipient the primary took is known so long; contract 5
 BAD_S = 3 * 86400.0
 ACCEPT_ALL_S = 86400.0          # a primary that takes any local part is not asked for a day
+SLACK_S = 86400.0               # so far may the clock be set back, and what was learnt before still holds
 RECIPIENTS_MAX = 50000          # remembered; when there are more, the bad and the oldest go first
 KNOWN_UP_S = 60.0               # word from the primary within so long means that it is up
 PERSISTENCE_S = 300.0           # while_up = defer: the third try so long after the first is taken
@@ -2518,16 +2523,18 @@ class Committers:
             if not self.threads:
                 raise
 
-    def stop(self) -> None:
-        """Returns when all that was submitted is done."""
+    def stop(self, seconds: float = threading.TIMEOUT_MAX) -> bool:
+        """Returns when all that was submitted is done, or after so many seconds; whether it is done."""
+        end = time.monotonic() + seconds
         with self.condition:
             self.stopping = True
             self.idle = 0
             self.condition.notify_all()
         for thread in self.threads:
-            thread.join()
+            thread.join(max(0.0, end - time.monotonic()))
         if self.clerk is not None:
             self.clerk.end()
+        return not any(thread.is_alive() for thread in self.threads)
 
     def _run(self) -> None:
         while True:
@@ -4133,12 +4140,12 @@ class Site:
         """It must be tried anew before it may expire; the attempts are told all the same."""
         entry.attempts, entry.tries, entry.base = self.attempts(entry), 0, self.failures
 
-    def keep_ages(self, seconds: float, now: Now) -> None:
-        """The wall clock jumped so far.  Mail that only waits keeps the age it
-        had, and what is left of its lifetime: its hours of arrival are told anew."""
+    def keep_ages(self, seconds: float, now: Now, since: Time = 0.0) -> None:
+        """The wall clock jumped so far.  Mail that came after `since`, by the clock
+        before, keeps the age it had, and what is left of its lifetime: its hours of arrival are told anew."""
         self.watched_since = now.mono
         for entry in self.entries.values():
-            if entry.received <= now.wall - seconds:    # else it was told by another clock, which was right
+            if since <= entry.received <= now.wall - seconds:       # else it was told by another clock, which was right
                 entry.received += seconds
                 entry.expires += seconds
         self.aging = [(entry.expires, entry.id) for entry in self.entries.values()]
@@ -4168,7 +4175,7 @@ class Memory:
     def is_good(self, address: str, now: Time) -> bool:
         """Whether this very recipient was taken before."""
         is_good, until = self.known.get(address.lower(), (False, 0.0))
-        return is_good and until > now
+        return is_good and now < until <= now + GOOD_S + SLACK_S
 
     def forget_bad(self, domain: str, since: Time) -> None:
         """What a primary that was not itself said since then."""
@@ -4192,13 +4199,13 @@ class Memory:
         """Good, bad, or None when nothing is known."""
         address = address.lower()
         is_good, until = self.known.get(address, (False, 0.0))
-        if until > now:
+        if now < until <= now + (GOOD_S if is_good else BAD_S) + SLACK_S:       # else learnt by a clock that was wrong
             return is_good
         return True if self.takes_all(address.rpartition("@")[2], now) else None
 
     def takes_all(self, domain: str, now: Time) -> Optional[bool]:
         takes_all, until = self.accept_all.get(domain, (False, 0.0))
-        return takes_all if until > now else None
+        return takes_all if now < until <= now + ACCEPT_ALL_S + SLACK_S else None
 
     def to_values(self, now: Time) -> Dict[str, Any]:
         self.is_dirty = False
@@ -4310,6 +4317,11 @@ class Scheduler:
         if isinstance(route, Endpoint):
             return prefix
         return domain if self.is_served(domain) else prefix + domain
+
+    def is_misplaced(self, site: Site) -> bool:
+        """Whether a site has mail of our own that site_of() would give to another, since a smarthost came or went."""
+        route = self.cfg.bounces_route if site.name.startswith(NOTICES) else self.cfg.alerts_mail_route
+        return site.cfg.is_notices and (site.name in (NOTICES, ALERTS)) != isinstance(route, Endpoint)
 
     def reconfigure(self, cfg: Config, now: Now) -> List[Site]:
         """SIGHUP.  A longer or shorter lifetime holds for queued mail too.  Returns the sites that have another primary now."""
@@ -5850,7 +5862,8 @@ class Turnaround(Courier):
         super().__init__(spool, plan, post)
         self.customer = hop
         self.unsaid = unsaid
-        self.sites: Tuple[Site, ...] = ()               # the loop's, as the next two
+        self.seen = 0.0                 # the loop's, as the next three: monotonic, its last sign of life
+        self.sites: Tuple[Site, ...] = ()
         self.left: Deque[Site] = collections.deque()
         self.on_over: Callable[[], None] = lambda: None
         self.client.sock = sock         # from now on cut() finds it
@@ -6052,7 +6065,7 @@ def summarize(sidecar: Mapping[str, Any]) -> Queued:
         if one["state"] == QUEUED:
             attempts, due, _ = domains.get(one["domain"], (0, one["next_attempt"], False))
             domains[one["domain"]] = (max(attempts, one["attempts"]), min(due, one["next_attempt"]),
-                                      one["domain"] in sidecar["held"])
+                                      sidecar["kind"] != "mail" and bool(sidecar["held"]) or one["domain"] in sidecar["held"])
     return Queued(sidecar["id"], sidecar["kind"], sidecar["size"], sidecar["received"], domains)
 
 
@@ -6374,6 +6387,7 @@ class Manager:
         self.retries: List[Tuple[float, int, Callable[[], None]]] = []     # heap of (monotonic, tie, what)
         self.is_loading = False
         self.must_reload = False        # asked for while it was read
+        self.has_misplaced = False      # mail of our own is where it no longer belongs
         self.loads = 0
         self.load_pause = RETRY_DISK_S  # before another attempt at what could not be read
         self.gone: Set[str] = set()     # removed while the spool was being read
@@ -6393,6 +6407,7 @@ class Manager:
         self.saving = 0                 # ... that the disk has yet to take
         self.next_save = now.mono + STATE_SAVE_S
         self.next_sweep = now.mono
+        self.began = now.mono
         self.drift = now.wall - now.mono
         self.on_size_limit: Callable[[], None] = lambda: None       # set by the server, as the next two are
         self.on_delivered: Callable[[float], None] = lambda seconds: None      # how long a message had waited
@@ -6428,6 +6443,8 @@ class Manager:
         self._look_at_clock(now)
         while self.retries and self.retries[0][0] <= now.mono:
             heapq.heappop(self.retries)[2]()
+        if self.has_misplaced:
+            self._replace()
         if not self.is_stopping:
             for courier, site in self.couriers.items():
                 self._feed(courier, site)
@@ -6470,8 +6487,8 @@ class Manager:
                            % (drift - self.drift), "warning")
             for site in self.scheduler.sites.values():
                 site.on_clock_jump(now, drift - self.drift)
-                if site.waits_for:
-                    site.keep_ages(drift - self.drift, now)
+                # Whose age the wall clock alone tells may have grown old while we were off; what came since has not.
+                site.keep_ages(drift - self.drift, now, 0.0 if site.waits_for else self.began + self.drift)
             self.drift = drift
 
     def _sweep(self) -> None:
@@ -6794,6 +6811,7 @@ class Manager:
         courier = Turnaround(self.spool, self.plan(sites[0]), self.post, hop, sock, unsaid, early)
         courier.sites, courier.left, courier.on_over = tuple(sites), collections.deque(sites[1:]), on_over
         self.couriers[courier] = sites[0]
+        courier.seen = self.now.mono
         for site in sites:
             site.is_collecting = True
             site.last_start = self.now.mono
@@ -6803,6 +6821,13 @@ class Manager:
         except RuntimeError as error:           # no more threads
             courier.client.close()
             self._on_finished(Finished(courier, str(error)))
+
+    def cut_silent(self, sites: Sequence[Site]) -> None:
+        """Whoever collects asks again: the connection before may be one that nobody has hung up."""
+        for courier in self.couriers:
+            if (isinstance(courier, Turnaround) and not set(sites).isdisjoint(courier.sites)
+                    and self.now.mono - courier.seen > ATRN_SILENT_S):
+                courier.cut()
 
     def _on_turned(self, courier: Turnaround, error: str) -> None:
         courier.on_over()
@@ -6830,6 +6855,7 @@ class Manager:
         if courier.is_former:
             return
         if isinstance(courier, Turnaround):
+            courier.seen = self.now.mono
             sites = courier.sites
             for one in sites:
                 self._say_up(one, one.state, one.on_came(self.now))
@@ -6924,6 +6950,8 @@ class Manager:
         self.last_outcome = self.now.mono
         courier = outcome.courier
         site = self.couriers[courier]
+        if isinstance(courier, Turnaround):
+            courier.seen = self.now.mono
         entry = courier.jobs.pop(outcome.job.id)
         site.handed.discard(entry.id)
         is_ours = site.entries.get(entry.id) is entry       # else an operator removed it meanwhile
@@ -7317,12 +7345,12 @@ class Manager:
                 continue
             moved = self.scheduler.move(cfg, address, self.now)
             self.log.write("primary", "%s: at %s since an authenticated ETRN" % (cfg.name, address))
-            self._part(moved, True)     # nobody is there any more
+            self._part(moved, True)
             self.save_state()
 
     def _part(self, moved: Sequence[Site], is_gone: bool) -> None:
         """These sites have another primary: what their former one still says settles
-        the messages that it has, and nothing else.  `is_gone`: they are not waited for."""
+        the messages that it has, and nothing else.  `is_gone`: that is not waited for long."""
         for line, site in [*self.couriers.items(), *self.inquirers.items()]:
             if site not in moved or line.is_former or isinstance(line, Turnaround):
                 continue
@@ -7330,13 +7358,27 @@ class Manager:
             if isinstance(line, Courier):
                 site.on_parted(line.is_greeted)
                 line.leave()            # with what it has not begun: that is for the new one
-            if is_gone or isinstance(line, Inquirer):
+                if is_gone:             # perhaps not quite: an answer that is under way saves a second copy
+                    self.later(PART_S, line.cut)
+            else:
                 line.cut()
 
     def watch(self, left: Iterable[Tuple[str, str]], needs_primary: bool = True) -> Watch:
         watch = Watch(left, needs_primary)
         self.watches.append(watch)
         return watch
+
+    def settle_idle(self, watch: Watch) -> None:
+        """What was held meanwhile, or is to be collected now, is not waited for."""
+        for name, id in list(watch.left):
+            site = self.scheduler.sites.get(name)
+            entry = site and site.entries.get(id)
+            if site is None or entry is None:
+                watch.settle(name, id, "deleted")
+            elif entry.state is State.HOLD:
+                watch.settle(name, id, "deferred", "held by command")
+            elif site.waits_for and not site.is_collecting:
+                watch.settle(name, id, "deferred", site.trouble)
 
     def on_client(self, address: str) -> None:
         """Somebody connected.  A primary that does so is back."""
@@ -7472,7 +7514,18 @@ class Manager:
             site.size_limit = 0
             self.memory.forget(site.name)
         self._part(changed, False)
+        self.has_misplaced = True       # perhaps
         self.load()
+
+    def _replace(self) -> None:
+        """Mail of our own whose way has changed is read again, and finds its new place; what is being sent, after that."""
+        sites = [site for site in self.scheduler.sites.values() if self.scheduler.is_misplaced(site)]
+        pairs = [(site, id) for site in sites for id, entry in site.entries.items() if entry.state is not State.DELIVERING]
+        for site, id in pairs:
+            self.scheduler.drop(site, id)
+        self.has_misplaced = any(site.entries for site in sites)
+        if pairs:
+            self.load()
 
     def stop(self) -> None:
         """No new connections; those open end after the message they are at."""
@@ -7543,6 +7596,7 @@ def answer_atrn(manager: Manager, username: str, domains: Sequence[str], address
         if not has_tls and any(site.cfg.tls not in ("none", "may") for site in all_sites):
             reply = Reply(530, "5.7.0", "Must issue a STARTTLS command first")      # what the tls option asks, RFC 3207 4
         elif problem:
+            manager.cut_silent(all_sites)       # for the next time
             reply = Reply(451, "4.3.0", "Unable to process ATRN request now: %s" % problem)
         elif not sites:
             reply = Reply(453, "4.0.0", "You have no mail")
@@ -7663,8 +7717,11 @@ def flush_and_watch(manager: Manager, what: str, wait: bool) -> Answers:
         manager.heal(sites)
         manager.flush_sites(sites)
         manager.log.write("flush", "command: site=%s, messages=%d" % (what, watch.total))
-        last = -1
+        last, look = -1, manager.now.mono + FLUSH_LOOK_S
         while wait and watch.left:
+            if manager.now.mono >= look:
+                look = manager.now.mono + FLUSH_LOOK_S
+                manager.settle_idle(watch)
             if len(watch.left) != last:
                 last = len(watch.left)
                 yield {"total": watch.total, "left": last}
@@ -9481,7 +9538,8 @@ class Server:
         if self.started is not None:
             self._note_history(OFF)
             self._save_history()
-        self.manager.committers.stop()
+        if not self.manager.committers.stop(STOP_DISK_S):
+            self.log.write("master", "the disk does not answer: left alone; what was not yet on it was not acknowledged", "error")
         while self.reports:
             self._guard(self._on_report, self.reports.popleft())
         for connection in list(self.connections):

@@ -5123,6 +5123,67 @@ class Recording(SpoolCase):
         self.assertEqual(self.manager.scheduler.messages()[0], 0)
         self.settle()
 
+    def test_what_was_learnt_by_a_clock_that_ran_ahead_is_not_known(self) -> None:
+        memory, now = self.manager.memory, self.clock.wall
+        for ahead, known in cases(self, [(0.0, True), (3600.0, True), (400 * 86400.0, None)]):
+            memory.learn("good@x.example", True, now + ahead)
+            memory.learn("bad@y.example", False, now + ahead)
+            memory.learn_accept_all("z.example", True, now + ahead)
+            self.assertEqual((memory.knows("good@x.example", now), memory.is_good("good@x.example", now),
+                              memory.knows("bad@y.example", now), memory.knows("any@z.example", now)),
+                             (known, bool(known), known and False, known))
+
+    def test_a_flush_does_not_wait_for_what_is_held_or_to_be_collected_meanwhile(self) -> None:
+        def hold() -> None:
+            self.manager.hold("ABCDE0", True, lambda result: None)
+
+        def hold_all() -> None:
+            self.manager.hold(DOMAIN, True, lambda result: None)
+
+        def collect() -> None:
+            self.manager.hold(DOMAIN, False, lambda result: None)
+            self.manager.reconfigure(config("", "primary = atrn"))
+        self.queue("ABCDE0")
+        for act, reason in cases(self, [(hold, "held by command"), (hold_all, "held by command"), (collect, "to be collected")]):
+            answers = etrn.run_command(self.manager, {"command": "flush", "what": DOMAIN})
+            self.assertEqual([next(answers), next(answers)], [{"total": 1, "left": 1}, None])
+            act()
+            self.clock.advance(etrn.FLUSH_LOOK_S)
+            self.manager.tick(self.clock.now)
+            last = [one for one in answers if one][-1]
+            self.assertEqual((last["deferred"], last["exit"], reason in last["reason"]), (1, etrn.EX_TEMPFAIL, True))
+            self.manager.hold("ABCDE0", False, lambda result: None)
+            self.manager.hold(DOMAIN, False, lambda result: None)
+        self.settle()
+
+    def test_mail_of_our_own_follows_its_route_and_its_hold_outlasts_a_restart(self) -> None:
+        smarthost = "[bounces]\nroute = [192.0.2.5]:587"
+        self.manager.reconfigure(config("", smarthost))
+        id = "ABCDE0"
+        self.assertIsNone(store(self.spool, id, kind="notice", sender="", recipients=["a@sender.example"]))
+        self.manager.accept(self.spool.read_sidecar(id))
+        self.manager.hold(id, True, lambda result: None)
+        self.settle()
+        self.assertEqual(self.spool.read_sidecar(id)["held"], [etrn.NOTICES])
+        for options, name in cases(self, [("", "notice:sender.example"), (smarthost, etrn.NOTICES)]):
+            self.manager.reconfigure(config("", options))
+            self.manager.tick(self.clock.advance(1))
+            self.settle()
+            self.assertEqual([(site.name, [entry.state for entry in site.entries.values()])
+                              for site in self.manager.scheduler.sites.values() if site.entries], [(name, [etrn.State.HOLD])])
+        site = self.manager.scheduler.sites[etrn.NOTICES]
+        self.manager.hold(id, False, lambda result: None)
+        self.settle()
+        site._set(site.entries[id], etrn.State.DELIVERING)
+        self.manager.reconfigure(config())
+        self.manager.tick(self.clock.advance(1))
+        self.settle()
+        self.assertEqual(list(site.entries), [id])          # it is being sent
+        site.give_back(site.entries[id])
+        self.manager.tick(self.clock.advance(1))
+        self.settle()
+        self.assertEqual((list(site.entries), list(self.manager.scheduler.sites["notice:sender.example"].entries)), ([], [id]))
+
     def part_with(self, primary: str) -> Tuple[etrn.Site, etrn.Courier, etrn.Inquirer, List[Any]]:
         """A site with connections, whose primary becomes another one.  The last is what the courier was told."""
         site, entry = self.queue("ABCDE0")
@@ -5179,7 +5240,9 @@ class Recording(SpoolCase):
             courier.is_greeted = is_greeted
             with mock.patch.object(etrn.Courier, "cut") as cut:
                 self.manager.move(DOMAIN, "192.0.2.%d" % (8 + is_greeted))
-            self.assertEqual(cut.call_count, 1)
+                for seconds, cuts in ((etrn.PART_S - 0.1, 0), (0.2, 1)):        # an answer may be on its way
+                    self.manager.tick(self.clock.advance(seconds))
+                    self.assertEqual(cut.call_count, cuts)
             self.manager.handle(etrn.Greeted(courier, etrn.Hop("192.0.2.1", "192.0.2.1", 25), 0), self.clock.now)
             self.assertEqual((courier.inbox.get_nowait(), courier.inbox.empty(), courier.jobs), (None, True, {}))
             self.clock.advance(etrn.TRIGGER_S)
@@ -6413,6 +6476,20 @@ class Recovery(Folder):
             self.assertIs(sim.site.state, etrn.Primary.UP)
             sim.run(3000)
             self.assertEqual(len(sim.site.entries), 0)
+
+    def test_mail_that_came_by_a_wrong_clock_is_no_older_when_that_is_set(self) -> None:
+        for when, left in cases(self, [("in this run", 1), ("before", 0)]):
+            sim = Simulation(os.path.join(self.folder, when), "probe_interval = 1h")
+            self.addCleanup(sim.spool.close)
+            self.down(sim, 1)
+            if when == "before":        # then its age may be real: the machine was off
+                sim.clock.advance(60)
+                sim.begin()
+            sim.clock.jump(10 * 86400)
+            sim.run(60)
+            self.assertEqual(len(sim.site.entries), left)
+            sim.run(hours=7 * 24)
+            self.assertEqual((len(sim.site.entries), sim.site.counters["expired"]), (0, 1))
 
     def test_three_known_recipients_refused_in_a_row_make_even_a_steady_primary_rejecting(self) -> None:
         sim = self.simulate("probe_interval = 1m")
@@ -9133,7 +9210,7 @@ class Authenticated(Relays):
         new = Moved()
         self.addCleanup(new.__exit__)
         new.start()
-        relay = self.relay("etrn", domain=LOGIN_OPTIONS, SMTP_PORT=old.port)
+        relay = self.relay("etrn", domain=LOGIN_OPTIONS, SMTP_PORT=old.port, PART_S=0.1)
         relay.send()
         for source, primary in ((None, old), ("127.0.0.3", new)):
             with Wire(relay.port, source or "127.0.0.1") as client:
@@ -9356,6 +9433,16 @@ class Odmr(Relays):
         wait(lambda: relay.json("--status")["connections"] == 0)
         with Wire(relay.port) as other:
             self.assertEqual(other.greeting[:3], "220")
+
+    def test_who_is_silent_gives_way_to_the_next(self) -> None:
+        relay = self.odmr(ATRN_SILENT_S=0.0)
+        relay.send()
+        with self.visit(relay) as silent, self.visit(relay) as other:
+            self.assertEqual((silent.say("ATRN")[:3], other.say("ATRN")[:9]), ("250", "451 4.3.0"))
+            self.assertEqual(silent.lines.readline(), b"")          # hung up on
+        customer = self.primary()
+        wait(lambda: self.collect(relay, customer)[:3] == "250", "its turn")
+        wait(relay.is_empty, "an empty spool")
 
     def test_a_courier_that_cannot_start_costs_its_client_alone(self) -> None:
         with Local(self.folder, ODMR, "[domain atrn.example]\nprimary = atrn\nrecipients = any\n" + LOGIN_OPTIONS) as local:
@@ -12920,6 +13007,23 @@ class ClerksOfRelays(Ledgers):
     def end_of(self, pid: int) -> None:
         if self.is_alive(pid):
             os.kill(pid, signal.SIGKILL)
+
+    def test_a_disk_that_does_not_answer_does_not_keep_the_relay_from_ending(self) -> None:
+        relay = self.relay(STOP_S=0.2, STOP_DISK_S=0.2, LOCK_WAIT_S=DEADLINE_S)
+        clerk = self.clerk_of(relay)
+        self.addCleanup(self.end_of, clerk)
+        with relay.client() as client:
+            client.say("MAIL FROM:<a@x.example>", "RCPT TO:<user@%s>" % DOMAIN, "DATA")
+            os.kill(clerk, signal.SIGSTOP)
+            client.raw(MESSAGE + b".\r\nNOOP\r\n")
+            assert relay.process is not None
+            relay.process.terminate()
+            self.assertEqual(relay.process.wait(DEADLINE_S), 0)     # its standard error is the clerk's, too, and stays open
+            self.assertNotIn("250", client.reply())
+        relay.logged("error: the disk does not answer")
+        os.kill(clerk, signal.SIGCONT)
+        relay.start()
+        self.assertEqual(relay.send()[:3], "250")
 
     def test_a_clerk_killed_under_load_costs_nothing_and_is_told_once(self) -> None:
         primary = Taker()
