@@ -2489,6 +2489,7 @@ class Committers:
         self.writing = 0                # threads that have messages
         self.tasking = 0                # ... and a task
         self.idle = 0                   # ... and nothing
+        self.done = 0                   # batches and tasks that have ended
         # What an fsync took in the last batches; the least of them, because a busy processor
         # makes others look slow.  The first is a guess between a card and an SSD.
         self.fsyncs_s: Deque[float] = collections.deque([16 * FAST_FSYNC_S], maxlen=16)
@@ -2523,15 +2524,17 @@ class Committers:
             if not self.threads:
                 raise
 
-    def stop(self, seconds: float = threading.TIMEOUT_MAX) -> bool:
-        """Returns when all that was submitted is done, or after so many seconds; whether it is done."""
-        end = time.monotonic() + seconds
+    def stop(self, seconds: float = 86400.0) -> bool:
+        """Returns when all that was submitted is done, or when none of it was for so many seconds; whether it is done."""
         with self.condition:
             self.stopping = True
             self.idle = 0
             self.condition.notify_all()
-        for thread in self.threads:
-            thread.join(max(0.0, end - time.monotonic()))
+        done = -1
+        while any(thread.is_alive() for thread in self.threads) and done != self.done:
+            done, end = self.done, time.monotonic() + seconds
+            for thread in self.threads:
+                thread.join(max(0.0, end - time.monotonic()))
         if self.clerk is not None:
             self.clerk.end()
         return not any(thread.is_alive() for thread in self.threads)
@@ -2563,6 +2566,7 @@ class Committers:
 
     def _end(self, batch: Sequence[Tuple[Work, Done]]) -> None:
         with self.condition:
+            self.done += 1
             if isinstance(batch[0][0], Task):
                 self.tasking -= 1
             else:

@@ -4665,6 +4665,15 @@ class Clerks(SpoolCase):
             committers.stop()
         self.assertEqual((len(recover_open(self.spool)), self.told), (4, [("lost", None)] * 2))
 
+    def test_the_end_waits_for_a_slow_disk_and_not_for_one_that_stands_still(self) -> None:
+        goes_on = threading.Event()
+        self.addCleanup(goes_on.set)
+        for pauses, is_done in cases(self, [([0.4] * 8, True), ([0.0, DEADLINE_S], False)]):
+            committers = self.committers()
+            for pause in pauses:
+                committers.submit(etrn.Task(lambda spool, pause=pause: goes_on.wait(pause)), "done")        # type: ignore
+            self.assertEqual(committers.stop(1.2), is_done)
+
     def test_an_answer_is_never_taken_for_that_of_another_request(self) -> None:
         for fault in cases(self, [MemoryError(), ValueError("bad marshal data"), OSError(errno.ENOMEM, "no memory")]):
             self.assertIsNone(store(self.spool, "ABCDE0"))
