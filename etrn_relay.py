@@ -201,6 +201,7 @@ BUGS
     arrives twice if it was taken: one for each connection, and up to 16 with
     CHUNKING, where whole messages are sent ahead of the answers.  When the relay is
     killed, what the primary has taken and the disk has not recorded goes again.
+    Mail that came while the clock was wrong has its true age until a restart.
 
 CONTENTS
     1 MANUAL  2 LIMITS  3 GRAMMAR  4 CONFIG  5 LOG  6 SPOOL  7 SESSION
@@ -3859,12 +3860,21 @@ class Site:
         self.limit, self.pace_s = 1, 0.0
         self.trigger(now)
 
+    def on_replaced(self, now: Now) -> None:
+        """... and another server, too, of which nothing is known."""
+        self.on_moved(now)
+        self.last_heard = -INF
+        self._forget_row()
+        if self.state is Primary.UP:
+            self.state, self.since = Primary.UNKNOWN, now.wall
+
     def on_parted(self, was_greeted: bool) -> None:
         """A connection to the former primary no longer counts as one to this."""
         if was_greeted:
             self.open -= 1
         else:
             self.opening -= 1
+            self.again = self.again and self.opening > 0
 
     def on_connected(self, now: Now) -> Optional[float]:
         """It greeted.  Returns the length of the outage that ended, if one did."""
@@ -4179,7 +4189,7 @@ class Memory:
     def is_good(self, address: str, now: Time) -> bool:
         """Whether this very recipient was taken before."""
         is_good, until = self.known.get(address.lower(), (False, 0.0))
-        return is_good and now < until <= now + GOOD_S + SLACK_S
+        return is_good and until > now          # however far: who is known to be good is not refused lightly
 
     def forget_bad(self, domain: str, since: Time) -> None:
         """What a primary that was not itself said since then."""
@@ -4335,7 +4345,7 @@ class Scheduler:
             primary, site.cfg = site.cfg.primary, self.config_of(site.name)
             self._set_home(site)
             if site.cfg.primary != primary:
-                site.on_moved(now)
+                site.on_replaced(now)
                 changed.append(site)
             if site.waits_for and site.state is Primary.DOWN:
                 site.state, site.since = Primary.UNKNOWN, now.wall
@@ -5133,6 +5143,7 @@ class Client(smtplib.SMTP):
         super().__init__(local_hostname=hostname, timeout=CONNECT_S)
         self.pending = b""
         self.end = 0.0                  # monotonic, of the reply being read
+        self.moved = 0.0                # monotonic, when octets last went either way
         self.ready: Optional[socket.socket] = None
 
     def open(self, hop: Hop, sock: socket.socket, seconds: float = 0.0) -> None:
@@ -5185,7 +5196,9 @@ class Client(smtplib.SMTP):
         """The result of a call of the socket, as soon as there is one."""
         while True:
             try:
-                return call(argument)
+                done = call(argument)
+                self.moved = time.monotonic()
+                return done
             except WANTS as want:       # TLS may have to read before it can write
                 if ssl is not None and isinstance(want, ssl.SSLError):
                     mask = select.POLLIN if isinstance(want, ssl.SSLWantReadError) else select.POLLOUT
@@ -5341,6 +5354,7 @@ class Leg:
         self.recipients = recipients
         self.is_last = is_last
         self.is_sent = False            # its end of data may have reached the peer
+        self.is_cut = False             # ... and may not: the peer took no more
         self.accepted: List[Dict[str, Any]] = []
 
 
@@ -5466,6 +5480,15 @@ class Courier(Line):
         self.gathered: List[Leg] = []           # ... and which these are
         self.introduced: List[str] = []         # the client that the peer was told of last
         self.named = ("", "")                   # its address, and the name found for it
+
+    def recall(self) -> List[str]:
+        """From the loop: jobs that were given and are not begun yet."""
+        out: List[str] = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = self.inbox.get_nowait()
+                out += [job.id] if job is not None else []
+        return out
 
     def leave(self) -> None:
         """From the loop: end in good order after the messages that are under way."""
@@ -5739,15 +5762,15 @@ class Courier(Line):
     def _look_behind(self) -> Optional[PeerError]:
         """With CHUNKING, one reply too many would make each message's verdict out
         of a RCPT's 250.  So RSET follows each message, and a verdict counts when that was answered
-        behind it.  Returns how the connection ended, if it did: that speaks against no verdict, unless we could not
-        even send all there was: then the RSET must be answered."""
+        behind it.  Returns how the connection ended, if it did: that speaks against no verdict, but where the peer may
+        not even have had all of the message."""
         if not self.pipelining and not self.client.pending.startswith(b"421"):      # that may come at any time
             self._check_step()
         try:
             code, text = self._command(b"" if self.pipelining else b"RSET\r\n", COMMAND_S)
             self._leave_if_told(code, text)
         except PeerError as error:
-            if self.is_lost:
+            if self.flight[0].is_cut:
                 raise
             return error
         if code == 250:
@@ -5817,21 +5840,23 @@ class Courier(Line):
         self.unsent += b"BDAT %d LAST\r\n" % leg.parcel.message.size
         for block in leg.parcel.message.blocks():
             if len(self.unsent) >= BLOCK_OCTETS:
-                self._flush()
+                self._flush(leg)
             self.unsent += block
         self.unsent += b"RSET\r\n" if self.pipelining else b""
 
-    def _flush(self) -> None:
+    def _flush(self, *unfinished: Leg) -> None:
         """What was gathered leaves.  When the peer takes no more, its answers to what came before are read first."""
         ready, self.unsent = self.unsent, b""
-        for leg in self.gathered:
+        legs, self.gathered = self.gathered, list(unfinished)
+        for leg in legs:
             leg.is_sent = True
-        self.gathered.clear()
         try:
             if ready and not self.is_lost:
                 self.client.write(ready)
         except LostError:
             self.is_lost = True
+            for leg in legs:
+                leg.is_cut = True
 
     def _send_body(self, leg: Leg) -> None:
         """The message, dot-stuffed (RFC 5321 4.5.2), block by block; with
@@ -6827,10 +6852,12 @@ class Manager:
             self._on_finished(Finished(courier, str(error)))
 
     def cut_silent(self, sites: Sequence[Site]) -> None:
-        """Whoever collects asks again: the connection before may be one that nobody has hung up."""
+        """Whoever collects asks again: the connection before may be one that nobody has hung up.
+        Not while it is we who keep it waiting, nor while the fate of a message is in its hands."""
         for courier in self.couriers:
-            if (isinstance(courier, Turnaround) and not set(sites).isdisjoint(courier.sites)
-                    and self.now.mono - courier.seen > ATRN_SILENT_S):
+            if (isinstance(courier, Turnaround) and not set(sites).isdisjoint(courier.sites) and not self.is_stalled
+                    and self.now.mono - max(courier.seen, courier.client.moved) > ATRN_SILENT_S
+                    and not any(leg.is_sent for leg in tuple(courier.flight))):
                 courier.cut()
 
     def _on_turned(self, courier: Turnaround, error: str) -> None:
@@ -6920,8 +6947,7 @@ class Manager:
         if begins:
             self._say(site, "down", "down: %s, %d messages waiting" % (report.error, len(site.entries)))
         if site.state is Primary.DOWN and report.error:
-            for id in [id for id, waiting in self.waiting.items() if site.name in waiting.left]:
-                self._let_go(id)
+            self._let_go_all(site)
             self._log_waiting(site, report.error)
             if not site.round_left:
                 self._end_watches(site, report.error)
@@ -7065,6 +7091,7 @@ class Manager:
         for courier, its in self.couriers.items():
             if its is site and courier.is_greeted and not courier.is_leaving and not isinstance(courier, Turnaround):
                 courier.leave()         # with what it has not begun; who came for several domains goes on with the next
+        self._let_go_all(site)
         self._end_watches(site, response)
         self._say(site, "rejecting", "rejecting: %s, %d messages waiting" % (response, len(site.entries)))
 
@@ -7127,6 +7154,11 @@ class Manager:
             for put_off in waiting.put_off:
                 put_off()
             waiting.answer(None)
+
+    def _let_go_all(self, site: Site) -> None:
+        """Nothing comes of waiting for this primary's verdicts now."""
+        for id in [id for id, waiting in self.waiting.items() if site.name in waiting.left]:
+            self._let_go(id)
 
     def _refused(self, id: str, waiting: CutThrough, site: Site, outcome: Outcome, put_off: Callable[[], None]) -> None:
         waiting.left.discard(site.name)
@@ -7361,7 +7393,12 @@ class Manager:
             line.is_former = True
             if isinstance(line, Courier):
                 site.on_parted(line.is_greeted)
-                line.leave()            # with what it has not begun: that is for the new one
+                for id in line.recall():                # what it has not begun is for the new one
+                    entry = line.jobs.pop(id)
+                    if site.entries.get(id) is entry:
+                        site.give_back(entry)
+                site.handed.difference_update(line.jobs)
+                line.leave()
                 if is_gone:             # perhaps not quite: an answer that is under way saves a second copy
                     self.later(PART_S, line.cut)
             else:
@@ -7482,7 +7519,7 @@ class Manager:
                 seen, held = float(known["route_seen"]), bool(known["held"])
                 counters = {key: int(known["counters"].get(key, 0)) for key in COUNTERS.values()}
                 since, recovered, was = float(known["since"]), float(known["recovered"]), str(known["primary"])
-                pardoned = float(known["pardoned"])
+                pardoned = float(known.get("pardoned", 0.0))
                 if not all(0 <= one < TIME_MAX for one in (seen, since, recovered, pardoned)):
                     raise ValueError("not a time")
                 error = printable(str(known["last_error"]))

@@ -5134,13 +5134,13 @@ class Recording(SpoolCase):
 
     def test_what_was_learnt_by_a_clock_that_ran_ahead_is_not_known(self) -> None:
         memory, now = self.manager.memory, self.clock.wall
-        for ahead, known in cases(self, [(0.0, True), (3600.0, True), (400 * 86400.0, None)]):
+        for ahead, known in cases(self, [(0.0, True), (3600.0, True), (400 * 86400.0, None)]):     # but good is good
             memory.learn("good@x.example", True, now + ahead)
             memory.learn("bad@y.example", False, now + ahead)
             memory.learn_accept_all("z.example", True, now + ahead)
             self.assertEqual((memory.knows("good@x.example", now), memory.is_good("good@x.example", now),
                               memory.knows("bad@y.example", now), memory.knows("any@z.example", now)),
-                             (known, bool(known), known and False, known))
+                             (known, True, known and False, known))
 
     def test_a_flush_does_not_wait_for_what_is_held_or_to_be_collected_meanwhile(self) -> None:
         def hold() -> None:
@@ -5193,6 +5193,33 @@ class Recording(SpoolCase):
         self.settle()
         self.assertEqual((list(site.entries), list(self.manager.scheduler.sites["notice:sender.example"].entries)), ([], [id]))
 
+    def test_who_collects_is_not_cut_off_while_anything_moves(self) -> None:
+        site, _ = self.queue("ABCDE0")
+        leg, now = mock.Mock(is_sent=True), self.clock.mono
+        for seen, moved, flight, is_stalled, cuts in cases(self, [
+                (-61, -61, [], False, 1), (-59, -61, [], False, 0), (-61, -59, [], False, 0), (-61, -61, [leg], False, 0),
+                (-61, -61, [mock.Mock(is_sent=False)], False, 1), (-61, -61, [], True, 0)]):
+            courier = mock.Mock(spec=etrn.Turnaround, sites=(site,), seen=now + seen, flight=flight,
+                                client=mock.Mock(moved=now + moved))
+            self.manager.couriers[courier] = site
+            with shorten(UNRECORDED_MAX=0 if is_stalled else 9):
+                self.manager.cut_silent([site])
+            self.assertEqual(courier.cut.call_count, cuts)
+            self.manager.couriers.clear()
+        self.settle()
+
+    def test_what_is_known_of_a_site_outlasts_an_older_state_file(self) -> None:
+        site, _ = self.queue("ABCDE0")
+        site.counters["delivered"] = 5
+        self.manager.save_state()
+        wait(self.is_saved, "the state")
+        state = self.spool.load_state()
+        self.assertEqual(state["sites"][DOMAIN].pop("pardoned"), 0.0)
+        with mock.patch.object(self.spool, "load_state", lambda name="state.json": state if name == "state.json" else {}):
+            other = etrn.Manager(self.manager.cfg, self.spool, self.log, self.reports.append, self.clock.now)
+            other.load_state()
+        self.assertEqual(other.scheduler.sites[DOMAIN].counters["delivered"], 5)
+
     def part_with(self, primary: str) -> Tuple[etrn.Site, etrn.Courier, etrn.Inquirer, List[Any]]:
         """A site with connections, whose primary becomes another one.  The last is what the courier was told."""
         site, entry = self.queue("ABCDE0")
@@ -5217,8 +5244,38 @@ class Recording(SpoolCase):
                                    etrn.Unheard(inquirer, "old.example has gone", None)]):
             self.manager.handle(report, self.clock.now)
             self.assertEqual((site.route, site.state, site.size_limit, site.last_error, site.opening, site.open,
-                              courier.inbox.empty(), self.manager.callers), ([], etrn.Primary.UP, 0, "", 0, 0, True, {}))
+                              courier.inbox.empty(), self.manager.callers), ([], etrn.Primary.UNKNOWN, 0, "", 0, 0, True, {}))
         self.assertEqual((self.manager.couriers, self.manager.inquirers), ({}, {}))
+        self.settle()
+
+    def test_a_former_primary_that_hangs_holds_nothing_up_but_what_it_has(self) -> None:
+        site, first = self.queue("ABCDE0")
+        other = self.queue("ABCDE1")[1]
+        site.is_proven = True
+        courier = etrn.Courier(self.spool, self.manager.plan(site), self.reports.append)
+        self.manager.couriers[courier] = site
+        site.on_started(self.clock.now)
+        courier.is_greeted = True
+        site.on_connected(self.clock.now)
+        self.manager._feed(courier, site)
+        self.assertEqual((site.handed, courier.inbox.get_nowait().id), ({"ABCDE0", "ABCDE1"}, "ABCDE0"))      # type: ignore
+        self.manager.reconfigure(config("", "primary = 192.0.2.7"))
+        self.assertEqual((list(courier.jobs), courier.inbox.get_nowait(), first.state, other.state, site.handed),
+                         (["ABCDE0"], None, etrn.State.DELIVERING, etrn.State.ACTIVE, set()))
+        self.clock.advance(etrn.TRIGGER_S)
+        self.assertEqual((site.wanted(self.clock.now), site.take(9, self.clock.now)), (True, [other]))
+        site.give_back(other)
+        self.manager.couriers.clear()
+        self.settle()
+
+    def test_another_primary_is_not_believed_at_once(self) -> None:
+        site, _ = self.queue("ABCDE0")
+        site.since, site.last_heard = self.clock.wall - 1e6, self.clock.mono
+        site.refused.update("abc")
+        self.assertTrue(site.is_final(self.clock.now, None, False))
+        self.manager.reconfigure(config("", "primary = 192.0.2.7"))
+        site.on_heard(self.clock.now)
+        self.assertEqual((site.is_final(self.clock.now, None, False), site.refused), (False, set()))
         self.settle()
 
     def test_what_a_former_primary_says_settles_the_message_alone(self) -> None:
@@ -5254,6 +5311,7 @@ class Recording(SpoolCase):
                     self.assertEqual(cut.call_count, cuts)
             self.manager.handle(etrn.Greeted(courier, etrn.Hop("192.0.2.1", "192.0.2.1", 25), 0), self.clock.now)
             self.assertEqual((courier.inbox.get_nowait(), courier.inbox.empty(), courier.jobs), (None, True, {}))
+            self.assertEqual(site.handed, set())
             self.clock.advance(etrn.TRIGGER_S)
             self.assertTrue(site.wanted(self.clock.now))
             self.manager.handle(etrn.Finished(courier, "lost connection", None), self.clock.now)
@@ -5872,7 +5930,7 @@ class Delivery(Folder):
             self.assertIn("Connection refused", error)
 
     def test_a_primary_that_hangs_is_left_at_its_deadline(self) -> None:
-        quick = dict.fromkeys(("CONNECT_S", "COMMAND_S", "DATA_S", "END_OF_DATA_S"), 0.3)
+        quick = dict.fromkeys(("CONNECT_S", "COMMAND_S", "DATA_S", "END_OF_DATA_S"), 0.4)
         for stage in cases(self, ["greeting", "EHLO", "MAIL", "RCPT", "DATA", "."]):
             for primary in self.every_way(**{stage: HANG}):
                 id = self.put()
@@ -5991,45 +6049,55 @@ class Delivery(Folder):
     def test_what_a_primary_said_before_it_took_no_more_counts(self) -> None:
         """A reset of the connection shows at the first write, and the answers to sixteen messages are there to be read."""
         real, lost = etrn.Client.write, etrn.LostError("lost connection with m.example: Broken pipe")
-        for last in cases(self, ["", "421 4.7.0 enough"]):
-            primary = self.primary()
+
+        def hang_up(_: str) -> object:
+            primary.clients[-1].sendall(b"250 2.0.0 ok\r\n")
+            return CUT
+        for last, kind in cases(self, [("250 2.0.0 ok\n421 4.7.0 enough", []), (hang_up, "deferred")]):
+            primary = self.primary(RSET=["250 2.0.0 ok"] * 16 + [last])
             primary.extensions = ["PIPELINING", "CHUNKING"]
             ids = [self.put() for _ in range(20)]
             writes: List[bytes] = []
 
-            def write(client: etrn.Client, data: bytes, seconds: float = 9.0, last: str = last, primary: Primary = primary,
-                      writes: List[bytes] = writes) -> None:
+            def write(client: etrn.Client, data: bytes, seconds: float = 9.0, writes: List[bytes] = writes) -> None:
                 writes.append(data)
-                if data.count(b"BDAT") != 1 or len(writes) < 3:
-                    return real(client, data, seconds)
-                wait(lambda: len(primary.messages) == 17)
-                if last:
-                    primary.clients[-1].sendall(last.encode("ascii") + b"\r\n")
-                raise lost
-            with mock.patch.object(etrn.Client, "write", write), shorten(COMMAND_S=0.5):
+                if data.count(b"BDAT") == 1 and len(writes) > 2:
+                    raise lost
+                real(client, data, seconds)
+            with mock.patch.object(etrn.Client, "write", write):
                 results, error = self.deliver(primary, *ids)
-            self.assertEqual([results.get(id, []) and results[id][0].kind for id in ids],
-                             ["sent"] * 17 + [[] if last else "deferred", [], []])
-            self.assertEqual((len(primary.messages), self.courier.is_lost, last in error), (17, True, True))
+            self.assertEqual([results.get(id, []) and results[id][0].kind for id in ids], ["sent"] * 17 + [kind, [], []])
+            self.assertEqual((len(primary.messages), self.courier.is_lost, "421" in error), (17, True, not kind))
 
-    def test_a_verdict_without_its_rset_does_not_count_when_the_peer_took_no_more(self) -> None:
-        primary = self.primary(RSET=["250 ok", HANG])
-        primary.extensions = ["PIPELINING", "CHUNKING"]
-        for is_lost, kinds in cases(self, [(False, ["sent", "sent"]), (True, ["sent", "deferred"])]):
-            primary.uses.clear()
-            with mock.patch.object(etrn.Courier, "_land", self.land_lost(is_lost)), shorten(COMMAND_S=0.3):
+    def test_a_verdict_without_its_rset_does_not_count_when_not_all_of_the_message_has_left(self) -> None:
+        real = etrn.Courier._land
+
+        def land(courier: etrn.Courier, is_cut: bool) -> Any:
+            courier._flush()
+            courier.flight[0].is_cut = is_cut and courier.taken == 1
+            return real(courier)
+        for is_cut, reply, kinds in cases(self, [(False, CUT, ["sent", "sent"]), (True, CUT, ["sent", "deferred"]),
+                                                 (True, "250 ok", ["sent", "sent"])]):
+            primary = self.primary(RSET=["250 ok", reply])
+            primary.extensions = ["PIPELINING", "CHUNKING"]
+            with mock.patch.object(etrn.Courier, "_land", functools.partialmethod(land, is_cut=is_cut)):
                 results, _ = self.deliver(primary, self.put(), self.put())
             self.assertEqual([one[0].kind for one in results.values()], kinds)
 
-    @staticmethod
-    def land_lost(is_lost: bool) -> Callable[[etrn.Courier], Any]:
-        real = etrn.Courier._land
-
-        def land(courier: etrn.Courier) -> Any:
+    def test_of_a_write_that_failed_all_its_messages_are_cut(self) -> None:
+        primary = self.primary()
+        cfg = config("", "primary = " + primary.address).domain(DOMAIN)
+        courier = etrn.Courier(self.spool, make_plan(cfg, cfg.primary), [].append)
+        legs = [etrn.Leg(mock.Mock(), [], True) for _ in range(4)]
+        courier.gathered, courier.unsent = legs[:2], b"x"
+        with mock.patch.object(courier.client, "write", side_effect=[None, etrn.LostError("x"), None]):
+            courier._flush(legs[1])                     # the second goes on in the next write
+            courier.gathered += legs[2:]
+            courier.unsent = b"y"
             courier._flush()
-            courier.is_lost = is_lost and courier.taken == 1
-            return real(courier)
-        return land
+            courier._flush()
+        self.assertEqual([(leg.is_sent, leg.is_cut) for leg in legs], [(True, False), (True, True), (True, True), (True, True)])
+        self.assertTrue(courier.is_lost)
 
     def test_after_a_window_in_doubt_the_next_one_is_small_at_first(self) -> None:
         primary = self.primary()
@@ -8301,8 +8369,8 @@ class Attacks(Relays):
 
     def test_who_speaks_before_the_banner_is_turned_away(self) -> None:
         relay = self.relay(relay="greet_pause = 2s")
-        hasty, patient, gone = (socket.create_connection(("127.0.0.1", relay.port), DEADLINE_S) for _ in range(3))
         began = time.monotonic()
+        hasty, patient, gone = (socket.create_connection(("127.0.0.1", relay.port), DEADLINE_S) for _ in range(3))
         with hasty, patient:
             gone.close()
             hasty.sendall(b"EHLO x\r\n")
@@ -8671,6 +8739,16 @@ class CutThrough(Relays):
             self.assertEqual([client.reply()[:3] for _ in range(13)],
                              ["250"] * 3 + ["250", "250", "554"] + ["250"] * 3 + ["250"] * 3 + ["250"])
         wait(lambda: len(relay.files()) == 2, "the deferred one alone")
+
+    def test_the_refusal_that_makes_a_primary_rejecting_is_nobodys(self) -> None:
+        primary = self.primary().start()
+        relay = self.relay(primary, domain=self.OPTIONS)
+        people = ["u%d@%s" % (number, DOMAIN) for number in range(3)]
+        for script_, replies, left in cases(self, [({}, ["250"] * 3, 0), ({"RCPT": "550 5.1.1 gone"}, ["550", "550", "250"], 2)]):
+            primary.script = script_
+            self.assertEqual([relay.send(recipients=[one])[:3] for one in people], replies)
+            wait(lambda left=left: len(relay.files()) == left, "what was refused to go")
+        relay.logged(": rejecting: 550")
 
     def test_a_primary_that_hangs_or_dies_half_way_costs_the_time_and_no_mail(self) -> None:
         for script_ in cases(self, [{".": HANG}, {"RCPT": HANG}, {"DATA": CUT}, {"greeting": HANG}]):
@@ -13018,7 +13096,7 @@ class ClerksOfRelays(Ledgers):
             os.kill(pid, signal.SIGKILL)
 
     def test_a_disk_that_does_not_answer_does_not_keep_the_relay_from_ending(self) -> None:
-        relay = self.relay(STOP_S=0.2, STOP_DISK_S=0.2, LOCK_WAIT_S=DEADLINE_S)
+        relay = self.relay(STOP_S=2.0, STOP_DISK_S=0.2, LOCK_WAIT_S=DEADLINE_S)
         clerk = self.clerk_of(relay)
         self.addCleanup(self.end_of, clerk)
         with relay.client() as client:
