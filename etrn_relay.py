@@ -323,7 +323,8 @@ ACCEPT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)      #
 SWEEP_S = 1.0                   # how often idle clients are looked for; idle limits are minutes
 NOTIFY_S = 1.0                  # a service manager has so long to take our word that we are ready
 STOP_S = 3.0                    # time given to sessions and deliveries at SIGTERM; contract: stopped within 5 s
-STOP_DISK_S = 1.5               # ... and to the disk after that
+STOP_POLL_S = 0.1
+STOP_DISK_S = 1.0               # ... and after that to a disk that does nothing, and half of it again
 RESERVED_FILES = 64             # descriptors kept from clients for spool, workers, logs and DNS
 DATA_RATE_MIN = 500             # octets a second a client must reach in the long run, as Postfix's smtpd_min_data_rate
 
@@ -2484,6 +2485,7 @@ class Committers:
         self.post = post
         self.on_lost = on_lost
         self.clerk: Optional[Clerk] = None      # that has nothing to do
+        self.lent: Optional[Clerk] = None       # ... or the same, that has
         self.messages: Deque[Tuple[Work, Done]] = collections.deque()
         self.tasks: Deque[Tuple[Work, Done]] = collections.deque()
         self.condition = threading.Condition()
@@ -2531,14 +2533,27 @@ class Committers:
             self.stopping = True
             self.idle = 0
             self.condition.notify_all()
-        done = -1
-        while any(thread.is_alive() for thread in self.threads) and done != self.done:
-            done, end = self.done, time.monotonic() + seconds
-            for thread in self.threads:
-                thread.join(max(0.0, end - time.monotonic()))
+        if not self._join(seconds):
+            if self.lent is not None and self.lent.process:     # or its standstill would outlive us, with the spool's lock
+                with contextlib.suppress(OSError):
+                    os.kill(self.lent.process, signal.SIGKILL)
+            return self._join(seconds / 2)
         if self.clerk is not None:
             self.clerk.end()
-        return not any(thread.is_alive() for thread in self.threads)
+        return True
+
+    def _join(self, seconds: float) -> bool:
+        """False when there is still work to do, and none of it was done for so many seconds."""
+        done, since = self.done, time.monotonic()
+        for thread in self.threads:
+            while thread.is_alive():
+                if done != self.done:
+                    done, since = self.done, time.monotonic()
+                left = since + seconds - time.monotonic()
+                if left <= 0:
+                    return False
+                thread.join(min(left, STOP_POLL_S))
+        return True
 
     def _run(self) -> None:
         while True:
@@ -2601,9 +2616,12 @@ class Committers:
         """The clerk, when it has nothing to do; else the spool itself."""
         with self.condition:
             clerk, self.clerk = self.clerk, None
+            self.lent = clerk or self.lent
         try:
             yield clerk or self.spool
         finally:
+            if clerk is not None:
+                self.lent = None
             if clerk is not None and clerk.process:
                 self.clerk = clerk
             elif clerk is not None:
@@ -6017,6 +6035,8 @@ class Ids:
     def __init__(self) -> None:
         self.last = 0
         self.lock = threading.Lock()
+        # Being made durable, or durable and not admitted yet: the loop hears of it from whoever made it.
+        self.coming: Set[str] = set()
 
     def new(self) -> str:
         with self.lock:
@@ -6200,6 +6220,7 @@ def send_notice(spool: Spool, sidecar: Dict[str, Any], action: str, recipients: 
         full = False
     id = ids.new()
     data = format_notice(cfg.hostname, target, sidecar, reports, original, full, now, secrets.token_hex(12), id)
+    ids.coming.add(id)
     notice = commit_own(spool, id, "notice", target, data, cfg, now)
     who = "sender" if sidecar["sender"] else "postmaster"
     return [notice], ["%s: %s %s: %s" % (sidecar["id"], who, NOTICE_NAMES[action], id)]
@@ -6420,7 +6441,6 @@ class Manager:
         self.loads = 0
         self.load_pause = RETRY_DISK_S  # before another attempt at what could not be read
         self.gone: Set[str] = set()     # removed while the spool was being read
-        self.coming: Set[str] = set()   # being made durable, or so just now: accept() comes next, or nothing is left of it
         self.early: Set[str] = set()    # flushes asked for while it was
         self.load_error = ""
         self.free = spool.free()        # octets, as last asked
@@ -6587,6 +6607,7 @@ class Manager:
 
     def _mail_alert(self, alert: Dict[str, Any]) -> None:
         id, cfg, now = self.ids.new(), self.cfg, self.now.wall
+        self.ids.coming.add(id)
 
         def kept(sidecar: Any) -> None:
             if isinstance(sidecar, Exception):
@@ -6681,7 +6702,7 @@ class Manager:
         for remark in report.remarks:
             self.log.write("qmgr", remark, "warning")
         for queued in report.found:
-            if queued.id not in self.gone and queued.id not in self.coming:
+            if queued.id not in self.gone and queued.id not in self.ids.coming:
                 self._admit(queued)
         if not report.is_last:
             return
@@ -6722,16 +6743,15 @@ class Manager:
     def commit(self, draft: Draft, blocks: List[bytes], sidecar: Dict[str, Any], then: Callable[[Any], None]) -> None:
         """Make a message durable.  `then` is called with None, to accept() it, or with the error."""
         def done(error: Any) -> None:
-            self.coming.discard(draft.id)
+            self.ids.coming.discard(draft.id)
             then(error)
-        self.coming.add(draft.id)
+        self.ids.coming.add(draft.id)
         self.committers.submit(Commit(draft, blocks, sidecar), done)
 
     def accept(self, sidecar: Mapping[str, Any], is_undecided: bool = False) -> None:
         """A message that is on stable storage since a moment ago; `is_undecided`: cut_through() comes next."""
-        if sidecar["id"] in self.gone:
-            return                      # a notice that was read from the spool, delivered and removed meanwhile
         queued = summarize(sidecar)
+        self.ids.coming.discard(queued.id)
         self._admit(queued)
         self.is_dirty = True
         addresses: Dict[str, List[str]] = {}
