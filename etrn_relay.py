@@ -66,8 +66,9 @@ QUEUE
     that time, or three recipients at any time that the primary took before,
     make it rejecting: one message is tried every probe_interval, each in its
     turn, nothing is returned, and what it says of recipients is forgotten,
-    until it takes one, or --flush says that it is itself again.  Then every
-    message has a first 5xx before it; by itself that happens once a day.
+    until it takes one, or --flush says that it is itself again.  What it said
+    of messages before counts no more then; when it heals by itself, only if
+    that was not so within a day.
 
     A route found through MX never leads to this host, to hosts of the same
     preference, or beyond: any number of relays may share one.  When the DNS
@@ -137,9 +138,10 @@ ALERTS
     [alerts] command, webhook and mail are told of: down, a primary has been
     away for `after`; up again; rejecting; expiring, mail has a day left, or half
     its lifetime where that is less; disk, less than twice min_free_space is
-    left; certificate, it expires within 14 days.  The last three come once a day, and stand in the log as warnings.
-    The command finds ETRN_EVENT, ETRN_DOMAIN, ETRN_TEXT, ETRN_HOST, ETRN_TIME
-    and ETRN_WAITING in its environment and the same as JSON on its input.
+    left; certificate, it expires within 14 days.  The last three come once a
+    day, and stand in the log as warnings.  The command finds ETRN_EVENT,
+    ETRN_DOMAIN, ETRN_TEXT, ETRN_HOST, ETRN_TIME and ETRN_WAITING in its
+    environment and the same as JSON on its input.
 
 FILES
     SPOOL/ID.eml, SPOOL/ID.json     a queued message and its sidecar
@@ -323,8 +325,8 @@ ACCEPT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)      #
 SWEEP_S = 1.0                   # how often idle clients are looked for; idle limits are minutes
 NOTIFY_S = 1.0                  # a service manager has so long to take our word that we are ready
 STOP_S = 3.0                    # time given to sessions and deliveries at SIGTERM; contract: stopped within 5 s
-STOP_POLL_S = 0.1
 STOP_DISK_S = 1.0               # ... and after that to a disk that does nothing, and half of it again
+STOP_POLL_S = 0.1               # ... which is looked at so often
 RESERVED_FILES = 64             # descriptors kept from clients for spool, workers, logs and DNS
 DATA_RATE_MIN = 500             # octets a second a client must reach in the long run, as Postfix's smtpd_min_data_rate
 
@@ -3881,7 +3883,7 @@ class Site:
     def on_replaced(self, now: Now) -> None:
         """... and another server, too, of which nothing is known."""
         self.on_moved(now)
-        self.last_heard = -INF
+        self.last_heard, self.size_limit = -INF, 0
         self._forget_row()
         if self.state is Primary.UP:
             self.state, self.since = Primary.UNKNOWN, now.wall
@@ -5161,7 +5163,7 @@ class Client(smtplib.SMTP):
         super().__init__(local_hostname=hostname, timeout=CONNECT_S)
         self.pending = b""
         self.end = 0.0                  # monotonic, of the reply being read
-        self.moved = 0.0                # monotonic, when octets last went either way
+        self.moved = time.monotonic()   # when octets last went either way
         self.ready: Optional[socket.socket] = None
 
     def open(self, hop: Hop, sock: socket.socket, seconds: float = 0.0) -> None:
@@ -5909,8 +5911,7 @@ class Turnaround(Courier):
         super().__init__(spool, plan, post)
         self.customer = hop
         self.unsaid = unsaid
-        self.seen = 0.0                 # the loop's, as the next three: monotonic, its last sign of life
-        self.sites: Tuple[Site, ...] = ()
+        self.sites: Tuple[Site, ...] = ()               # the loop's, as the next two
         self.left: Deque[Site] = collections.deque()
         self.on_over: Callable[[], None] = lambda: None
         self.client.sock = sock         # from now on cut() finds it
@@ -6493,7 +6494,7 @@ class Manager:
         while self.retries and self.retries[0][0] <= now.mono:
             heapq.heappop(self.retries)[2]()
         if self.has_misplaced:
-            self._replace()
+            self._place_anew()
         if not self.is_stopping:
             for courier, site in self.couriers.items():
                 self._feed(courier, site)
@@ -6860,7 +6861,6 @@ class Manager:
         courier = Turnaround(self.spool, self.plan(sites[0]), self.post, hop, sock, unsaid, early)
         courier.sites, courier.left, courier.on_over = tuple(sites), collections.deque(sites[1:]), on_over
         self.couriers[courier] = sites[0]
-        courier.seen = self.now.mono
         for site in sites:
             site.is_collecting = True
             site.last_start = self.now.mono
@@ -6876,7 +6876,7 @@ class Manager:
         Not while it is we who keep it waiting, nor while the fate of a message is in its hands."""
         for courier in self.couriers:
             if (isinstance(courier, Turnaround) and not set(sites).isdisjoint(courier.sites) and not self.is_stalled
-                    and self.now.mono - max(courier.seen, courier.client.moved) > ATRN_SILENT_S
+                    and self.now.mono - courier.client.moved > ATRN_SILENT_S
                     and not any(leg.is_sent for leg in tuple(courier.flight))):
                 courier.cut()
 
@@ -6906,7 +6906,6 @@ class Manager:
         if courier.is_former:
             return
         if isinstance(courier, Turnaround):
-            courier.seen = self.now.mono
             sites = courier.sites
             for one in sites:
                 self._say_up(one, one.state, one.on_came(self.now))
@@ -6952,8 +6951,9 @@ class Manager:
             self.log.bug(report.bug)
         if courier.is_former:
             return
-        site.is_odd = site.is_odd or courier.is_out_of_step
-        site.is_wary = courier.is_in_doubt or (site.is_wary and bool(report.error))
+        for one in courier.sites if isinstance(courier, Turnaround) else (site,):
+            one.is_odd = one.is_odd or courier.is_out_of_step
+            one.is_wary = courier.is_in_doubt or (one.is_wary and bool(report.error))
         if isinstance(courier, Turnaround):
             return self._on_turned(courier, report.error)
         if self.is_stopping:
@@ -7000,8 +7000,6 @@ class Manager:
         self.last_outcome = self.now.mono
         courier = outcome.courier
         site = self.couriers[courier]
-        if isinstance(courier, Turnaround):
-            courier.seen = self.now.mono
         entry = courier.jobs.pop(outcome.job.id)
         site.handed.discard(entry.id)
         is_ours = site.entries.get(entry.id) is entry       # else an operator removed it meanwhile
@@ -7572,13 +7570,12 @@ class Manager:
         self.cfg = self.alerts.cfg = cfg
         changed = self.scheduler.reconfigure(cfg, self.now)
         for site in changed:
-            site.size_limit = 0
             self.memory.forget(site.name)
         self._part(changed, False)
         self.has_misplaced = True       # perhaps
         self.load()
 
-    def _replace(self) -> None:
+    def _place_anew(self) -> None:
         """Mail of our own whose way has changed is read again, and finds its new place; what is being sent, after that."""
         sites = [site for site in self.scheduler.sites.values() if self.scheduler.is_misplaced(site)]
         pairs = [(site, id) for site in sites for id, entry in site.entries.items() if entry.state is not State.DELIVERING]

@@ -5104,6 +5104,14 @@ class Recording(SpoolCase):
             self.assertEqual(self.manager.plan(site).is_wary, is_wary)
         self.settle()
 
+    def test_what_a_customers_connection_taught_holds_for_each_of_its_domains(self) -> None:
+        sites = tuple(self.manager.scheduler.site(name, self.clock.now) for name in ("one.example", "two.example"))
+        courier = mock.Mock(spec=etrn.Turnaround, sites=sites, jobs={}, is_former=False, is_greeted=False, is_out_of_step=True,
+                            is_in_doubt=True, on_over=lambda: None)
+        self.manager.couriers[courier] = sites[1]
+        self.manager.handle(etrn.Finished(courier, "lost connection", None), self.clock.now)
+        self.assertEqual([(site.is_odd, site.is_wary) for site in sites], [(True, True)] * 2)
+
     def test_what_the_reader_of_the_spool_finds_too_early_waits_for_its_own_report(self) -> None:
         for error, left in cases(self, [(None, ["ABCDE0"]), (OSError(5, "Input/output error"), [])]):
             told: List[Any] = []
@@ -5208,11 +5216,10 @@ class Recording(SpoolCase):
     def test_who_collects_is_not_cut_off_while_anything_moves(self) -> None:
         site, _ = self.queue("ABCDE0")
         leg, now = mock.Mock(is_sent=True), self.clock.mono
-        for seen, moved, flight, is_stalled, cuts in cases(self, [
-                (-61, -61, [], False, 1), (-59, -61, [], False, 0), (-61, -59, [], False, 0), (-61, -61, [leg], False, 0),
-                (-61, -61, [mock.Mock(is_sent=False)], False, 1), (-61, -61, [], True, 0)]):
-            courier = mock.Mock(spec=etrn.Turnaround, sites=(site,), seen=now + seen, flight=flight,
-                                client=mock.Mock(moved=now + moved))
+        for moved, flight, is_stalled, cuts in cases(self, [
+                (-61, [], False, 1), (-59, [], False, 0), (-61, [leg], False, 0), (-61, [mock.Mock(is_sent=False)], False, 1),
+                (-61, [], True, 0)]):
+            courier = mock.Mock(spec=etrn.Turnaround, sites=(site,), flight=flight, client=mock.Mock(moved=now + moved))
             self.manager.couriers[courier] = site
             with shorten(UNRECORDED_MAX=0 if is_stalled else 9):
                 self.manager.cut_silent([site])
@@ -6628,8 +6635,7 @@ class Recovery(Folder):
             sim.rcpt = lambda address: "250 ok" if address[:2] == "k0" else "550 5.1.1 half"
 
         def flush(sim: "Simulation") -> None:
-            for answer in itertools.takewhile(bool, etrn.run_command(sim.manager, {"command": "flush", "what": DOMAIN})):
-                del answer
+            next(etrn.run_command(sim.manager, {"command": "flush", "what": DOMAIN}))
             self.assertIs(sim.site.state, etrn.Primary.UP)
 
         def restart(sim: "Simulation") -> None:
@@ -9295,7 +9301,6 @@ class Authenticated(Relays):
         state = opened(local.cfg.spool)
         self.addCleanup(state.close)
         self.assertEqual(state.load_state()["homes"], {name: "192.0.2.8"})
-
 
     def test_a_primary_that_moved_is_not_waited_for_where_it_was(self) -> None:
         class Moved(Primary):
