@@ -41,122 +41,39 @@ USAGE
     out of reach   75 mail is still waiting, or try later   78 configuration
 
 QUEUE
-    A secondary MX takes mail while the primary is away.  Each message is a
-    pair in the spool directory: ID.eml is the message as it will be sent,
-    with our Received field and CRLF line ends; ID.json, its sidecar, holds the
-    envelope, the state of every recipient, the expiry and the SHA-256 of the
-    .eml.  Both are plain files for ls, cat and jq.  A pair copied to the spool
-    of another relay is delivered from there after its next start or SIGHUP;
-    at SIGHUP one that is still being copied is waited for.
+    Each message is a pair of plain files in the spool directory: ID.eml is the message as it
+    will be sent, ID.json its sidecar: envelope, state of every recipient, expiry, SHA-256.
+    A pair copied to another relay's spool is delivered from there after its next start or HUP.
 
-    After the 250 that answers the end of the data, message, envelope and
-    directory entries are on stable storage.  A message leaves the spool only by
-    the primary's own 250, by its sender having been told, or by an
-    operator's command.  Crashes may cause a second copy, never a loss.
+    After the 250 at the end of the data, message, envelope and directory entries are on
+    stable storage.  A message leaves the spool only by the primary's own 250, by its sender
+    having been told, or by an operator's command.  A crash may make a second copy, never a loss.
 
-    While mail waits for a primary that is down, the primary is tried every
-    probe_interval at the longest, and every second at first; when it greets,
-    everything queued for it goes, oldest first.  After an outage one message goes
-    alone; when it is taken, connections are added one by one, up to
-    `connections`, or two for a primary that answers within 3 ms.
+    A primary is unknown, up, down or rejecting.  While it is down and mail waits, it is tried
+    every probe_interval at the longest.  When it greets, everything goes, oldest first: one
+    message alone, then by 2, 4, 8 connections.  For recovery_grace after an outage no 5xx is
+    believed.  Three refused in a row in that time make it rejecting: nothing is returned, and
+    one message is tried every probe_interval, until it takes one or --flush is said.
 
-    A primary is unknown, up, down or rejecting.  For recovery_grace after an
-    outage no 5xx is believed: the message is kept and tried again, and a second
-    5xx so long after the first is final.  Three messages refused in a row in
-    that time, or three recipients at any time that the primary took before,
-    make it rejecting: one message is tried every probe_interval, each in its
-    turn, nothing is returned, and what it says of recipients is forgotten,
-    until it takes one, or --flush says that it is itself again.  What it said
-    of messages before counts no more then; when it heals by itself, only if
-    that was not so within a day.
-
-    A route found through MX never leads to this host, to hosts of the same
-    preference, or beyond: any number of relays may share one.  When the DNS
-    fails, the route that worked last is used for `lifetime`.
-
-ETRN
-    RFC 1985.  `ETRN example.org` probes that domain's primary at once and
-    delivers everything but held mail; `ETRN @example.org` takes in the
-    subdomains.  Mail goes to the domain's own primary and nowhere else,
-    whoever asks.  Each reply is one line, and 251 is never sent, because
-    fetchmail stops at it.  --flush DOMAIN does the same.
-
-    A domain with a username may be asked for by AUTH too: CRAM-MD5, and PLAIN
-    within TLS.  Who authenticated may flush the domains of that username, learns
-    how much waits, and may do nothing else.  Networks in `etrn` are for those
-    who come without: an authenticated client may come from anywhere, unless
-    etrn = none.  With primary = etrn the mail goes to port 25 of the address the
-    last authenticated ETRN came from, for primaries whose address changes.
-
-ODMR
-    RFC 2645, for primaries that nobody can connect to: behind NAT, or where
-    port 25 is blocked.  With primary = atrn mail waits to be collected; nothing is
-    probed.  The customer's server, or fetchmail, connects to a port of
-    odmr_listen, authenticates, and says `ATRN example.org,example.net`, or ATRN
-    for all domains of its username.  After `250 OK now reversing the
-    connection` it is the SMTP server, on the connection it made, and the mail
-    goes to it like to any primary: no canary, for who comes is there.
-        poll backup.example.net service 366 protocol ODMR auth cram-md5
-            username "gw" password "secret" fetchdomains example.org
-            smtphost 127.0.0.1
-    450: not a domain of that username.  451: not now, or somebody is collecting
-    already.  453: no mail.  530: AUTH first, or STARTTLS where the tls option of
-    a domain asks for it.  A domain with another primary may be collected, too.
-
-    Mail that nobody collects expires after its lifetime like any other, but
-    never by a jump of the clock alone, nor in a relay's first three hours.
-
-STATUS PAGE
-    [status] listen = 127.0.0.1:8025 serves, over HTTP and read-only:
-    /             for people: each primary's state, what waits and why, a day and
-                  a week of both as lines, recent events, disk, certificate
-    /metrics      for Prometheus; every name begins with etrn_relay_
-    /status.json  what --status --json prints
-    /healthz      200 "ok", or 503 and the reason: the spool is sick, the disk
-                  is short, the loop is stalled.  A primary that is down is none
-    With [status] token set, all but /healthz ask for it: as
-    `Authorization: Bearer TOKEN`, or as the password of any user name.  There is
-    no TLS here: from elsewhere, go through ssh -L or a web server's proxy.
+ETRN AND ATRN
+    `ETRN example.org` (RFC 1985) probes that domain's primary at once and delivers everything
+    but held mail; `ETRN @example.org` takes in the subdomains.  Mail goes to the domain's own
+    primary, whoever asks; with primary = etrn to where the last authenticated ETRN came from.
+    With primary = atrn it waits to be collected (RFC 2645): the customer's server connects to
+    a port of odmr_listen, authenticates, says ATRN, and is the SMTP server from then on.
 
 SIGNALS
     HUP   read the configuration again, reopen the log, look for copied mail
     USR1  probe every primary and deliver what can be delivered
     TERM, INT   stop within 5 seconds; nothing is lost
-    They are for the relay.  The second process one sees is its clerk, which
-    writes small messages to the spool, ignores them and ends with the relay.
-
-SERVICES
-    --print-unit prints a unit with the paths of this script, of its Python and
-    of the configuration; its first lines say where it belongs.  Under systemd
-    the relay says when it is ready, reloading and stopping, and feeds the
-    watchdog from its loop (sd_notify(3)).  Listening sockets that are passed
-    (LISTEN_FDS, sd_listen_fds(3)) serve as the addresses of `listen` and
-    `odmr_listen` that they have; when they have none of them, all serve SMTP
-    and `listen` is not bound.  So port 25 needs no root.  SIGHUP keeps them.
-
-ALERTS
-    [alerts] command, webhook and mail are told of: down, a primary has been
-    away for `after`; up again; rejecting; expiring, mail has a day left, or half
-    its lifetime where that is less; disk, less than twice min_free_space is
-    left; certificate, it expires within 14 days.  The last three come once a
-    day, and stand in the log as warnings.  The command finds ETRN_EVENT,
-    ETRN_DOMAIN, ETRN_TEXT, ETRN_HOST, ETRN_TIME and ETRN_WAITING in its
-    environment and the same as JSON on its input.
 
 FILES
-    SPOOL/ID.eml, SPOOL/ID.json     a queued message and its sidecar
-    SPOOL/incoming/                 being received; never acknowledged
-    SPOOL/done/                     delivered; emptied files, to be used again
-    SPOOL/corrupt/                  pairs that could not be trusted
-    SPOOL/state.json                what is known of the primaries, and where
-                                    they are (primary = etrn); counters
-    SPOOL/recipients.json           which recipients the primaries take
-    SPOOL/history.json              what the status page draws; a week at most
-    SPOOL/control, SPOOL/lock       how commands reach the running relay
+    SPOOL/incoming/, SPOOL/corrupt/     not acknowledged yet; pairs that could not be trusted
+    SPOOL/state.json, recipients.json, history.json     what was learned
+    SPOOL/control, SPOOL/lock           how commands reach the running relay
 
 LOG LINES
-    Postfix's grammar; one line an event, queue ID or NOQUEUE first.  These are
-    the kinds that tell what became of mail and of primaries:
+    Postfix's grammar; one line an event, queue ID or NOQUEUE first:
     smtpd: ID: client=NAME[ADDRESS]
     qmgr: ID: from=<ADDRESS>, size=N, nrcpt=N (queue active)
     smtp: ID: to=<ADDRESS>, relay=HOST[ADDRESS]:PORT, delay=S, delays=A/B/C/D,
@@ -164,51 +81,14 @@ LOG LINES
     qmgr: ID: removed
     bounce: ID: sender non-delivery notification: NEW-ID
     smtpd: NOQUEUE: reject: RCPT from NAME[ADDRESS]: REPLY; from=<> to=<> ...
-          (also CONNECT, PREGREET, MAIL, END-OF-MESSAGE, STARTTLS, GET ...)
-    smtpd: timeout after STAGE from NAME[ADDRESS]
-    smtpd: too many errors after STAGE from NAME[ADDRESS]
-    smtpd: TLS handshake failed from NAME[ADDRESS]: WHY
-    smtpd: warning: NAME[ADDRESS]: SASL MECHANISM authentication failed: ...
-    smtpd: NAME[ADDRESS]: sasl_method=MECHANISM, sasl_username=NAME
     flush: etrn: site=DOMAIN, client=NAME[ADDRESS], messages=N, reply=CODE
-    flush: atrn: site=DOMAIN,..., client=NAME[ADDRESS], messages=N, reply=CODE
-    primary: DOMAIN: at ADDRESS since an authenticated ETRN
-    flush: command: site=DOMAIN, messages=N
-    qmgr: ID|DOMAIN|all: held|released by command, N messages
-    qmgr: ID: deleted|bounced by command
-    primary: DOMAIN: up, N messages waiting
-    primary: DOMAIN: up after 2h14m, 1841 messages waiting
-    primary: DOMAIN: down: WHY, N messages waiting
-    primary: warning: DOMAIN: rejecting: REPLY, N messages waiting
-    primary: DOMAIN: up after rejecting for 10m, N messages waiting
-    http: refused: GET PATH from NAME[ADDRESS]: 401 wrong token
-    master: started: ..., configuration reread, stopping, stopped, and what is
-          wrong with the machine.  `warning: ` or `error: ` comes before the text
-          of whatever is.
-    `log = syslog` has the same lines, tagged etrn_relay/SERVICE[PID], in the
-    mail facility.  Other programs read them:
-        pflogsumm --syslog-name etrn_relay FILE
-        fail2ban-regex FILE 'postfix[_daemon=etrn_relay/smtpd]'
-    (pflogsumm spoils the underscore of --syslog-name=etrn_relay.)
-
-EXIT STATUS
-    0 done; 1 something asked about is missing; 64 usage; 69 the relay or the
-    primary cannot be reached; 75 temporary: mail is still waiting, the primary
-    answers a --probe but would not take mail now, another relay holds the spool,
-    or another program an address to listen on; 78 configuration.
-
-BUGS
-    A disk that says "written" before it is cannot be noticed.  A message whose
-    connection to the primary broke between the end of its data and the answer
-    arrives twice if it was taken: one for each connection, and up to 16 with
-    CHUNKING, where whole messages are sent ahead of the answers.  When the relay is
-    killed, what the primary has taken and the disk has not recorded goes again.
-    Mail that came while the clock was wrong has its true age until a restart.
+    primary: DOMAIN: up after 2h14m|down: WHY|rejecting: REPLY, N messages waiting
+    master: started, reread, stopping, and what is wrong with the machine
 
 CONTENTS
-    1 MANUAL  2 LIMITS  3 GRAMMAR  4 CONFIG  5 LOG  6 SPOOL  7 SESSION
-    8 SCHEDULE  9 DNS  10 DSN  11 DELIVERY  12 QUEUE  13 CONTROL  14 STATUS
-    15 SERVER  16 MAIN.  Search for "== 6" and you are at the spool.
+    1 MANUAL  2 LIMITS  3 GRAMMAR  4 CONFIG  5 LOG  6 LOOP  7 SPOOL  8 SESSION  9 SCHEDULE
+    10 DNS  11 DSN  12 DELIVERY  13 QUEUE  14 CONTROL  15 STATUS  16 SERVER  17 MAIN.
+    Search for "== 7" and you are at the spool.
 """
 # == 1. MANUAL =================================================================
 # The text above.  `--help` prints its first part, up to QUEUE.
@@ -217,8 +97,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import bisect
-import calendar
 import collections
 import configparser
 import contextlib
@@ -233,12 +111,11 @@ import gc
 import hashlib
 import heapq
 import hmac
-import io
+import html
+import http.client
 import ipaddress
 import itertools
 import json
-import marshal
-import operator
 import os
 import pwd
 import queue
@@ -246,14 +123,12 @@ import random
 import re
 import resource
 import secrets
-import select
 import selectors
 import shlex
 import shutil
 import signal
 import smtplib
 import socket
-import socketserver
 import stat
 import struct
 import subprocess
@@ -264,10 +139,10 @@ import threading
 import time
 import traceback
 import urllib.request
-from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, MutableMapping, NamedTuple,
-                    Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
+                    MutableMapping, NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
-try:                            # slim routers leave some modules out; what needs them is refused there, the rest works
+try:                            # slim routers leave some modules out: only what needs them is refused there
     import syslog
 except ImportError:
     syslog = None               # type: ignore[assignment]
@@ -276,225 +151,161 @@ try:
 except ImportError:
     ssl = None                  # type: ignore[assignment]
 try:
-    import http.server
+    import unicodedata
 except ImportError:
-    http = None                 # type: ignore[assignment]
+    unicodedata = None          # type: ignore[assignment]
 try:
     import ctypes
 except (ImportError, MemoryError):      # the latter where no memory may be made executable
     ctypes = None               # type: ignore[assignment]
 
-__version__ = "0.1"
-
+__version__ = "0.2-dev"
 # == 2. LIMITS =================================================================
 # Every number that is not an option, with its unit and its reason.
 
+Time = float                    # seconds since the epoch
+INF = float("inf")
+EX_OK, EX_MISSING, EX_USAGE, EX_UNAVAILABLE, EX_TEMPFAIL, EX_CONFIG = 0, 1, 64, 69, 75, 78
+
 # -- what a client may send
-COMMAND_MAX = 2048              # octets with line end; RFC 5321 4.5.3.1.4 wants 512, long paths and parameters need more
-LOCAL_MAX = 64                  # octets, RFC 5321 4.5.3.1.1
-DOMAIN_MAX = 253                # octets of a name as text; RFC 5321 4.5.3.1.2 says 255 with the dots DNS counts
-PATH_MAX = 256                  # octets with the angle brackets, RFC 5321 4.5.3.1.3
-ERRORS_MAX = 10                 # protocol errors in a session; the next one is answered 421
-HOPS_MAX = 100                  # Received fields, RFC 5321 6.3: "SHOULD use a large rejection threshold, normally at least 100"
-OWN_HOPS_MAX = 3                # our own name in them: mail that comes back is in a loop long before a hundred hops
+COMMAND_MAX = 2048              # octets with line end; RFC 5321 4.5.3.1.4 wants 512, long paths need more
+DOMAIN_MAX = 253                # octets of a name as text; RFC 5321 4.5.3.1.2: 255 with what DNS adds
+ERRORS_MAX, JUNK_COMMANDS_MAX = 10, 100         # protocol errors, and idle commands a message; contract 4
+MAILBOX_LINES_MAX = 20          # mbox lines at the front of a message that become fields
+HOPS_MAX, OWN_HOPS_MAX = 100, 3         # Received fields, RFC 5321 6.3; those of ours show a loop sooner
 HEADER_FIELD_KEPT = 2000        # octets of one field looked at; `by` stands near its front
-HEADER_SCAN_MAX = 262144        # octets of header searched for Received fields; hops are added at the top
-ENVID_MAX = 100                 # octets, RFC 3461 4.4
-ORCPT_MAX = 500                 # octets, RFC 3461 4.2
-LOGIN_MAX = 255                 # octets of a name or a password, RFC 4616 2
-LOGINS_FAILED_MAX = 3           # failed AUTHs in a session; with the last one it ends
-OVERSIZE_FACTOR = 2             # a client that sends more than this times the limit is cut off, not read to the end
+HEADER_SCAN_MAX = 262144        # octets of header looked through; what we look for is at the top
+ENVID_MAX, ORCPT_MAX = 100, 500         # octets, RFC 3461 4.4 and 4.2
+LOGIN_MAX, LOGINS_FAILED_MAX = 255, 3   # octets, RFC 4616 2; with the last failed AUTH the session ends
+OVERSIZE_FACTOR = 2             # who sends more than this times the limit is cut off, not read to the end
 
 # -- the loop
-RECEIVE_OCTETS = 65536          # read from one client at a time, so that no client holds the others up
-COMMAND_OCTETS = 4096           # ... while it sends commands: some hundreds of them, a few milliseconds' work
-OUTPUT_MAX = 65536              # octets of replies a client may leave unread before we stop reading from it
-SPILL_OCTETS = 131072           # of a body in memory before it is handed to a committer
-UNWRITTEN_MAX = 524288          # octets of one body in memory, then the client waits for the disk
-UNWRITTEN_TOTAL = 33554432      # ... and of all bodies: many clients have smaller shares, so that a small machine lives
-UNWRITTEN_LEAST = 16384         # ... but no smaller than this
+THREADS_MAX = 64                # for dials, names, alerts: what waits for others
+RECEIVE_OCTETS = 65536          # read from one peer at a time, so that none holds the others up
+OUTPUT_MAX = 65536              # octets of replies left unread before we stop reading from a client
+SPILL_OCTETS = 131072           # of a body in memory before they are given to the spool
+UNWRITTEN_MAX, UNWRITTEN_TOTAL = 524288, 33554432       # octets of one body, of all; then clients wait
+UNWRITTEN_LEAST = 16384         # of one body when many clients share the total
 LISTEN_BACKLOG = 512            # connections the kernel may keep for us between two turns
 HANDSHAKE_S = 30.0              # for a client's side of a TLS handshake
-LOGIN_FAILED_S = 1.0            # a failed AUTH is answered so late; guessing gets slow, a typing error costs nothing
+LOGIN_FAILED_S = 1.0            # a failed AUTH is answered so late: guessing gets slow
 LINGER_S = 2.0                  # for a client to read our last reply before the connection is reset
-STRESS_SHARE = 0.8              # of max_connections in use ...
-STRESS_TIMEOUT_S = 10.0         # ... and idle clients are given so long; Postfix's stress mode
-COMMAND_POLL_S = 0.1            # a waiting command looks again so often
-ACCEPTS_PER_TURN = 64           # new connections taken before those already open are looked at again
-ACCEPT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)      # after these the client is still waiting
-SWEEP_S = 1.0                   # how often idle clients are looked for; idle limits are minutes
+STRESS_SHARE, STRESS_TIMEOUT_S = 0.8, 10.0      # of max_connections; idle clients then have so long
+COMMAND_POLL_S, STOP_POLL_S, LOCK_POLL_S, DEMO_POLL_S = 0.1, 0.1, 0.05, 0.05    # between two looks
+ACCEPTS_PER_TURN = 64           # new connections taken before those open are looked at again
+ACCEPT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)   # then the client still waits
+SWEEP_S = 1.0                   # how often deadlines are looked at; they are seconds to minutes
 NOTIFY_S = 1.0                  # a service manager has so long to take our word that we are ready
-STOP_S = 3.0                    # time given to sessions and deliveries at SIGTERM; contract: stopped within 5 s
-STOP_DISK_S = 1.0               # ... and after that to a disk that does nothing, and half of it again
-STOP_POLL_S = 0.1               # ... which is looked at so often
-RESERVED_FILES = 64             # descriptors kept from clients for spool, workers, logs and DNS
-DATA_RATE_MIN = 500             # octets a second a client must reach in the long run, as Postfix's smtpd_min_data_rate
+STOP_S, STOP_DISK_S = 3.0, 1.0          # at SIGTERM, for peers and then the disk; contract 1: within 5 s
+RESERVED_FILES = 64             # descriptors kept from clients for spool, threads, logs and DNS
+DATA_RATE_MIN = 500             # octets a second in the long run, as Postfix's smtpd_min_data_rate
+NAME_WAIT_S, NAME_KEPT_S = 1.0, 300.0   # a client's PTR name is waited for and kept, contract 5
+NAMES_AT_ONCE, NAMES_MAX = 10, 5000     # questions for names under way, and names kept
 
 # -- the spool
-COMMITTERS_MAX = 48             # batches under way at once where an fsync takes tens of milliseconds and must overlap
-FAST_FSYNC_S = 0.0005           # one batch more for each such time that an fsync takes
-SPARES_MAX = 8192               # empty files kept for the next messages; a big outage makes and frees no more than it needs
-CLERK_OCTETS = 65536            # of a body that is handed to the clerk; a larger one is not worth the copy
-LOCK_WAIT_S = 5.0               # for the clerk of a relay that was killed to end ...
-LOCK_POLL_S = 0.01              # ... which takes it a moment
-BATCH_MAX = 64                  # messages a committer makes durable together
-BLOCK_OCTETS = 262144           # read or written at once where a file does not fit in memory
-ORPHAN_S = 3600.0               # a lone .eml younger than this may be half of a pair being copied
-COPY_S = 5.0                    # a pair that makes no sense is left alone until it has not changed for so long
-RETRY_READ_S = 300.0            # longest pause between attempts to read what the disk does not give
-TIME_MAX = 253402300800.0       # seconds; dates of the year 10000 cannot be written (RFC 5322 3.3)
-RETRY_DISK_S = 5.0              # between attempts to record what a full or failing disk did not take
-PEEK_OCTETS = 16384             # most sidecars are far smaller
-SIDECAR_MAX = 8 << 20           # octets; a thousand recipients with long answers are far below
-STATE_MAX = 256 << 20           # octets; RECIPIENTS_MAX of the longest addresses are a tenth of it
+BATCH_MAX = 64                  # messages made durable together
+BESIDE_MAX, FAST_FSYNC_S = 64, 0.0005   # fsyncs beside each other where one takes longer than this
+BLOCK_OCTETS, READ_OCTETS = 262144, 4194304     # read at once of a file, and ahead for a destination
+LOCK_WAIT_S = 30.0              # a relay waits so long for a command that holds the spool
+ORPHAN_S, COPY_S = 3600.0, 5.0          # a lone half, or a pair that makes no sense, may be being copied
+SIDECAR_MAX = STATE_MAX = 256 << 20     # octets; far more than max_recipients and RECIPIENTS_MAX can fill
+TIME_MAX = 253402300800.0       # dates of the year 10000 cannot be written, RFC 5322 3.3
+RETRY_DISK_S, RETRY_READ_S = 5.0, 300.0         # after a failed write; the longest after a failed read
 FLUSH_LOOK_S = 1.0              # a --flush that waits looks so often for what was held meanwhile
-END_BATCH = 500                 # messages a command deletes or returns in one turn of the loop
-LOAD_BATCH = 200                # messages handed from the loader to the loop at a time
-STATE_SAVE_S = 60.0             # counters and primaries are saved so often when they changed
+LOAD_BATCH, END_BATCH, LIST_BATCH = 200, 500, 1000      # messages loaded, ended or listed in one go
+STATE_SAVE_S, HISTORY_SAVE_S = 60.0, 3600.0     # changes are saved no more often: flash wears out
 SPACE_CHECK_S = 1.0             # free space is asked of the file system at most so often
 
 # -- towards the primary
-SMTP_PORT = 25                  # of hosts found through MX, RFC 5321 4.5.4.2
-ODMR_PORT = 366                 # of on-demand mail relay, RFC 2645 5
-CONNECT_S = 30.0                # contract 5, and the four below; RFC 5321 4.5.3.2 asks no less than 2 min for DATA,
-COMMAND_S = 300.0               # 5 min for commands
-DATA_S = 120.0
-BLOCK_S = 180.0
+SMTP_PORT, SMTPS_PORT, ODMR_PORT = 25, 465, 366         # RFC 5321 4.5.4.2, RFC 8314 7.3, RFC 2645 5
+CONNECT_S, COMMAND_S, DATA_S, BLOCK_S = 30.0, 300.0, 120.0, 180.0       # contract 5; RFC 5321 4.5.3.2
 END_OF_DATA_S = 600.0           # short waits here make duplicates, RFC 1047
-XCLIENT_VALUE_MAX = 255         # characters of a client's HELO; Postfix takes lines of 512 with all attributes
-QUIT_S = 2.0                    # for the answer to QUIT, which says nothing any more
-REPLY_LINES_MAX = 100           # of one reply; an EHLO answer has about a dozen
-REPLY_OCTETS_MAX = 65536
+LATE_S = 10.0                   # an answer is late then, and others go by another connection
+KEEPALIVE = (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3),
+             ("TCP_USER_TIMEOUT", 50000))       # s, s, a count, ms: a dead peer shows within a minute
+XCLIENT_VALUE_MAX = 255         # characters of a client's HELO; Postfix takes lines of 512
+REPLY_LINES_MAX, REPLY_OCTETS_MAX = 100, 65536  # of one reply; an EHLO answer has about a dozen lines
 RCPTS_PER_TRANSACTION = 100     # what every server must take, RFC 5321 4.5.3.1.8
-JOBS_PER_CONNECTION = 32        # messages handed to a connection at a time, so that others get their share
-JOBS_REFILL = 24                # a connection with so few left gets more: more than may be in flight, so that it never runs dry
-JOBS_LOW = 8                    # ... and with so few not begun it wakes the loop for them
-GATHER_S = 0.02                 # while messages are taken in a row the loop looks so often, and is not woken for each ...
-GATHERING_S = 1.0               # ... until so long after the last
-UNRECORDED_MAX = 200            # outcomes that the disk has not taken; then no more is given out, so that a kill repeats little
-CHUNK_MESSAGES = 16             # whole messages in flight on a connection with CHUNKING; when it breaks all of them are in doubt
-CHUNK_OCTETS = 262144           # ... and no further one is sent behind so many octets
-CHUNK_RECIPIENTS = 200          # ... nor behind so many recipients, whose replies nobody reads meanwhile: RFC 2920 3.1
+CHUNK_MESSAGES = 16             # whole messages in flight with CHUNKING; a break leaves all in doubt
+CHUNK_OCTETS, CHUNK_REPLIES = 262144, 250       # no further one behind so much unread, RFC 2920 3.1
 IDLE_CONNECTION_S = 2.0         # a connection waits so long for another message before QUIT
-PROBE_FIRST_S = 1.0             # pause after the first failures; doubles to probe_interval ...
-QUICK_PROBES = 60               # ... each time after so many: a minute at 1 s, two at 2 s, four at 4 s; most outages are reboots
+FETCH_MOST, FETCH_LOW = 32, 16  # messages read ahead, and when the next are
+UNRECORDED_MAX = 256            # messages sent and not yet removed; then no more are given out
+HANGING_MAX = 2                 # dials or late connections to a primary that is not up; contract 5
+LATE_MAX = 10                   # late connections to one that is up; then none is opened unasked
+DIALS_MAX, DIALS_RESERVED = 50, 15      # threads, and those of them for primaries not known to be down
+OUTBOUND_MAX = 200              # connections to all primaries together
+PROBE_FIRST_S = 1.0             # first pause between tries of a primary that is away
 TRIGGER_S = 1.0                 # a flood of ETRNs costs one probe a second
-QUICK_PACE_S = 0.003            # a primary that answers each message within so long gets no more ...
-QUICK_CONNECTIONS = 2           # ... than so many connections: further threads would only wait for each other
-SLOW_PACE_S = 0.1               # longer waits count as this
-MESSAGES_PER_CONNECTION = 20    # so many waiting messages justify one connection more to such a primary
 NOTICE_CONNECTIONS = 2          # to a smarthost or a sender's server
-NOTICE_LIFETIME_S = 432000.0    # 5 days at least, as Postfix keeps bounces, however short `lifetime` is
+NOTICE_LIFETIME_S = 432000.0    # 5 days at least, as Postfix keeps bounces
 NOTICE_PROBE_S = 300.0          # longest pause between attempts to reach one of those
+SIZE_LEAST = 65536              # a smaller SIZE of a primary is nonsense, RFC 5321 4.5.3.1.7
+RECEIVED_OCTETS = 1024          # our Received field, which counts for the primary's SIZE
+OUT_OF_STEP = (500, 502, 503, 504)      # no word about a message, contract 5
+NO_SUCH_USER = ("5.1.1", "5.1.2", "5.1.3", "5.1.6", "5.1.10")   # statuses about a recipient, contract 5
 VERDICTS = 20                   # the last answers looked at: mostly 4xx halves the connections
-ALERT_S = 30.0                  # for an alert's command or web hook
-ALERT_EXPIRY_S = 86400.0        # so long before mail expires its operator is told
-REFUSED_ROW = 3                 # messages refused in a row that make a returned primary `rejecting`; contract 5
-CANARIES_DEFERRED = 3           # 4xx to so many canaries in a row is greylisting: the rest goes by one connection
-ATRN_SILENT_S = 60.0            # who collects is taken for gone when silent for so long and somebody else comes
-PART_S = 5.0                    # for answers of a primary that asked for its mail from elsewhere meanwhile
-PARDON_S = 86400.0              # so often a primary that ceases to be `rejecting` by itself begins anew
-EARLY_PAUSES_S = (60.0, 300.0)  # after the first and the second 4xx or kept 5xx of a returned primary
-STAGGER_S = 0.25                # before a host's next address is tried beside one that does not answer, RFC 8305 5
-HOST_STAGGER_S = 4.0            # ... and before the next host is, which may be far away but is there
-ATTEMPTS_MIN = 3                # failed attempts that must stand behind an expiry; a jump of the clock is none
-UNCOLLECTED_S = 10800.0         # ... or, where nothing can be tried, so long a time in which nobody came for the mail
-CLOCK_JUMP_S = 60.0             # wall and monotonic clock drifting apart by more at once is a jump
-
-CUT_THROUGH_S = 30.0            # a client waits so long at most for the primary's own verdict; contract 5
-CALL_AHEAD_S = 5.0              # a client waits so long at most for the primary's word on a recipient
-INQUIRERS_MAX = 4               # connections for such questions to one primary
-LINES_MAX = 100                 # connections to all primaries together, each a thread; and as many for questions
-LINES_RESERVED = 25             # of these, for the first connection to a primary that is not known to be down
-NOTICE_LINES_MAX = 20           # of these, to senders' servers, which are many, far and often dead
-QUESTIONS_PER_INQUIRER = 4      # so many unanswered ones justify another connection
-INQUIRER_IDLE_S = 10.0          # such a connection waits so long for another question
-GOOD_S = 31 * 86400.0           # a recipient the primary took is known so long; contract 5
-BAD_S = 3 * 86400.0
+REFUSED_ROW = 3                 # refused in a row, and a returned primary is `rejecting`; contract 5
+CANARIES_DEFERRED = 3           # 4xx to so many canaries is greylisting: the rest goes all the same
+EARLY_PAUSES_S = (60.0, 300.0)  # after the first two 4xx or kept 5xx of a returned primary
+ATRN_SILENT_S = 60.0            # who collects is taken for gone when silent so long and another comes
+PART_S = 5.0                    # for answers of a primary that has moved meanwhile
+STAGGER_S, HOST_STAGGER_S = 0.25, 4.0   # before the next address or host is tried too, RFC 8305 5
+ATTEMPTS_MIN, UNCOLLECTED_S = 3, 10800.0        # failed attempts, or a wait, behind each expiry
+CLOCK_JUMP_S = 60.0             # wall and monotonic clock apart by more at once is a jump
+ALERT_S, ALERT_EXPIRY_S = 30.0, 86400.0         # for a command or web hook; so long before mail expires
+CUT_THROUGH_S, CALL_AHEAD_S = 30.0, 5.0         # a client waits for a verdict, or a recipient; contract 5
+GOOD_S, BAD_S = 31 * 86400.0, 3 * 86400.0       # a recipient is known so long; contract 5
+BAD_ROW = 5                     # refused in a row with no good one known are doubted; contract 5
 ACCEPT_ALL_S = 86400.0          # a primary that takes any local part is not asked for a day
-SLACK_S = 86400.0               # so far may the clock be set back, and what was learnt before still holds
-RECIPIENTS_MAX = 50000          # remembered; when there are more, the bad and the oldest go first
+SLACK_S = 86400.0               # the clock may be set back so far, and what was learnt still holds
+RECIPIENTS_MAX, GREYLIST_MAX = 50000, 50000     # remembered; the bad and the oldest go first
 KNOWN_UP_S = 60.0               # word from the primary within so long means that it is up
-PERSISTENCE_S = 300.0           # while_up = defer: the third try so long after the first is taken
-PERSISTENCE_TRIES = 3
-PERSISTENCE_MAX = 50000         # clients, senders and recipients remembered for that, a day long
-FILE_CHECK_S = 1.0              # how often a file of recipients is looked at for changes
+GREYLIST_TRIES, GREYLIST_WAIT_S, GREYLIST_S = 3, 300.0, 86400.0     # the third after 5 minutes, within a day
 
 # -- names
-DNS_TRY_S = 3.0                 # for one answer from one server, then the next server is asked
-DNS_TOTAL_S = 20.0              # for one question
-DNS_UDP_MAX = 1232              # octets in EDNS; fits in an unfragmented IPv6 packet
-DNS_CNAMES_MAX = 10
-DNS_RECORDS_MAX = 100           # looked at in one answer
+DNS_TRY_S, DNS_TOTAL_S = 3.0, 20.0      # for one answer from one server, and for a question with its aliases
+DNS_CNAMES_MAX, DNS_RECORDS_MAX = 10, 100       # aliases followed, and records looked at in one answer
 ROUTE_HOSTS_MAX = 20            # addresses tried for one primary
 
-# -- --probe and --check
-PROBE_ROUTE_S = 12.0            # for all questions to the DNS; with the next, a probe takes half a minute at most
-PROBE_HOSTS_S = 16.0            # for all hosts, which are asked beside each other
-PROBE_REPLY_S = 10.0            # for one connection or reply
-CHECK_S = 25.0                  # for all of --check
-CHECK_THREADS = 16              # so many domains are looked at beside each other
-
 # -- the status page
-PAGE_CONNECTIONS = 32           # at once, each a thread; more are closed unheard
-PAGE_CONNECTIONS_PER_CLIENT = 16    # of one address, so that a stuck browser leaves room for the monitoring
-PAGE_PACE_S = 0.01              # between two that are taken: a flood must not take the processor from the mail
-PAGE_REQUEST_MAX = 16384        # octets of a request with its header; browsers send under 2,000
-PAGE_TOTAL_S = 10.0             # for a whole request and its answer, however slowly either goes
-PAGE_FRESH_S = 1.0              # the loop is asked for new values at most so often
-PAGE_STALL_S = 5.0              # a loop that does not answer within is called stalled
-PAGE_REFRESH_S = 15             # how often the page reloads itself
+PAGE_CONNECTIONS = 32           # at once; who comes then waits in the backlog
+PAGE_REQUEST_MAX = 16384        # octets of a request; browsers send under 2,000
+PAGE_TOTAL_S = 10.0             # for a whole request and its answer
+PAGE_FRESH_S, PAGE_REFRESH_S = 0.2, 15  # an answer serves all who ask so long; the page reloads itself
 PAGE_DOMAINS_MAX = 100          # shown with all there is; those in trouble come first
-CERTIFICATE_WARNING_S = 14 * 86400.0    # before a certificate ends; who renews by machine does so a month before
-HISTORY_BUCKET_S = 300.0        # the queue's depth is kept as the peak of each 5 minutes, for a day ...
-HISTORY_COARSE_S = 3600.0       # ... and of each hour, for a week
-HISTORY_STATES_MAX = 500        # changes of one primary's state kept
-HISTORY_SITES_MAX = 100         # domains whose history is kept; subdomains of a wildcard come and go
-HISTORY_SAVE_S = 900.0          # a changed history is written at most so often: flash wears out
-EVENTS_MAX = 20                 # kept of each service
-EVENT_TEXT_MAX = 240            # characters kept of one
-# Upper bounds in seconds: what a client waits for a flushed disk or a cut-through, and what mail waits for a primary
-ACCEPTANCE_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-QUEUE_BOUNDS = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0, 86400.0, 172800.0, 345600.0, 604800.0)
+CERTIFICATE_WARNING_S = 14 * 86400.0    # before it ends; who renews by machine does so a month before
+HISTORY_HOURS, HISTORY_DOMAINS_MAX = 168, 100   # for the chart: a week, of so many domains
 
-# -- texts
+# -- texts and the command line
 LOG_TEXT_MAX = 500              # characters of foreign text in one log line
-RESPONSE_MAX = 400              # characters kept of a reply
-REPLY_PART_MAX = 120            # characters of it within a reply of ours; RFC 5321 4.5.3.1.5 gives a line 512 octets
-LINE_MAX = 990                  # octets of a line in what is returned; RFC 5322 2.1.1 allows 998
-FOLD_WIDTH = 77                 # characters of a field of ours in a notice, RFC 5322 2.1.1
-NOTICE_FULL_MAX = 1 << 20       # octets; a larger original is returned as headers even when RET=FULL
-
-Time = float                    # seconds since the epoch
-EX_OK, EX_MISSING, EX_USAGE, EX_UNAVAILABLE, EX_TEMPFAIL, EX_CONFIG = 0, 1, 64, 69, 75, 78
-
-
+NOTABLE_MAX = 40                # log lines kept for the page, half as many of each service at most
+RESPONSE_MAX, REPLY_PART_MAX = 400, 120         # characters kept of a reply, and shown in one of ours
+LINE_MAX, FIELD_MAX = 990, 900  # octets of a line of ours, RFC 5322 2.1.1, and of a value in a notice
+FOLD_WIDTH = 72                 # characters of a line of ours in a notice; RFC 5322 2.1.1: at most 78
+NOTICE_FULL_MAX = 1 << 20       # octets; a larger original is returned as headers
+PROBE_ROUTE_S, PROBE_HOSTS_S = 12.0, 16.0       # --probe: for the DNS, and for all hosts side by side
+PROBE_REPLY_S, CHECK_S = 10.0, 25.0     # for one reply, and for all that --check asks of others
+DEMO_WAIT_S = 8.0               # for each step; the whole demonstration takes under 20 seconds
 # == 3. GRAMMAR ================================================================
-# Paths, domains, address literals, parameters, replies: one function a production.
-# Pure.  Everything sent on is built from what these functions return, so
-# what was judged is what is sent.
+# Replies, domains, addresses, parameters, and how numbers and foreign text are shown.  Pure; uses
+# 2 LIMITS.  All that is sent on is built of what these functions return: it is what was judged.
 
 class Reply(NamedTuple):
-    """An SMTP reply.  `text` may have several lines; `status` is the enhanced
-    code of RFC 3463 or empty."""
+    """`text` may have several lines; `status` is the enhanced code of RFC 3463 or empty."""
     code: int
     status: str
     text: str
 
+    @functools.lru_cache(maxsize=256)       # the same few are said again and again
     def wire(self) -> bytes:
-        return format_reply(self)
+        status, lines = self.status and self.status + " ", self.text.split("\n")
+        marks = "-" * (len(lines) - 1) + " "            # RFC 5321 4.2.1
+        return "".join("%d%s%s%s\r\n" % (self.code, mark, status, line)
+                       for mark, line in zip(marks, lines)).encode("utf-8", "replace")
 
     def __str__(self) -> str:
         return " ".join(filter(None, (str(self.code), self.status, self.text.replace("\n", " "))))
-
-
-@functools.lru_cache(maxsize=256)           # the same few are said again and again
-def format_reply(reply: Reply) -> bytes:
-    status = reply.status + " " if reply.status else ""
-    lines = reply.text.split("\n")
-    out = ["%d-%s%s\r\n" % (reply.code, status, line) for line in lines[:-1]]
-    out.append("%d %s%s\r\n" % (reply.code, status, lines[-1]))
-    return "".join(out).encode("utf-8", "replace")
 
 
 class Refuse(Exception):
@@ -505,100 +316,101 @@ class Refuse(Exception):
         self.reply = Reply(code, status, text)
 
 
-CONTROLS = re.compile(rb"[\x00-\x1f\x7f]")
+CONTROLS = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")     # TAB is not one of them: it counts as a blank
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
-_ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u0080-\U0010ffff]+"
+DEVIATING = re.compile("[\u00df\u1e9e\u03c2\u200c\u200d]")      # sharp s, final sigma, joiners: RFC 5894 7.2
+_DOTTED = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.\-\u0080-\U0010ffff]+"     # dots anywhere, RFC 5321 or not
 _QUOTED = r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"'
-_PATH = re.compile(r"<(?P<route>@[^\s<>:,]+(?:,@[^\s<>:,]+)*:)?(?:(?P<local>%s(?:\.%s)*|%s)"
-                   r"@(?P<domain>\[[^\[\]<>\s]*\]|[^\s<>@\[\]]+)|(?P<bare>%s(?:\.%s)*)?)>"
-                   % (_ATEXT, _ATEXT, _QUOTED, _ATEXT, _ATEXT))
+_DOMAIN = r"(?P<domain>\[[^\[\]<>\s]*\]|[^\s<>@\[\]]+)"
+_PATH = re.compile(r"<(?P<route>@[^\s<>:,]+(?:,@[^\s<>:,]+)*:)?(?:(?P<local>%s|%s)@%s|(?P<bare>%s)?)>"
+                   % (_DOTTED, _QUOTED, _DOMAIN, _DOTTED))
+_PLAIN = re.compile(r"(?P<route>)(?:(?P<local>%s)@%s|(?P<bare>(?i:postmaster)))" % (_DOTTED, _DOMAIN))
 _PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f]+))?")
-_XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")
+_XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-Fa-f]{2})*")
 
 
 @functools.lru_cache(maxsize=4096)
 def parse_domain(text: str) -> str:
-    """A domain name as lower-case A-labels, without a final dot (RFC 5321
-    4.1.2, RFC 5890).  Raises ValueError.  Underscores pass: some senders have
-    them, and no served name is reached by one."""
-    if not text.isascii():
-        try:
-            text = text.encode("idna").decode("ascii")
-        except (UnicodeError, LookupError):
-            raise ValueError("not a domain name") from None
-    name = text.lower()
-    if not name or len(name) > DOMAIN_MAX:
+    """Lower-case A-labels; one final dot is dropped (RFC 5321 4.1.2, RFC 5890).
+    Raises ValueError.  Underscores pass: some senders have them."""
+    text = text[:-1] if text[-1:] == "." else text
+    try:
+        labels = [label.lower() if label.isascii() else _encode_label(label) for label in text.split(".")]
+    except LookupError:                     # where Python came without its tables
+        labels = [""]
+    name = ".".join(labels)
+    if len(name) > DOMAIN_MAX or labels[-1].isdigit() or not all(map(_LABEL.fullmatch, labels)):
         raise ValueError("not a domain name")
-    labels = name.split(".")
-    if not all(_LABEL.fullmatch(label) for label in labels) or labels[-1].isdigit():
-        raise ValueError("not a domain name")
-    for label in labels:
-        if label.startswith("xn--"):
-            try:
-                label.encode("ascii").decode("idna")
-            except (UnicodeError, LookupError):
-                raise ValueError("not a domain name") from None
     return name
 
 
+def _encode_label(label: str) -> str:
+    """The A-label of a U-label.  The codec knows IDNA 2003 only, and makes another
+    domain of DEVIATING letters: it only checks such a label.  Raises UnicodeError."""
+    encoded = label.encode("idna").decode("ascii")
+    if not DEVIATING.search(label):
+        return encoded
+    lower = "".join(c.lower() for c in label)       # one by one: lower() of a word makes final sigmas
+    return "xn--" + unicodedata.normalize("NFC", lower).encode("punycode").decode("ascii")
+
+
 def parse_literal(text: str) -> str:
-    """An address literal with its brackets, RFC 5321 4.1.3; returns the address.  Raises ValueError."""
-    inner = text[1:-1]
-    if inner[:5].upper() == "IPV6:":
-        return str(ipaddress.IPv6Address(inner[5:]))
-    return str(ipaddress.IPv4Address(inner))
+    """The address in an address literal with its brackets, RFC 5321 4.1.3.  Raises
+    ValueError, for a zone too: it means nothing to another host."""
+    kind, address = text[1:6].upper(), text[6:-1].replace("%", "no zone")
+    return str(ipaddress.IPv6Address(address) if kind == "IPV6:" else ipaddress.IPv4Address(text[1:-1]))
 
 
 class Path(NamedTuple):
-    """One address as it will be sent.  `domain` is empty for `<>` and for
-    `<postmaster>`, and in brackets for an address literal."""
+    """One address.  `domain` is for comparing: lower-case A-labels, no final dot; empty
+    for `<>` and `<postmaster>`; an address literal has its brackets.  `written` goes on:
+    the domain as it came, without a final dot; empty where it is `domain` itself."""
     local: str
     domain: str
+    written: str = ""
     routed: bool = False        # came with a source route, RFC 5321 C
 
     def __str__(self) -> str:
-        return "%s@%s" % (self.local, self.domain) if self.domain else self.local
+        return "%s@%s" % (self.local, self.written or self.domain) if self.domain else self.local
+
+    @property
+    def key(self) -> str:
+        """The same for every spelling: what lists and memory of recipients hold."""
+        return "%s@%s" % (self.local.lower(), self.domain)
 
     @property
     def is_rerouting(self) -> bool:
-        """Percent hack, bang path, source route, literal, or an @ within quotes,
-        which some primary might take apart and send on."""
+        """Percent hack, bang path, source route, literal, quoted @: some primary might send it on."""
         return self.routed or self.domain[:1] == "[" or any(c in self.local for c in "%!@")
 
 
 def parse_path(text: str, status: str) -> Tuple[Path, str]:
-    """`<path>` at the start of `text` (RFC 5321 4.1.2) and what follows it.
-    Raises Refuse(501, status)."""
-    match = _PATH.match(text)
-    if not match:
+    """The address at the start of `text` (RFC 5321 4.1.2), and the text behind
+    it.  A plain one needs no angle brackets.  Raises Refuse(501, status)."""
+    match = (_PATH if text[:1] == "<" else _PLAIN).match(text)
+    if not match or (match.group("route") and not match.group("local")):
         raise Refuse(501, status, "Syntax error in address")
+    route, local, domain, bare = match.group("route", "local", "domain", "bare")
     rest = text[match.end():]
-    if rest[:1] not in ("", " "):
+    if rest[:1] not in ("", " ", "\t"):
         raise Refuse(501, "5.5.4", "Syntax error after the address")
-    local, domain, bare = match.group("local"), match.group("domain"), match.group("bare")
     if local is None:
-        if match.group("route"):
-            raise Refuse(501, status, "Syntax error in address")
         return Path(bare or "", ""), rest
-    if len(local.encode("utf-8")) > LOCAL_MAX or len(match.group().encode("utf-8")) > PATH_MAX:
-        raise Refuse(501, status, "Address too long")
     try:
-        if domain.startswith("["):
+        for hop in re.findall(r"@([^\[,:][^,:]*)", route or ""):
+            parse_domain(hop)
+        if domain[0] == "[":
             parse_literal(domain)
-        else:
-            domain = parse_domain(domain)
-        for hop in (match.group("route") or ":")[:-1].split(","):
-            if hop and not hop.startswith("@["):
-                parse_domain(hop[1:])
+        name = domain if domain[0] == "[" else parse_domain(domain)
     except ValueError:
         raise Refuse(501, status, "Syntax error in the address's domain") from None
-    return Path(local, domain, bool(match.group("route"))), rest
+    return Path(local, name, domain[:-1] if domain[-1] == "." else domain, bool(route)), rest
 
 
 def parse_parameters(text: str) -> Dict[str, Optional[str]]:
     """ESMTP parameters of MAIL and RCPT, keys in upper case (RFC 5321 4.1.2)."""
     found: Dict[str, Optional[str]] = {}
-    for word in text.split():
+    for word in filter(None, text.replace("\t", " ").split(" ")):
         match = _PARAMETER.fullmatch(word)
         if not match or match.group(1).upper() in found:
             raise Refuse(501, "5.5.4", "Syntax error in parameters")
@@ -607,25 +419,21 @@ def parse_parameters(text: str) -> Dict[str, Optional[str]]:
 
 
 def parse_xtext(text: Optional[str], longest: int) -> str:
-    """The text as received: xtext is passed on as it came (RFC 3461 4)."""
+    """RFC 3461 4, still encoded, as it goes on.  Hex digits become capitals, which some senders forget."""
     if not text or len(text) > longest or not _XTEXT.fullmatch(text):
         raise Refuse(501, "5.5.4", "Syntax error in parameters")
-    return text
+    return re.sub(r"\+..", lambda hex_octet: hex_octet.group().upper(), text)
 
 
 def decode_xtext(text: str) -> str:
-    return re.sub(r"\+([0-9A-F]{2})", lambda m: chr(int(m.group(1), 16)), text)
+    return re.sub(r"\+([0-9A-Fa-f]{2})", lambda match: chr(int(match.group(1), 16)), text)
 
 
 def encode_xtext(text: str, longest: int) -> str:
-    """RFC 3461 4, cut to so many characters."""
-    out = ""
-    for octet in text.encode("utf-8"):
-        more = chr(octet) if 33 <= octet <= 126 and octet not in b"+=" else "+%02X" % octet
-        if len(out) + len(more) > longest:
-            break
-        out += more
-    return out
+    """RFC 3461 4, cut to so many characters, but not within the three of an octet."""
+    encoded = "".join(chr(octet) if 33 <= octet <= 126 and octet not in b"+=" else "+%02X" % octet
+                      for octet in text.encode("utf-8"))
+    return re.sub(r"\+.?$", "", encoded[:longest])
 
 
 def parse_notify(text: Optional[str]) -> str:
@@ -637,20 +445,20 @@ def parse_notify(text: Optional[str]) -> str:
 
 
 def parse_orcpt(text: Optional[str]) -> str:
-    """ORCPT of RFC 3461 4.2: `addr-type;xtext`, as received."""
+    """ORCPT of RFC 3461 4.2: `addr-type;xtext`."""
     kind, _, address = (text or "").partition(";")
-    if not re.fullmatch(r"[A-Za-z0-9-]+", kind) or not address or len(address) > ORCPT_MAX:
+    if not re.fullmatch(r"[A-Za-z0-9-]+", kind) or not 0 < len(address) <= ORCPT_MAX:
         raise Refuse(501, "5.5.4", "Syntax error in ORCPT")
-    if kind.lower() != "utf-8":
-        parse_xtext(address, ORCPT_MAX)
+    if kind.lower() != "utf-8":                     # RFC 6533 3 has an encoding of its own
+        address = parse_xtext(address, ORCPT_MAX)
     return "%s;%s" % (kind, address)
 
 
 def parse_size(text: Optional[str]) -> int:
     """SIZE of RFC 1870 4: up to 20 digits."""
-    if not text or not re.fullmatch(r"[0-9]{1,20}", text):
+    if not re.fullmatch(r"[0-9]{1,20}", text or ""):
         raise Refuse(501, "5.5.4", "Syntax error in SIZE")
-    return int(text)
+    return int(text or 0)
 
 
 def is_address(text: Any) -> bool:
@@ -666,32 +474,40 @@ def is_below(name: str, parent: str) -> bool:
     return name == parent or name.endswith("." + parent)
 
 
+def client_network(address: str) -> str:
+    """The addresses that count as one client: an IPv4 address, or an IPv6 /64."""
+    if ":" not in address:
+        return address
+    return ipaddress.IPv6Address(address.partition("%")[0]).packed[:8].hex()
+
+
+def greylist_network(address: str) -> str:
+    """The addresses that count as one sender's hosts: an IPv4 /24, or an IPv6 /64."""
+    return client_network(address) if ":" in address else address.rpartition(".")[0]
+
+
 def format_duration(seconds: float) -> str:
-    """Two units are enough for a person: 45s, 2h14m, 6d3h."""
-    return _format_seconds(max(0, int(seconds)))
+    """The largest unit in it and, unless it is 0, the next smaller, for tables and log lines: 45s, 2h14m."""
+    parts = [(int(max(0, seconds)) // size % most, unit) for unit, size, most in (
+        ("d", 86400, 1 << 32), ("h", 3600, 24), ("m", 60, 60), ("s", 1, 60))]
+    while len(parts) > 1 and not parts[0][0]:
+        del parts[0]
+    return "".join("%d%s" % part for part in parts[:1] + [one for one in parts[1:2] if one[0]])
 
 
-@functools.lru_cache(maxsize=4096)      # a long queue has many of the same age
-def _format_seconds(left: int) -> str:
-    out: List[str] = []
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
-        if left >= size or (unit == "s" and not out):
-            out.append("%d%s" % (left // size, unit))
-            left %= size
-        elif out:
-            break
-        if len(out) == 2:
-            break
-    return "".join(out)
+def format_age(seconds: float) -> str:
+    """The same for people who read a sentence: 3 days and 2 hours."""
+    nouns = {"d": "day", "h": "hour", "m": "minute", "s": "second"}
+    parts = re.findall("([0-9]+)(.)", format_duration(max(1, seconds)))
+    return " and ".join(plural(int(count), nouns[unit]) for count, unit in parts)
 
 
-@functools.lru_cache(maxsize=4096)
 def format_size(octets: float) -> str:
-    for unit in ("B", "K", "M"):
-        if octets < 1024:
-            return "%d%s" % (octets, unit) if unit == "B" or octets >= 10 else "%.1f%s" % (octets, unit)
+    for unit in "BKMG":
+        if octets < 1024 or unit == "G":
+            break
         octets /= 1024
-    return "%.1fG" % octets
+    return ("%d%s" if unit == "B" or unit != "G" and octets >= 10 else "%.1f%s") % (octets, unit)
 
 
 def plural(count: int, noun: str) -> str:
@@ -699,30 +515,15 @@ def plural(count: int, noun: str) -> str:
 
 
 def printable(text: str, longest: int = LOG_TEXT_MAX) -> str:
-    """Foreign text for a log line, a terminal or a header: one line, no
-    control or direction characters, cut."""
-    if len(text) > longest:
-        text = text[:longest] + "..."
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else ("\\x%02x" if ord(c) < 256 else "\\u%04x") % ord(c) for c in text)
-
-
-def client_network(address: str) -> str:
-    """What counts as one client: an IPv4 address, or an IPv6 /64."""
-    if ":" not in address:
-        return address
-    return ipaddress.IPv6Address(address.partition("%")[0]).packed[:8].hex()
-
-
-def greylist_network(address: str) -> str:
-    """What counts as the same sender's hosts: an IPv4 /24, or an IPv6 /64."""
-    return client_network(address) if ":" in address else address.rpartition(".")[0]
+    """Foreign text for a log line, a terminal or a header: one line, cut, without control characters."""
+    text = text if len(text) <= longest else text[:longest] + "..."
+    return text if text.isprintable() else "".join(
+        c if c.isprintable() else ("\\x%02x" if ord(c) < 256 else "\\u%04x") % ord(c) for c in text)
 
 
 @functools.lru_cache(maxsize=16)
 def format_date(second: int) -> str:
-    """RFC 5322 3.3, local time.  Whatever arrives within a second bears the same."""
+    """RFC 5322 3.3, local time.  All that arrives within a second bears the same."""
     return email.utils.formatdate(second, localtime=True)
 
 
@@ -733,103 +534,10 @@ def format_peer(address: str, name: str = "unknown") -> str:
 def format_delay(seconds: float) -> str:
     """As Postfix logs it: two digits of a short one, whole seconds of a long one, never an exponent."""
     return "%.2g" % seconds if 0.001 <= seconds < 10 else "%d" % seconds
-
-
-class X509(NamedTuple):
-    """What people ask of a certificate.  ssl tells it only of certificates it
-    has verified, and of our own file not at all, so it is read here."""
-    subject: str
-    issuer: str
-    names: Tuple[str, ...]      # DNS names and addresses of the subjectAltName; the common name where there is none
-    since: Time
-    until: Time
-
-    def is_for(self, host: str) -> bool:
-        """A wildcard stands for one whole leftmost label, RFC 6125 6.4.3."""
-        return any(host.lower() == name or (name.startswith("*.") and host.lower().partition(".")[2] == name[2:])
-                   for name in self.names)
-
-
-def parse_der(data: bytes) -> List[Tuple[int, bytes]]:
-    """The elements in `data`, each with its tag (X.690 8.1; no tag of a
-    certificate has a second octet, and DER knows no indefinite length).  Raises ValueError."""
-    out, at = [], 0
-    while at < len(data):
-        tag, size, start = data[at], data[at + 1] if at + 1 < len(data) else 0x80, at + 2
-        if size >= 0x80:
-            start += size - 0x80
-            size = int.from_bytes(data[at + 2:start], "big") if at + 2 < start <= at + 6 else len(data)
-        at = start + size
-        if tag & 0x1f == 0x1f or at > len(data):
-            raise ValueError("not DER")
-        out.append((tag, data[start:at]))
-    return out
-
-
-_DER_NAMES = {b"\x55\x04\x03": "CN", b"\x55\x04\x0a": "O"}     # 2.5.4.3, 2.5.4.10
-_DER_ALTERNATIVES = b"\x55\x1d\x11"                             # 2.5.29.17
-
-
-def parse_certificate(der: bytes) -> X509:
-    """RFC 5280 4.1, as much of it as X509 holds.  Raises ValueError."""
-    try:
-        fields = parse_der(parse_der(parse_der(der)[0][1])[0][1])
-        fields = fields[fields[0][0] == 0xa0:]      # version, which the oldest do without
-        issuer, validity, subject = (parse_der(fields[at][1]) for at in (2, 3, 4))
-        names: List[str] = []
-        for tag, data in fields[6:]:
-            for _, extension in parse_der(parse_der(data)[0][1]) if tag == 0xa3 else ():
-                parts = parse_der(extension)
-                if parts[0][1] == _DER_ALTERNATIVES:
-                    names += _alternative_names(parse_der(parse_der(parts[-1][1])[0][1]))
-        common = dict(_distinguished(subject)).get("CN", "")
-        whole = [", ".join("%s=%s" % pair for pair in _distinguished(one)) for one in (subject, issuer)]
-        since, until = (_der_time(*one) for one in validity)
-        return X509(whole[0], whole[1], tuple(names) or ((common.lower(),) if common else ()), since, until)
-    except (IndexError, TypeError, OverflowError):
-        raise ValueError("not a certificate") from None
-
-
-def _distinguished(name: Sequence[Tuple[int, bytes]]) -> Iterator[Tuple[str, str]]:
-    for _, group in name:
-        for _, pair in parse_der(group):
-            (_, kind), (tag, value) = parse_der(pair)[:2]
-            if kind in _DER_NAMES:
-                yield _DER_NAMES[kind], value.decode("utf-16-be" if tag == 0x1e else "utf-8", "replace")
-
-
-def _alternative_names(names: Iterable[Tuple[int, bytes]]) -> Iterator[str]:
-    """dNSName and iPAddress, RFC 5280 4.2.1.6."""
-    for tag, value in names:
-        if tag == 0x82:
-            yield value.decode("ascii", "replace").lower()
-        elif tag == 0x87 and len(value) in (4, 16):
-            yield str(ipaddress.ip_address(value))
-
-
-def _der_time(tag: int, value: bytes) -> Time:
-    """RFC 5280 4.1.2.5: years of two digits from 50 on are of the 20th century."""
-    text = value.decode("ascii", "replace")
-    if tag == 0x17:
-        text = ("19" if text >= "5" else "20") + text
-    match = re.fullmatch(r"(\d{4})(\d\d)(\d\d)(\d\d)(\d\d)(\d\d)Z", text)
-    if not match or tag not in (0x17, 0x18):
-        raise ValueError("not a time")
-    return float(calendar.timegm(tuple(map(int, match.groups())) + (0, 0, 0)))
-
-
-def parse_pem(data: bytes) -> X509:
-    """The first certificate of a PEM file: the server's own, as ssl reads it too.  Raises ValueError."""
-    match = re.search(rb"-----BEGIN CERTIFICATE-----(.+?)-----END CERTIFICATE-----", data, re.DOTALL)
-    if not match:
-        raise ValueError("no certificate")
-    return parse_certificate(base64.b64decode(match.group(1)))
-
-
 # == 4. CONFIG =================================================================
-# One table of options; text in, frozen Config or ConfigError(file, line) out.
-# Pure: no file is opened here, so that --check and SIGHUP judge the same way.
-# Parser, defaults, ranges, manual and etrn.conf.sample all come from OPTIONS.
+# Text in, a frozen Config or a ConfigError with file and line out.  Opens no file, so --check
+# and SIGHUP judge the same way.  Uses 2 LIMITS and 3 GRAMMAR.  Each option is one field of
+# Config or DomainConfig: parser, ranges, defaults and etrn.conf.sample come from these.
 
 class ConfigError(Exception):
     def __init__(self, file: str, line: int, text: str) -> None:
@@ -837,7 +545,7 @@ class ConfigError(Exception):
 
 
 class Endpoint(NamedTuple):
-    """A host and port as configured.  The host is a name or an address without brackets."""
+    """The host is a name, or an address without brackets; a link-local one has its zone."""
     host: str
     port: int
 
@@ -846,389 +554,239 @@ class Endpoint(NamedTuple):
 
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+Networks = Tuple[Network, ...]
+Endpoints = Tuple[Endpoint, ...]
+Hosts = Union[str, Endpoints]   # a word with a meaning of its own, or hosts
+Route = Union[str, Endpoint]
+DAY_S, WEEK_S, YEAR_S = 86400.0, 604800.0, 31536000.0
+_UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY_S, "w": WEEK_S}
+_UNITS_OCTETS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+Kind = Callable[[str], Any]     # makes a value of its text, or raises ValueError with a word for the operator
 
 
-class Option(NamedTuple):
-    section: str                # "domain" also stands for [defaults]
-    name: str
-    kind: str                   # a key of KINDS
-    default: str                # as text; "" for none
-    low: float                  # smallest value of a number, durations in seconds, sizes in octets
-    high: float
-    text: str                   # for the sample and the manual
-
-
-_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
-_UNITS_OCTETS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-WEEK_S, YEAR_S = 604800.0, 31536000.0
-
-
-def _words(text: str) -> List[str]:
-    return text.replace(",", " ").split()
-
-
-def _text(text: str) -> str:
-    return text
-
-
-def _duration(text: str) -> float:
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([smhdw]?)", text.lower())
-    if not match:
-        raise ValueError("'%s' is not a duration (like 30s, 5m, 4h, 7d, 2w)" % text)
-    return float(match.group(1)) * _UNITS_S[match.group(2) or "s"]
-
-
-def _optional_duration(text: str) -> float:
-    return 0.0 if text.lower() in ("off", "no", "none") else _duration(text)
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"([0-9]+)\s*([KMG]?)", text.upper())
-    if not match:
-        raise ValueError("'%s' is not a size (like 512K, 50M, 1G)" % text)
-    return int(match.group(1)) * _UNITS_OCTETS.get(match.group(2), 1)
-
-
-def _count(text: str) -> int:
-    if not re.fullmatch(r"[0-9]+", text):
-        raise ValueError("'%s' is not a whole number" % text)
-    return int(text)
-
-
-def _web_address(text: str) -> str:
-    if text and not re.fullmatch(r"https?://[!-~]+", text):
-        raise ValueError("'%s' is not a web address (like https://example.org/hook)" % text)
-    return text
-
-
-def _flag(text: str) -> bool:
-    value = configparser.ConfigParser.BOOLEAN_STATES.get(text.lower())
-    if value is None:
-        raise ValueError("'%s' is neither yes nor no" % text)
-    return value
-
-
-def _choice(*allowed: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text.lower() not in allowed:
-            raise ValueError("'%s' is not one of: %s" % (text, ", ".join(allowed)))
-        return text.lower()
-    return parse
-
-
-def _hostname(text: str) -> str:
-    try:
-        return parse_domain(text) if text else ""
-    except ValueError:
-        raise ValueError("'%s' is not a host name" % text) from None
-
-
-def _endpoint(text: str, port: int = SMTP_PORT) -> Endpoint:
-    match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^\[\]:]+))(?::([0-9]{1,5}))?", text)
-    if _may_hide_port(text):
-        head, _, tail = text.rpartition(":")
-        raise ValueError("'%s' may or may not end with a port: write [%s]:%s, or [%s]" % (text, head, tail, text))
-    if match:
-        host, digits = match.group(1) or match.group(2), match.group(3)
-        port = int(digits) if digits else port
-    else:
-        host = text                                     # perhaps a bare IPv6 address
-    try:
-        host = str(ipaddress.ip_address(host))
-    except ValueError:
-        if not match or match.group(1):
-            raise ValueError("'%s' is not a host or address, with or without :port" % text) from None
-        host = _hostname(host)
-    if port > 65535:
-        raise ValueError("'%s': there is no port %d" % (text, port))
-    return Endpoint(host, port)
-
-
-def _may_hide_port(text: str) -> bool:
-    """::1:25 is an address, but hardly the one that was meant.  2001:db8::53 is one without doubt."""
-    head, _, tail = text.rpartition(":")
-    try:
-        ipaddress.IPv6Address(text)
-        ipaddress.IPv6Address(head)
-        return tail.isdigit()
-    except ValueError:
-        return False
-
-
-def _remote(text: str, port: int = SMTP_PORT) -> Endpoint:
-    """Where a connection goes to."""
-    where = _endpoint(text, port)
-    if not where.port:
-        raise ValueError("'%s': there is no port 0" % text)
-    return where
-
-
-def _listen(text: str, port: int = SMTP_PORT) -> Tuple[Endpoint, ...]:
-    """Addresses to serve; a bare port means all of them; localhost means both loopback addresses."""
-    out: List[Endpoint] = []
-    if text and not _words(text):
-        raise ValueError("is empty")
-    for word in _words(text):
-        if word.isdigit():
-            word = "0.0.0.0:%s,[::]:%s" % (word, word)
-        for part in word.split(","):
-            where = _endpoint(part, port)
-            hosts = ["127.0.0.1", "::1"] if where.host == "localhost" else [where.host]
-            for host in hosts:
-                try:
-                    ipaddress.ip_address(host)
-                except ValueError:
-                    raise ValueError("'%s' is not an address of this machine" % part) from None
-                out.append(Endpoint(host, where.port))
-    return tuple(dict.fromkeys(out))
-
-
-def _page(text: str) -> Optional[Endpoint]:
-    """Where the status page is.  No port is usual for it, so that one must be named."""
-    if not text:
-        return None
-    where = Endpoint("0.0.0.0", int(text)) if text.isdigit() else _endpoint(text, -1)
-    if not 0 <= where.port <= 65535:
-        raise ValueError("'%s' is not an address with a port, like 127.0.0.1:8025" % text)
-    return where
-
-
-def _domains(text: str) -> Tuple[str, ...]:
-    return tuple(_served(word) for word in _words(text))
-
-
-def _served(text: str) -> str:
-    try:
-        return "." + parse_domain(text[1:]) if text.startswith(".") else parse_domain(text)
-    except ValueError:
-        hint = " (all subdomains are written .%s)" % text[2:] if text.startswith("*.") else ""
-        raise ValueError("'%s' is not a domain%s" % (text, hint)) from None
-
-
-def _networks(text: str) -> Tuple[Network, ...]:
-    try:
-        return tuple(ipaddress.ip_network(word) for word in _words(text) if word.lower() != "none")
-    except ValueError as error:
-        raise ValueError("%s (a network is written like 192.0.2.0/24)" % error) from None
-
-
-def _etrn(text: str) -> Union[str, Tuple[Network, ...]]:
-    return text.lower() if text.lower() in ("any", "none") else _networks(text)
-
-
-def _nameservers(text: str) -> Union[str, Tuple[Endpoint, ...]]:
-    if text.startswith("/"):
-        return text
-    out = tuple(_remote(word, 53) for word in _words(text))
-    for where in out:
-        try:
-            ipaddress.ip_address(where.host)
-        except ValueError:
-            raise ValueError("'%s' is not the address of a DNS server" % where.host) from None
-    return out
-
-
-def _primary(text: str) -> Union[str, Tuple[Endpoint, ...]]:
-    if text.lower() in ("mx", "atrn", "etrn"):
-        return text.lower()
-    words = _words(text)
-    alone = next((word for word in words if word.lower() in ("mx", "atrn", "etrn")), "")
-    if alone or not words:
-        raise ValueError("'%s' stands alone, without other hosts" % alone if alone else "is empty")
-    return tuple(_remote(word) for word in words)
-
-
-def _route(text: str) -> Union[str, Endpoint]:
-    return "mx" if text.lower() == "mx" else _remote(text)
-
-
-def _recipients(text: str) -> Union[str, FrozenSet[str]]:
-    if text.startswith("file:"):
-        if not text[5:].strip():
-            raise ValueError("'file:' needs a path behind it")
-        return text
-    if text.lower() in ("any", "verify"):
-        return text.lower()
-    out = set()
-    for word in _words(text):
-        try:
-            path, rest = parse_path("<%s>" % word, "5.1.3")
-        except Refuse:
-            raise ValueError("'%s' is not an address (or any, verify, file:PATH)" % word) from None
-        if not path.domain or rest:
-            raise ValueError("'%s' is not an address (or any, verify, file:PATH)" % word)
-        out.add(str(path).lower())
-    return frozenset(out)
-
-
-def _login(text: str) -> str:
-    """A name or a password.  It must fit PLAIN, RFC 4616 2."""
+def parse_login(text: str) -> str:
+    """A name or a password that fits into PLAIN, RFC 4616 2."""
     if len(text.encode("utf-8")) > LOGIN_MAX or not text.isprintable():
         raise ValueError("longer than %d octets, or with control characters" % LOGIN_MAX)
     return text
 
 
-def _tls(text: str) -> str:
-    value = text.lower()
-    if value in ("none", "may", "require", "verify"):
-        return value
-    if not re.fullmatch(r"sha256:(?:[0-9a-f]{2}:?){32}", value):
-        raise ValueError("'%s' is not one of: none, may, require, verify, sha256:HEX" % text)
-    return "sha256:" + value[7:].replace(":", "")
+def parse_file(text: str) -> str:
+    if not text or re.search(r"[\"'~$\x00-\x1f]", text):
+        raise ValueError("'%s' is not a path: it is taken as it stands, without quotes, ~ and $" % text)
+    return text
 
 
-def _address(text: str) -> str:
-    if not text:
-        return ""
+def parse_hostname(text: str, kind: str = "host name") -> str:
+    try:
+        name = parse_domain(text)
+    except ValueError:
+        raise ValueError("'%s' is not a %s" % (text, kind)) from None
+    if DEVIATING.search(text):          # IDNA 2003 makes another name of it than IDNA 2008
+        raise ValueError("'%s' is another name to old programs: write the A-label, %s" % (text, name))
+    return name
+
+
+def parse_served(text: str) -> str:
+    """A domain, or `.domain` for all below it."""
+    dot = "." if text.startswith(".") else ""
+    return dot + parse_hostname(text[len(dot):], "domain")
+
+
+def parse_mail_address(text: str) -> str:
     try:
         path, rest = parse_path("<%s>" % text, "5.1.3")
     except Refuse:
-        raise ValueError("'%s' is not a mail address" % text) from None
+        path, rest = Path("", ""), ""
     if not path.domain or rest:
         raise ValueError("'%s' is not a mail address" % text)
+    if path.domain[0] != "[":
+        parse_hostname(path.written)
     return str(path)
 
 
-KINDS: Dict[str, Callable[[str], Any]] = {
-    "text": _text, "word": _text, "path": _text, "duration": _duration, "optional duration": _optional_duration, "size": _size,
-    "count": _count, "flag": _flag, "host": _hostname, "listen": _listen, "domains": _domains, "networks": _networks,
-    "etrn": _etrn, "nameservers": _nameservers, "primary": _primary, "route": _route, "recipients": _recipients,
-    "odmr listen": lambda text: _listen(text, ODMR_PORT), "login": _login,
-    "tls": _tls, "address": _address, "page": _page, "web address": _web_address,
-    "level": _choice("debug", "info", "warning", "error"), "newline": _choice("normalize", "reject"),
-    "while up": _choice("relay", "defer"), "unknown": _choice("accept", "defer"),
-}
-FREE_TEXT = ("text", "login")   # kinds in which " #" and " ;" belong to the value: commands and passwords
-LISTS = ("listen", "odmr listen", "domains", "networks", "etrn", "nameservers", "primary", "recipients")     # on several lines
-INF = float("inf")
+def parse_key(text: str) -> str:
+    return parse_path("<%s>" % text, "5.1.3")[0].key
 
-OPTIONS: Tuple[Option, ...] = (
-    Option("relay", "hostname", "host", "", 0, 0, "The name this host has in MX records; banner, EHLO, Received.\n"
-           "Default: the machine's full name"),
-    Option("relay", "listen", "listen", "0.0.0.0:25, [::]:25", 0, 0, "Addresses to serve SMTP on; a bare port means all."),
-    Option("relay", "spool", "path", "", 0, 0, "The directory that holds all state.\n"
-           "Default: spool, beside the configuration file"),
-    Option("relay", "user", "word", "", 0, 0, "Account to become once ports are bound."),
-    Option("relay", "domains", "domains", "", 0, 0, "Domains that need no section of their own (all defaults)."),
-    Option("relay", "nameservers", "nameservers", "/etc/resolv.conf", 0, 0, "DNS servers: address or address:port."),
-    Option("relay", "log", "path", "stderr", 0, 0, "stderr, syslog, or a file (reopened on SIGHUP)."),
-    Option("relay", "log_level", "level", "info", 0, 0, "debug, info, warning or error."),
-    Option("relay", "max_message_size", "size", "50M", 0, INF, "Announced in SIZE, unless a primary takes less:\n"
-           "then the least of what the primaries take.  0 means no limit but theirs and the disk."),
-    Option("relay", "max_recipients", "count", "1000", 1, 50000, "For one message; more get 452 4.5.3."),
-    Option("relay", "min_free_space", "size", "100M", 0, INF,
-           "Below it new mail gets 452 4.3.1; queued mail still leaves."),
-    Option("relay", "max_connections", "count", "1000", 1, 100000, "Clients at once; more get 421."),
-    Option("relay", "max_connections_per_client", "count", "50", 0, 100000, "For an IPv4 address or IPv6 /64; 0 = no limit."),
-    Option("relay", "max_message_rate", "count", "0", 0, 1000000, "Messages a minute from one client; 0 = no limit."),
-    Option("relay", "command_timeout", "duration", "5m", 1, 3600, "Idle time before 421."),
-    Option("relay", "trusted_clients", "networks", "", 0, 0, "Networks free of the per-client limits."),
-    Option("relay", "bare_newline", "newline", "normalize", 0, 0, "Stray CR and LF in mail: normalize, or reject (550)."),
-    Option("relay", "greet_pause", "duration", "0", 0, 60, "Wait before the banner; who speaks first is turned away."),
-    Option("relay", "odmr_listen", "odmr listen", "", 0, 0, "Addresses for on-demand relay (ATRN), usually port 366."),
-    Option("tls", "certificate", "path", "", 0, 0, "PEM files; with both, STARTTLS is offered.\n"
-           "Reread when they change; with user set, that account must be able to."),
-    Option("tls", "key", "path", "", 0, 0, ""),
-    Option("bounces", "route", "route", "mx", 0, 0, "How notices to senders leave: mx, or a smarthost host[:port]."),
-    Option("bounces", "username", "word", "", 0, 0, "AUTH at the smarthost, over TLS only."),
-    Option("bounces", "password", "text", "", 0, 0, "The password, or file:PATH."),
-    Option("bounces", "postmaster", "address", "", 0, 0, "Gets notices that could not be delivered."),
-    Option("status", "listen", "page", "", 0, 0, "Address of the status page, /metrics, /healthz, /status.json,\n"
-           "like 127.0.0.1:8025; a bare port means all of IPv4, [::]:8025 both."),
-    Option("status", "token", "text", "", 0, 0, "Asked as bearer token or basic-auth password when set."),
-    Option("alerts", "command", "text", "", 0, 0, "Run when a primary goes down, comes back, or rejects, and when mail,\n"
-           "the disk or the certificate comes to its end."),
-    Option("alerts", "webhook", "web address", "", 0, 0, "Gets the same as a JSON POST."),
-    Option("alerts", "mail", "address", "", 0, 0, "Gets the same as mail."),
-    Option("alerts", "mail_route", "route", "mx", 0, 0, "How that mail leaves: mx, or host[:port]."),
-    Option("alerts", "after", "duration", "5m", 0, WEEK_S, "A primary must be down so long before the first alert."),
-    Option("domain", "primary", "primary", "mx", 0, 0, "Where this domain's mail goes: mx, or hosts to try in order,\n"
-           "like mail.example.org:25, [192.0.2.7]:2525; atrn (it waits to be collected),\n"
-           "or etrn (to the address of the last authenticated ETRN)."),
-    Option("domain", "lifetime", "duration", "7d", 1, YEAR_S, "How long mail is kept before the sender is told."),
-    Option("domain", "delay_notice", "optional duration", "off", 0, YEAR_S, "Age at which the sender is told of the delay."),
-    Option("domain", "recipients", "recipients", "verify", 0, 0, "any, verify (ask the primary, and remember),\n"
-           "file:PATH with an address a line, or addresses.  postmaster is always taken."),
-    Option("domain", "while_up", "while up", "relay", 0, 0, "relay, or defer mail while the primary is known to be up."),
-    Option("domain", "unknown_recipients", "unknown", "accept", 0, 0, "While the primary cannot be asked: accept or defer."),
-    Option("domain", "cutthrough", "flag", "yes", 0, 0,
-           "While the primary is up, and not just back, answer with its own verdict."),
-    Option("domain", "etrn", "etrn", "any", 0, 0, "Who may ask to flush: any, none, or networks."),
-    Option("domain", "username", "login", "", 0, 0, "For ATRN and authenticated ETRN.  Domains may share one."),
-    Option("domain", "password", "login", "", 0, 0, "The password, or file:PATH."),
-    Option("domain", "tls", "tls", "may", 0, 0, "Towards the primary: none, may, require, verify, or sha256:HEX."),
-    Option("domain", "connections", "count", "10", 1, 100, "Most delivery connections to the primary at once."),
-    Option("domain", "probe_interval", "duration", "5s", 1, 3600, "How often a down primary is tried while mail waits."),
-    Option("domain", "retry_interval", "duration", "5m", 1, 86400, "First pause after a 4xx for one message; it doubles ..."),
-    Option("domain", "max_retry_interval", "duration", "1h", 1, WEEK_S, "... up to this."),
-    Option("domain", "recovery_grace", "duration", "1h", 0, WEEK_S,
-           "So long after an outage 5xx answers are kept and tried again."),
-    Option("domain", "xclient", "flag", "no", 0, 0, "Hand the original client to a primary that offers XCLIENT."),
-    Option("domain", "max_queue_size", "size", "", 1, INF, "Octets this domain may hold; more get 452 4.2.2."),
-)
+
+def parse_endpoint(text: str, port: int = SMTP_PORT, least: int = 1, is_named: bool = True) -> Endpoint:
+    """`host`, `host:port`, `[address]:port`, or an address; `port` is for one that names none."""
+    head, _, tail = text.rpartition(":")
+    if ":" in head and tail.isdigit() and is_address(text) and is_address(head):
+        raise ValueError("'%s' may or may not end with a port: write [%s]:%s" % (text, head, tail))
+    match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^\[\]:]+))(?::([0-9]{1,5}))?", text)
+    bracketed, plain, digits = match.groups() if match else (text, "", "")
+    host, percent, zone = (bracketed or plain).partition("%")       # Python 3.8 does not know zones
+    if is_address(host):
+        host = str(ipaddress.ip_address(host)) + percent + zone
+        if percent and not re.fullmatch(r"fe[89ab][0-9a-f]:[^.%]*%[^\s%/]+", host):
+            raise ValueError("'%s': only a link-local address has a zone, like fe80::1%%eth0" % text)
+    elif bracketed or not is_named:
+        raise ValueError("'%s' is not an address%s, with or without :port" % (text, " or host" * is_named))
+    else:
+        host = parse_hostname(plain)
+    if not least <= int(digits or port) <= 65535:
+        raise ValueError("'%s' needs a port between %d and 65535" % (text, least))
+    return Endpoint(host, int(digits or port))
+
+
+def parse_listener(text: str, port: int = SMTP_PORT) -> List[Endpoint]:
+    """An address to serve.  A bare port means all addresses, localhost both loopback ones."""
+    where = parse_endpoint("0.0.0.0:" * text.isdigit() + text, port, 0)
+    hosts = ["127.0.0.1", "::1"] if where.host == "localhost" else [where.host] + ["::"] * text.isdigit()
+    if not is_address(hosts[0]) or "%" in where.host:
+        raise ValueError("'%s' is not an address of this machine" % text)
+    return [Endpoint(host, where.port) for host in hosts]
+
+
+def parse_page(text: str) -> Endpoint:
+    return parse_listener(text, -1)[0]          # no port is usual for it, so one must be named
+
+
+def parse_route(text: str) -> Route:
+    return "mx" if text.lower() == "mx" else parse_endpoint(text)
+
+
+def matching(pattern: str, fault: str, value: Callable[[Any], Any] = lambda match: match.group()) -> Kind:
+    """The kind whose texts match `pattern`, in capitals or not."""
+    def parse(text: str) -> Any:
+        match = re.fullmatch(pattern, text, re.IGNORECASE | re.ASCII)
+        if not match:
+            raise ValueError("'%s' is %s" % (text, fault))
+        return value(match)
+    return parse
+
+
+def one_of(*words: str) -> Kind:
+    return matching("|".join(words), "not one of: " + ", ".join(words), lambda match: match.group().lower())
+
+
+@dataclasses.dataclass(frozen=True)
+class ListOf:
+    """The kind of a list, which may go on in further lines; or of one of `words`, alone."""
+    parse: Kind
+    words: Tuple[str, ...] = ()
+    make: Callable[[Any], Any] = tuple
+
+    def __call__(self, text: str) -> Any:
+        parts = text.replace(",", " ").split()
+        alone = [part.lower() for part in parts if part.lower() in self.words]
+        if not parts or alone and len(parts) > 1:
+            raise ValueError("'%s' stands alone" % alone[0] if alone else "is empty")
+        return alone[0] if alone else self.make(self.parse(part) for part in parts)
+
+
+# Values of the kinds str and parse_login have no comments behind them: " #" and " ;" may belong to them.
+ACCOUNT = matching(r"\S+", "not the name of an account")
+COUNT = matching(r"[0-9]{1,9}", "not a whole number", lambda match: int(match.group()))
+DURATION = matching(
+    r"(off|no|none)|([0-9]{1,9}(?:\.[0-9]+)?)\s*([smhdw]?)", "not a duration (like 30s, 5m, 4h, 7d, 2w)",
+    lambda match: 0.0 if match.group(1) else float(match.group(2)) * _UNITS_S[match.group(3).lower()])
+FLAG = matching(r"(yes|on|true|1)|no|off|false|0", "neither yes nor no", lambda match: bool(match.group(1)))
+OCTETS = matching(r"([0-9]{1,15})\s*([KMG]?)", "not a size (like 512K, 50M, 1G)",
+                  lambda match: int(match.group(1)) * _UNITS_OCTETS[match.group(2).lower()])
+TLS = matching(r"none|may|require|verify|sha256:(?:[0-9a-f]{2}:?){32}",
+               "not one of: none, may, require, verify, sha256:HEX",
+               lambda match: re.sub(r"(?<!sha256):", "", match.group().lower()))
+URL = matching(r"https?://[!-~]+", "not a web address (like https://example.org/hook)")
+DOMAINS, NETWORKS = ListOf(parse_served), ListOf(ipaddress.ip_network)
+ETRN, PRIMARY = ListOf(ipaddress.ip_network, ("any", "none")), ListOf(parse_endpoint, ("mx", "atrn", "etrn"))
+NAMESERVERS = ListOf(functools.partial(parse_endpoint, port=53, is_named=False))
+LISTEN = ListOf(parse_listener, make=lambda found: tuple(dict.fromkeys(itertools.chain(*found))))
+ODMR_LISTEN = ListOf(functools.partial(parse_listener, port=ODMR_PORT), make=LISTEN.make)
+RECIPIENTS = ListOf(lambda text: parse_key(parse_mail_address(text)), ("any", "verify"), frozenset)
+
+
+class Option(NamedTuple):
+    """How an option is written: the metadata of its field."""
+    parse: Kind
+    default: str                # as text; "" for none
+    text: str                   # for the sample
+    low: float = 0              # least and largest value of a number: seconds, octets, a count
+    high: float = INF
+    none: Any = ""              # the value where there is none
+    paths: Tuple[str, ...] = ()         # a text that begins so is a path
+
+
+def option(*given: Any, **named: Any) -> Any:
+    row = Option(*given, **named)
+    is_plain = row.default and not row.default.startswith(row.paths)
+    value = row.parse(row.default) if is_plain else row.default or row.none
+    return dataclasses.field(default=value, metadata={"option": row})
 
 
 @dataclasses.dataclass(frozen=True)
 class DomainConfig:
     name: str                   # "example.com", ".example.com", or "" for [defaults]
-    primary: Union[str, Tuple[Endpoint, ...]] = "mx"
-    lifetime: float = 604800.0
-    delay_notice: float = 0.0
-    recipients: Union[str, FrozenSet[str]] = "verify"
-    while_up: str = "relay"
-    unknown_recipients: str = "accept"
-    cutthrough: bool = True
-    etrn: Union[str, Tuple[Network, ...]] = "any"
-    username: str = ""
-    password: str = ""
-    tls: str = "may"
-    connections: int = 10
-    probe_interval: float = 5.0
-    retry_interval: float = 300.0
-    max_retry_interval: float = 3600.0
-    recovery_grace: float = 3600.0
-    xclient: bool = False
-    max_queue_size: Optional[int] = None
+    primary: Hosts = option(PRIMARY, "mx", "Where the mail goes: mx; hosts in order, like [192.0.2.7]:2525; "
+                            "atrn (it is collected); or etrn (where the last authenticated ETRN came from).")
+    lifetime: float = option(DURATION, "7d", "How long mail is kept before the sender is told.", 1, YEAR_S)
+    delay_notice: float = option(DURATION, "off", "Age at which the sender is told of the delay.", 0, YEAR_S)
+    recipients: Union[str, FrozenSet[str]] = option(
+        RECIPIENTS, "verify", "any; verify (ask the primary, and remember); addresses; or file:PATH with an "
+        "address or @domain a line.", paths=("file:",))
+    while_up: str = option(
+        one_of("relay", "defer"), "relay", "Or defer: while the primary is up, mail is taken at its third "
+        "try, which keeps away spam that aims at the last MX.")
+    unknown_recipients: str = option(
+        one_of("accept", "defer"), "accept", "While the primary is down and nobody knows: accept or defer.")
+    cutthrough: bool = option(FLAG, "yes", "While the primary is up, answer with its own verdict.")
+    etrn: Union[str, Networks] = option(ETRN, "any", "Who may ask to flush: any, none, or networks.")
+    username: str = option(parse_login, "", "For ATRN and authenticated ETRN.  Domains may share one.")
+    password: str = option(parse_login, "", "The password, or file:PATH.", paths=("file:",))
+    tls: str = option(TLS, "may", "Towards the primary: none, may, require, verify, or sha256:HEX.")
+    connections: int = option(COUNT, "10", "Most delivery connections to the primary at once.", 1, 100)
+    probe_interval: float = option(DURATION, "5s", "Mail waits: a down primary is tried so often.", 1, 3600)
+    retry_interval: float = option(DURATION, "5m", "A message's first pause after 4xx; doubles ...", 1, DAY_S)
+    max_retry_interval: float = option(DURATION, "1h", "... up to this.", 1, WEEK_S)
+    recovery_grace: float = option(DURATION, "1h", "So long after an outage 5xx are tried again.", 0, WEEK_S)
+    xclient: bool = option(FLAG, "no", "Hand the client to a primary that offers XCLIENT or XFORWARD.")
+    max_queue_size: Optional[int] = option(OCTETS, "", "Octets queued here; more get 452.", 1, none=None)
     is_notices: bool = False    # no domain of ours: notices to senders, by [bounces] route
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All options: [relay] as they are named, other sections with their name before."""
+    """All options: those of [relay] by their name, others by section_name."""
     file: str
-    hostname: str
-    listen: Tuple[Endpoint, ...]
-    spool: str
-    user: str
-    nameservers: Union[str, Tuple[Endpoint, ...]]
-    log: str
-    log_level: str
-    max_message_size: int
-    max_recipients: int
-    min_free_space: int
-    max_connections: int
-    max_connections_per_client: int
-    max_message_rate: int
-    command_timeout: float
-    trusted_clients: Tuple[Network, ...]
-    bare_newline: str
-    greet_pause: float
-    odmr_listen: Tuple[Endpoint, ...]
-    tls_certificate: str
-    tls_key: str
-    bounces_route: Union[str, Endpoint]
-    bounces_username: str
-    bounces_password: str
-    bounces_postmaster: str
-    status_listen: Optional[Endpoint]
-    status_token: str
-    alerts_command: str
-    alerts_webhook: str
-    alerts_mail: str
-    alerts_mail_route: Union[str, Endpoint]
-    alerts_after: float
     defaults: DomainConfig
-    domains: Mapping[str, DomainConfig]     # in the order of the file; wildcards start with a dot
+    hostname: str = option(parse_hostname, "", "The name in MX records for this host; else its full name.")
+    listen: Endpoints = option(LISTEN, "0.0.0.0:25, [::]:25", "Where to serve SMTP; 25 means everywhere.")
+    spool: str = option(parse_file, "spool", "The directory of all state.  Paths are relative to this file.")
+    user: str = option(ACCOUNT, "", "Account to become once ports are bound; it must own the spool.")
+    domains: Mapping[str, DomainConfig] = option(DOMAINS, "", "Domains that need no section.", none=())
+    nameservers: Hosts = option(
+        NAMESERVERS, "/etc/resolv.conf", "DNS servers: addresses (a link-local one like fe80::1%eth0), and "
+        ":port; or a file like it.", paths=("/", "./", "../"))
+    log: str = option(parse_file, "stderr", "stderr, syslog, or a file (reopened on SIGHUP).")
+    log_level: str = option(one_of("debug", "info", "warning", "error"), "info", "Or debug, warning, error.")
+    max_message_size: int = option(OCTETS, "50M", "Announced in SIZE; 0: no limit but the disk.")
+    max_recipients: int = option(COUNT, "1000", "For one message; more get 452 4.5.3.", 1, 50000)
+    min_free_space: int = option(OCTETS, "100M", "Below it new mail gets 452; queued mail still leaves.")
+    max_connections: int = option(COUNT, "1000", "Clients at once; more get 421.", 1, 100000)
+    max_connections_per_client: int = option(COUNT, "50", "For one IPv4 address or IPv6 /64; 0: no limit.")
+    max_message_rate: int = option(COUNT, "0", "Messages a minute from one client; 0: no limit.")
+    command_timeout: float = option(DURATION, "5m", "Idle time before 421; less under stress.", 1, 3600)
+    trusted_clients: Networks = option(NETWORKS, "", "Networks free of the per-client limits.", none=())
+    bare_newline: str = option(one_of("normalize", "reject"), "normalize", "Stray CR and LF; or reject.")
+    greet_pause: float = option(DURATION, "0", "Wait before the banner; who speaks first must go.", 0, 60)
+    odmr_listen: Endpoints = option(ODMR_LISTEN, "", "Where to serve ATRN, usually port 366.", none=())
+    tls_certificate: str = option(parse_file, "", "PEM files; with both, STARTTLS is offered.  They are "
+                                  "reread when they change; with user set, that account must be able to.")
+    tls_key: str = option(parse_file, "", "")
+    bounces_route: Route = option(parse_route, "mx", "How notices leave: mx, or a smarthost host[:port].")
+    bounces_username: str = option(parse_login, "", "AUTH at the smarthost, only over TLS.")
+    bounces_password: str = option(parse_login, "", "The password, or file:PATH.", paths=("file:",))
+    bounces_postmaster: str = option(parse_mail_address, "", "Gets notices that could not be delivered.")
+    status_listen: Optional[Endpoint] = option(parse_page, "", "Address of the status page: 127.0.0.1:8025; "
+                                               "a bare port means all of IPv4, [::]:8025 both.", none=None)
+    status_token: str = option(str, "", "Asked as bearer token or as basic-auth password when set.")
+    alerts_command: str = option(str, "", "Run when a primary goes down, comes back, or rejects after coming "
+                                 "back, and when mail, the disk or the certificate nears its end.")
+    alerts_webhook: str = option(URL, "", "Gets the same as a JSON POST.")
+    alerts_mail: str = option(parse_mail_address, "", "Gets the same as mail.")
+    alerts_mail_route: Route = option(parse_route, "mx", "How that mail leaves: mx, or host[:port].")
+    alerts_after: float = option(DURATION, "5m", "An outage is told when it is so long.", 0, WEEK_S)
 
     def domain(self, name: str) -> Optional[DomainConfig]:
         """The section that serves `name`: its own, or the nearest `.parent`."""
@@ -1243,13 +801,13 @@ class Config:
         """Where `<postmaster>` goes."""
         return next((name for name in self.domains if name[0] != "."), "")
 
-    def is_trusted(self, address: str) -> bool:
-        return is_within(address, self.trusted_clients)
-
     @property
     def has_logins(self) -> bool:
         """Whether anybody could pass AUTH, so that it is worth offering."""
         return any(cfg.username for cfg in self.domains.values())
+
+    def is_trusted(self, address: str) -> bool:
+        return is_within(address, self.trusted_clients)
 
     def is_owned(self, name: str, username: str) -> bool:
         """Whether `name` is served, for the customer who authenticated as `username`."""
@@ -1258,101 +816,139 @@ class Config:
 
 
 def is_within(address: str, networks: Sequence[Network]) -> bool:
-    if not networks:
-        return False
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    return any(ip in network for network in networks if network.version == ip.version)
-
-
-SECTION_HEAD = re.compile(r"\[(?P<header>[^]]+)\]")
-
-
-class _Lines:
-    """Which line a section or key stands on, and for a key those its value goes
-    on in; configparser does not tell.  What is a continuation is judged as it
-    does: any line indented deeper than the key."""
-
-    def __init__(self, text: str) -> None:
-        self.sections: Dict[str, int] = {}
-        self.keys: Dict[Tuple[str, str], List[int]] = {}
-        self.odd: Dict[int, str] = {}           # section heads with something behind them that is no comment
-        section, key, indent = "", "", 0
-        for number, line in enumerate(text.split("\n"), 1):
-            bare = line.strip()
-            if bare[:1] in ("", "#", ";"):
-                continue
-            depth = len(line) - len(line.lstrip())
-            if key and depth > indent:
-                self.keys[section, key].append(number)
-                continue
-            indent = depth
-            head = SECTION_HEAD.match(bare)
-            if head:
-                section, key, behind = head.group("header"), "", bare[head.end():].strip()
-                self.sections.setdefault(section, number)
-                if behind[:1] not in ("", "#", ";"):
-                    self.odd[number] = behind
-            else:
-                key = re.split(r"[=:]", bare, maxsplit=1)[0].strip().lower()
-                self.keys.setdefault((section, key), [number])
-
-    def of(self, *places: Tuple[str, str]) -> int:
-        """The line of the first of these (section, key) that is there, else of the first section that is."""
-        given = [self.keys[place][0] for place in places if place in self.keys]
-        return (given + [self.sections[section] for section, _ in places if section in self.sections] + [0])[0]
+    return any(ipaddress.ip_address(address.partition("%")[0]) in network for network in networks)
 
 
 SECTIONS = ("relay", "tls", "bounces", "status", "alerts", "defaults")
 
 
-def _domain_of(section: str) -> Optional[str]:
-    """NAME of [domain NAME], and None for any other section."""
-    words = section.split(None, 1)
-    return words[1].strip() if words[:1] == ["domain"] and len(words) == 2 else "" if words == ["domain"] else None
+def _list_options(kind: Any, home: str) -> Iterator[Tuple[Tuple[str, str], Option]]:
+    """By section and name.  A field is called section_name; or `name` alone, in the section `home`."""
+    for field in dataclasses.fields(kind):
+        section, _, name = field.name.partition("_")
+        if field.metadata:
+            place = (section, name) if section in SECTIONS and name else (home, field.name)
+            yield place, field.metadata["option"]
 
+
+OPTIONS = dict([*_list_options(Config, "relay"), *_list_options(DomainConfig, "domain")])
 
 def parse_config(text: str, file: str, fqdn: str = "localhost") -> Config:
-    """The whole file.  `fqdn` is the machine's name, for the default of
-    `hostname`.  Raises ConfigError at the first fault."""
-    parser = configparser.ConfigParser(interpolation=None, default_section="\0", delimiters=("=", ":"))
-    parser.SECTCRE = SECTION_HEAD       # the default is another one from 3.11 on
-    text = text[1:] if text.startswith("\ufeff") else text      # Windows editors begin a file with this mark
-    lines = _Lines(text)
-    try:
-        parser.read_string(text, file)
-    except configparser.DuplicateSectionError as error:
-        raise ConfigError(file, error.lineno or 0, "section [%s] is there twice" % error.section) from None
-    except configparser.DuplicateOptionError as error:
-        raise ConfigError(file, error.lineno or 0, "option '%s' is there twice" % error.option) from None
-    except configparser.MissingSectionHeaderError as error:
-        raise ConfigError(file, error.lineno, "an option before the first [section]") from None
-    except configparser.ParsingError as error:
-        line = error.errors[0][0] if error.errors else 0
-        raise ConfigError(file, line, "neither [section], option = value, nor a comment") from None
-    for line, behind in lines.odd.items():
-        raise ConfigError(file, line, "'%s' stands behind a [section]; options have lines of their own" % behind)
-    values: Dict[str, Dict[str, Any]] = {name: {} for name in SECTIONS}
-    domains: Dict[str, Dict[str, Any]] = {}
-    places: Dict[str, str] = {}             # where a domain's section is: its name as written
-    for section in parser.sections():
-        line = lines.sections.get(section, 0)
-        domain = _domain_of(section)
-        if domain is not None:
+    """`fqdn` is the machine's name, the default of `hostname`.  Raises ConfigError at the first fault."""
+    parser = _Parser(file)
+    parser.read(text)
+    return parser.build(fqdn)
+
+
+Given = Dict[str, Tuple[Any, int]]      # the options of a section: value and line
+
+
+class _Parser:
+    def __init__(self, file: str) -> None:
+        self.file, self.folder = file, os.path.dirname(os.path.abspath(file))
+        self.sections: Dict[str, Given] = collections.defaultdict(dict)
+
+    def fault(self, line: int, text: str) -> ConfigError:
+        return ConfigError(self.file, line, text)
+
+    def read(self, text: str) -> None:
+        """configparser keeps no line numbers, so each line is given its own as an ending: NUL and the
+        number, which come out with the value, or with the name of a section."""
+        parser = configparser.ConfigParser(interpolation=None, default_section="")
+        parser.SECTCRE = re.compile(r"\[(?P<header>[^]]+\]\s*(?:[#;].*)?\0[0-9]+)$")
+        lines = map(str.rstrip, text.lstrip("\ufeff").split("\n"))      # that is the mark of Windows editors
+        try:
+            parser.read_string("\n".join(line and "%s\0%d" % (line, at) for at, line in enumerate(lines, 1)))
+        except configparser.DuplicateOptionError as error:
+            raise self.fault(error.lineno or 0, "option '%s' is there twice" % error.option) from None
+        except configparser.MissingSectionHeaderError as error:
+            raise self.fault(error.lineno, "an option before the first [section]") from None
+        except configparser.ParsingError as error:
+            raise self.fault(error.errors[0][0], "not [section], option = value, or comment") from None
+        for header in parser.sections():
+            name, line = " ".join(header.partition("]")[0].split()), int(header.rpartition("\0")[2])
             try:
-                name = _served(domain)
+                section = "domain " + parse_served(name[7:]) if name.startswith("domain ") else name
             except ValueError as error:
-                raise ConfigError(file, line, "[%s]: %s" % (section, error)) from None
-            if name in domains:
-                raise ConfigError(file, line, "domain %s is there twice" % name)
-            target, places[name] = domains.setdefault(name, {}), section
-        elif section in values:
-            target = values[section]
-        else:
-            raise ConfigError(file, line, "unknown section [%s]%s" % (section, _meant_section(section)))
-        kind = "domain" if section == "defaults" or domain is not None else section
-        for key, raw in parser.items(section):
-            target[key] = _parse_option(kind, key, raw or "", file, lines.keys.get((section, key), [line]))
-    return _build_config(values, domains, file, fqdn, lines, places)
+                raise self.fault(line, "[%s]: %s" % (name, error)) from None
+            if section in self.sections:
+                raise self.fault(line, "section [%s] is there twice" % section)
+            if section not in SECTIONS and not section.startswith("domain "):
+                hint = _meant(name.lower(), SECTIONS + ("domain NAME",))
+                raise self.fault(line, "unknown section [%s]%s" % (name, hint))
+            given = self.sections[section]
+            for key, value in parser.items(header):
+                given[key] = self.option(section, key, value)
+
+    def option(self, section: str, key: str, value: str) -> Tuple[Any, int]:
+        """The value of an option, and its line."""
+        home = "domain" if section == "defaults" else section.partition(" ")[0]
+        parts = [line.rpartition("\0") for line in value.split("\n") if line]
+        texts, line = [part.strip() for part, _, _ in parts], int(parts[0][2])
+        row = OPTIONS.get((home, key))
+        if row is None:
+            hint = _meant(key, [name for where, name in OPTIONS if where == home])
+            raise self.fault(line, "unknown option '%s'%s" % (key, hint))
+        if row.parse not in (str, parse_login):
+            texts = [re.sub(r"(?:^|\s)[#;].*", "", text).strip() for text in texts]
+        if len(parts) > 1 and not isinstance(row.parse, ListOf):
+            raise self.fault(int(parts[1][2]), "this line, indented, goes on with '%s'" % key)
+        try:
+            return self.value(row, " ".join(filter(None, texts))), line
+        except ValueError as error:
+            raise self.fault(line, "%s: %s" % (key, error)) from None
+
+    def value(self, row: Option, text: str) -> Any:
+        """Paths become whole ones.  Raises ValueError."""
+        if not row.default and text.lower() in ("", "none"):
+            return row.none
+        if not text:
+            raise ValueError("is empty")
+        if (row.parse is parse_file or text.startswith(row.paths)) and text not in ("stderr", "syslog"):
+            head = "file:" if "file:" in row.paths else ""
+            return head + os.path.join(self.folder, parse_file(text[len(head):].strip()))
+        value = row.parse(text)
+        if isinstance(value, (int, float)) and not row.low <= value <= row.high:
+            show = {DURATION: format_duration, OCTETS: format_size}.get(row.parse, str)
+            most = " at least" if row.high == INF else " to " + show(row.high)
+            raise ValueError("'%s' is out of range (%s%s)" % (text, show(row.low), most))
+        return value
+
+    def build(self, fqdn: str) -> Config:
+        flat: Dict[str, Any] = {"spool": os.path.join(self.folder, "spool")}
+        for section in SECTIONS[:-1]:
+            for key, (value, _) in self.sections[section].items():
+                flat[key if section == "relay" else "%s_%s" % (section, key)] = value
+        flat["hostname"] = flat.get("hostname") or fqdn
+        self.check_pair(self.sections["tls"], "certificate", "key")
+        self.check_pair(self.sections["bounces"], "username", "password")
+        domains: Dict[str, DomainConfig] = {}
+        passwords: Dict[str, str] = {}
+        names = [name[7:] for name in self.sections if name.startswith("domain ")]
+        for name in [*flat.pop("domains", ()), *names]:
+            given = {**self.sections["defaults"], **self.sections.get("domain " + name, {})}
+            self.check_pair(given, "username", "password")
+            domains[name] = one = self.domain(name, given)
+            if passwords.setdefault(one.username, one.password) != one.password:    # who came to AUTH?
+                raise self.fault(given["password"][1], "this username has another password elsewhere")
+        flat.update(domains=domains, defaults=self.domain("", self.sections["defaults"]))
+        return Config(self.file, **flat)
+
+    def check_pair(self, given: Given, *pair: str) -> None:
+        for one, other in (pair, pair[::-1]):
+            if given.get(one, ("", 0))[0] and not given.get(other, ("", 0))[0]:
+                raise self.fault(given[one][1], "%s needs %s beside it" % (one, other))
+
+    def domain(self, name: str, given: Given) -> DomainConfig:
+        """Where one of the two pauses between attempts is set, the default of the other follows it."""
+        cfg = DomainConfig(name, **{key: value for key, (value, _) in given.items()})
+        if cfg.max_retry_interval >= cfg.retry_interval:
+            return cfg
+        lines = [given[key][1] for key in ("retry_interval", "max_retry_interval") if key in given]
+        if len(lines) > 1:
+            raise self.fault(max(lines), "max_retry_interval is smaller than retry_interval")
+        pause = cfg.retry_interval if "retry_interval" in given else cfg.max_retry_interval
+        return dataclasses.replace(cfg, retry_interval=pause, max_retry_interval=pause)
 
 
 def _meant(word: str, known: Sequence[str]) -> str:
@@ -1360,140 +956,24 @@ def _meant(word: str, known: Sequence[str]) -> str:
     return " (did you mean '%s'?)" % near[0] if near else ""
 
 
-def _meant_section(section: str) -> str:
-    """As _meant(); what [domainexample.com] or [Domains example.com] should be is [domain example.com]."""
-    match = re.fullmatch(r"domains?[\s.:=]*(\S+\.\S+)", section.strip().lower())
-    return " (did you mean 'domain %s'?)" % match.group(1) if match else _meant(
-        section.strip().lower(), SECTIONS + ("domain NAME",))
-
-
-def _parse_option(kind: str, key: str, raw: str, file: str, lines: Sequence[int]) -> Any:
-    """`raw` is the value as configparser has it, `lines` are those it stands on."""
-    known = {option.name: option for option in OPTIONS if option.section == kind}
-    option = known.get(key)
-    if option is None:
-        raise ConfigError(file, lines[0], "unknown option '%s'%s" % (key, _meant_option(kind, key, list(known))))
-    parts = [part.strip() for number, part in enumerate(raw.split("\n")) if part.strip() or not number]
-    if option.kind not in FREE_TEXT:
-        parts = [re.sub(r"(?:^|\s)[#;].*", "", part).strip() for part in parts]
-    if len(parts) > 1 and option.kind not in LISTS:
-        raise ConfigError(file, (list(lines) * 2)[1], "this indented line goes on with '%s', which takes one line" % key)
-    value = " ".join(filter(None, parts))
-    if value.lower() == "none" and not option.default and option.kind not in FREE_TEXT + ("host", "path"):
-        value = ""                      # as the manual writes such a default
-    try:
-        if not value and option.default and option.kind != "networks":
-            raise ValueError("is empty")
-        parsed = KINDS[option.kind](value) if value or option.kind not in ("size", "count", "duration") else None
-    except ValueError as error:
-        raise ConfigError(file, _line_at_fault(option, parts, lines), "%s: %s" % (key, error)) from None
-    if isinstance(parsed, (int, float)) and not isinstance(parsed, bool) and not option.low <= parsed <= option.high:
-        raise ConfigError(file, lines[0], "%s: '%s' is out of range (%s)" % (key, value, _range(option)))
-    return parsed
-
-
-def _meant_option(kind: str, key: str, known: Sequence[str]) -> str:
-    """An option at the wrong place is told where it belongs."""
-    homes = ["[domain NAME] or [defaults]" if option.section == "domain" else "[%s]" % option.section
-             for option in OPTIONS if option.name == key and option.section != kind]
-    return " (it belongs to %s)" % " or ".join(homes) if homes else _meant(key, known)
-
-
-def _line_at_fault(option: Option, parts: Sequence[str], lines: Sequence[int]) -> int:
-    """Of a list on several lines, the one that cannot be parsed on its own."""
-    for part, line in zip(parts, lines):
+def parse_recipients(text: str) -> Tuple[FrozenSet[str], List[Tuple[int, str]]]:
+    """The text of a recipients file: its addresses (as Path.key has them) and `@domain`s; and the lines that
+    hold neither, with their numbers.  In Postfix's maps, too, all behind the first blank is ignored."""
+    found, wrong = set(), []
+    for number, line in enumerate(map(str.strip, text.lstrip("\ufeff").split("\n")), 1):
+        if line[:1] in ("", "#"):
+            continue
+        match = re.match(r'(?:"(?:[^"\\]|\\.)*")?[^\s@]*@[^\s#]*', line)
+        word = match.group() if match else "@"
         try:
-            if part.strip(", "):
-                KINDS[option.kind](part)
-        except ValueError:
-            return line
-    return lines[0]
+            found.add("@" + parse_domain(word[1:]) if word[0] == "@" else parse_key(word))
+        except (ValueError, Refuse):
+            wrong.append((number, line))
+    return frozenset(found), wrong
 
 
-def _range(option: Option) -> str:
-    def show(number: float) -> str:
-        if option.kind.endswith("duration"):
-            return format_duration(number)
-        return format_size(number) if option.kind == "size" else "%d" % number
-    return "at least %s" % show(option.low) if option.high == INF else "%s to %s" % (show(option.low), show(option.high))
-
-
-def _build_config(values: Dict[str, Dict[str, Any]], domains: Dict[str, Dict[str, Any]], file: str, fqdn: str,
-                  lines: _Lines, places: Mapping[str, str]) -> Config:
-    flat: Dict[str, Any] = {}
-    for option in OPTIONS:
-        if option.section != "domain":
-            name = option.name if option.section == "relay" else "%s_%s" % (option.section, option.name)
-            given = values[option.section].get(option.name)
-            flat[name] = given if given is not None else KINDS[option.kind](option.default)
-    plain = flat.pop("domains")
-    flat["hostname"] = flat["hostname"] or fqdn
-    folder = os.path.dirname(os.path.abspath(file))
-    flat["spool"] = os.path.join(folder, flat["spool"] or "spool")
-    if flat["log"] not in ("stderr", "syslog"):
-        flat["log"] = os.path.join(folder, flat["log"])
-    for one, other in (("tls_certificate", "tls_key"), ("tls_key", "tls_certificate"), ("bounces_username", "bounces_password"),
-                       ("bounces_password", "bounces_username")):
-        if flat[one] and not flat[other]:
-            section, _, name = one.partition("_")
-            raise ConfigError(file, lines.of((section, name)), "%s needs %s beside it" % (name, other.partition("_")[2]))
-    for name in ("tls_certificate", "tls_key"):
-        flat[name] = flat[name] and os.path.join(folder, flat[name])
-    if flat["bounces_password"].startswith("file:"):
-        flat["bounces_password"] = "file:" + os.path.join(folder, flat["bounces_password"][5:].strip())
-    defaults = {option.name: _default(option) for option in OPTIONS if option.section == "domain"}
-    defaults.update({key: value for key, value in values["defaults"].items() if value is not None})
-    served: Dict[str, DomainConfig] = {}
-    for name in list(plain) + list(domains):
-        own = {key: value for key, value in domains.get(name, {}).items() if value is not None}
-        served[name] = DomainConfig(name, **{**defaults, **own})
-    for name, cfg in served.items():
-        served[name] = cfg = _fit_pauses(cfg, {**values["defaults"], **domains.get(name, {})}, file, lines, places.get(name, ""))
-        if isinstance(cfg.recipients, str) and cfg.recipients.startswith("file:"):
-            path = os.path.join(folder, cfg.recipients[5:].strip())
-            served[name] = dataclasses.replace(cfg, recipients="file:" + path)
-    served = _check_logins(served, file, folder, lines)
-    for where in flat["odmr_listen"]:
-        if where.port and where in flat["listen"]:
-            raise ConfigError(file, lines.of(("relay", "odmr_listen")), "odmr_listen: %s is in listen too" % str(where))
-    common = _fit_pauses(DomainConfig("", **defaults), values["defaults"], file, lines, "defaults")
-    return Config(file=file, defaults=common, domains=served, **flat)
-
-
-def _fit_pauses(cfg: DomainConfig, given: Mapping[str, Any], file: str, lines: _Lines, section: str) -> DomainConfig:
-    """Where one of the two pauses between attempts is set, a default follows it; where both are, they must agree."""
-    if cfg.max_retry_interval >= cfg.retry_interval:
-        return cfg
-    if "max_retry_interval" not in given:
-        return dataclasses.replace(cfg, max_retry_interval=cfg.retry_interval)
-    if "retry_interval" not in given:
-        return dataclasses.replace(cfg, retry_interval=cfg.max_retry_interval)
-    places = [(place, key) for place in (section, "defaults") for key in ("max_retry_interval", "retry_interval")]
-    raise ConfigError(file, lines.of(*places), "max_retry_interval is smaller than retry_interval")
-
-
-def _check_logins(served: Mapping[str, DomainConfig], file: str, folder: str, lines: _Lines) -> Dict[str, DomainConfig]:
-    """The domains, with whole paths of password files.  A name goes with one
-    password, or it would not say who came."""
-    places = {_served(section.partition(" ")[2].strip()): section for section in lines.sections if section[:7] == "domain "}
-    passwords: Dict[str, str] = {}
-    out = {}
-    for name, cfg in served.items():
-        def fault(option: str, text: str, section: str = places.get(name, "")) -> ConfigError:
-            return ConfigError(file, lines.of((section, option), ("defaults", option)), text)
-        if bool(cfg.username) != bool(cfg.password):
-            there, missing = ("username", "password") if cfg.username else ("password", "username")
-            raise fault(there, "%s needs %s beside it" % (there, missing))
-        if cfg.password.startswith("file:"):
-            cfg = dataclasses.replace(cfg, password="file:" + os.path.join(folder, cfg.password[5:].strip()))
-        if passwords.setdefault(cfg.username, cfg.password) != cfg.password:
-            raise fault("password", "username '%s' has another password elsewhere" % cfg.username)
-        out[name] = cfg
-    return out
-
-
-def _default(option: Option) -> Any:
-    return KINDS[option.kind](option.default) if option.default or option.kind not in ("size", "count") else None
+def is_listed(path: Path, entries: FrozenSet[str]) -> bool:
+    return path.key in entries or "@" + path.domain in entries
 
 
 SAMPLE_HEAD = """\
@@ -1502,38 +982,35 @@ SAMPLE_HEAD = """\
 # As it stands this file runs, unprivileged, on loopback: a try-out.  For a
 # real backup MX set hostname, listen and your domain; leave the rest alone.
 # Durations: 30s 5m 4h 7d 2w.  Sizes: 512K 50M 1G.  Lists: comma or space.
+# [defaults] takes the options of [domain example.com], for all domains;
+# [domain .example.com] means all subdomains of example.com.
 """
 SAMPLE_VALUES = {("relay", "hostname"): "backup.example.net", ("relay", "listen"): "127.0.0.1:2525",
                  ("domain", "primary"): "127.0.0.1:2526"}
 
 
 def format_sample() -> str:
-    """The text of etrn.conf.sample."""
-    out = [SAMPLE_HEAD]
-    section = ""
-    for option in OPTIONS:
-        if option.section != section:
-            section = option.section
+    """The text of etrn.conf.sample: every option with its default."""
+    out, last = [SAMPLE_HEAD.rstrip()], ""
+    for (section, name), row in OPTIONS.items():
+        if section != last:
             out.append("\n[%s]" % ("domain example.com" if section == "domain" else section))
-            if section == "domain":
-                out.append("# [defaults] takes the same keys, for all domains; [domain .example.com]\n"
-                           "# means all subdomains of example.com.")
-        out.extend("# " + line for line in option.text.split("\n") if line)
-        value = SAMPLE_VALUES.get((section, option.name))
-        out.append("#%s = %s" % (option.name, option.default) if value is None else "%s = %s" % (option.name, value))
+        out += textwrap.wrap(row.text, 78, initial_indent="# ", subsequent_indent="# ")
+        last, value = section, SAMPLE_VALUES.get((section, name))
+        out.append("%s = %s" % (name, value) if value else "#%s = %s" % (name, row.default or "none"))
     return "\n".join(out) + "\n"
-
-
 # == 5. LOG ====================================================================
-# Formats, escapes and writes events; the only writer to syslog, stderr or the
-# log file.  Used by the loop thread alone: workers hand their events over as
-# values, so lines of one message keep their order.
+# The only writer to stderr, syslog or the log file, used by the loop alone, so the lines of
+# one message keep their order.  Keeps the last notable lines for the status page.  Uses 2
+# LIMITS and 3 GRAMMAR.
 
 LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
+NOTABLE = ("primary", "flush", "master")        # services that tell of more than one message
 
 
 def describe(error: OSError) -> str:
-    return "%s: %s" % (error.filename, error.strerror) if error.filename and error.strerror else error.strerror or str(error)
+    text = error.strerror or str(error)
+    return "%s: %s" % (error.filename, text) if error.filename and error.strerror else text
 
 
 def short_name(hostname: str) -> str:
@@ -1544,724 +1021,1046 @@ class Log:
     """Lines are gathered and written once a turn of the loop."""
 
     def __init__(self, where: str, level: str, hostname: str) -> None:
-        self.level = LEVELS[level]
-        self.host = short_name(hostname)
-        self.pid = os.getpid()
+        self.where, self.level, self.host = where, LEVELS[level], short_name(hostname)
+        self.pid, self.service = os.getpid(), ""        # whose tag the next line to syslog gets
         self.lines: List[str] = []
-        self.stamp = ("", 0)
-        self.where = where
-        self.service = ""               # whose tag the next line to syslog gets
         self.file: Optional[TextIO] = None
-        self.on_event: Callable[[str, str, str], None] = lambda service, text, level: None     # set by the server
+        self.kept: Dict[str, Deque[Tuple[Time, str, str, str]]] = {}    # by service: none crowds out another
         self.reopen()
 
+    @property
+    def notable(self) -> List[Tuple[Time, str, str, str]]:
+        """The last lines that the status page shows, oldest first: time, service, text, level."""
+        return sorted(itertools.chain(*self.kept.values()))[-NOTABLE_MAX:]
+
     def reopen(self, where: str = "") -> None:
-        """Open the file again, after a rotation, or go on elsewhere.  Raises OSError and leaves the old one in use."""
+        """After a rotation, or to go on elsewhere.  Raises OSError and leaves the old one in use."""
         self.flush()
         where, new = where or self.where, None
-        if where == "syslog":
-            if syslog is None:
-                raise OSError("this Python has no syslog module")
-            self.service = ""
-        elif where != "stderr":
-            new = open(where, "a", encoding="utf-8", errors="backslashreplace")
+        if where == "syslog" and syslog is None:
+            raise OSError("this Python has no syslog module")
+        if where not in ("stderr", "syslog"):       # addresses of people are in it: not for everybody
+            new = open(where, "a", encoding="utf-8", errors="backslashreplace",
+                       opener=lambda path, flags: os.open(path, flags, 0o640))
         if self.file:
             self.file.close()
-        self.where, self.file = where, new
+        self.where, self.file, self.service = where, new, ""
 
     def write(self, service: str, text: str, level: str = "info") -> None:
         """One event.  Foreign parts of `text` must have been through printable()."""
-        self.on_event(service, text, level)
+        now = time.time()
+        if level in ("warning", "error") or (level == "info" and service in NOTABLE):
+            lines = self.kept.setdefault(service, collections.deque(maxlen=NOTABLE_MAX // 2))
+            lines.append((now, service, text[:LOG_TEXT_MAX], level))
         if LEVELS[level] < self.level:
             return
-        if level in ("warning", "error"):
-            text = "%s: %s" % (level, text)
-        if self.where == "syslog":
-            return self._to_syslog(service, text, level)
-        now = int(time.time())
-        if now != self.stamp[1]:
-            self.stamp = (time.strftime("%b %e %H:%M:%S", time.localtime(now)), now)
-        self.lines.append("%s %s etrn_relay/%s[%d]: %s\n" % (self.stamp[0], self.host, service, self.pid, text))
-
-    def _to_syslog(self, service: str, text: str, level: str) -> None:
-        """The tag is the service's, as in a file, and the priority the event's."""
+        text = "%s: %s" % (level, text) if level in ("warning", "error") else text
+        if self.where != "syslog":
+            stamp = time.strftime("%b %e %H:%M:%S", time.localtime(now))
+            self.lines.append("%s %s etrn_relay/%s[%d]: %s\n" % (stamp, self.host, service, self.pid, text))
+            return
         if service != self.service:
             self.service = service
             syslog.openlog("etrn_relay/" + service, syslog.LOG_PID, syslog.LOG_MAIL)
-        priority = {"debug": syslog.LOG_DEBUG, "info": syslog.LOG_INFO, "warning": syslog.LOG_WARNING}.get(level, syslog.LOG_ERR)
-        syslog.syslog(priority, text.replace("\0", " "))
+        priority = {"debug": syslog.LOG_DEBUG, "info": syslog.LOG_INFO, "warning": syslog.LOG_WARNING}
+        syslog.syslog(priority.get(level, syslog.LOG_ERR), text.replace("\0", " "))
 
     def bug(self, error: BaseException) -> None:
-        """A traceback on one line; the session or job at fault is dropped by the caller."""
+        """A traceback on one line.  The caller drops the session or delivery at fault."""
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         self.write("master", "bug: " + printable(text, 4000), "error")
 
     def flush(self) -> None:
-        if not self.lines:
-            return
         lines, self.lines = self.lines, []
+        target = self.file or sys.stderr        # None when it was closed before the start
+        if lines and target is not None:
+            with contextlib.suppress(OSError, ValueError):      # a full log disk or a closed terminal
+                target.write("".join(lines))                    # must not stop the mail
+                target.flush()
+# == 6. LOOP ===================================================================
+# The only select().  Owns sockets, timers and short-lived threads, and nothing of
+# the mail.  Three rules hold in the whole file: state is touched in the loop
+# alone; what is asked of the spool first is done first; what crosses a border
+# between threads is data.
+
+class Now(NamedTuple):
+    """Both clocks, read once a turn: monotonic for pauses, wall for what people and other hosts see."""
+    mono: float
+    wall: Time
+
+
+class Loop:
+    """Calls what is ready, one after the other.  Nothing it calls may wait."""
+
+    def __init__(self, bug: Callable[[BaseException], None]) -> None:
+        self.bug = bug                  # gets what nobody expected; the step it came from is over
+        self.selector = selectors.DefaultSelector()
+        self.now = Now(time.monotonic(), time.time())
+        self.timers: List[Tuple[float, int, Callable[[], None]]] = []
+        self.order = itertools.count()
+        self.posted: Deque[Tuple[Callable[..., Any], Tuple[Any, ...]]] = collections.deque()
+        self.is_woken = False
+        self.todo: Deque[Tuple[Callable[[], Any], Callable[[Any], None]]] = collections.deque()
+        self.threads = 0
+        self.reader, self.writer = socket.socketpair()
+        for sock in (self.reader, self.writer):
+            sock.setblocking(False)
+        self.selector.register(self.reader, selectors.EVENT_READ, lambda mask: self.reader.recv(4096))
+
+    def post(self, call: Callable[..., Any], *values: Any) -> None:
+        """From any thread or signal handler: call it in the loop."""
+        self.posted.append((call, values))
+        if not self.is_woken:
+            self.is_woken = True
+            with contextlib.suppress(OSError):      # full: it will wake; closed: nobody is there
+                self.writer.send(b"\0")
+
+    def later(self, seconds: float, call: Callable[[], None]) -> None:
+        heapq.heappush(self.timers, (self.now.mono + seconds, next(self.order), call))
+
+    def in_thread(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """For what may wait.  `then` gets the result or the exception, in the loop."""
+        self.todo.append((work, then))
+        self._start_threads()
+
+    def _start_threads(self) -> None:
+        while self.todo and self.threads < THREADS_MAX:
+            work, then = self.todo[0]
+            try:
+                threading.Thread(target=self._run, args=(work, then), name="helper", daemon=True).start()
+                self.threads += 1
+            except RuntimeError as error:
+                if self.threads:
+                    return              # the system has no more: one that ends makes room
+                self.post(then, OSError(errno.EAGAIN, str(error)))
+            self.todo.popleft()
+
+    def _run(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         try:
-            target = self.file or sys.stderr
-            target.write("".join(lines))
-            target.flush()
+            result = work()
+        except Exception as error:
+            result = error
+        self.post(self._end_thread, then, result)
+
+    def _end_thread(self, then: Callable[[Any], None], result: Any) -> None:
+        self.threads -= 1
+        self._start_threads()
+        then(result)
+
+    def turn(self, longest: Optional[float] = None) -> None:
+        """Wait, `longest` seconds at most, then read the clocks once and do all there is."""
+        pause = longest
+        if self.timers:
+            left = max(0.0, self.timers[0][0] - time.monotonic())
+            pause = left if pause is None else min(left, pause)
+        events = self.selector.select(0.0 if self.posted else pause)
+        self.now = Now(time.monotonic(), time.time())
+        for key, mask in events:
+            self.guard(key.data, mask)
+        self.is_woken = False           # before the posts are read: what comes later wakes again
+        for _ in range(len(self.posted)):
+            call, values = self.posted.popleft()
+            self.guard(call, *values)
+        while self.timers and self.timers[0][0] <= self.now.mono:
+            self.guard(heapq.heappop(self.timers)[2])
+
+    def guard(self, call: Callable[..., Any], *values: Any) -> None:
+        """A bug costs the step it is in, never the loop."""
+        try:
+            call(*values)
+        except Exception as error:
+            self.bug(error)
+
+    def close(self) -> None:
+        self.selector.close()
+        self.reader.close()
+        self.writer.close()
+
+
+# A socket has nothing for us now
+WANTS: Tuple[Type[BaseException], ...] = (BlockingIOError, InterruptedError)
+if ssl is not None:
+    WANTS += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+class Stream:
+    """A socket of the loop, plain or TLS: a client, a primary, a command or a browser.  Octets that
+    come go to on_data().  on_end() is called once, when the peer sends no more: with "" at its end,
+    else with the error, and then the socket is closed.  on_closed() is called once, however that came."""
+    __slots__ = ("loop", "sock", "on_data", "on_end", "on_closed", "on_sent", "out", "mask", "moved",
+                 "piece", "is_paused", "is_ended", "is_closing", "is_closed", "handshake")
+
+    def __init__(self, loop: Loop, sock: socket.socket, on_data: Callable[[bytes], None],
+                 on_end: Callable[[str], None]) -> None:
+        sock.setblocking(False)
+        self.loop, self.sock, self.on_data, self.on_end = loop, sock, on_data, on_end
+        self.on_closed: Callable[[], None] = lambda: None
+        self.on_sent: Optional[Callable[[], None]] = None       # called once, when all is out
+        self.out = bytearray()
+        self.mask = 0                   # as the selector knows
+        self.moved = loop.now.mono      # when octets last went either way
+        self.piece = RECEIVE_OCTETS     # read at a time
+        self.is_paused = self.is_ended = self.is_closing = self.is_closed = False
+        self.handshake: Optional[Callable[[], None]] = None
+        self._watch()
+
+    def send(self, data: bytes) -> None:
+        self.out += data
+        self._push()
+
+    def pause(self, is_paused: bool) -> None:
+        """Read no more for now: the relay or the peer is behind."""
+        self.is_paused = is_paused
+        if self.handshake is None:
+            self._watch()
+            self._read_on()
+
+    def secure(self, context: Callable[[], "ssl.SSLContext"], then: Callable[[], None]) -> None:
+        """STARTTLS as server, once our 220 has gone out in the clear."""
+        def wrap() -> None:
+            self._watch(0)
+            try:
+                self.sock = context().wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+            except (OSError, ValueError) as error:      # the client has left
+                return self._fail(str(error))
+            self.handshake = then
+            self._shake()
+        self.handshake = lambda: None   # nothing is read before the handshake
+        self.on_sent = wrap
+        self._push()
+
+    def _shake(self) -> None:
+        try:
+            self.sock.do_handshake()            # type: ignore[attr-defined]
+        except WANTS as want:
+            writes = ssl is not None and isinstance(want, ssl.SSLWantWriteError)
+            return self._watch(selectors.EVENT_WRITE if writes else selectors.EVENT_READ)
+        except (OSError, ValueError) as error:
+            return self._fail("TLS handshake failed: %s" % printable(str(error), 200))
+        then, self.handshake = self.handshake, None
+        self.moved = self.loop.now.mono
+        self._watch()
+        if then is not None:
+            then()
+
+    def finish(self, linger: bool = True) -> None:
+        """Close when all has gone out.  `linger`: and the peer has closed, because a reset would take
+        our last words away; LINGER_S without progress are enough."""
+        if not self.is_closing:
+            self.is_closing = True
+            self.on_data = lambda data: None
+            self.on_sent = self._say_end if linger and not self.is_ended else self.close
+            self.loop.later(LINGER_S, self._expire)
+            self._push()
+
+    def _expire(self) -> None:
+        if self.out and self.loop.now.mono - self.moved < LINGER_S:
+            self.loop.later(LINGER_S, self._expire)
+        else:
+            self.close()
+
+    def _say_end(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if ssl is not None and isinstance(self.sock, ssl.SSLSocket):
+                self.sock.unwrap()      # sends our close_notify; theirs is not waited for
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        if self.is_ended:
+            self.close()
+
+    def close(self) -> None:
+        if not self.is_closed:
+            self.detach().close()
+            self.on_closed()
+
+    def detach(self) -> socket.socket:
+        """The socket leaves the loop, for a thread."""
+        self._watch(0)
+        self.is_closed = self.is_closing = True
+        return self.sock
+
+    def _ready(self, mask: int) -> None:
+        if self.is_closed:
+            return                      # by another step of this turn
+        if self.handshake is not None and self.on_sent is None:
+            return self._shake()
+        if mask & selectors.EVENT_WRITE:
+            self._push()
+        if not mask & selectors.EVENT_READ or self.is_closed or self.is_ended or self.is_paused:
+            return
+        try:
+            data = self.sock.recv(self.piece)
+        except WANTS:
+            return
+        except (OSError, ValueError) as error:
+            return self._fail(getattr(error, "strerror", "") or str(error))
+        self.moved = self.loop.now.mono
+        if data:
+            self._read_on()
+            return self.on_data(data)
+        self.is_ended = True
+        self._watch()
+        if not self.is_closing:
+            self.on_end("")
+        elif not self.out:
+            self.close()
+
+    def _read_on(self) -> None:
+        """The selector does not know of what lies in the TLS layer."""
+        is_tls = ssl is not None and isinstance(self.sock, ssl.SSLSocket)
+        if is_tls and not self.is_paused and self.sock.pending():       # type: ignore[attr-defined]
+            self.loop.post(self._ready, selectors.EVENT_READ)
+
+    def _push(self) -> None:
+        try:
+            while self.out and not self.is_closed:
+                del self.out[:self.sock.send(self.out)]
+                self.moved = self.loop.now.mono
+        except WANTS:
+            pass
         except (OSError, ValueError):
-            pass                # a full log disk or a closed terminal must not stop the mail
+            self.out.clear()            # what the peer said before can still be read; the end comes with that
+            if self.is_ended or self.is_closing:
+                return self.close()
+        if not self.out and self.on_sent is not None:
+            then, self.on_sent = self.on_sent, None
+            then()
+        elif not self.is_closed:
+            self._watch()
 
+    def _fail(self, why: str) -> None:
+        is_news = not (self.is_closing or self.is_ended)
+        self.is_ended = True
+        if is_news:
+            self.on_end(why)
+        self.close()
 
-# == 6. SPOOL ==================================================================
-# Owns every file below the spool directory; nothing else here opens one.
-# Uses 2 LIMITS, 3 GRAMMAR.  Runs in committer and delivery threads and in the
-# clerk, never in the loop.  Commit point: the second rename in Spool.commit().
+    def _watch(self, mask: Optional[int] = None) -> None:
+        """Tell the selector what we wait for: `mask`, or what our state says."""
+        if mask is None:
+            is_reading = not (self.is_paused or self.is_ended or self.handshake is not None)
+            mask = selectors.EVENT_READ * is_reading | selectors.EVENT_WRITE * bool(self.out)
+        if mask != self.mask and not self.is_closed:
+            if not mask:
+                self.loop.selector.unregister(self.sock)
+            elif self.mask:
+                self.loop.selector.modify(self.sock, mask, self._ready)
+            else:
+                self.loop.selector.register(self.sock, mask, self._ready)
+            self.mask = mask
+
+# == 7. SPOOL ==================================================================
+# Owns every file below the spool directory; nothing else here opens one.  Runs in
+# the spool's two threads, never in the loop.  Uses 2 LIMITS, 3 GRAMMAR, 6 LOOP.
+# Commit point: the rename of the sidecar in Spool._enter().
 #
-#   files in        SPOOL/       incoming/     done/   what it is, and what a start does with it
-#   S1              -            .eml          -       being received            delete
-#   S2              -            .eml .json    -       written, not renamed      delete
-#   S3              .eml         .json         -       between the renames       delete both, never acknowledged
-#   S4              .eml .json   -             -       queued                    load
-#   S5              .eml .json   .new          -       sidecar being replaced    load, delete .new
-#   S6              .eml         -             .json   finished                  delete both
-#   S7              -            -             .eml .json   finished, empty: to be used again   delete
-#   S8              .eml         -             -       a stranger, or a disk's fault   corrupt/, once an hour old
-#   S9              .json        -             -       its body is gone          corrupt/
+#   files in   SPOOL/       incoming/     what it is, and what a start does with it
+#   S1         -            .eml          being received                  delete
+#   S2         -            .eml .json    written, not renamed            delete
+#   S3         .eml         .json         coming, and not acknowledged, or going, and finished: delete both
+#   S4         .eml .json   -             queued                          load
+#   S5         .eml .json   .new          sidecar being replaced          load, delete .new
+#   S6         .eml         -             a stranger, or a disk's fault   corrupt/, once it is an hour old
+#   S7         .json        -             its body is gone                corrupt/
 #
-# What is found half at SIGHUP, and changed within COPY_S, is being copied in: looked at again.
+# All files are opened relative to the directory that was locked.  Before new mail
+# is stored the path must still lead there, and be writable: mail that no next start
+# would find is not taken.
 
-FORMAT = 1                      # of the sidecar
-_ID = re.compile(r"[0-9A-F]{6,20}")
+FORMAT = 2                      # of the sidecar; 1 held several domains, and is split when it is loaded
+QUEUED, DELIVERED, BOUNCED, EXPIRED, DELETED = "queued", "delivered", "bounced", "expired", "deleted"
+_ID = re.compile(r"[0-9A-F]{6,23}")     # a message of version 0.1 had 20 at most; its parts have 3 more
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SICK = (errno.EIO, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ESTALE)     # the last three: unmounted, moved, removed
-_UNREADABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+_SICK = (errno.EIO, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ESTALE) # the last three: unmounted
+_REFUSED = (errno.EACCES, errno.EPERM)
 
 
 class Corrupt(Exception):
-    """A pair that cannot be trusted; its text says why."""
+    """A pair that cannot be trusted; its text says why.  It goes to corrupt/."""
+
+
+class NotOurs(Exception):
+    """A pair that may not be read, or that a newer version wrote; its text says why.  It stays where it
+    is."""
 
 
 class SpoolBusy(Exception):
     """Another process holds the spool's lock."""
 
 
-class Draft:
-    """A message on its way to the spool.  The loop fills `blocks`; after that
-    one committer at a time has it."""
-    __slots__ = ("id", "blocks", "pending", "fd", "sidecar_fd", "size", "digest", "error", "busy", "ended")
+class Summary(NamedTuple):
+    """What the loop needs of a sidecar."""
+    id: str
+    kind: str                   # mail, notice or alert
+    domain: str
+    size: int
+    received: Time
+    expires: Time
+    attempts: int
+    next_attempt: Time
+    is_held: bool
+    is_delay_told: bool
+    is_finished: bool           # no recipient is left; a crash came before its removal
 
-    def __init__(self, id: str, head: bytes = b"") -> None:
-        self.id = id
-        self.blocks: List[bytes] = [head] if head else []
-        self.pending = len(head)        # octets in blocks
-        self.fd = -1                    # of the body
-        self.sidecar_fd = -1
-        self.size = 0
+
+class Incoming:
+    """A message that is being received."""
+    __slots__ = ("fd", "digest", "size", "error")
+
+    def __init__(self) -> None:
+        self.fd = -1
         self.digest = hashlib.sha256()
+        self.size = 0
         self.error: Optional[OSError] = None
-        self.busy = False               # with a committer now
-        self.ended = 0.0                # monotonic, when the end of its data came
-
-    def take(self) -> List[bytes]:
-        blocks, self.blocks, self.pending = self.blocks, [], 0
-        return blocks
 
 
-class Spool:
-    """The queue on disk.  Methods may be called from any thread, but for one
-    message from one at a time; the server sees to that."""
+class SpoolFolder:
+    """The directory of the queue: opening, small steps, reading.  Every method waits for the disk."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.incoming = os.path.join(path, "incoming")
-        self.done = os.path.join(path, "done")
-        self.bad = os.path.join(path, "corrupt")
-        self.directory = -1             # descriptor of `path`, for fsync
-        self.lock_fd = -1
-        self.sick = ""                  # why no new mail is taken, or empty
-        self.fsync_s = 0.0              # what each fsync took in the last batch
-        self.corrupt_count = 0
-        self.spares: Deque[str] = collections.deque()       # names in done/ of files that may be used again
-        self.entering: Set[str] = set()         # between their renames and their 250; not to be loaded yet
-        self.state_lock = threading.Lock()
-        self.saved: Dict[str, int] = {}         # the number of the last save of each
+        self.root = self.lock_fd = -1
+        self.identity = (0, 0)          # of the directory: device and inode
 
-    # -- opening
-
-    def open(self) -> None:
-        """Create what is missing, take the lock, remove what was never
-        acknowledged.  Raises SpoolBusy or OSError."""
+    def open(self, wait_s: float = 0.0, is_relay: bool = True) -> None:
+        """Create what is missing, take the lock, remove what was never acknowledged.  `wait_s`: for a
+        command that holds the lock; a relay is not waited for.  Raises SpoolBusy or OSError."""
         os.makedirs(self.path, 0o700, exist_ok=True)
-        self.lock()
-        self.directory = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        with self._durable(self.path):
-            self._make_folders()
+        self.lock(wait_s, "%d\n" % os.getpid() if is_relay else "%d command\n" % os.getpid())
+        with self._durable():
+            for folder in ("incoming", "corrupt"):
+                self._make_folder(folder)
             self.sweep()
         with contextlib.suppress(PermissionError):      # not ours, and so not made by us
-            with self._durable(os.path.dirname(os.path.realpath(self.path))):
-                pass                    # the spool directory itself may be new
-        self.corrupt_count = sum(name.endswith(".eml") or not self._has(self.bad, name[:-5] + ".eml")
-                                 for name in os.listdir(self.bad) if name.endswith((".eml", ".json")))
+            fd = os.open(os.path.dirname(os.path.realpath(self.path)), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)            # the spool directory itself may be new
+            finally:
+                os.close(fd)
 
-    def lock(self) -> None:
-        fd = os.open(os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        end = time.monotonic() + LOCK_WAIT_S
+    def lock(self, wait_s: float = 0.0, name: str = "") -> None:
+        """With a name for the process: alone.  Without: beside others who only read."""
+        self.root = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            while not self._is_locked(fd):
-                holder = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
-                if self._is_alive(holder) or time.monotonic() > end:
-                    raise SpoolBusy("%s is in use by process %s" % (self.path, printable(holder) or "unknown"))
-                time.sleep(LOCK_POLL_S)
-        except BaseException:
-            os.close(fd)
+            fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self.root)
+        except OSError:
+            self.close()
             raise
         self.lock_fd = fd
+        found = os.fstat(self.root)
+        self.identity = found.st_dev, found.st_ino
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(fd, (fcntl.LOCK_EX if name else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                holder = os.pread(fd, 40, 0).decode("ascii", "replace").strip()
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    self.close()
+                    raise
+                if holder.isdigit() and not self._is_read() or time.monotonic() >= end:
+                    self.close()
+                    name = printable(holder) or "unknown"
+                    raise SpoolBusy("%s is in use by process %s" % (self.path, name)) from None
+            time.sleep(LOCK_POLL_S)
+        with contextlib.suppress(OSError):      # a full disk must not keep queued mail from leaving
+            if name:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, name.encode("ascii"), 0)
+
+    def _is_read(self) -> bool:
+        """Whether those who hold the lock only read; the process named in it is gone."""
         try:
-            os.ftruncate(fd, 0)
-            os.write(fd, b"%d\n" % os.getpid())
+            fcntl.flock(self.lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
-            pass                        # a full disk must not keep queued mail from leaving; the lock holds without our name
-
-    @staticmethod
-    def _is_locked(fd: int) -> bool:
-        """False when another process holds the lock."""
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
             return False
+        fcntl.flock(self.lock_fd, fcntl.LOCK_UN)
         return True
-
-    @staticmethod
-    def _is_alive(process: str) -> bool:
-        """The clerk of a relay that was killed holds its lock for a moment longer."""
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            return False
-        except (ValueError, OverflowError, OSError):
-            pass                        # no number, or a process that is not ours
-        return True
-
-    def _make_folders(self) -> None:
-        for folder in (self.incoming, self.done, self.bad):
-            os.makedirs(folder, 0o700, exist_ok=True)
 
     def close(self) -> None:
-        for fd in (self.directory, self.lock_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.directory = self.lock_fd = -1
+        for fd in (self.lock_fd, self.root):
+            close_quietly(fd)
+        self.root = self.lock_fd = -1
 
     def sweep(self) -> None:
-        """States S1 to S3 and S5 to S7 of the table: nothing in them was acknowledged, or all of it is finished."""
-        for folder in (self.incoming, self.done):
-            for name in sorted(os.listdir(folder)):
+        """States S1, S2, S3 and S5: nothing in them was acknowledged, or all of it is finished.
+        done/ is where version 0.1 left finished files."""
+        for folder in ("incoming", "done"):
+            for name in sorted(os.listdir(os.path.join(self.path, folder))) if self._has(folder) else []:
                 id, _, kind = name.partition(".")
                 if not _ID.fullmatch(id) or kind not in ("eml", "json", "new"):
                     continue            # not ours; people keep odd things everywhere
-                try:
-                    if kind == "json" and not self._has(self.path, id + ".json"):
-                        self._unlink(os.path.join(self.path, id + ".eml"))
-                    self._unlink(os.path.join(folder, name))
-                except OSError as error:
-                    self._note(error)   # a folder of that name, or a disk at fault: no reason not to start
+                with contextlib.suppress(OSError):      # a folder of that name, or a disk at fault
+                    if kind == "json" and not self._has(id + ".json"):
+                        self._unlink(id + ".eml")
+                    self._unlink("%s/%s" % (folder, name))
+        with contextlib.suppress(OSError):
+            os.rmdir("done", dir_fd=self.root)
 
-    @staticmethod
-    def _has(folder: str, name: str) -> bool:
-        return os.path.lexists(os.path.join(folder, name))
-
-    @staticmethod
-    def _unlink(path: str) -> None:
+    def _has(self, name: str) -> bool:
+        """Raises OSError when the disk does not say."""
         try:
-            os.unlink(path)
+            os.lstat(name, dir_fd=self.root)
         except FileNotFoundError:
-            pass
+            return False
+        return True
+
+    def _unlink(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.root)
+
+    def _rename(self, name: str, target: str) -> None:
+        os.rename(name, target, src_dir_fd=self.root, dst_dir_fd=self.root)
+
+    def _make_folder(self, name: str) -> None:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=self.root)
+
+    def _create(self, name: str) -> int:
+        return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self.root)
 
     @contextlib.contextmanager
-    def _durable(self, folder: str) -> Iterator[None]:
-        """Names changed within are on stable storage after it.  The directory is
-        opened before the first change, because the kernel tells an error once to each
-        open file: on a shared one another thread's fsync would swallow ours."""
-        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    def _durable(self, folder: str = ".") -> Iterator[None]:
+        """Names changed within are on stable storage after it.  The directory is opened before the
+        first change, because the kernel tells an error once to each open file."""
+        fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.root)
         try:
             yield
             os.fsync(fd)
-            os.fstat(fd)                # XFS that has shut down after an error lets a folder's fsync pass, and says EIO here
+            os.fstat(fd)                # XFS that has shut down lets a folder's fsync pass, and says EIO here
         finally:
-            self._close_quietly(fd)     # nothing was written through it
+            close_quietly(fd)           # nothing was written through it
 
-    def _is_here(self) -> bool:
-        """Whether the path still leads to the directory that was opened; else it was unmounted or moved away."""
-        if self.directory < 0:
-            return True
+    def _check_path(self) -> None:
+        """What a next start will find at the spool's path must be the directory we write to.  Raises
+        OSError."""
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            found, ours = os.stat(self.path), os.fstat(self.directory)
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
-
-    # -- accepting
-
-    @staticmethod
-    def _write(fd: int, data: bytes) -> None:
-        done = os.write(fd, data)
-        while done < len(data):         # a short write is not an error, write(2)
-            done += os.write(fd, memoryview(data)[done:])
-
-    def _create(self, name: str) -> int:
-        """Open an empty file in incoming/: a finished one where there is one.  To make
-        and to free an inode costs more than all else that is done to a file, above
-        all on ext4 without a journal, which looks past every inode freed in the last minute."""
-        path = os.path.join(self.incoming, name)
-        with contextlib.suppress(IndexError, FileNotFoundError):
-            os.rename(os.path.join(self.done, self.spares.pop()), path)
-            return os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-
-    def _spare(self, name: str) -> None:
-        """A file in done/ is empty from now on, and kept for _create() or gone.
-        Only a file as _create() makes it is kept: not one that people linked or copied
-        here, nor a large one, which somebody may still be reading block by block."""
-        path = os.path.join(self.done, name)
-        with contextlib.suppress(FileNotFoundError):
-            found = os.lstat(path)
-            is_ours = (found.st_mode, found.st_nlink, found.st_uid) == (stat.S_IFREG | 0o600, 1, os.geteuid())
-            if not is_ours or found.st_size >= BLOCK_OCTETS or len(self.spares) >= SPARES_MAX:
-                return os.unlink(path)
-            os.truncate(path, 0)
-            self.spares.append(name)
-
-    def append(self, draft: Draft, blocks: List[bytes]) -> None:
-        """Part of a message that is still being received.  An error is kept in the draft."""
-        try:
-            if draft.fd < 0:
-                draft.fd = self._create(draft.id + ".eml")
-            data = b"".join(blocks)
-            self._write(draft.fd, data)
-            draft.digest.update(data)
-            draft.size += len(data)
-        except OSError as error:
-            draft.error = error
-            self.discard(draft)
-
-    def discard(self, draft: Draft) -> None:
-        """Nothing of the draft remains, as far as the disk lets us."""
-        files, draft.fd, draft.sidecar_fd = (draft.fd, draft.sidecar_fd), -1, -1
-        for fd in files:
-            self._close_quietly(fd)
-        for name in (draft.id + ".eml", draft.id + ".json"):
-            try:
-                self._unlink(os.path.join(self.incoming, name))
-            except OSError:
-                pass                    # the next start removes it
-
-    def commit(self, batch: Sequence[Tuple[Draft, List[bytes], Dict[str, Any]]]) -> List[Optional[OSError]]:
-        """Make messages durable: for each the rest of its body and its sidecar
-        without size and SHA-256.  Returns for each None, when it is on
-        stable storage, or the error, when nothing of it remains.  A file whose
-        fsync failed is never fsynced again: after a failure the kernel may
-        call lost pages clean.  All of a batch is written before any of it is synced:
-        what one fsync has to write, a commit of the journal or a block of
-        inodes, then holds the other files' part, too, whose fsync has nothing left to do."""
-        results = [self._store(draft, blocks, sidecar) for draft, blocks, sidecar in batch]
-        began = time.monotonic()
-        results = [self._sync(draft) if result is None else result for result, (draft, _, _) in zip(results, batch)]
-        stored = [number for number, result in enumerate(results) if result is None]
-        if not stored:
-            return results
-        ids = {batch[number][0].id for number in stored}
-        self.entering.update(ids)
-        try:
-            if not self._is_here():
+            found = os.fstat(fd)
+            if (found.st_dev, found.st_ino) != self.identity:
                 raise OSError(errno.ESTALE, "the spool directory is not the one that was opened")
-            with self._durable(self.path):
-                for number in stored:
-                    results[number] = self._enter(batch[number][0].id)
-        except OSError as error:
-            self._note(error)
-            for number in stored:
-                self._withdraw(batch[number][0].id)
-                results[number] = results[number] or error
+            if os.fstatvfs(fd).f_flag & os.ST_RDONLY:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         finally:
-            self.entering.difference_update(ids)
-        self.fsync_s = (time.monotonic() - began) / (2 * len(stored) + 1)
-        return results
+            close_quietly(fd)
 
-    def _store(self, draft: Draft, blocks: List[bytes], sidecar: Dict[str, Any]) -> Optional[OSError]:
-        """Body and sidecar in incoming/, on their way to the disk."""
-        if draft.error is None:
-            self.append(draft, blocks)
-        if draft.error is not None:
-            self.discard(draft)
-            return self._note(draft.error)
-        try:
-            _start_writing(draft.fd)
-            sidecar["size"], sidecar["sha256"] = draft.size, draft.digest.hexdigest()
-            draft.sidecar_fd = self._create(draft.id + ".json")
-            self._write(draft.sidecar_fd, format_sidecar(sidecar))
-            _start_writing(draft.sidecar_fd)
-            if self._has(self.path, draft.id + ".json") or self._has(self.path, draft.id + ".eml"):
-                raise FileExistsError(errno.EEXIST, "queue ID in use", draft.id)
+    def _open(self, name: str, what: str) -> int:
+        """A queued file for reading.  Raises Corrupt when it is gone, NotOurs when it may not be read, and
+        OSError when the disk is at fault."""
+        try:                            # O_NONBLOCK: a FIFO would wait
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self.root)
         except OSError as error:
-            self.discard(draft)
-            return self._note(error)
-        return None
-
-    def _sync(self, draft: Draft) -> Optional[OSError]:
-        """State S2."""
+            if error.errno in _REFUSED:
+                raise NotOurs("the %s may not be read: %s" % (what, error.strerror)) from None
+            if error.errno == errno.ENOENT:
+                raise Corrupt("the %s is gone" % what) from None
+            if error.errno in (errno.ELOOP, errno.ENXIO):
+                raise Corrupt("the %s is no file" % what) from None
+            raise
         try:
-            body, draft.fd = draft.fd, -1
-            self._sync_and_close(body)
-            sidecar, draft.sidecar_fd = draft.sidecar_fd, -1
-            self._sync_and_close(sidecar)
-        except OSError as error:
-            self.discard(draft)
-            return self._note(error)
-        return None
-
-    @staticmethod
-    def _close_quietly(fd: int) -> None:
-        """A file that is given up."""
-        try:
-            if fd >= 0:
-                os.close(fd)
+            is_file = stat.S_ISREG(os.fstat(fd).st_mode)
         except OSError:
-            pass                        # closed all the same, close(2)
-
-    @staticmethod
-    def _sync_and_close(fd: int) -> None:
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)                # NFS reports a full disk here
-
-    def _enter(self, id: str) -> Optional[OSError]:
-        try:
-            os.rename(os.path.join(self.incoming, id + ".eml"), os.path.join(self.path, id + ".eml"))
-            os.rename(os.path.join(self.incoming, id + ".json"), os.path.join(self.path, id + ".json"))
-        except OSError as error:
-            self._withdraw(id)
-            return self._note(error)
-        return None
-
-    def _withdraw(self, id: str) -> None:
-        """Undo an unacknowledged commit, back through S3, so that at no point a
-        half stands where it would have to be explained."""
-        names = [os.path.join(folder, id + kind) for folder in (self.path, self.incoming) for kind in (".json", ".eml")]
-        sidecar, _, back, _ = names
-        with contextlib.suppress(OSError):
-            os.rename(sidecar, back)
-        for name in names:
-            if name == sidecar or not os.path.lexists(sidecar):     # else both stay: a second copy, but whole
-                with contextlib.suppress(OSError):
-                    self._unlink(name)
-
-    def _note(self, error: OSError) -> OSError:
-        if error.errno in _SICK:
-            self.sick = error.strerror or str(error)
-        return error
-
-    def heal(self) -> bool:
-        """Whether a probe file survives all that a message goes through; then the spool is well again."""
-        path = os.path.join(self.incoming, "probe")
-        if not self._is_here():
-            return False                # what is there now may be below a mount point: mail must not go there
-        try:
-            self._make_folders()
-            self._unlink(path)
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                self._write(fd, b"probe\n" * 1000)
-            finally:
-                self._sync_and_close(fd)
-            with self._durable(self.path):
-                os.rename(path, os.path.join(self.path, "probe"))
-            with self._durable(self.path):
-                os.unlink(os.path.join(self.path, "probe"))
-        except OSError:
-            return False
-        self.sick = ""
-        return True
-
-    # -- changing and removing
-
-    def update(self, id: str, change: Callable[[Dict[str, Any]], None]) -> Dict[str, Any]:
-        """Apply `change` to a sidecar, durably; returns the new one.  Raises
-        Corrupt or OSError, and then the old one or the new one stands, whole."""
-        sidecar = self.read_sidecar(id)
-        change(sidecar)
-        self.replace_sidecar(id, sidecar)
-        return sidecar
-
-    def replace_sidecar(self, id: str, sidecar: Dict[str, Any]) -> None:
-        self._replace(os.path.join(self.path, id + ".json"), os.path.join(self.incoming, id + ".new"),
-                      format_sidecar(sidecar))
-
-    def _replace(self, path: str, temporary: str, data: bytes) -> None:
-        try:
-            self._unlink(temporary)
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                self._write(fd, data)
-            except OSError:
-                self._close_quietly(fd)
-                raise
-            self._sync_and_close(fd)
-            with self._durable(self.path):
-                os.rename(temporary, path)
-        except OSError as error:
-            try:
-                self._unlink(temporary)
-            except OSError:
-                pass
-            raise self._note(error) from None
-
-    def remove(self, ids: Sequence[str]) -> List[Optional[OSError]]:
-        """Messages that are finished.  The sidecars leave first and durably (S6),
-        so that a power cut brings none back without its body."""
-        results: List[Optional[OSError]] = [None] * len(ids)
-        try:
-            with self._durable(self.path):
-                for number, id in enumerate(ids):
-                    try:
-                        self._move_or_unlink(id + ".json")
-                    except OSError as error:
-                        results[number] = self._note(error)
-        except OSError as error:
-            self._note(error)
-            return [result or error for result in results]
-        for number, id in enumerate(ids):
-            if results[number] is None:
-                try:
-                    self._move_or_unlink(id + ".eml")
-                    self._spare(id + ".eml")
-                    self._spare(id + ".json")
-                except OSError as error:
-                    self._note(error)   # out of the queue all the same; the next start sweeps
-        return results
-
-    def _move_or_unlink(self, name: str) -> None:
-        """A file leaves the queue.  Where done/ is full or gone it goes at once: a
-        crash would then leave a body alone (S8), but a delivered message must
-        not stay because the disk is full."""
-        path = os.path.join(self.path, name)
-        try:
-            os.rename(path, os.path.join(self.done, name))
-        except OSError as error:
-            if error.errno != errno.ENOENT and error.errno not in _FULL:
-                raise
-            self._unlink(path)          # or somebody was quicker with rm
-
-    def set_aside(self, id: str, why: str) -> str:
-        """Move what there is of a pair to corrupt/, durably there before it is gone
-        here.  Returns the text for the log; raises OSError."""
-        moved: List[str] = []
-        if not self._is_here():
-            raise OSError(errno.ESTALE, "the spool directory is not the one that was opened")
-        self._make_folders()            # people tidy up
-        with self._durable(self.path), self._durable(self.bad):
-            problem = self._move_aside(id, moved)
-        self.corrupt_count += bool(moved)
-        if problem is not None:
-            self._note(problem)
-            return "%s: corrupt: %s; and cannot be moved: %s" % (id, why, problem.strerror)
-        return "%s: corrupt: %s; moved to corrupt/: %s" % (id, why, " ".join(moved) or "nothing left of it")
-
-    def _move_aside(self, id: str, moved: List[str]) -> Optional[OSError]:
-        for kind in (".json", ".eml"):
-            target = os.path.join(self.bad, id + kind)
-            if os.path.lexists(target):
-                target = os.path.join(self.bad, "%s-%s%s" % (id, secrets.token_hex(4), kind))
-            try:
-                os.rename(os.path.join(self.path, id + kind), target)
-                moved.append(id + kind)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                return error
-        return None
-
-    # -- reading
-
-    def _open(self, name: str, what: str) -> Tuple[int, int]:
-        """A queued file for reading, and its octets.  Raises Corrupt when it is gone,
-        or no file that we may read, and OSError when the disk is at fault."""
-        path = os.path.join(self.path, name)
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)      # a FIFO would wait for a writer
-        except OSError as error:
-            if error.errno not in _UNREADABLE:
-                raise
-            if not self._is_here():
-                raise OSError(errno.ESTALE, "the spool directory is not the one that was opened") from None
-            raise Corrupt("the %s %s" % (what, "is gone" if error.errno == errno.ENOENT else
-                                         "cannot be read: %s" % error.strerror)) from None
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
+            os.close(fd)
+            raise
+        if not is_file:
             os.close(fd)
             raise Corrupt("the %s is not a file" % what)
-        return fd, found.st_size
+        return fd
+
+    def _read_file(self, name: str, what: str, most: int) -> bytes:
+        fd = self._open(name, what)
+        try:
+            return read_up_to(fd, most)
+        finally:
+            os.close(fd)
+
+    def _read_parts(self, id: str) -> List[Dict[str, Any]]:
+        return parse_sidecar(self._read_file(id + ".json", "sidecar", SIDECAR_MAX), id)
 
     def read_sidecar(self, id: str) -> Dict[str, Any]:
-        """Raises Corrupt, or OSError when the disk is at fault."""
-        fd, size = self._open(id + ".json", "sidecar")
-        try:
-            data = read_up_to(fd, min(size, SIDECAR_MAX))
-        finally:
-            os.close(fd)
-        return parse_sidecar(data, id)
+        """Raises Corrupt, NotOurs, or OSError when the disk is at fault."""
+        return self._read_parts(id)[0]
 
     def peek_sidecar(self, id: str) -> Dict[str, Any]:
-        """For lists of what the relay has read and checked before: as it stands, and
-        quickly.  Raises Corrupt or OSError when there is none to be had."""
-        fd = os.open("%s/%s.json" % (self.path, id), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        """For lists of what the relay has checked before: as it stands, and quickly.  Raises Corrupt,
+        NotOurs, OSError."""
         try:
-            data = os.read(fd, PEEK_OCTETS)
-            if len(data) == PEEK_OCTETS:
-                data += read_up_to(fd, SIDECAR_MAX)
-        finally:
-            os.close(fd)
-        try:
-            return dict(json.loads(data.decode("utf-8")))       # ours is ASCII; people's jq writes UTF-8
-        except (ValueError, TypeError):
+            return split_sidecar(json.loads(self._read_file(id + ".json", "sidecar", SIDECAR_MAX)))[0]
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             raise Corrupt("the sidecar cannot be read") from None
 
-    def check_body(self, id: str, sidecar: Mapping[str, Any]) -> None:
-        """A quick look for the start; the SHA-256 is compared before each delivery.  Raises Corrupt or OSError."""
-        fd, size = self._open(id + ".eml", "body")
-        os.close(fd)
-        if size != sidecar["size"]:
-            raise Corrupt("the body has %d octets, not %d" % (size, sidecar["size"]))
-
-    def is_young(self, id: str) -> bool:
-        """Whether a pair changed a moment ago, so that what it lacks may be on its way."""
-        for kind in (".json", ".eml"):
+    def read(self, ids: Sequence[str]) -> List[Union[Tuple[Dict[str, Any], bytes], Exception]]:
+        """For delivery: sidecars and bodies, verified by their SHA-256; of a large body the first
+        BLOCK_OCTETS, and block() has the rest.  Fewer than asked, but one, where they have more than
+        READ_OCTETS together."""
+        out: List[Union[Tuple[Dict[str, Any], bytes], Exception]] = []
+        octets = 0
+        for id in ids:
             try:
-                if 0 <= time.time() - os.stat(os.path.join(self.path, id + kind)).st_ctime < COPY_S:
-                    return True         # ctime: cp -p and rsync set the other one back
-            except OSError:
-                pass                    # the other half decides
-        return False
+                sidecar = self.read_sidecar(id)
+                octets += min(sidecar["size"], BLOCK_OCTETS)
+                if out and octets > READ_OCTETS:
+                    break
+                out.append((sidecar, self._verify(id, sidecar, BLOCK_OCTETS)))
+            except (Corrupt, NotOurs, OSError) as error:
+                out.append(error)
+        return out
 
-    def has_sidecar(self, id: str) -> bool:
-        return self._has(self.path, id + ".json")
-
-    def read_message(self, id: str, sidecar: Mapping[str, Any]) -> "Message":
-        """The body, verified against the sidecar's SHA-256; raises Corrupt or
-        OSError.  A large one is verified now and read again block by block."""
-        message = Message(*self._open(id + ".eml", "body"))
+    def _verify(self, id: str, sidecar: Mapping[str, Any], most: int) -> bytes:
+        """The first `most` octets of a body, all of which was read."""
+        fd = self._open(id + ".eml", "body")
         try:
-            digest = hashlib.sha256()
-            size = 0
-            for block in message.blocks():
+            digest, size, kept = hashlib.sha256(), 0, b""
+            for block in iter(lambda: os.read(fd, BLOCK_OCTETS), b""):
                 digest.update(block)
                 size += len(block)
-            if size != sidecar["size"] or digest.hexdigest() != sidecar["sha256"]:
-                raise Corrupt("the body does not match its SHA-256")
-        except BaseException:
-            message.close()
-            raise
-        return message
-
-    def read_header(self, id: str, longest: int = HEADER_SCAN_MAX) -> bytes:
-        """The message up to and without the first empty line.  Raises Corrupt or OSError."""
-        fd, _ = self._open(id + ".eml", "body")
-        try:
-            data = read_up_to(fd, longest)
+                if len(kept) < most:
+                    kept = kept + block if kept else block
         finally:
             os.close(fd)
-        return data.partition(b"\r\n\r\n")[0] + b"\r\n"
+        if size != sidecar["size"] or digest.hexdigest() != sidecar["sha256"]:
+            raise Corrupt("the body does not match its SHA-256")
+        return kept[:most]
 
-    def names(self, orphans: Optional[List[str]] = None) -> Iterator[str]:
-        """IDs with a sidecar, in no order.  Lone bodies older than an hour are collected in `orphans`."""
-        with os.scandir(self.path) as entries:
-            for entry in entries:
-                id, _, kind = entry.name.partition(".")
-                if id in self.entering:
-                    continue            # its client may yet be told that it was not kept
-                if kind == "json" and _ID.fullmatch(id):
-                    yield id
-                elif kind == "eml" and orphans is not None and _ID.fullmatch(id) and not self._has(self.path, id + ".json"):
-                    try:
-                        if time.time() - entry.stat().st_mtime > ORPHAN_S:
-                            orphans.append(id)
-                    except OSError:
-                        pass            # just committed, or just removed
+    def block(self, id: str, offset: int) -> bytes:
+        """A part of a large body; empty at its end."""
+        fd = self._open(id + ".eml", "body")
+        try:
+            return os.pread(fd, BLOCK_OCTETS, offset)
+        finally:
+            os.close(fd)
+
+    def look(self, ids: Sequence[str], what: str = "",
+             most: int = 0) -> List[Union[Tuple[Dict[str, Any], bytes], Exception]]:
+        """For people and notices: sidecars, and of each message nothing, its "header", or up to `most` octets
+        of it, verified ("whole")."""
+        out: List[Union[Tuple[Dict[str, Any], bytes], Exception]] = []
+        for id in ids:
+            try:
+                sidecar, data = self.read_sidecar(id), b""
+                if what == "whole" and sidecar["size"] <= most:
+                    data = self._verify(id, sidecar, most)
+                elif what:
+                    data = self._read_file(id + ".eml", "body",
+                                           HEADER_SCAN_MAX).partition(b"\r\n\r\n")[0] + b"\r\n"
+                out.append((sidecar, data))
+            except (Corrupt, NotOurs, OSError) as error:
+                out.append(error)
+        return out
+
+    def list(self) -> Tuple[List[str], List[str]]:
+        """IDs with a sidecar, oldest first, and those of bodies that have stood alone for an hour."""
+        ids, alone = [], []
+        fd = os.open(".", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.root)
+        try:
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    id, _, kind = entry.name.partition(".")
+                    if kind == "json" and _ID.fullmatch(id):
+                        ids.append(id)
+                    elif kind == "eml" and _ID.fullmatch(id):
+                        with contextlib.suppress(OSError):      # just committed, or just removed
+                            found = entry.stat(follow_symlinks=False)
+                            changed = max(found.st_mtime, found.st_ctime)   # cp -p and rsync set mtime back
+                            if not self._has(id + ".json") and time.time() - changed > ORPHAN_S:
+                                alone.append(id)
+        finally:
+            close_quietly(fd)
+        return sorted(ids, key=lambda id: (len(id), id)), alone
+
+    def load(self, ids: Sequence[str], is_patient: bool = False) -> List[Union[List[Summary], Exception]]:
+        """What the loop needs of queued messages; of one of version 0.1 several parts, that convert()
+        makes. `is_patient`: a pair that makes no sense and changed a moment ago is being copied in:
+        BlockingIOError."""
+        out: List[Union[List[Summary], Exception]] = []
+        for id in ids:
+            try:
+                parts = self._read_parts(id)
+                fd = self._open(id + ".eml", "body")
+                try:
+                    size = os.fstat(fd).st_size
+                finally:
+                    os.close(fd)
+                if size != parts[0]["size"]:
+                    raise Corrupt("the body has %d octets, not %d" % (size, parts[0]["size"]))
+                out.append([summarize(part) for part in parts])
+            except Corrupt as error:
+                out.append(BlockingIOError(str(error)) if is_patient and self._is_young(id) else error)
+            except (NotOurs, OSError) as error:
+                out.append(error)
+        return out
+
+    def _is_young(self, id: str) -> bool:
+        for kind in (".json", ".eml"):
+            with contextlib.suppress(OSError):      # the other half decides
+                changed = os.stat(id + kind, dir_fd=self.root).st_ctime     # cp -p sets the other times back
+                if 0 <= time.time() - changed < COPY_S:
+                    return True
+        return False
+
+    def load_state(self, name: str) -> Dict[str, Any]:
+        """An unreadable state file costs only what was learned."""
+        try:
+            value = json.loads(self._read_file(name, "state", STATE_MAX))
+            return value if isinstance(value, dict) else {}
+        except (Corrupt, NotOurs, OSError, ValueError, RecursionError):
+            return {}
 
     def free(self) -> int:
-        """Octets an unprivileged writer may still use; 0 when the file system cannot say or has no inodes left."""
+        """Octets an unprivileged writer may still use; 0 when the file system cannot say or has no
+        inodes left."""
         try:
-            found = os.statvfs(self.path)
+            found = os.fstatvfs(self.root)
         except OSError:
             return 0
         return found.f_bavail * found.f_frsize if found.f_favail > 100 or not found.f_files else 0
 
-    def remove_control(self) -> None:
-        """The control socket of a relay that is gone; we hold the lock, so it is not in use."""
-        self._unlink(os.path.join(self.path, "control"))
-
-    # -- what is known of the primaries
-
-    def load_state(self, name: str = "state.json") -> Dict[str, Any]:
-        """An unreadable state file costs only what was learned."""
+    def count_corrupt(self) -> int:
+        """Messages in corrupt/: a body, or a sidecar without one."""
         try:
-            fd, size = self._open(name, "state")
+            names = os.listdir(os.path.join(self.path, "corrupt"))
+        except OSError:
+            return 0
+        return len({name.rpartition(".")[0] for name in names if name.endswith((".eml", ".json"))})
+
+
+class Spool(SpoolFolder):
+    """The queue on disk, and how it changes."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.fsync_s = 0.0              # the quickest fsync of the last batch
+        self.bodies: Dict[str, Incoming] = {}
+
+    # -- accepting
+
+    def append(self, id: str, data: bytes) -> Optional[OSError]:
+        """Part of a message that is being received.  An error is kept for the commit."""
+        body = self.bodies.setdefault(id, Incoming())
+        try:
+            if body.error is None:
+                if body.fd < 0:
+                    self._check_path()
+                    body.fd = self._create("incoming/%s.eml" % id)
+                write_all(body.fd, data)
+                body.digest.update(data)
+                body.size += len(data)
+        except OSError as error:
+            body.error = error
+        return body.error
+
+    def discard(self, id: str) -> None:
+        """A message that did not come to its end.  Nothing of it remains, as far as the disk lets us."""
+        body = self.bodies.pop(id, None)
+        if body is not None:
+            close_quietly(body.fd)
+        for kind in ("eml", "json"):
+            with contextlib.suppress(OSError):      # the next start removes it
+                self._unlink("incoming/%s.%s" % (id, kind))
+
+    def commit(self, batch: Sequence[Tuple[str, bytes, List[Dict[str, Any]]]]) -> List[Optional[OSError]]:
+        """Make messages durable together.  Each is an ID, the rest of its body, and its sidecars without size
+        and SHA-256: one for each destination, the first with that ID.  Returns for each None, when it is
+        on stable storage, or the error, when nothing of it remains."""
+        errors: Dict[str, Optional[OSError]] = {}
+        files: List[Tuple[str, int]] = []
+        # 1. Write all, then sync all: one fsync commits the journal for the others, too.
+        for id, rest, sidecars in batch:
             try:
-                state = json.loads(read_up_to(fd, min(size, STATE_MAX)))
+                files += [(id, fd) for fd in self._write_parts(id, rest, sidecars)]
+                errors[id] = None
+            except OSError as error:
+                errors[id] = error
+        for id, problem in self._sync(files):
+            errors[id] = errors[id] or problem
+        # 2. Rename all, then sync the directory once.
+        ready = [one for one in batch if errors[one[0]] is None]
+        try:
+            with self._durable() if ready else contextlib.nullcontext():
+                for id, _, sidecars in ready:
+                    errors[id] = self._enter(sidecars)
+        except OSError as error:
+            for id, _, _ in ready:
+                errors[id] = errors[id] or error
+        # 3. Take back what failed.  What did not get so far may have the ID of a queued message.
+        entered = {id for id, _, _ in ready}
+        for id, _, sidecars in batch:
+            for sidecar in sidecars if errors[id] is not None else ():
+                (self._withdraw if id in entered else self.discard)(sidecar["id"])
+        return [errors[id] for id, _, _ in batch]
+
+    def _write_parts(self, id: str, rest: bytes, sidecars: Sequence[Dict[str, Any]]) -> List[int]:
+        """State S2, not synced: the body and a sidecar for each destination.  The open files, or
+        OSError and none."""
+        self.append(id, rest)
+        body = self.bodies.pop(id)
+        fds = [body.fd] if body.fd >= 0 else []
+        try:
+            if body.error is not None:
+                raise body.error
+            start_writing(body.fd)
+            for sidecar in sidecars:
+                own = sidecar["id"]
+                if own != id:
+                    fds += self._link("incoming/%s.eml" % id, "incoming/%s.eml" % own)
+                if self._has(own + ".json") or self._has(own + ".eml"):
+                    raise FileExistsError(errno.EEXIST, "queue ID in use", own)
+                fds.append(self._create("incoming/%s.json" % own))
+                whole = dict(sidecar, size=body.size, sha256=body.digest.hexdigest())
+                write_all(fds[-1], format_sidecar(whole))
+                start_writing(fds[-1])
+            return fds
+        except OSError:
+            for fd in fds:
+                close_quietly(fd)
+            raise
+
+    def _link(self, name: str, target: str) -> List[int]:
+        """A second name for a body; a copy, and its open file, where links do not exist."""
+        try:
+            os.link(name, target, src_dir_fd=self.root, dst_dir_fd=self.root)
+            return []
+        except OSError as error:
+            if error.errno in _FULL + (errno.EIO, errno.EROFS, errno.ENOENT):
+                raise
+        copy = self._create(target)
+        try:
+            source = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.root)
+            try:
+                for block in iter(lambda: os.read(source, BLOCK_OCTETS), b""):
+                    write_all(copy, block)
+            finally:
+                close_quietly(source)
+        except OSError:
+            close_quietly(copy)
+            raise
+        return [copy]
+
+    def _sync(self, files: Sequence[Tuple[str, int]]) -> List[Tuple[str, Optional[OSError]]]:
+        """A file whose fsync failed once is given up, never synced again: the kernel may call lost
+        pages clean. Where an fsync takes long, as on a card, many are under way at once."""
+        times: List[float] = []
+
+        def sync_one(file: Tuple[str, int]) -> Tuple[str, Optional[OSError]]:
+            began = time.monotonic()
+            try:
+                try:
+                    os.fsync(file[1])
+                finally:
+                    os.close(file[1])   # NFS reports a full disk here
+            except OSError as error:
+                return file[0], error
+            times.append(time.monotonic() - began)
+            return file[0], None
+        results = beside(sync_one, files) if self.fsync_s > FAST_FSYNC_S else list(map(sync_one, files))
+        self.fsync_s = min(times, default=0.0)
+        return results
+
+    def _enter(self, sidecars: Sequence[Dict[str, Any]]) -> Optional[OSError]:
+        """The commit point of each destination's part is the second rename."""
+        try:
+            for sidecar in sidecars:
+                self._rename("incoming/%s.eml" % sidecar["id"], sidecar["id"] + ".eml")
+                self._rename("incoming/%s.json" % sidecar["id"], sidecar["id"] + ".json")
+        except OSError as error:
+            return error
+        return None
+
+    def _withdraw(self, id: str) -> None:
+        """Undo an unacknowledged commit, back through S3, so that at no point a half stands alone."""
+        with contextlib.suppress(OSError):
+            self._rename(id + ".json", "incoming/%s.json" % id)
+        with contextlib.suppress(OSError):
+            if not self._has(id + ".json"):     # else both stay: a second copy, but whole
+                self._unlink(id + ".eml")
+        self.discard(id)
+
+    # -- changing and removing
+
+    def record(self, id: str, changes: Mapping[str, Any], people: Mapping[str, Mapping[str, Any]],
+               notices: Sequence[Tuple[str, bytes, Dict[str, Any]]] = ()) -> bool:
+        """Change a sidecar: fields of its own, and of its recipients by address.  Notices (ID, body,
+        sidecar) are on stable storage before that: a crash between makes a second notice, never none.
+        When no recipient is left queued the message leaves the spool.  True then.  Raises Corrupt,
+        NotOurs or OSError."""
+        try:
+            sidecar = self.read_sidecar(id)
+        except Corrupt:
+            if not self._has("incoming/%s.json" % id) or self.remove([id])[0] is not None:
+                raise
+            return True                 # finished by a try before this one, all but the fsync
+        for own, data, its in notices:
+            error = self.commit([(own, data, [its])])[0] if not self._has(own + ".json") else None
+            if error is not None:       # what an attempt before this one brought there stays there
+                raise error
+        sidecar.update(changes)
+        for one in sidecar["recipients"]:
+            one.update(people.get(one["address"], {}))
+        if all(one["state"] != QUEUED for one in sidecar["recipients"]):
+            error = self.remove([id])[0]
+            if error is not None:
+                raise error
+            return True
+        self._replace(id + ".json", "incoming/%s.new" % id, format_sidecar(sidecar))
+        return False
+
+    def shift(self, ids: Sequence[str], seconds: float) -> None:
+        """The clock that told the times of these was wrong by so much.  Raises OSError."""
+        for id in ids:
+            with contextlib.suppress(Corrupt, NotOurs):         # delivered meanwhile
+                sidecar = self.read_sidecar(id)
+                shift_times(sidecar, seconds)
+                self._replace(id + ".json", "incoming/%s.new" % id, format_sidecar(sidecar))
+
+    def _replace(self, name: str, temporary: str, data: bytes) -> None:
+        """The old content or the new one stands, whole.  Raises OSError."""
+        try:
+            self._unlink(temporary)
+            fd = self._create(temporary)
+            try:
+                write_all(fd, data)
+                os.fsync(fd)
             finally:
                 os.close(fd)
-            return state if isinstance(state, dict) else {}
-        except (Corrupt, OSError, ValueError, RecursionError):
-            return {}
+            with self._durable():
+                self._rename(temporary, name)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._unlink(temporary)
+            raise
 
-    def save_state(self, state: Mapping[str, Any], recipients: Optional[Mapping[str, Any]] = None, number: int = 0) -> None:
-        """In one committer at a time.  `number` grows from save to save: several are
-        under way at once, and what is older than the last one written is not written."""
-        with self.state_lock:
-            for name, values in (("state", state), ("recipients", recipients)):
-                if values is not None and number >= self.saved.get(name, 0):
-                    self._replace(os.path.join(self.path, name + ".json"), os.path.join(self.path, name + ".new"),
-                                  json.dumps(values, indent=1, sort_keys=True).encode("ascii") + b"\n")
-                    self.saved[name] = number
+    def remove(self, ids: Sequence[str]) -> List[Optional[OSError]]:
+        """Messages that are finished.  The sidecars leave first and durably (S3), so that a power cut brings
+        none back without its body."""
+        results: Dict[str, Optional[OSError]] = {}
+        try:
+            with self._durable():
+                for id in ids:
+                    results[id] = self._take_out(id)
+        except OSError as error:
+            return [results.get(id) or error for id in ids]
+        for id in ids:
+            if results[id] is None:
+                with contextlib.suppress(OSError):      # out of the queue all the same; the next start sweeps
+                    self._unlink(id + ".eml")
+                    self._unlink("incoming/%s.json" % id)
+        return [results[id] for id in ids]
 
-    def save_history(self, history: Mapping[str, Any]) -> None:
-        """What the status page draws; short, because it is written again and again."""
-        with self.state_lock:
-            self._replace(os.path.join(self.path, "history.json"), os.path.join(self.path, "history.new"),
-                          json.dumps(history, separators=(",", ":"), sort_keys=True).encode("ascii") + b"\n")
+    def _take_out(self, id: str) -> Optional[OSError]:
+        """On a full disk the sidecar goes at once.  A crash would then leave the body alone (S6), but a
+        delivered message must not stay because the disk is full."""
+        try:
+            try:
+                self._rename(id + ".json", "incoming/%s.json" % id)
+            except OSError as error:
+                if error.errno != errno.ENOENT and error.errno not in _FULL:
+                    raise
+                self._unlink(id + ".json")      # or somebody was quicker with rm
+        except OSError as error:
+            return error
+        return None
+
+    def set_aside(self, id: str, why: str) -> str:
+        """Move what there is of a pair to corrupt/, durably there before it is gone here.  Returns the
+        text for the log; raises OSError."""
+        moved: List[str] = []
+        self._make_folder("corrupt")    # people tidy up
+        with self._durable(), self._durable("corrupt"):
+            for kind in (".json", ".eml"):
+                target = "corrupt/%s%s" % (id, kind)
+                if self._has(target):
+                    target = "corrupt/%s-%s%s" % (id, secrets.token_hex(4), kind)
+                with contextlib.suppress(FileNotFoundError):
+                    self._rename(id + kind, target)
+                    moved.append(id + kind)
+        return "%s: corrupt: %s; moved to corrupt/: %s" % (id, why, " ".join(moved) or "nothing left of it")
+
+    def convert(self, id: str) -> List[Summary]:
+        """A sidecar of version 0.1 becomes one for each of its domains.  The first keeps the ID, and
+        changes last: until then another try finds what is there already."""
+        parts = self._read_parts(id)
+        fresh = [part for part in parts[1:] if not self._has(part["id"] + ".json")]
+        for part in fresh:
+            self._write_part(id, part)
+        # One after the other: no power cut leaves a part that is there without its body
+        for kind in ("eml", "json"):
+            with self._durable():
+                for part in fresh:
+                    self._rename("incoming/%s.%s" % (part["id"], kind), "%s.%s" % (part["id"], kind))
+        self._replace(id + ".json", "incoming/%s.new" % id, format_sidecar(parts[0]))
+        return [summarize(part) for part in parts]
+
+    def _write_part(self, id: str, part: Dict[str, Any]) -> None:
+        """State S2, synced."""
+        own, fds = part["id"], []
+        self.discard(own)
+        self._unlink(own + ".eml")      # of a try before: a rename to it would do nothing, rename(2)
+        try:
+            fds += self._link(id + ".eml", "incoming/%s.eml" % own)
+            fds.append(self._create("incoming/%s.json" % own))
+            write_all(fds[-1], format_sidecar(part))
+        except OSError:
+            for fd in fds:
+                close_quietly(fd)
+            raise
+        for _, error in self._sync([(own, fd) for fd in fds]):
+            if error is not None:
+                raise error
+
+    # -- the rest
+
+    def heal(self) -> bool:
+        """Whether a probe file survives all that a message goes through."""
+        try:
+            self._check_path()
+            for folder in ("incoming", "corrupt"):
+                self._make_folder(folder)
+            self._unlink("incoming/probe")
+            fd = self._create("incoming/probe")
+            try:
+                write_all(fd, b"probe\n" * 1000)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            with self._durable():
+                self._rename("incoming/probe", "probe")
+            with self._durable():
+                self._unlink("probe")
+        except OSError:
+            return False
+        return True
+
+    def save(self, name: str, value: Any) -> None:
+        """state.json, recipients.json and history.json.  Raises OSError."""
+        data = json.dumps(value, sort_keys=True).encode("ascii") + b"\n"
+        self._replace(name, name.replace(".json", ".new"), data)
+
+    def remove_control(self) -> None:
+        """The control socket of a relay that is gone; we hold the lock, so it is not in use."""
+        self._unlink("control")
 
 
-def _start_writing(fd: int) -> None:
-    """The kernel begins to write the file, and an fsync that comes later has less
-    to wait for: what Linux makes of this advice, fadvise64(2).  Nothing depends on it."""
+def write_all(fd: int, data: bytes) -> None:
+    done = os.write(fd, data)
+    while done < len(data):             # a short write is not an error, write(2)
+        done += os.write(fd, memoryview(data)[done:])
+
+
+def close_quietly(fd: int) -> None:
+    """A file that is given up, or that nothing was written to."""
+    with contextlib.suppress(OSError):  # closed all the same, close(2)
+        if fd >= 0:
+            os.close(fd)
+
+
+def start_writing(fd: int) -> None:
+    """The kernel begins to write the file, so that an fsync that comes later has less to wait for: what
+    Linux makes of this advice, fadvise64(2).  Accepting is 2.6 times as fast for it where the file
+    system has a journal."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-class Message:
-    """An open body.  Small ones are read once and kept, so that verifying and sending share the read."""
-
-    def __init__(self, fd: int, size: int) -> None:
-        self.fd = fd
-        self.size = size
-        self.whole: Optional[bytes] = None
-
-    def blocks(self) -> Iterator[bytes]:
-        if self.whole is not None:
-            yield self.whole
-            return
-        if self.size < BLOCK_OCTETS:
-            self.whole = read_up_to(self.fd, self.size)
-            yield self.whole
-            return
-        os.lseek(self.fd, 0, os.SEEK_SET)
-        while True:
-            block = os.read(self.fd, BLOCK_OCTETS)
-            if not block:
-                return
-            yield block
-
-    def close(self) -> None:
-        os.close(self.fd)
 
 
 def read_up_to(fd: int, most: int) -> bytes:
@@ -2276,64 +2075,127 @@ def read_up_to(fd: int, most: int) -> bytes:
     return b"".join(blocks)
 
 
-QUEUED, DELIVERED, BOUNCED, EXPIRED, DELETED = "queued", "delivered", "bounced", "expired", "deleted"
+def beside(call: Callable[[Any], Any], items: Sequence[Any]) -> List[Any]:
+    """The results of calls that wait beside each other, each in a thread of its own."""
+    results: List[Any] = [None] * len(items)
+    todo = collections.deque(enumerate(items))
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                number, item = todo.popleft()
+                results[number] = call(item)
+    threads = [threading.Thread(target=work, name="fsync", daemon=True) for _ in items[1:BESIDE_MAX]]
+    for thread in threads:
+        with contextlib.suppress(RuntimeError):     # no more threads: those there are do it
+            thread.start()
+    work()
+    for thread in threads:
+        if thread.ident is not None:
+            thread.join()
+    return results
+
+
+def shift_times(sidecar: Dict[str, Any], seconds: float) -> None:
+    """The clock that told them was wrong by so much."""
+    sidecar["received"] = max(0.0, sidecar["received"] + seconds)
+    for one in sidecar["recipients"]:
+        for key in ("expires", "next_attempt", "last_attempt", "refused_since"):
+            if one[key]:
+                one[key] = max(0.0, one[key] + seconds)
 
 
 def format_sidecar(sidecar: Mapping[str, Any]) -> bytes:
     return json.dumps(sidecar, separators=(",", ":")).encode("ascii") + b"\n"
 
 
-def parse_sidecar(data: bytes, id: str) -> Dict[str, Any]:
-    """Checks all that the relay relies on, so that nothing later raises;
-    addresses go through the same grammar as on the wire.  Raises Corrupt."""
+def parse_sidecar(data: bytes, id: str) -> List[Dict[str, Any]]:
+    """Checks all that the relay relies on, so that nothing later raises; addresses go through the same
+    grammar as on the wire.  One sidecar; of version 0.1 one for each domain.  Raises Corrupt or
+    NotOurs."""
     try:
         sidecar = json.loads(data)
-        if sidecar["format"] != FORMAT:
-            raise Corrupt("the sidecar has format %s, this version reads %d" % (printable(str(sidecar["format"]), 20), FORMAT))
+        version = sidecar["format"]
+        if type(version) is int and version > FORMAT:
+            raise NotOurs("the sidecar has format %d, this version reads %d" % (version, FORMAT))
+        if version not in (1, FORMAT):
+            raise Corrupt("the sidecar has format %s" % printable(str(version), 20))
         if sidecar["id"] != id:
             raise Corrupt("the sidecar is of another message")
-        people, client, held = sidecar["recipients"], sidecar["client"], sidecar["held"]
-        texts = [sidecar[key] for key in ("sender", "sha256", "ret", "envid", "kind", "body")]
-        texts += [client["address"], client["helo"], "" if client["tls"] is None else client["tls"]] + held
-        counts, times = [sidecar["size"]], [sidecar["received"]]
-        for one in people:
-            texts += [one[key] for key in ("address", "domain", "state", "notify", "orcpt", "last_response", "last_status",
-                                           "last_remote")]
-            counts.append(one["attempts"])
-            times += [one["next_attempt"], one["expires"]]
-            times += [one[key] for key in ("last_attempt", "refused_since") if one[key] is not None]
-            path, rest = parse_path("<%s>" % one["address"], "5.1.3")
-            if rest or not path.domain or path.domain != one["domain"]:
-                raise Corrupt("the sidecar's recipient %s is not an address" % printable(one["address"], 100))
-        if not (people and _are_texts(texts) and all(type(one) is int and 0 <= one < 1 << 62 for one in counts)
-                and all(type(one) in (int, float) and 0 <= one < TIME_MAX for one in times)     # no NaN, no flag
-                and all(one["state"] in (QUEUED, DELIVERED, BOUNCED, EXPIRED, DELETED) for one in people)
-                and type(sidecar["smtputf8"]) is bool and re.fullmatch("[0-9a-f]{64}", sidecar["sha256"])
-                and sidecar["kind"] in ("mail", "notice", "alert") and not parse_path("<%s>" % sidecar["sender"], "5.1.7")[1]):
-            raise Corrupt("the sidecar does not make sense")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, Refuse) as error:
+        parts = split_sidecar(sidecar)
+        for part in parts:
+            check_sidecar(part)
+        return parts
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, Refuse) as error:
         raise Corrupt("the sidecar cannot be read: %s" % printable(repr(error), 200)) from None
-    return dict(sidecar)
 
 
-def _are_texts(values: Sequence[Any]) -> bool:
-    """Whether these are strings that can be sent: no controls, and no lone surrogates (then it raises ValueError)."""
-    return all(isinstance(one, str) for one in values) and not CONTROLS.search("".join(values).encode("utf-8"))
+def check_sidecar(sidecar: Mapping[str, Any]) -> None:
+    """Raises Corrupt, or what a value of a wrong type raises."""
+    people, client = sidecar["recipients"], sidecar["client"]
+    texts = [sidecar[key] for key in ("id", "domain", "sender", "sha256", "ret", "envid", "kind", "body")]
+    texts += [client["address"], client["helo"], client.get("name", ""), client["tls"] or ""]
+    counts, times = [sidecar["size"]], [sidecar["received"]]
+    for one in people:
+        texts += [one[key] for key in ("address", "state", "notify", "orcpt", "last_response",
+                                       "last_status", "last_remote")]
+        counts.append(one["attempts"])
+        times += [one["next_attempt"], one["expires"]]
+        times += [one[key] for key in ("last_attempt", "refused_since") if one[key] is not None]
+        path, rest = parse_path("<%s>" % one["address"], "5.1.3")
+        if rest or not path.domain or path.domain != sidecar["domain"]:
+            raise Corrupt("the sidecar's recipient %s is not an address" % printable(one["address"], 100))
+    if not (people and all(isinstance(one, str) for one in texts)
+            and not CONTROLS.search("".join(texts).encode("utf-8"))         # a lone surrogate is a ValueError
+            and all(type(one) is int and 0 <= one < 1 << 62 for one in counts)
+            and all(type(one) in (int, float) and 0 <= one < TIME_MAX for one in times)     # no NaN, no flag
+            and all(one["state"] in (QUEUED, DELIVERED, BOUNCED, EXPIRED, DELETED) for one in people)
+            and type(sidecar["smtputf8"]) is bool and type(sidecar["held"]) is bool
+            and re.fullmatch("[0-9a-f]{64}", sidecar["sha256"])
+            and sidecar["kind"] in ("mail", "notice", "alert")
+            and not parse_path("<%s>" % sidecar["sender"], "5.1.7")[1]):
+        raise Corrupt("the sidecar does not make sense")
 
 
-COUNTERS = {QUEUED: "deferred", DELIVERED: "delivered", BOUNCED: "bounced", EXPIRED: "expired", "": "accepted"}
+def split_sidecar(old: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """Format 1: recipients name their domains, and `held` lists those that are held.  The parts' IDs
+    follow from the first one's, so that another try makes the same."""
+    if old["format"] == FORMAT:
+        return [old]
+    domains = dict.fromkeys(one["domain"] for one in old["recipients"] if one["state"] == QUEUED)
+    parts = []
+    for number, domain in enumerate(domains or [old["recipients"][0]["domain"]]):
+        people = [{key: value for key, value in one.items() if key != "domain"}
+                  for one in old["recipients"] if one["domain"] == domain]
+        held = domain in old["held"] or (old["kind"] != "mail" and bool(old["held"]))
+        id = old["id"] + ("%02X" % number if number else "")
+        parts.append(dict(old, format=FORMAT, id=id, domain=domain, held=held, recipients=people))
+    return parts
 
 
-def make_sidecar(id: str, kind: str, sender: str, recipients: Iterable[Tuple[str, str, str, str, Time]], now: Time,
-                 client: Mapping[str, Optional[str]], body: str = "", smtputf8: bool = False, ret: str = "",
-                 envid: str = "", held: Sequence[str] = ()) -> Dict[str, Any]:
-    """`recipients`: (address, domain, NOTIFY, ORCPT, expires).  `kind` is mail or notice."""
-    return {"format": FORMAT, "id": id, "kind": kind, "received": now, "size": 0, "sha256": "", "sender": sender,
-            "client": dict(client), "body": body, "smtputf8": smtputf8, "ret": ret, "envid": envid, "held": list(held),
-            "recipients": [{"address": address, "domain": domain, "state": QUEUED, "attempts": 0, "next_attempt": now,
-                            "expires": expires, "last_attempt": None, "last_status": "", "last_response": "", "last_remote": "",
-                            "refused_since": None, "notify": notify, "orcpt": orcpt}
-                           for address, domain, notify, orcpt, expires in recipients]}
+def summarize(sidecar: Mapping[str, Any]) -> Summary:
+    waiting = [one for one in sidecar["recipients"] if one["state"] == QUEUED]
+    people = waiting or sidecar["recipients"]
+    return Summary(
+        sidecar["id"], sidecar["kind"], sidecar["domain"], sidecar["size"], sidecar["received"],
+        min(one["expires"] for one in people), max(one["attempts"] for one in people),
+        min(one["next_attempt"] for one in people), sidecar["held"],
+        any(one.get("delayed") for one in people), not waiting)
+
+
+def make_sidecar(id: str, kind: str, domain: str, sender: str, recipients: Iterable[Tuple[str, str, str]],
+                 now: Time, expires: Time, client: Mapping[str, Optional[str]], body: str = "",
+                 smtputf8: bool = False, ret: str = "", envid: str = "") -> Dict[str, Any]:
+    """Without size and SHA-256, which the spool fills in.  `recipients`: (address, NOTIFY, ORCPT)."""
+    return {
+        "format": FORMAT, "id": id, "kind": kind, "domain": domain, "received": now, "size": 0, "sha256": "",
+        "sender": sender, "client": dict(client), "body": body, "smtputf8": smtputf8, "ret": ret,
+        "envid": envid, "held": False,
+        "recipients": [
+            {"address": address, "state": QUEUED, "attempts": 0, "next_attempt": now, "expires": expires,
+             "last_attempt": None, "last_status": "", "last_response": "", "last_remote": "",
+             "refused_since": None, "notify": notify, "orcpt": orcpt}
+            for address, notify, orcpt in recipients]}
 
 
 def disk_reply(error: Optional[OSError]) -> Reply:
@@ -2343,335 +2205,229 @@ def disk_reply(error: Optional[OSError]) -> Reply:
     return Reply(451, "4.3.0", "Local error in processing, try again later")
 
 
-class Commit(NamedTuple):
-    draft: Draft
-    blocks: List[bytes]
-    sidecar: Dict[str, Any]
+class SpoolThreads:
+    """The spool as the loop sees it: it is asked with data and answers with data.  A writer does what
+    it is asked in that order and takes all that is pending as one batch, so that messages share their
+    fsyncs.  A reader goes beside it; who needs a change to be there waits for its answer."""
+    READS = frozenset(("read", "block", "look", "list", "load"))
 
+    def __init__(self, spool: Spool, loop: Loop) -> None:
+        self.spool, self.loop = spool, loop
+        self.sick = ""                  # why no new mail is taken, or empty
+        self.may_write = True           # False for a command that only reads: it shares the lock with others
+        self.unanswered = 0
+        self.answered = loop.now.mono   # monotonic, of the last answer
+        self.writes: "queue.SimpleQueue[Any]" = queue.SimpleQueue()
+        self.reads: "queue.SimpleQueue[Any]" = queue.SimpleQueue()
+        for work, name in ((self._write, "spool writer"), (self._read, "spool reader")):
+            threading.Thread(target=work, name=name, daemon=True).start()
 
-class Remove(NamedTuple):
-    id: str
+    def ask(self, then: Callable[[Any], None], what: str, *values: Any) -> None:
+        """`then` gets what the method `what` of Spool returns, or its exception, in the loop."""
+        if what not in self.READS and not self.may_write:
+            return                      # what is wrong with the spool is the relay's to mend
+        self.unanswered += 1
+        (self.reads if what in self.READS else self.writes).put((then, what, values))
 
+    def _tell(self, answers: Sequence[Tuple[Callable[[Any], None], Any]]) -> None:
+        self.unanswered -= len(answers)
+        self.answered = self.loop.now.mono
+        for then, result in answers:
+            if isinstance(result, OSError) and result.errno in _SICK:
+                self.sick = result.strerror or str(result)
+            self.loop.guard(then, result)
 
-class Task(NamedTuple):
-    run: Callable[[Spool], Any]
-
-
-Work = Union[Commit, Remove, Task]
-Done = Callable[[Any], None]    # called by the loop with None, a result, or the exception
-
-
-class Clerk:
-    """A process of our own that stores and removes small messages, with
-    Spool's methods for it.  A thread gives the interpreter's lock away with each
-    system call and fights the loop to have it back, which costs more than the
-    call; a clerk has an interpreter to itself, and gets a whole batch in
-    one call.  It holds the spool's lock, too, so that no other relay starts before it has ended.
-    What it cannot do, and all that it was doing when it died, is done by the spool here."""
-
-    def __init__(self, spool: Spool, settle: Callable[[], None]) -> None:
-        """Forks, so there must be no threads yet.  `settle` is called in the new process first.  Raises OSError."""
-        self.spool = spool
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # who is ignored when it ends has a number that others may get
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            self.process = os.fork()
-            if not self.process:
-                self._live(ours, theirs, settle)
-            self.stream = ours.makefile("rwb")
-
-    def commit(self, batch: Sequence[Commit]) -> List[Optional[OSError]]:
-        """As Spool.commit()."""
-        small = [one for one in batch if one.draft.fd < 0 and one.draft.error is None
-                 and sum(map(len, one.blocks)) <= CLERK_OCTETS]
-        ids = {one.draft.id for one in small}
-        self.spool.entering.update(ids)
+    def _do(self, what: str, values: Sequence[Any]) -> Any:
         try:
-            answers = self._ask(("commit", [(one.draft.id, one.blocks, one.sidecar) for one in small]))
-            for one, (_, size, digest) in zip(small, answers or ()):
-                one.sidecar["size"], one.sidecar["sha256"] = size, digest
-            if answers is None:         # how far it came nobody knows
-                for id in ids:
-                    self.spool._withdraw(id)
-                return self.spool.commit(batch)
-        finally:
-            self.spool.entering.difference_update(ids)
-        errors = {one.draft.id: error and OSError(*error) for one, (error, _, _) in zip(small, answers)}
-        others = [one for one in batch if one.draft.id not in ids]
-        errors.update(zip([one.draft.id for one in others], self.spool.commit(others)))
-        return [errors[one.draft.id] for one in batch]
+            return getattr(self.spool, what)(*values)
+        except Exception as error:
+            return error
 
-    def remove(self, ids: Sequence[str]) -> List[Optional[OSError]]:
-        """As Spool.remove()."""
-        errors = self._ask(("remove", list(ids)))
-        return self.spool.remove(ids) if errors is None else [error and OSError(*error) for error in errors]
-
-    def end(self) -> None:
-        """At once, also where it was stopped: it has nothing to do, or must not go on."""
-        with contextlib.suppress(OSError):
-            self.stream.close()
-        if self.process:
-            with contextlib.suppress(PermissionError):      # it ended before it became `user`
-                os.kill(self.process, signal.SIGKILL)
-            os.waitpid(self.process, 0)
-        self.process = 0
-
-    def _ask(self, request: Tuple[str, List[Any]]) -> Any:
-        """None when the clerk is no more."""
-        if not self.process:
-            return None
-        try:
-            self._write(request)
-            answer, sick, self.spool.fsync_s = self._read()
-        except Exception:               # whatever it was: an answer that is yet to come would be taken for the next one
-            self.end()
-            return None
-        self.spool.sick = sick or self.spool.sick
-        return answer
-
-    def _write(self, value: Any) -> None:
-        data = marshal.dumps(value)
-        self.stream.write(struct.pack("=I", len(data)) + data)
-        self.stream.flush()
-
-    def _read(self) -> Any:
-        """Raises EOFError when the other end is closed."""
-        head = self.stream.read(4)
-        data = self.stream.read(struct.unpack("=I", head)[0]) if len(head) == 4 else b""
-        return marshal.loads(data)
-
-    # -- in the process
-
-    def _live(self, relay: socket.socket, ours: socket.socket, settle: Callable[[], None]) -> None:
-        """Signals are for the relay; the end of its requests is the end of this.  Never
-        returns: there is one relay, and its code goes on in the other process."""
-        status = 1
-        try:
-            relay.close()
-            self.stream = ours.makefile("rwb")
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_IGN)
-            settle()
-            while True:
-                self._write(self._serve(*self._read()))
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            status = 0
-        except BaseException:
-            traceback.print_exc()       # to the relay's standard error; the relay does it again, and tells
-            sys.stderr.flush()
-        finally:
-            os._exit(status)
-
-    def _serve(self, what: str, values: List[Any]) -> Tuple[List[Any], str, float]:
-        answer: List[Any]
-        if what == "commit":
-            batch = [(Draft(id), blocks, sidecar) for id, blocks, sidecar in values]
-            errors = self.spool.commit(batch)
-            answer = [(error and error.args[:2], sidecar["size"], sidecar["sha256"])
-                      for error, (_, _, sidecar) in zip(errors, batch)]
-        else:
-            answer = [error and error.args[:2] for error in self.spool.remove(values)]
-        sick, self.spool.sick = self.spool.sick, ""         # it is the relay that heals
-        return answer, sick, self.spool.fsync_s
-
-
-class Committers:
-    """Threads that do all writing.  As many batches are under way as the disk is
-    slow: where an fsync is quick, one, which is the clerk's, while the next one grows;
-    where it is slow, many fsyncs are under way at once, and the kernel merges
-    them into few journal commits.  Tasks have a thread more, so that one that takes long holds no mail up."""
-
-    def __init__(self, spool: Spool, post: Callable[[List[Tuple[Done, Any]]], None], on_lost: Done = lambda _: None) -> None:
-        """`on_lost`: the clerk has died."""
-        self.spool = spool
-        self.post = post
-        self.on_lost = on_lost
-        self.clerk: Optional[Clerk] = None      # that has nothing to do
-        self.lent: Optional[Clerk] = None       # ... or the same, that has
-        self.messages: Deque[Tuple[Work, Done]] = collections.deque()
-        self.tasks: Deque[Tuple[Work, Done]] = collections.deque()
-        self.condition = threading.Condition()
-        self.writing = 0                # threads that have messages
-        self.tasking = 0                # ... and a task
-        self.idle = 0                   # ... and nothing
-        self.done = 0                   # batches and tasks that have ended
-        # What an fsync took in the last batches; the least of them, because a busy processor
-        # makes others look slow.  The first is a guess between a card and an SSD.
-        self.fsyncs_s: Deque[float] = collections.deque([16 * FAST_FSYNC_S], maxlen=16)
-        self.stopping = False
-        self.threads: List[threading.Thread] = []
-
-    @property
-    def width(self) -> int:
-        """How many batches may be under way at once."""
-        return max(1, min(COMMITTERS_MAX, int(min(self.fsyncs_s) / FAST_FSYNC_S)))
-
-    def submit(self, work: Work, done: Done) -> None:
-        with self.condition:
-            if isinstance(work, Task):
-                self.tasks.append((work, done))
-                is_free = self.tasking <= self.width
-            else:
-                self.messages.append((work, done))
-                is_free = self.writing < self.width
-            if is_free and self.idle:
-                self.idle -= 1          # by us, because it wakes up later: the next one is not for it
-                self.condition.notify()
-            elif is_free and len(self.threads) <= 2 * self.width:
-                self._grow()
-
-    def _grow(self) -> None:
-        thread = threading.Thread(target=self._run, name="committer", daemon=True)
-        try:
-            thread.start()
-            self.threads.append(thread)
-        except RuntimeError:            # no more threads: those there are do it
-            if not self.threads:
-                raise
-
-    def stop(self, seconds: float = 86400.0) -> bool:
-        """Returns when all that was submitted is done, or when none of it was for so many seconds; whether it is done."""
-        with self.condition:
-            self.stopping = True
-            self.idle = 0
-            self.condition.notify_all()
-        if not self._join(seconds):
-            if self.lent is not None and self.lent.process:     # or its standstill would outlive us, with the spool's lock
-                with contextlib.suppress(OSError):
-                    os.kill(self.lent.process, signal.SIGKILL)
-            return self._join(seconds / 2)
-        if self.clerk is not None:
-            self.clerk.end()
-        return True
-
-    def _join(self, seconds: float) -> bool:
-        """False when there is still work to do, and none of it was done for so many seconds."""
-        done, since = self.done, time.monotonic()
-        for thread in self.threads:
-            while thread.is_alive():
-                if done != self.done:
-                    done, since = self.done, time.monotonic()
-                left = since + seconds - time.monotonic()
-                if left <= 0:
-                    return False
-                thread.join(min(left, STOP_POLL_S))
-        return True
-
-    def _run(self) -> None:
+    def _read(self) -> None:
         while True:
-            batch = self._take()
-            if not batch:
-                return
-            done = self._work(batch)
-            self._end(batch)
-            self.post(done)
+            then, what, values = self.reads.get()
+            self.loop.post(self._tell, [(then, self._do(what, values))])
 
-    def _take(self) -> List[Tuple[Work, Done]]:
-        """One task, or a share of the messages; nothing at the end."""
-        with self.condition:
-            while True:
-                if self.messages and (self.writing < self.width or self.stopping):
-                    self.writing += 1
-                    share = min(BATCH_MAX, -(-len(self.messages) // self.width))
-                    return [self.messages.popleft() for _ in range(share)]
-                if self.tasks and (self.tasking <= self.width or self.stopping):
-                    self.tasking += 1
-                    return [self.tasks.popleft()]
-                if self.stopping:
-                    return []
-                self.idle += 1
-                self.condition.wait()
+    def _write(self) -> None:
+        while True:
+            asked = [self.writes.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(asked) < BATCH_MAX:
+                    asked.append(self.writes.get_nowait())
+            self.loop.post(self._tell, self._work(asked))
 
-    def _end(self, batch: Sequence[Tuple[Work, Done]]) -> None:
-        with self.condition:
-            self.done += 1
-            if isinstance(batch[0][0], Task):
-                self.tasking -= 1
+    def _work(self, asked: Sequence[Any]) -> List[Tuple[Callable[[Any], None], Any]]:
+        """Commits are done together, and so are removals.  Nothing overtakes what was asked of the same
+        message."""
+        out: List[Tuple[Callable[[Any], None], Any]] = []
+        together: Dict[str, List[Tuple[Any, Callable[[Any], None]]]] = {"commit": [], "remove": []}
+        ids: Set[str] = set()           # in these two
+
+        def do_together() -> None:
+            for what, batch in together.items():
+                if batch:
+                    results = self._do(what, [[value for value, _ in batch]])
+                    if isinstance(results, Exception):      # a bug: all hear of it, none is told "done"
+                        results = [results] * len(batch)
+                    out.extend(zip([then for _, then in batch], results))
+                    batch.clear()
+            ids.clear()
+        for then, what, values in asked:
+            if what == "shift" or values and values[0] in ids:
+                do_together()
+            if what in together:
+                together[what].append((values if what == "commit" else values[0], then))
+                ids.add(values[0])
             else:
-                self.writing -= 1
-            if any(isinstance(work, Commit) for work, _ in batch):
-                self.fsyncs_s.append(self.spool.fsync_s)
-
-    def _work(self, batch: Sequence[Tuple[Work, Done]]) -> List[Tuple[Done, Any]]:
-        work, done = batch[0]
-        if isinstance(work, Task):
-            try:
-                return [(done, work.run(self.spool))]
-            except Exception as error:
-                return [(done, error)]
-        out: List[Tuple[Done, Any]] = []
-        commits = [(work, done) for work, done in batch if isinstance(work, Commit)]
-        removals = [(work, done) for work, done in batch if isinstance(work, Remove)]
-        try:
-            with self._hands() as hands:
-                if commits:
-                    out.extend(zip((done for _, done in commits), hands.commit([work for work, _ in commits])))
-                if removals:
-                    out.extend(zip((done for _, done in removals), hands.remove([work.id for work, _ in removals])))
-        except Exception as error:      # a bug: everybody in this batch hears of it, none is told "done"
-            told = len(out)
-            out.extend((done, error) for _, done in (commits + removals)[told:])
+                out.append((then, self._do(what, values)))
+        do_together()
         return out
 
-    @contextlib.contextmanager
-    def _hands(self) -> Iterator[Union[Spool, Clerk]]:
-        """The clerk, when it has nothing to do; else the spool itself."""
-        with self.condition:
-            clerk, self.clerk = self.clerk, None
-            self.lent = clerk or self.lent
-        try:
-            yield clerk or self.spool
-        finally:
-            if clerk is not None:
-                self.lent = None
-            if clerk is not None and clerk.process:
-                self.clerk = clerk
-            elif clerk is not None:
-                self.post([(self.on_lost, None)])
 
+# == 8. SESSION ================================================================
+# One client's SMTP dialogue: bytes in, actions out.  Pure; uses 2 LIMITS,
+# 3 GRAMMAR and 4 CONFIG.  The server carries the actions out in their order.
+# After Ask a session waits for resume(answer) and keeps later input in its buffer.
 
-# == 7. SESSION ================================================================
-# One client's SMTP dialogue: bytes in, actions out; no socket, no clock, no file.
-# After Ask it waits for resume(answer) and keeps later input in its buffer.
-
-class Send(NamedTuple):
-    data: bytes
-
-
-class Body(NamedTuple):
-    """Octets of a message, as they will be kept; the session may have done with its transaction by now."""
-    data: bytes
-    transaction: "Transaction"
-
-
-class Discard(NamedTuple):
-    """Throw away what came as Body."""
-
-
-class Note(NamedTuple):
-    """A line for the log."""
-    text: str
-
-
-class Ask(NamedTuple):
-    """A question for the server: mail, rcpt, commit, challenge, login, etrn or atrn; answered by resume()."""
-    what: str
-    value: Any
-
-
-class Reverse(NamedTuple):
-    """ATRN was granted: after everything sent so far the client is the server
-    (RFC 2645 5.2.1), and what it has sent of its part already is `early`.  The session is over."""
-    early: bytes
-
-
-class Close(NamedTuple):
-    """After everything sent so far has gone out.  `at_once`: the client has
-    said QUIT, so that nothing of its can be under way that would reset our last reply."""
-    at_once: bool = False
-
-
+# A question for the server, which calls resume() with the answer:
+# mail (Transaction), rcpt (Recipient)      None to accept, or a Reply that refuses
+# login (Login)                             None when it is right, or a Reply
+# commit (Transaction), etrn ([@]domain)    the Reply; 2xx to commit: the message is durable
+# atrn (domains, none means all)            the Reply; 250 is followed by Reverse
+# starttls (None)                           (protocol, cipher) after the handshake
+Ask = NamedTuple("Ask", [("what", str), ("value", Any)])
+Send = NamedTuple("Send", [("data", bytes)])
+Body = NamedTuple("Body", [("data", bytes), ("transaction", "Transaction")])    # octets of a message
+Discard = NamedTuple("Discard", [])             # the message will not be kept: its Body can go
+Note = NamedTuple("Note", [("text", str)])      # for the log
+# These two come into force when everything sent so far has gone out.  `at_once`: the
+# client said QUIT, so no reset can overtake our last reply.  After ATRN the client is
+# the server (RFC 2645 5.2.1) and the session is over; `early` came behind its command.
+Close = NamedTuple("Close", [("at_once", bool)])
+Reverse = NamedTuple("Reverse", [("early", bytes)])
 Action = Union[Send, Body, Discard, Note, Ask, Reverse, Close]
+
+
+# -- the octets of a message pass through these: DataReader, Newlines, Opening, Hops
+
+class DataReader:
+    """Undoes DATA's dot stuffing (RFC 5321 4.5.2) and finds the end of data.  Nothing
+    but CRLF . CRLF is the end.  Any other dot that opens a line is dropped, also behind
+    a bare LF, where clients like Python's smtplib stuff too.  So a lone dot between
+    bare LFs leaves an empty line, never a line with a dot."""
+    END = b"\r\n.\r\n"
+    is_last = True
+    TAILS = (END[:4], END[:3], END[:2], END[:1], b"\n")     # the end, or a dot behind an LF, may follow
+
+    def __init__(self) -> None:
+        self.held = b"\r\n"             # a virtual line end: a first line of "." is an end too
+        self.virtual = 2                # octets of it that must be taken off again
+
+    def feed(self, data: bytes) -> Tuple[bytes, Optional[bytes]]:
+        """The octets of the message and, at its end, what follows it; else None."""
+        data = self.held + data
+        end = data.find(self.END)
+        tail = next((len(tail) for tail in self.TAILS if data.endswith(tail)), 0)
+        kept = len(data) - tail if end < 0 else end + 2
+        rest, self.held = None if end < 0 else data[end + 5:], data[kept:]
+        virtual = self.virtual if kept else 0
+        self.virtual -= virtual
+        return data[:kept].replace(b"\n.", b"\n")[virtual:], rest
+
+
+class ChunkReader:
+    """Takes the octets of a BDAT chunk, RFC 3030 2.  None of them is ever taken for a command."""
+
+    def __init__(self, size: int, is_last: bool) -> None:
+        self.left = size
+        self.is_last = is_last
+
+    def feed(self, data: bytes) -> Tuple[bytes, Optional[bytes]]:
+        octets, rest = data[:self.left], data[self.left:]
+        self.left -= len(octets)
+        return octets, None if self.left else rest
+
+
+class Newlines:
+    """Mends what must never be sent on.  NUL goes first; then a bare LF becomes
+    CRLF, and a bare CR a space."""
+    _STRAY = re.compile(rb"\r(?!\n)|(?<!\r)\n")
+
+    def __init__(self) -> None:
+        self.held = b""                 # a final CR waits for its LF
+        self.is_open = False            # the last line has no end yet
+        self.found = False              # there was something to mend
+
+    def feed(self, data: bytes, is_last: bool) -> bytes:
+        """`is_last`: no more comes.  A line without end, as BDAT may leave one, gets its end."""
+        self.found |= b"\0" in data
+        data = self.held + data.replace(b"\0", b"")
+        self.held = b"\r" if data.endswith(b"\r") and not is_last else b""
+        data = data[:len(data) - len(self.held)]
+        pairs = data.count(b"\r\n")
+        if data.count(b"\n") != pairs or data.count(b"\r") != pairs:
+            data, self.found = self._STRAY.sub(lambda m: b" " if m.group() == b"\r" else b"\r\n", data), True
+        self.is_open = not data.endswith(b"\r\n") if data else self.is_open
+        return data + b"\r\n" if is_last and self.is_open else data
+
+
+class Opening:
+    """Mends the first lines of a message.  One that begins with a blank would join our
+    Received field: an empty line goes before it.  An mbox line would end the header
+    before it begins: it becomes a field, as with Postfix."""
+    LINES = (b"From ", b">From ")
+
+    def __init__(self) -> None:
+        self.held = b""                 # the start of a line, too short to be judged
+        self.within = False             # ... an mbox line
+        self.left = MAILBOX_LINES_MAX   # 0: what comes now is like any other text
+
+    def feed(self, data: bytes) -> bytes:
+        out, data, self.held = b"", self.held + data, b""
+        while data and self.left:
+            if self.within:
+                line, newline, data = data.partition(b"\n")
+                out += line + newline
+                self.within = not newline
+            elif data.startswith(self.LINES):
+                out += b"X-Mailbox-Line: "
+                self.within, self.left = True, self.left - 1
+            elif any(line.startswith(data) for line in self.LINES):
+                self.held, data = data, b""
+            else:
+                out += b"\r\n" if data[:1] in (b" ", b"\t") else b""
+                self.left = 0
+        return out + data
+
+
+class Hops:
+    """Counts the Received fields while the header passes by.  It keeps one field
+    at most, so that a thousand endless headers take no memory."""
+    _BY = re.compile(rb"(?:^|\s)by\s+([^\s;()]+)", re.I)
+
+    def __init__(self) -> None:
+        self.held = b""                 # a line that has no end yet
+        self.field = b""                # unfolded
+        self.left = HEADER_SCAN_MAX
+        self.fields = 0
+        self.names: List[bytes] = []    # those after `by`, RFC 5321 4.4
+
+    def feed(self, data: bytes, is_last: bool) -> bool:
+        """Part of the message, its newlines mended.  True when the header is over."""
+        *lines, rest = (self.held + data[:self.left]).split(b"\r\n")
+        self.held, self.left = rest[:HEADER_FIELD_KEPT], self.left - len(data)
+        if is_last or self.left <= 0:
+            lines.append(b"")
+        for line in lines:
+            if line[:1] not in (b" ", b"\t"):       # the field before it is whole
+                if self.field[:9].lower() == b"received:":
+                    self.fields += 1
+                    self.names += [name.lower().rstrip(b".") for name in self._BY.findall(self.field)[:1]]
+                self.field = b""
+            if not line:
+                return True
+            self.field = (self.field + line)[:HEADER_FIELD_KEPT]
+        return False
 
 
 class Recipient(NamedTuple):
@@ -2684,159 +2440,98 @@ class Recipient(NamedTuple):
         return str(self.path)
 
 
-class Hops:
-    """Counts Received fields as the header passes by, and keeps no more of it
-    than the field it is in: a thousand endless headers take no memory."""
-    __slots__ = ("line", "field", "left", "fields", "names")
-
-    def __init__(self) -> None:
-        self.line = b""                 # not ended yet
-        self.field = b""                # unfolded
-        self.left = HEADER_SCAN_MAX
-        self.fields = 0
-        self.names: List[bytes] = []    # those after `by`, RFC 5321 4.4
-
-    def feed(self, data: bytes) -> bool:
-        """Part of the message, its newlines mended.  True when the header is over."""
-        *lines, rest = (self.line + data[:self.left]).split(b"\r\n")
-        self.left -= len(data)
-        for line in lines:
-            if not line:
-                return True
-            if line[:1] not in (b" ", b"\t"):
-                self.end_field()
-            self.field = (self.field + line)[:HEADER_FIELD_KEPT]
-        self.line = rest[:HEADER_FIELD_KEPT] + (b"\r" if rest[HEADER_FIELD_KEPT:].endswith(b"\r") else b"")
-        return self.left <= 0
-
-    def end_field(self) -> None:
-        if self.field[:9].lower() == b"received:":
-            self.fields += 1
-            self.names += [name.lower().rstrip(b".") for name in BY.findall(self.field)[:1]]
-        self.field = b""
-
-
+@dataclasses.dataclass(eq=False)
 class Transaction:
     """One message being given to us; the session outlives many."""
-    __slots__ = ("sender", "size", "body", "smtputf8", "ret", "envid", "recipients", "refused", "octets", "received", "hops",
-                 "rcpt_refused")
+    sender: str
+    size: int = 0                       # as declared, 0 when not
+    body: str = ""
+    smtputf8: bool = False
+    ret: str = ""
+    envid: str = ""
+    recipients: List[Recipient] = dataclasses.field(default_factory=list)
+    rcpt_refused: bool = False
+    refused: Optional[Reply] = None     # the answer its end of data will get
+    octets: int = 0                     # of the message
+    received: int = 0                   # ... and as they came, with NULs that are not kept
+    newlines: Newlines = dataclasses.field(default_factory=Newlines)
+    opening: Opening = dataclasses.field(default_factory=Opening)
+    hops: Optional[Hops] = dataclasses.field(default_factory=Hops)      # None when the header is over
 
-    def __init__(self, sender: str, size: int, body: str, smtputf8: bool, ret: str, envid: str) -> None:
-        self.sender = sender
-        self.size = size                        # as declared, 0 when not
-        self.body = body
-        self.smtputf8 = smtputf8
-        self.ret = ret
-        self.envid = envid
-        self.recipients: List[Recipient] = []
-        self.rcpt_refused = False
-        self.refused: Optional[Reply] = None    # the answer its end of data will get
-        self.octets = 0                         # of the message
-        self.received = 0                       # ... and as they came, with dots and NULs that are not kept
-        self.hops: Optional[Hops] = Hops()      # None when the header is over
+
+def demand(is_so: object, code: int, status: str, text: str) -> None:
+    if not is_so:
+        raise Refuse(code, status, text)
+
+
+def parse_word(text: Optional[str], *known: Optional[str]) -> Any:
+    """A parameter that has few values, or none at all."""
+    word = text and text.upper()
+    demand(word in known, 501, "5.5.4", "Syntax error in parameters")
+    return word
+
+
+PARAMETERS: Dict[str, Dict[str, Callable[[Optional[str]], Any]]] = {
+    "FROM:": {"SIZE": parse_size,
+              "BODY": lambda text: parse_word(text, "7BIT", "8BITMIME"),
+              "SMTPUTF8": lambda text: parse_word(text, None) is None,
+              "RET": lambda text: parse_word(text, "FULL", "HDRS"),
+              "ENVID": lambda text: parse_xtext(text, ENVID_MAX),
+              "AUTH": lambda text: None},   # RFC 4954 5 makes us take it; nothing here depends on it
+    "TO:": {"NOTIFY": parse_notify, "ORCPT": parse_orcpt}}
+
+
+def parse_argument(text: str, word: str, status: str) -> Tuple[Path, Dict[str, Any]]:
+    """What follows MAIL or RCPT: its path, and its parameters by name.  Raises Refuse."""
+    demand(text[:len(word)].upper() == word, 501, "5.5.4", "Syntax: %s<address>" % word)
+    path, rest = parse_path(text[len(word):].lstrip(" \t"), status)
+    known, given = PARAMETERS[word], parse_parameters(rest)
+    values = {name.lower(): known[name](value) for name, value in given.items() if name in known}
+    for name in given:
+        demand(name in known, 555, "5.5.4", "Unsupported parameter: %s" % name)
+    return path, values
 
 
 class Login(NamedTuple):
-    """What a client says to be somebody."""
+    """Who a client says it is, by AUTH.  Without a username the response was not in form."""
     mechanism: str
     username: str
     challenge: bytes            # ours, for CRAM-MD5
     proof: bytes                # the digest in hex, or the password itself
 
     def is_right(self, password: str) -> bool:
-        """RFC 2195 2, RFC 4616 2; takes the same time whatever is wrong.  Raises ValueError on a
-        machine whose policy forbids MD5."""
-        right, proof = password.encode("utf-8"), self.proof
+        """RFC 2195 2, RFC 4616 2; takes the same time whatever is wrong.  Raises
+        ValueError on a machine whose policy forbids MD5."""
+        right = password.encode("utf-8")
         if self.mechanism == "CRAM-MD5":
             right = hmac.new(right, self.challenge, "md5").hexdigest().encode("ascii")
-        return hmac.compare_digest(hashlib.sha256(right).digest(), hashlib.sha256(proof).digest())
+        is_same = hmac.compare_digest(hashlib.sha256(right).digest(), hashlib.sha256(self.proof).digest())
+        return is_same and self.username != ""
 
 
-def parse_cram(response: bytes, challenge: bytes) -> Optional[Login]:
-    """`name SP digest`, RFC 2195 2; None when it is not that.  The name may have blanks."""
-    name, blank, digest = response.rpartition(b" ")
-    return make_login("CRAM-MD5", name, challenge, digest.lower()) if blank else None
-
-
-def parse_plain(response: bytes) -> Optional[Login]:
-    """`[identity] NUL name NUL password`, RFC 4616 2.  Nobody may act as another."""
-    parts = response.split(b"\0")
-    return make_login("PLAIN", parts[1], b"", parts[2]) if len(parts) == 3 and parts[0] in (b"", parts[1]) else None
-
-
-def make_login(mechanism: str, name: bytes, challenge: bytes, proof: bytes) -> Optional[Login]:
+def parse_response(mechanism: str, response: bytes, challenge: bytes) -> Login:
+    """CRAM-MD5: `name SP digest`, the name may have blanks (RFC 2195 2).  PLAIN:
+    `[identity] NUL name NUL password` (RFC 4616 2); nobody may act as another."""
+    if mechanism == "CRAM-MD5":
+        name, _, proof = response.rpartition(b" ")
+        proof = proof.lower()
+    else:
+        identity, name, proof, *more = response.split(b"\0") + [b"", b""]
+        name = name if len(more) == 2 and identity in (b"", name) else b""
     try:
-        return Login(mechanism, name.decode("utf-8"), challenge, proof) if len(name) <= LOGIN_MAX else None
+        return Login(mechanism, name.decode("utf-8") if len(name) <= LOGIN_MAX else "", challenge, proof)
     except UnicodeDecodeError:
-        return None
+        return Login(mechanism, "", challenge, proof)
 
 
-class DataReader:
-    """DATA's dot transparency, RFC 5321 4.5.2.  Nothing but CRLF . CRLF ends
-    the data; the dialogue begins at a line start."""
-    __slots__ = ("held", "first")
-    END = b"\r\n.\r\n"
-
-    def __init__(self) -> None:
-        self.held = b"\r\n"             # a virtual line end, so that a first line of "." is an end too
-        self.first = True
-
-    def feed(self, data: bytes) -> Tuple[bytes, Optional[bytes]]:
-        """Returns the unstuffed octets and, at the end, what follows it; else None."""
-        data = self.held + data
-        end = data.find(self.END)
-        rest = None
-        if end >= 0:
-            data, rest = data[:end + 2], data[end + 5:]
-        else:
-            keep = next((n for n in (4, 3, 2, 1) if data.endswith(self.END[:n])), 0)
-            self.held = data[len(data) - keep:]
-            data = data[:len(data) - keep]
-        if self.first and len(data) >= 2:
-            # The virtual line end is still in front, so a dot that opens the mail is unstuffed with the rest.
-            data, self.first = data.replace(b"\r\n.", b"\r\n")[2:], False
-            return data, rest
-        return data.replace(b"\r\n.", b"\r\n"), rest
+# RFC 4648 4.  Python's decoder is not so strict, and differs between versions.
+BASE64 = re.compile(rb"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 
 
-class Newlines:
-    """Mends what must never be sent on: NUL goes first, then a bare LF becomes CRLF and a bare CR a space."""
-    __slots__ = ("cr", "found", "open")
-    _STRAY = re.compile(rb"\r(?!\n)|(?<!\r)\n")
-
-    def __init__(self) -> None:
-        self.cr = b""                   # a final CR waits for its LF
-        self.found = False
-        self.open = False               # the last line has no end yet
-
-    def feed(self, data: bytes, last: bool = False) -> bytes:
-        """`last`: no more comes; a line left open, as BDAT may leave one, is ended."""
-        data = self._mend(data, last)
-        if data:
-            self.open = not data.endswith(b"\r\n")
-        return data + b"\r\n" if last and self.open else data
-
-    def _mend(self, data: bytes, last: bool) -> bytes:
-        if b"\0" in data:
-            data = data.replace(b"\0", b"")
-            self.found = True
-        if self.cr:
-            data, self.cr = self.cr + data, b""
-        if data.endswith(b"\r") and not last:
-            data, self.cr = data[:-1], b"\r"
-        pairs = data.count(b"\r\n")
-        if data.count(b"\n") == pairs and data.count(b"\r") == pairs:
-            return data
-        self.found = True
-        return self._STRAY.sub(lambda m: b" " if m.group() == b"\r" else b"\r\n", data)
-
-
-class Mode(enum.Enum):
-    COMMAND = 1
-    DATA = 2
-    CHUNK = 3
-    TLS = 4                     # the handshake is the server's
-    CLOSED = 5
+# A command that asks something is a generator.  It yields an Ask and goes on with the
+# answer, or yields None and goes on with the client's next line.
+Story = Generator[Optional[Ask], Any, None]
+Mode = enum.Enum("Mode", "COMMAND DATA CHUNK CLOSED")       # how the next octets are read
 
 
 class Stage(enum.Enum):
@@ -2852,28 +2547,29 @@ class Stage(enum.Enum):
 class Door:
     """What the server lets sessions know: replaced at SIGHUP, read by all."""
     cfg: Config
-    size_limit: int                 # octets, 0 for none
     has_tls: bool = False
 
 
-def too_big(limit: int) -> Reply:
+def too_big(limit: float) -> Reply:
     return Reply(552, "5.3.4", "Message size exceeds the limit of %d octets" % limit)
 
 
-BY = re.compile(rb"(?:^|\s)by\s+([^\s;()]+)", re.I)
-HTTP = frozenset(b"GET POST PUT HEAD CONNECT OPTIONS DELETE PATCH TRACE".split())
+OK = Reply(250, "2.0.0", "Ok")
+NEEDS_SMTPUTF8 = Reply(553, "5.6.7", "Address needs SMTPUTF8")
 
 
 class Session:
-    """The dialogue with one client.  receive() and resume() return actions in
-    the order in which they must take effect."""
+    """The dialogue with one client.  greet(), receive(), resume() and shut()
+    return actions in the order in which they must take effect."""
 
-    def __init__(self, door: Door, address: str, name: str = "unknown", is_odmr: bool = False) -> None:
+    def __init__(self, door: Door, address: str, challenge: bytes, is_odmr: bool = False) -> None:
         self.door = door
-        self.is_odmr = is_odmr          # on a port of odmr_listen
         self.cfg = door.cfg
+        self.limit = door.cfg.max_message_size or INF
         self.address = address
-        self.name = name
+        self.challenge = challenge      # for CRAM-MD5, RFC 2195 2: no two sessions have the same
+        self.is_odmr = is_odmr          # on a port of odmr_listen
+        self.name = "unknown"           # the server sets it when the DNS has told it
         self.helo = ""
         self.esmtp = False
         self.tls: Optional[str] = None  # protocol version, TLSv1.3
@@ -2882,195 +2578,207 @@ class Session:
         self.mode = Mode.COMMAND
         self.transaction: Optional[Transaction] = None
         self.errors = 0
+        self.junk_commands = 0          # NOOP, RSET and the like since the last message
         self.username = ""              # who it has proved to be, by AUTH
         self.failed_logins = 0
-        self.exchange: Optional[Callable[[bytes], None]] = None     # what takes the next line, within AUTH
+        self.exchange: Optional[Story] = None       # AUTH, which waits for the client's next line
         self.buffer = bytearray()
-        self.skipping = False           # within a command line that is too long
-        self.waiting: Optional[Callable[[Any], None]] = None
-        self.reader = DataReader()
-        self.newlines = Newlines()
-        self.chunk_left = 0             # octets of the present BDAT chunk
-        self.chunk_last = False
-        self.chunk_refused: Optional[Reply] = None
+        self.is_skipping = False        # within a command line that is too long
+        self.waiting: Optional[Story] = None        # for the answer to the last Ask
+        self.reader: Union[DataReader, ChunkReader] = DataReader()
         self.out: List[Action] = []
 
-    # -- the outside
-
     def greet(self) -> List[Action]:
-        return self._act(lambda: self.send(Reply(220, "", "%s ESMTP etrn_relay" % self.cfg.hostname)))
+        self.send(Reply(220, "", "%s ESMTP etrn_relay" % self.cfg.hostname))
+        return self._run()
 
     def receive(self, data: bytes) -> List[Action]:
-        self.buffer += data
-        return self._act(self._run)
+        self.buffer += data if self.mode is not Mode.CLOSED else b""
+        return self._run()
 
     def resume(self, answer: Any) -> List[Action]:
-        handler, self.waiting = self.waiting, None
-        assert handler is not None
-        handler(answer)
-        return self._act(self._run)
+        story, self.waiting = self.waiting, None
+        self._go_on(story, answer)
+        return self._run()
 
-    def shut(self, reply: Reply) -> List[Action]:
-        """The server ends the session: timeout, shutdown, a bug."""
-        self.mode = Mode.CLOSED
-        return self._act(lambda: self.send(reply, close=True))
+    def shut(self, reply: Reply, reject: str = "") -> List[Action]:
+        """The server ends the session: timeout, shutdown, a bug.  `reject`: the
+        client's fault that the log shall tell, as PREGREET."""
+        if reject:
+            self.reject(reject, reply)
+        else:
+            self.send(reply, close=True)
+        return self._run()
 
     @property
     def is_idle(self) -> bool:
         """Between transactions: nothing would be lost by ending here."""
         return self.transaction is None and self.waiting is None
 
-    def _act(self, step: Callable[[], None]) -> List[Action]:
-        step()
-        out, self.out = self.out, []
-        return out
+    @property
+    def peer(self) -> str:
+        return format_peer(self.address, self.name)
 
-    def send(self, reply: Reply, close: bool = False, at_once: bool = False) -> None:
+    def send(self, reply: Reply, close: bool = False) -> None:
         self.out.append(Send(reply.wire()))
-        if close:
-            self.out.append(Close(at_once))
+        if close or reply.code == 421:
+            self.out.append(Close(at_once=reply.code == 221))
             self.mode = Mode.CLOSED
+            self.buffer.clear()
 
-    def ask(self, what: str, value: Any, then: Callable[[Any], None]) -> None:
-        self.waiting = then
-        self.out.append(Ask(what, value))
+    def _go_on(self, story: Optional[Story], answer: Any = None) -> None:
+        """To the command's next question or its end."""
+        try:
+            question = story.send(answer) if story is not None else None
+        except StopIteration:
+            return
+        if question is None:
+            self.exchange = story
+        else:
+            self.waiting = story
+            self.out.append(question)
+
+    def reject(self, command: str, reply: Reply, *addresses: str) -> None:
+        """Refuse, with a line in the log.  `addresses`: the sender, then the
+        recipient; without any the session ends."""
+        details = "".join(" %s=<%s>" % (name, printable(one)) for name, one in zip(("from", "to"), addresses))
+        self.out.append(Note("NOQUEUE: reject: %s from %s: %s;%s proto=%s helo=<%s>" % (
+            command, self.peer, printable(str(reply)), details, "ESMTP" if self.esmtp else "SMTP",
+            printable(self.helo, 100))))
+        self.send(reply, close=not addresses)
+
+    def fail(self, reply: Optional[Reply]) -> None:
+        """A protocol error; refused recipients and messages do not come here.
+        None: it only counts."""
+        self.errors += 1
+        if self.errors > ERRORS_MAX:
+            self.out.append(Note("too many errors after %s from %s" % (self.stage.name, self.peer)))
+            reply = Reply(421, "4.7.0", "%s Error: too many errors" % self.cfg.hostname)
+        if reply is not None:
+            self.send(reply)
 
     # -- reading
 
-    def _run(self) -> None:
-        while self.buffer and self.waiting is None and self.mode is not Mode.CLOSED:
-            if self.mode is Mode.DATA:
-                self._read_data()
-            elif self.mode is Mode.CHUNK:
-                self._read_chunk()
-            elif not self._read_commands():
-                return
-        if self.mode is Mode.CLOSED:
-            self.buffer.clear()
-
-    def _read_commands(self) -> bool:
-        """Run the complete lines in the buffer; False when more input is needed."""
-        position = 0
-        while self.waiting is None and self.mode is Mode.COMMAND:
-            end = self.buffer.find(b"\n", position)
-            if end < 0:
+    def _run(self) -> List[Action]:
+        while self.buffer and self.waiting is None:
+            if self.mode in (Mode.DATA, Mode.CHUNK):
+                self._read_body()
+            elif not self._read_command():
                 break
-            line = bytes(self.buffer[position:end])
-            position = end + 1
-            if self.skipping:
-                self.skipping = False
-            elif len(line) >= COMMAND_MAX:
-                self._fail_long_line()
-            else:
-                self._command(line[:-1] if line.endswith(b"\r") else line)
-        del self.buffer[:position]
-        if self.mode is Mode.TLS and self.waiting is None:
-            self._begin_tls()
-        if position or self.mode is not Mode.COMMAND or self.waiting is not None:
-            return True
-        if len(self.buffer) >= COMMAND_MAX or self.skipping:
-            self.buffer.clear()
-            if not self.skipping:
-                self.skipping = True    # to the next line end; memory stays flat
-                self._fail_long_line()
-        return False
+        out, self.out = self.out, []
+        return out
 
-    def _fail_long_line(self) -> None:
-        within_auth, self.exchange = self.exchange is not None, None
-        self.fail(Reply(500, "5.5.6" if within_auth else "5.5.2", "Line too long"))     # RFC 4954 6
+    def _read_command(self) -> bool:
+        """Run the first line in the buffer; False when its end has not come yet.  Of
+        a line that is too long the rest is thrown away as it comes."""
+        end = self.buffer.find(b"\n")
+        size = len(self.buffer) if end < 0 else end
+        if end < 0 and size < COMMAND_MAX and not self.is_skipping:
+            return False
+        line = bytes(self.buffer[:size])
+        del self.buffer[:size + 1]
+        is_rest, self.is_skipping = self.is_skipping, end < 0
+        if size < COMMAND_MAX and not is_rest:
+            self._command(line.rstrip(b"\r").strip(b" \t"))     # some clients end lines with CR CR LF
+        elif not is_rest:
+            status, self.exchange = "5.5.6" if self.exchange else "5.5.2", None     # RFC 4954 6
+            self.fail(Reply(500, status, "Line too long"))
+        return True
 
-    def _read_data(self) -> None:
+    def _read_body(self) -> None:
+        """Octets of a chunk that is out of order are thrown away."""
         data, rest = self.reader.feed(bytes(self.buffer))
         self.buffer.clear()
-        self._keep(self.newlines.feed(data, last=rest is not None), len(data))
-        if rest is not None and self.mode is Mode.DATA:
-            self.buffer += rest
-            self.mode = Mode.COMMAND
-            self._end_of_data()
+        is_legal, is_last = self.stage in (Stage.RCPT, Stage.CHUNKS), rest is not None and self.reader.is_last
+        if is_legal:
+            self._keep(data, is_last)
+        if rest is None or self.mode is Mode.CLOSED:
+            return
+        self.mode = Mode.COMMAND
+        self.buffer += rest
+        if not is_legal or self.transaction is None:
+            self._no_recipients()
+        elif is_last:
+            self._go_on(self._end_of_data())
+        else:
+            self.send(self.transaction.refused or Reply(250, "2.0.0", "Chunk received"))
 
-    def _read_chunk(self) -> None:
-        data = bytes(self.buffer[:self.chunk_left])
-        del self.buffer[:self.chunk_left]
-        self.chunk_left -= len(data)
-        if self.chunk_refused is None:
-            self._keep(self.newlines.feed(data), len(data))
-        if not self.chunk_left:
-            self._end_of_chunk()
-
-    def _keep(self, data: bytes, received: int) -> None:
-        """Body octets: counted, searched for hops, passed on."""
-        transaction = self.transaction
+    def _keep(self, data: bytes, is_last: bool) -> None:
+        """Body octets: mended, counted, searched for hops, passed on."""
+        transaction, limit = self.transaction, self.limit
         assert transaction is not None
+        transaction.received += len(data)
+        data = transaction.opening.feed(transaction.newlines.feed(data, is_last))
         transaction.octets += len(data)
-        transaction.received += received
-        limit = self.door.size_limit
-        if limit and transaction.octets > limit and transaction.refused is None:
+        if transaction.octets > limit:
             self._refuse(transaction, too_big(limit))
-        if limit and transaction.received > limit * OVERSIZE_FACTOR + RECEIVE_OCTETS:
+        if transaction.received > limit * OVERSIZE_FACTOR + RECEIVE_OCTETS:
             return self.send(transaction.refused or too_big(limit), close=True)
-        if transaction.hops is not None and transaction.hops.feed(data):
-            self._count_hops(transaction, transaction.hops)
+        hops = transaction.hops
+        if hops is not None and hops.feed(data, is_last):
+            transaction.hops = None
+            # RFC 5321 6.3.  Our own field is not among them; our name counts as a whole `by` name only.
+            ours = hops.names.count(self.cfg.hostname.encode("ascii"))
+            if hops.fields >= HOPS_MAX or ours >= OWN_HOPS_MAX:
+                text = "Too many hops: %d Received fields, %d of them ours" % (hops.fields, ours)
+                self._refuse(transaction, Reply(554, "5.4.6", text))
         if data and transaction.refused is None:
             self.out.append(Body(data, transaction))
 
-    def _count_hops(self, transaction: Transaction, hops: Hops) -> None:
-        """RFC 5321 6.3.  What came before our own field counts; our name only as a whole `by` name."""
-        transaction.hops = None
-        hops.end_field()
-        ours = hops.names.count(self.cfg.hostname.encode("ascii"))
-        if hops.fields >= HOPS_MAX or ours >= OWN_HOPS_MAX:
-            self._refuse(transaction, Reply(554, "5.4.6", "Too many hops: %d Received fields, %d of them ours"
-                                            % (hops.fields, ours)))
-
     def _refuse(self, transaction: Transaction, reply: Reply) -> None:
+        """Its end of data will be answered so; the first fault counts."""
         if transaction.refused is None:
             transaction.refused = reply
             self.out.append(Discard())
 
+    def _end_of_data(self) -> Story:
+        transaction = self.transaction
+        assert transaction is not None
+        if transaction.newlines.found and self.cfg.bare_newline == "reject":
+            self._refuse(transaction, Reply(550, "5.6.0", "Bare CR, bare LF or NUL in the message"))
+        reply = transaction.refused or (yield Ask("commit", transaction))
+        self.transaction, self.stage = None, Stage.READY
+        if reply.code >= 400:
+            return self.reject("END-OF-MESSAGE", reply, transaction.sender, transaction.recipients[0].address)
+        self.junk_commands = 0
+        self.send(reply)
+
     # -- commands
 
     def _command(self, line: bytes) -> None:
-        if self.exchange is not None:
-            return self._continue_auth(line)
-        verb, _, argument = line.strip(b" ").partition(b" ")
-        verb = verb.upper()
-        if verb in HTTP:
-            self.note_reject(verb.decode("ascii"), Reply(521, "5.5.1", "This is a mail server"), "")
-            return self.send(Reply(521, "5.5.1", "This is a mail server"), close=True)
-        if CONTROLS.search(line):
-            return self.fail(Reply(500, "5.5.2", "Control characters in a command"))
-        if self.is_odmr and verb not in ODMR_COMMANDS:
-            return self.fail(Reply(502, "5.5.1", "Not on this port, which is for on-demand mail relay"))    # RFC 2645 5.3
-        known = COMMANDS.get(verb)
-        if known is None:
-            return self.fail(Reply(500, "5.5.2", "Command unrecognized"))
-        handler, legal = known
         try:
-            text = argument.strip(b" ").decode("utf-8")
-            if self.stage not in legal:
-                raise self._out_of_order()
-            handler(self, text)
+            if self.exchange is not None:
+                story, self.exchange = self.exchange, None
+                return self._go_on(story, line)
+            demand(not CONTROLS.search(line), 500, "5.5.2", "Control characters in a command")
+            verb, argument = (line.split(None, 1) + [b"", b""])[:2]     # at blanks and TABs
+            verb = verb.upper()
+            if verb in HTTP:
+                return self.reject(verb.decode("ascii"), Reply(521, "5.5.1", "This is a mail server"))
+            demand(not self.is_odmr or verb in ODMR_COMMANDS, 502, "5.5.1",     # RFC 2645 5.3
+                   "Not on this port, which is for on-demand mail relay")
+            demand(verb in COMMANDS, 500, "5.5.2", "Command unrecognized")
+            self.junk_commands += verb in JUNK_COMMANDS
+            if verb in JUNK_COMMANDS and self.junk_commands > JUNK_COMMANDS_MAX:
+                self.fail(None)
+                if self.mode is Mode.CLOSED:
+                    return
+            handler, legal = COMMANDS[verb]
+            demand(self.stage in legal, *self._out_of_order())
+            self._go_on(handler(self, argument.decode("utf-8")))
         except UnicodeDecodeError:
             self.fail(Reply(501, "5.5.4", "Not UTF-8"))
         except Refuse as refusal:
             self.fail(refusal.reply)
 
-    def _out_of_order(self) -> Refuse:
-        return Refuse(503, "5.5.1", "Bad sequence of commands: %s" % self.stage.value)
+    def _out_of_order(self) -> Reply:
+        return Reply(503, "5.5.1", "Bad sequence of commands: %s" % self.stage.value)
 
-    def fail(self, reply: Reply) -> None:
-        """A protocol error; refused recipients and messages do not come here."""
-        self.errors += 1
-        if self.errors > ERRORS_MAX:
-            self.out.append(Note("too many errors after %s from %s" % (self.stage.name, format_peer(self.address, self.name))))
-            self.send(Reply(421, "4.7.0", "%s Error: too many errors" % self.cfg.hostname), close=True)
-        else:
-            self.send(reply)
-
-    def note_reject(self, command: str, reply: Reply, details: str) -> None:
-        self.out.append(Note("NOQUEUE: reject: %s from %s: %s;%s proto=%s helo=<%s>" % (
-            command, format_peer(self.address, self.name), printable(str(reply)), details,
-            "ESMTP" if self.esmtp else "SMTP", printable(self.helo, 100))))
+    def _no_recipients(self) -> None:
+        """A client that pipelines DATA behind refused recipients makes no error, RFC 2920 3.1."""
+        if self.transaction is not None and self.transaction.rcpt_refused:
+            return self.send(Reply(503, "5.5.1", "No valid recipients"))
+        self.fail(self._out_of_order())
 
     def reset(self) -> None:
         if self.transaction is not None:
@@ -3079,378 +2787,220 @@ class Session:
         if self.stage is not Stage.START:
             self.stage = Stage.READY
 
-    def do_helo(self, text: str) -> None:
-        if not text:
-            raise Refuse(501, "5.5.4", "Syntax: HELO hostname")
+    def do_helo(self, text: str, esmtp: bool) -> None:
+        demand(text, 501, "5.5.4", "Syntax: %s hostname" % ("EHLO" if esmtp else "HELO"))
         self.reset()
-        self.helo, self.esmtp, self.stage = text, False, Stage.READY
-        self.send(Reply(250, "", self.cfg.hostname))
-
-    def do_ehlo(self, text: str) -> None:
-        if not text:
-            raise Refuse(501, "5.5.4", "Syntax: EHLO hostname")
-        self.reset()
-        self.helo, self.esmtp, self.stage = text, True, Stage.READY
-        self.send(Reply(250, "", "\n".join(self.extensions())))
+        self.helo, self.esmtp, self.stage = text.replace("\t", " "), esmtp, Stage.READY
+        self.send(Reply(250, "", "\n".join([self.cfg.hostname, *(self.extensions() if esmtp else [])])))
 
     def extensions(self) -> List[str]:
         tls = ["STARTTLS"] if self.door.has_tls and not self.tls else []
-        auth = ["AUTH " + " ".join(self.mechanisms())] if self.cfg.has_logins else []
+        auth = ["AUTH CRAM-MD5" + " PLAIN" * bool(self.tls)] if self.cfg.has_logins else []
         if self.is_odmr:
-            return [self.cfg.hostname, *tls, *auth, "ATRN", "ENHANCEDSTATUSCODES"]
-        return [self.cfg.hostname, *tls, *auth, "PIPELINING", "SIZE %d" % self.door.size_limit, "ETRN", "8BITMIME", "SMTPUTF8",
-                "ENHANCEDSTATUSCODES", "DSN", "CHUNKING", "LIMITS RCPTMAX=%d" % self.cfg.max_recipients]
+            return [*tls, *auth, "ATRN", "ENHANCEDSTATUSCODES"]
+        return [*tls, *auth, "PIPELINING", "SIZE %d" % self.cfg.max_message_size, "ETRN", "8BITMIME",
+                "SMTPUTF8", "ENHANCEDSTATUSCODES", "DSN", "CHUNKING",
+                "LIMITS RCPTMAX=%d" % self.cfg.max_recipients]
 
-    def do_mail(self, text: str) -> None:
-        if text[:5].upper() != "FROM:":
-            raise Refuse(501, "5.5.4", "Syntax: MAIL FROM:<address>")
-        path, rest = parse_path(text[5:].lstrip(" "), "5.1.7")
-        if not path.domain and path.local:
-            raise Refuse(501, "5.1.7", "Sender address needs a domain")
-        given = parse_parameters(rest)
-        size = parse_size(given.pop("SIZE")) if "SIZE" in given else 0
-        body = (given.pop("BODY") or "?").upper() if "BODY" in given else ""
-        smtputf8 = "SMTPUTF8" in given
-        if self.cfg.has_logins:
-            given.pop("AUTH", None)     # RFC 4954 5: who offers AUTH must take it; nothing here depends on it
-        ret = (given.pop("RET") or "?").upper() if "RET" in given else ""
-        envid = parse_xtext(given.pop("ENVID"), ENVID_MAX) if "ENVID" in given else ""
-        if given.pop("SMTPUTF8", None) or body not in ("", "7BIT", "8BITMIME") or ret not in ("", "FULL", "HDRS"):
-            raise Refuse(501, "5.5.4", "Syntax error in parameters")
-        if given:
-            raise Refuse(555, "5.5.4", "Unsupported parameter: %s" % next(iter(given)))
-        transaction = Transaction(str(path), size, body, smtputf8, ret, envid)
-        if not smtputf8 and not text.isascii():
-            return self._mail_answer(transaction, Reply(553, "5.6.7", "Address needs SMTPUTF8"))
-        if self.door.size_limit and size > self.door.size_limit:
-            return self._mail_answer(transaction, too_big(self.door.size_limit))
-        self.ask("mail", transaction, lambda refused: self._mail_answer(transaction, refused))
-
-    def _mail_answer(self, transaction: Transaction, refused: Optional[Reply]) -> None:
+    def do_mail(self, text: str) -> Story:
+        path, given = parse_argument(text, "FROM:", "5.1.7")
+        demand(path.domain or not path.local, 501, "5.1.7", "Sender address needs a domain")
+        given.pop("auth", None)
+        transaction = Transaction(str(path), **given)
+        if not transaction.smtputf8 and not text.isascii():
+            refused = NEEDS_SMTPUTF8
+        elif transaction.size > self.limit:
+            refused = too_big(self.limit)
+        else:
+            refused = yield Ask("mail", transaction)
         if refused is not None:
-            self.note_reject("MAIL", refused, " from=<%s>" % printable(transaction.sender))
-            return self.send(refused, close=refused.code == 421)
+            return self.reject("MAIL", refused, transaction.sender)
         self.transaction, self.stage = transaction, Stage.MAIL
         self.send(Reply(250, "2.1.0", "Ok"))
 
-    def do_rcpt(self, text: str) -> None:
-        transaction = self.transaction
+    def do_rcpt(self, text: str) -> Story:
+        path, given = parse_argument(text, "TO:", "5.1.3")
+        transaction, postmaster_at = self.transaction, self.cfg.first_domain
         assert transaction is not None
-        if text[:3].upper() != "TO:":
-            raise Refuse(501, "5.5.4", "Syntax: RCPT TO:<address>")
-        path, rest = parse_path(text[3:].lstrip(" "), "5.1.3")
-        given = parse_parameters(rest)
-        notify = parse_notify(given.pop("NOTIFY")) if "NOTIFY" in given else ""
-        orcpt = parse_orcpt(given.pop("ORCPT")) if "ORCPT" in given else ""
-        if given:
-            raise Refuse(555, "5.5.4", "Unsupported parameter: %s" % next(iter(given)))
-        if not transaction.smtputf8 and not text.isascii():
-            return self._rcpt_answer(Recipient(path, notify, orcpt), Reply(553, "5.6.7", "Address needs SMTPUTF8"))
         if not path.domain and not path.is_rerouting:
-            if path.local.lower() != "postmaster" or not self.cfg.first_domain:
-                raise Refuse(501, "5.1.3", "Recipient address needs a domain")
-            path = Path(path.local, self.cfg.first_domain)          # RFC 5321 4.1.1.3
-        recipient = Recipient(path, notify, orcpt)
-        if path.is_rerouting or self.cfg.domain(path.domain) is None:
-            return self._rcpt_answer(recipient, Reply(554, "5.7.1", "<%s>: Relay access denied" % str(path)))
-        if len(transaction.recipients) >= self.cfg.max_recipients:
-            return self._rcpt_answer(recipient, Reply(452, "4.5.3", "Too many recipients"))
-        self.ask("rcpt", recipient, lambda refused: self._rcpt_answer(recipient, refused))
-
-    def _rcpt_answer(self, recipient: Recipient, refused: Optional[Reply]) -> None:
-        transaction = self.transaction
-        assert transaction is not None
+            demand(path.local.lower() == "postmaster" and postmaster_at, 501, "5.1.3",
+                   "Recipient address needs a domain")
+            path = path._replace(domain=postmaster_at)      # RFC 5321 4.1.1.3
+        if not transaction.smtputf8 and not text.isascii():
+            refused = NEEDS_SMTPUTF8
+        elif path.is_rerouting or self.cfg.domain(path.domain) is None:
+            refused = Reply(554, "5.7.1", "<%s>: Relay access denied" % str(path))
+        elif len(transaction.recipients) >= self.cfg.max_recipients:
+            refused = Reply(452, "4.5.3", "Too many recipients")
+        else:
+            recipient = Recipient(path, given.get("notify", ""), given.get("orcpt", ""))
+            refused = yield Ask("rcpt", recipient)
         if refused is not None:
             transaction.rcpt_refused = True
-            self.note_reject("RCPT", refused, " from=<%s> to=<%s>" % (printable(transaction.sender),
-                                                                      printable(recipient.address)))
-            return self.send(refused)
+            return self.reject("RCPT", refused, transaction.sender, str(path))
         transaction.recipients.append(recipient)
         self.stage = Stage.RCPT
         self.send(Reply(250, "2.1.5", "Ok"))
 
     def do_data(self, text: str) -> None:
-        if text:
-            raise Refuse(501, "5.5.4", "Syntax: DATA")
+        demand(not text, 501, "5.5.4", "Syntax: DATA")
         if self.stage is not Stage.RCPT:
             return self._no_recipients()
-        self.reader, self.newlines, self.mode = DataReader(), Newlines(), Mode.DATA
+        self.reader, self.mode = DataReader(), Mode.DATA
         self.send(Reply(354, "", "End data with <CR><LF>.<CR><LF>"))
 
-    def _no_recipients(self) -> None:
-        """A client that pipelines DATA behind refused recipients makes no error, RFC 2920 3.1."""
-        reply = self._out_of_order().reply
-        if self.transaction is not None and self.transaction.rcpt_refused:
-            return self.send(Reply(reply.code, reply.status, "No valid recipients"))
-        self.fail(reply)
-
     def do_bdat(self, text: str) -> None:
-        """RFC 3030 2.  Whatever is wrong, the octets announced are read and
-        never taken for commands."""
-        words = text.upper().split()
-        if not words or not re.fullmatch(r"[0-9]{1,20}", words[0]) or words[1:] not in ([], ["LAST"]):
+        match = re.fullmatch(r"([0-9]{1,20})(?:[ \t]+(LAST))?", text, re.I | re.A)
+        if not match:
             raise Refuse(501, "5.5.4", "Syntax: BDAT octets [LAST]")
-        self.chunk_left, self.chunk_last = int(words[0]), bool(words[1:])
-        self.chunk_refused = None
-        limit = self.door.size_limit
-        if limit and self.chunk_left > limit * OVERSIZE_FACTOR:
-            return self.send(too_big(limit), close=True)
-        if self.stage not in (Stage.RCPT, Stage.CHUNKS):
-            self.chunk_refused = self._out_of_order().reply
-        elif self.stage is Stage.RCPT:
-            self.newlines, self.stage = Newlines(), Stage.CHUNKS
-        self.mode = Mode.CHUNK
-        if not self.chunk_left:
-            self._end_of_chunk()
-
-    def _end_of_chunk(self) -> None:
-        self.mode = Mode.COMMAND if self.mode is Mode.CHUNK else self.mode
-        if self.mode is Mode.CLOSED:
-            return
-        if self.chunk_refused is not None:
-            return self._no_recipients()
-        if self.chunk_last:
-            self._keep(self.newlines.feed(b"", last=True), 0)
-            self._end_of_data()
-        elif self.transaction is not None and self.transaction.refused is not None:
-            self.send(self.transaction.refused)
-        else:
-            self.send(Reply(250, "2.0.0", "Chunk received"))
-
-    def _end_of_data(self) -> None:
-        transaction = self.transaction
-        assert transaction is not None
-        if self.mode is Mode.CLOSED:
-            return
-        if transaction.hops is not None:
-            self._count_hops(transaction, transaction.hops)
-        if self.newlines.found and self.cfg.bare_newline == "reject":
-            self._refuse(transaction, Reply(550, "5.6.0", "Bare CR, bare LF or NUL in the message"))
-        if transaction.refused is not None:
-            return self._commit_answer(transaction.refused)
-        self.ask("commit", transaction, self._commit_answer)
-
-    def _commit_answer(self, reply: Reply) -> None:
-        transaction = self.transaction
-        assert transaction is not None
-        if reply.code >= 400:
-            self.note_reject("END-OF-MESSAGE", reply, " from=<%s> to=<%s>" % (
-                printable(transaction.sender), printable(transaction.recipients[0].address)))
-        self.transaction, self.stage = None, Stage.READY
-        self.send(reply)
+        size = int(match.group(1))
+        if size > self.limit * OVERSIZE_FACTOR:
+            return self.send(too_big(self.limit), close=True)
+        self.reader, self.mode = ChunkReader(size, match.group(2) is not None), Mode.CHUNK
+        self.stage = Stage.CHUNKS if self.stage is Stage.RCPT else self.stage
+        if not size:
+            self._read_body()
 
     def do_rset(self, text: str) -> None:
         self.reset()
-        self.send(Reply(250, "2.0.0", "Ok"))
-
-    def do_noop(self, text: str) -> None:
-        self.send(Reply(250, "2.0.0", "Ok"))
+        self.send(OK)
 
     def do_vrfy(self, text: str) -> None:
         """RFC 5321 3.5.3: an address or a user's name, and nothing is told of either."""
-        if not text:
-            raise Refuse(501, "5.5.4", "Syntax: VRFY address")
+        demand(text, 501, "5.5.4", "Syntax: VRFY address")
         if "@" in text:
-            parse_path(text if text[0] == "<" else "<%s>" % text, "5.1.3")
+            parse_path(text, "5.1.3")
         self.send(Reply(252, "2.0.0", "Send some mail, it will be tried"))
 
-    def do_expn(self, text: str) -> None:
-        raise Refuse(502, "5.5.1", "EXPN not implemented")
-
-    def do_help(self, text: str) -> None:
-        self.send(Reply(214, "2.0.0", "EHLO HELO RSET NOOP HELP QUIT STARTTLS AUTH " + (
-            "ATRN" if self.is_odmr else "MAIL RCPT DATA BDAT VRFY ETRN")))
-
-    def do_quit(self, text: str) -> None:
-        self.send(Reply(221, "2.0.0", "Bye"), close=True, at_once=True)
-
-    def do_starttls(self, text: str) -> None:
-        """RFC 3207 4.  What came behind the command in the clear would seem to
-        come from within TLS later: such a client is turned away."""
-        if not self.door.has_tls:
-            raise Refuse(502, "5.5.1", "STARTTLS not offered")
-        if text:
-            raise Refuse(501, "5.5.4", "Syntax: STARTTLS")
-        if self.tls:
-            raise Refuse(503, "5.5.1", "TLS is active already")
-        self.mode = Mode.TLS
-
-    def _begin_tls(self) -> None:
-        """The command was the last of what was read, or was not."""
+    def do_starttls(self, text: str) -> Story:
+        """RFC 3207 4.  What came behind the command in the clear would later seem
+        to come from within TLS: such a client is turned away."""
+        demand(self.door.has_tls, 502, "5.5.1", "STARTTLS not offered")
+        demand(not text, 501, "5.5.4", "Syntax: STARTTLS")
+        demand(not self.tls, 503, "5.5.1", "TLS is active already")
         if self.buffer:
-            self.out.append(Note("NOQUEUE: reject: STARTTLS from %s: 501 5.5.1 data behind STARTTLS in the clear"
-                                 % format_peer(self.address, self.name)))
-            return self.send(Reply(501, "5.5.1", "Data behind STARTTLS"), close=True)
+            return self.reject("STARTTLS", Reply(501, "5.5.1", "Data behind STARTTLS"))
         self.reset()
         self.send(Reply(220, "2.0.0", "Ready to start TLS"))
-        self.ask("starttls", None, self._on_tls)
-
-    def _on_tls(self, agreed: Tuple[str, str]) -> None:
-        """All that was said before is forgotten, but the errors: RFC 3207 4.2."""
-        self.tls, self.cipher = agreed
+        self.tls, self.cipher = yield Ask("starttls", None)
+        # All that was said before is forgotten, but the errors: RFC 3207 4.2.
         self.helo, self.esmtp, self.stage, self.username = "", False, Stage.START, ""
         self.buffer.clear()
-        self.mode = Mode.COMMAND
 
-    # -- AUTH, RFC 4954: says for whom ETRN and ATRN are asked, and gives no other right
-
-    def mechanisms(self) -> List[str]:
-        return ["CRAM-MD5", "PLAIN"] if self.tls else ["CRAM-MD5"]
-
-    def do_auth(self, text: str) -> None:
-        if not self.cfg.has_logins:
-            raise Refuse(502, "5.5.1", "AUTH not offered")
-        if self.username:
-            raise Refuse(503, "5.5.1", "Authenticated already")
-        mechanism, _, initial = text.partition(" ")
+    def do_auth(self, text: str) -> Story:
+        """RFC 4954.  It tells for whom ETRN and ATRN are asked; it adds no other right and takes none."""
+        mechanism, initial = (text.split(None, 1) + ["", ""])[:2]
         mechanism = mechanism.upper()
-        if not mechanism:
-            raise Refuse(501, "5.5.4", "Syntax: AUTH mechanism")
-        if mechanism == "PLAIN" and not self.tls:
-            raise Refuse(538, "5.7.11", "Encryption required for this mechanism: STARTTLS first")
-        if mechanism not in self.mechanisms():
-            raise Refuse(504, "5.5.4", "Unknown mechanism")
-        if mechanism == "CRAM-MD5":
-            if initial:
-                raise Refuse(501, "5.7.0", "This mechanism has no initial response")
-            self.ask("challenge", None, self._challenge)
-        elif initial:
-            self._on_response("PLAIN", parse_plain(decode_base64(b"" if initial == "=" else initial.encode("utf-8"))))
-        else:
-            self.exchange = lambda response: self._on_response("PLAIN", parse_plain(response))
-            self.send(Reply(334, "", ""))
-
-    def _challenge(self, challenge: bytes) -> None:
-        """It is the server's: chance and time are none of ours."""
-        self.exchange = lambda response: self._on_response("CRAM-MD5", parse_cram(response, challenge))
-        self.send(Reply(334, "", base64.b64encode(challenge).decode("ascii")))
-
-    def _continue_auth(self, line: bytes) -> None:
-        """The client's answer to a 334."""
-        exchange, self.exchange = self.exchange, None
-        assert exchange is not None
-        try:
-            if line.strip() == b"*":
-                raise Refuse(501, "5.7.0", "Authentication cancelled")
-            exchange(decode_base64(line))
-        except Refuse as refusal:
-            self.fail(refusal.reply)
-
-    def _on_response(self, mechanism: str, login: Optional[Login]) -> None:
-        """A response that is not in form is as wrong as a wrong password; which of them it is is not told."""
-        self.ask("login", login or Login(mechanism, "", b"", b""),
-                 lambda refused: self._login_answer(mechanism, login.username if login else "", refused))
-
-    def _login_answer(self, mechanism: str, username: str, refused: Optional[Reply]) -> None:
-        peer = format_peer(self.address, self.name)
+        demand(self.cfg.has_logins, 502, "5.5.1", "AUTH not offered")
+        demand(not self.username, 503, "5.5.1", "Authenticated already")
+        demand(mechanism, 501, "5.5.4", "Syntax: AUTH mechanism")
+        demand(self.tls or mechanism != "PLAIN", 538, "5.7.11",
+               "Encryption required for this mechanism: STARTTLS first")
+        demand(mechanism in ("CRAM-MD5", "PLAIN"), 504, "5.5.4", "Unknown mechanism")
+        demand(mechanism == "PLAIN" or not initial, 501, "5.7.0", "This mechanism has no initial response")
+        line = b"" if initial == "=" else initial.encode("utf-8")
+        if not initial:
+            challenge = self.challenge if mechanism == "CRAM-MD5" else b""
+            self.send(Reply(334, "", base64.b64encode(challenge).decode("ascii")))
+            line = yield None
+        demand(line != b"*", 501, "5.7.0", "Authentication cancelled")
+        demand(BASE64.fullmatch(line), 501, "5.5.2", "Not base64")          # RFC 4954 4
+        # A response that is not in form is answered like a wrong password, which tells nobody anything.
+        login = parse_response(mechanism, base64.b64decode(line), self.challenge)
+        refused = yield Ask("login", login)
+        username = printable(login.username, 100)
         if refused is None:
-            self.username = username
-            self.out.append(Note("%s: sasl_method=%s, sasl_username=%s" % (peer, mechanism, printable(username, 100))))
+            self.username = login.username
+            self.out.append(Note("%s: sasl_method=%s, sasl_username=%s" % (self.peer, mechanism, username)))
             return self.send(Reply(235, "2.7.0", "Authentication successful"))
-        if refused.code != 535:         # it could not be judged
-            return self.send(refused)
-        self.out.append(Note("warning: %s: SASL %s authentication failed: %s, sasl_username=%s" % (
-            peer, mechanism, refused.text, printable(username, 100))))
-        self.failed_logins += 1
+        if refused.code == 535:         # with any other it could not be judged
+            self.out.append(Note("warning: %s: SASL %s authentication failed: %s, sasl_username=%s" % (
+                self.peer, mechanism, refused.text, username)))
+            self.failed_logins += 1
         if self.failed_logins >= LOGINS_FAILED_MAX:
-            return self.send(Reply(421, "4.7.0", "%s Error: too many failed authentications" % self.cfg.hostname), close=True)
+            refused = Reply(421, "4.7.0", "%s Error: too many failed authentications" % self.cfg.hostname)
         self.send(refused)
 
-    def do_etrn(self, text: str) -> None:
+    def do_etrn(self, text: str) -> Story:
         """RFC 1985 5.2; always one line, fetchmail reads no more."""
-        if not text:
-            raise Refuse(500, "5.5.4", "Syntax: ETRN domain")
-        name = text[1:] if text[0] == "@" else text
-        try:
-            name = parse_domain(name)
-        except ValueError:
-            raise Refuse(501, "5.5.4", "Not a domain") from None
-        self.ask("etrn", ("@" if text[0] == "@" else "") + name, self.send)
+        demand(text, 500, "5.5.4", "Syntax: ETRN domain")
+        at = "@" if text[0] == "@" else ""
+        self.send((yield Ask("etrn", at + parse_node(text[len(at):]))))
 
-    def do_atrn(self, text: str) -> None:
+    def do_atrn(self, text: str) -> Story:
         """RFC 2645 5.2.1.  Without domains all of the customer's are meant."""
-        if not self.is_odmr:
-            raise Refuse(502, "5.5.1", "ATRN is for the ports of on-demand mail relay")
-        if not self.username:
-            raise Refuse(530, "5.7.0", "Authentication required")
-        try:
-            domains = tuple(parse_domain(word.strip(" ")) for word in text.split(",")) if text else ()
-        except ValueError:
-            raise Refuse(501, "5.5.4", "Syntax: ATRN [domain[,domain]...]") from None
-        self.ask("atrn", domains, self._atrn_answer)
-
-    def _atrn_answer(self, reply: Reply) -> None:
+        demand(self.is_odmr, 502, "5.5.1", "ATRN is for the ports of on-demand mail relay")
+        demand(self.username, 530, "5.7.0", "Authentication required")
+        words = text.split(",") if text else []
+        reply = yield Ask("atrn", tuple(parse_node(word.strip(" \t")) for word in words))
         self.send(reply)
         if reply.code == 250:
             self.out.append(Reverse(bytes(self.buffer)))
             self.mode = Mode.CLOSED
+            self.buffer.clear()
+
+
+def parse_node(text: str) -> str:
+    """The domain in ETRN or ATRN."""
+    try:
+        return parse_domain(text)
+    except ValueError:
+        raise Refuse(501, "5.5.4", "Not a domain") from None
 
 
 ANY = frozenset(Stage)
-COMMANDS: Dict[bytes, Tuple[Callable[[Session, str], None], FrozenSet[Stage]]] = {     # verb: (handler, legal in)
-    b"HELO": (Session.do_helo, ANY),
-    b"EHLO": (Session.do_ehlo, ANY),
-    b"MAIL": (Session.do_mail, frozenset({Stage.READY})),
-    b"RCPT": (Session.do_rcpt, frozenset({Stage.MAIL, Stage.RCPT})),
-    b"DATA": (Session.do_data, frozenset({Stage.MAIL, Stage.RCPT})),
-    b"BDAT": (Session.do_bdat, ANY),                        # it judges for itself, after the octets
+READY = frozenset({Stage.READY})
+OPEN = frozenset({Stage.MAIL, Stage.RCPT})
+HELP = Reply(214, "2.0.0", "HELO EHLO STARTTLS AUTH MAIL RCPT DATA BDAT RSET NOOP VRFY HELP ETRN ATRN QUIT")
+Handler = Callable[[Session, str], Optional[Story]]
+COMMANDS: Dict[bytes, Tuple[Handler, FrozenSet[Stage]]] = {     # verb: (handler, legal in)
+    b"HELO": (lambda session, text: session.do_helo(text, esmtp=False), ANY),
+    b"EHLO": (lambda session, text: session.do_helo(text, esmtp=True), ANY),
+    b"MAIL": (Session.do_mail, READY),
+    b"RCPT": (Session.do_rcpt, OPEN),
+    b"DATA": (Session.do_data, OPEN),
+    b"BDAT": (Session.do_bdat, ANY),            # it judges for itself, after the octets
     b"RSET": (Session.do_rset, ANY),
-    b"NOOP": (Session.do_noop, ANY),
+    b"NOOP": (lambda session, text: session.send(OK), ANY),
     b"VRFY": (Session.do_vrfy, ANY),
-    b"EXPN": (Session.do_expn, ANY),
-    b"HELP": (Session.do_help, ANY),
-    b"QUIT": (Session.do_quit, ANY),
-    b"STARTTLS": (Session.do_starttls, ANY),                # a transaction is forgotten, RFC 3207 4.2
-    b"AUTH": (Session.do_auth, frozenset({Stage.READY})),   # not within a transaction, RFC 4954 4
-    b"ETRN": (Session.do_etrn, frozenset({Stage.READY})),   # not within a transaction, RFC 1985 5
-    b"ATRN": (Session.do_atrn, ANY),                        # 530 comes first, RFC 2645 5.2.1
+    b"EXPN": (lambda session, text: session.fail(Reply(502, "5.5.1", "EXPN not implemented")), ANY),
+    b"HELP": (lambda session, text: session.send(HELP), ANY),
+    b"QUIT": (lambda session, text: session.send(Reply(221, "2.0.0", "Bye"), close=True), ANY),
+    b"STARTTLS": (Session.do_starttls, ANY),    # a transaction is forgotten, RFC 3207 4.2
+    b"AUTH": (Session.do_auth, READY),          # not within a transaction, RFC 4954 4
+    b"ETRN": (Session.do_etrn, READY),          # not within a transaction, RFC 1985 5
+    b"ATRN": (Session.do_atrn, ANY),            # 530 comes first, RFC 2645 5.2.1
 }
 ODMR_COMMANDS = frozenset(b"EHLO HELO STARTTLS AUTH ATRN NOOP RSET HELP QUIT".split())
+JUNK_COMMANDS = frozenset(b"NOOP RSET VRFY HELP EHLO HELO".split())     # Postfix's word: they deliver nothing
+HTTP = frozenset(b"GET POST PUT HEAD CONNECT OPTIONS DELETE PATCH TRACE".split())
 
 
-_BASE64 = re.compile(rb"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
-
-
-def decode_base64(text: bytes) -> bytes:
-    """As RFC 4648 4 has it; what Python's decoder lets pass differs between its versions.  Raises Refuse: RFC 4954 4."""
-    if not _BASE64.fullmatch(text):
-        raise Refuse(501, "5.5.2", "Not base64")
-    return base64.b64decode(text)
-
-
-def format_received(session: Session, transaction: Transaction, id: str, now: Time) -> bytes:
-    """Our trace field, RFC 5321 4.4, in the shape spam filters take the
-    original client's address from.  `with` as in RFC 3848 and RFC 6531 4.3."""
-    helo = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", session.helo[:255])
+def format_received(session: Session, transaction: Transaction, id: str, now: Time,
+                    recipients: Sequence[Recipient]) -> bytes:
+    """Our trace field, RFC 5321 4.4, in the shape from which spam filters take
+    the client's address.  `with` as in RFC 3848 and RFC 6531 4.3.  `recipients`
+    are those of this copy; `for` may tell a lone one only, RFC 5321 7.2."""
+    helo, name = (re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", word[:255]) for word in (session.helo, session.name))
     address = "IPv6:" + session.address if ":" in session.address else session.address
     protocol = "SMTP"
     if session.esmtp:
         protocol = ("UTF8SMTP" if transaction.smtputf8 else "ESMTP") + ("S" if session.tls else "")
-    lines = ["Received: from %s (%s [%s])" % (helo, session.name, address)]
-    if session.tls:
-        lines.append("\t(using %s with cipher %s)" % (session.tls, session.cipher))
-    lines.append("\tby %s (etrn_relay) with %s id %s" % (session.cfg.hostname, protocol, id))
-    if len(transaction.recipients) == 1 and transaction.recipients[0].address.isascii():
-        lines.append("\tfor <%s>" % transaction.recipients[0].address)
-    lines[-1] += ";"
-    lines.append("\t" + format_date(int(now)))
-    return ("\r\n".join(lines) + "\r\n").encode("ascii", "replace")
-
-
-# == 8. SCHEDULE ===============================================================
+    using = "\r\n\t(using %s with cipher %s)" % (session.tls, session.cipher) if session.tls else ""
+    alone = recipients[0].address if len(recipients) == 1 else ""
+    named = "\r\n\tfor <%s>" % alone if alone.isascii() and 0 < len(alone) < LINE_MAX else ""
+    return ("Received: from %s (%s [%s])%s\r\n\tby %s (etrn_relay) with %s id %s%s;\r\n\t%s\r\n" % (
+        helo, name, address, using, session.cfg.hostname, protocol, id, named, format_date(int(now))
+    )).encode("ascii", "replace")
+# == 9. SCHEDULE ===============================================================
 # When is a message due, how many connections may a primary have, what is its
 # state.  Pure: time is an argument, nothing is sent or read here.
 
-NOTICES, ALERTS = "notice:", "alert:"   # begin the names of sites that are not domains of ours
+NOTICES, ALERTS = "notice:", "alert:"   # begin the names of destinations that are not domains of ours
 WAITS = {"atrn": "waits to be collected by the domain's own mail server (ATRN)",
          "etrn": "waits for the domain's own mail server to say where it is (authenticated ETRN)"}
 UNCOLLECTED = "the domain's own mail server did not come for it in time"
-
-
-class Now(NamedTuple):
-    """Both clocks, read once a turn of the loop: monotonic for pauses, wall for what people and other hosts see."""
-    mono: float
-    wall: Time
+COUNTERS = ("accepted", "delivered", "bounced", "deferred", "expired")
 
 
 class Hop(NamedTuple):
@@ -3468,760 +3018,628 @@ class Hop(NamedTuple):
         return str(self if self.host != self.address else Endpoint(self.address, self.port))
 
 
+class Verdict(NamedTuple):
+    """What became of one recipient: from the wire to sidecar, log and notice."""
+    address: str
+    kind: str                   # sent, deferred, refused; once judged also bounced, expired, delayed
+    status: str                 # RFC 3463
+    response: str               # as the peer said it, or our own words
+    remote: str                 # host that said it, or empty
+    is_good: Optional[bool] = None      # what RCPT's answer says of the recipient itself
+    is_told: bool = True        # the next host took over the duty to report success, RFC 3461 5.2
+
+
 class Primary(enum.Enum):
-    UNKNOWN = "unknown"
-    UP = "up"
-    DOWN = "down"
-    REJECTING = "rejecting"
+    UNKNOWN, UP, DOWN, REJECTING = "unknown", "up", "down", "rejecting"
+
+
+class Event(enum.Enum):
+    """What can happen to a primary, as its destination sees it."""
+    HEARD = "it greeted"
+    TAKEN = "it took a message"
+    AWAY = "it cannot be reached, or hangs up before it answers anything"
+    REFUSES = "it refused three in a row"
+    PARDONED = "the operator says that it is itself again"
+    LEFT = "it came for its mail and has gone again, or it is another server from now on"
+
+
+TRANSITIONS: Dict[Primary, Dict[Event, Primary]] = {        # what is not here changes nothing
+    Primary.UNKNOWN: {Event.HEARD: Primary.UP, Event.AWAY: Primary.DOWN, Event.REFUSES: Primary.REJECTING},
+    Primary.UP: {Event.AWAY: Primary.DOWN, Event.REFUSES: Primary.REJECTING, Event.LEFT: Primary.UNKNOWN},
+    Primary.DOWN: {Event.HEARD: Primary.UP, Event.LEFT: Primary.UNKNOWN},
+    Primary.REJECTING: {Event.TAKEN: Primary.UP, Event.PARDONED: Primary.UP, Event.AWAY: Primary.DOWN,
+                        Event.LEFT: Primary.UNKNOWN},
+}
+
+
+class Change(NamedTuple):
+    """Of a primary's state; for the log, the alerts and the page."""
+    was: Primary
+    now: Primary
+    lasted: float               # seconds in the state before
 
 
 class State(enum.Enum):
-    """Of an entry.  Postfix's names: active, deferred, hold, and what is being sent."""
-    ACTIVE = 1
-    DEFERRED = 2
-    DELIVERING = 3
-    HOLD = 4
+    """Of an entry."""
+    READY, LATER, SENDING, HELD = 1, 2, 3, 4
 
 
 class Entry:
-    """One message as far as one site is concerned; a message to two served
-    domains has two.  Small, because a hundred thousand may wait."""
-    __slots__ = ("id", "size", "received", "expires", "due", "attempts", "tries", "base", "deferrals", "state", "round",
-                 "again", "hold")
+    """One message in a destination's queue.  Small, because a hundred thousand may wait."""
+    __slots__ = ("id", "size", "received", "deadline", "due", "attempts", "base", "tries", "answers",
+                 "round", "state", "is_held", "is_delay_told", "is_ours")
 
-    def __init__(self, id: str, size: int, received: Time, expires: Time, attempts: int = 0) -> None:
-        self.id = id
-        self.size = size
-        self.received = received
-        self.expires = expires
-        self.due = 0.0                  # monotonic, when deferred
-        self.attempts = attempts        # as the sidecar has them
-        self.tries = 0                  # failed ones since the start or the last jump of the clock
-        self.base = 0                   # the site's failures that attempts and tries include
-        self.deferrals = 0              # answers to this very message; they set its pause
-        self.state = State.ACTIVE
-        self.round = 0                  # the flush it still belongs to
-        self.again = False              # a flush came while it was being sent
-        self.hold = False               # held by itself, as its sidecar says; the whole site may be, too
+    def __init__(self, id: str, size: int, received: Time, attempts: int = 0, is_held: bool = False,
+                 is_delay_told: bool = False, is_ours: bool = False) -> None:
+        self.id, self.size, self.received = id, size, received
+        self.deadline = 0.0             # monotonic: a jump of the wall clock makes no mail older
+        self.due = 0.0                  # monotonic, when LATER
+        self.attempts = attempts        # failed ones, as the sidecar has them ...
+        self.base = 0                   # ... and the destination's failures that these include
+        self.tries = min(attempts, ATTEMPTS_MIN - 1)    # since the clock last jumped; one must be new
+        self.answers = 0                # to this very message; they set its pause
+        self.round = 0                  # flushes until it was last given to a connection
+        self.state = State.READY
+        self.is_held = is_held          # by itself; the whole destination may be, too
+        self.is_delay_told = is_delay_told
+        self.is_ours = is_ours          # accepted in this run: the clock of this run told its age
 
 
-class Site:
-    """One domain: what waits for its primary, and what is known of that.
+class EntryQueue:
+    """The messages for one primary: their order, pauses, holds, attempts and ages."""
 
-    An outage ends when the primary greets.  Then one message goes alone (the
-    canary); taken, it proves the primary, and each further message taken
-    allows one connection more, up to `connections`."""
-
-    def __init__(self, name: str, cfg: DomainConfig, now: Now) -> None:
-        self.name = name
-        self.cfg = cfg
-        self.state = Primary.UNKNOWN
-        self.since = now.wall
-        self.last_error = ""
-        self.entries: Dict[str, Entry] = {}
-        self.active: List[Tuple[Time, str]] = []            # heaps; what they name may have moved on since
-        self.deferred: List[Tuple[float, str]] = []
-        self.aging: List[Tuple[Time, str]] = []
-        self.overdue: List[str] = []
+    def __init__(self, name: str, cfg: DomainConfig) -> None:
+        self.name, self.cfg = name, cfg
+        self.entries: Dict[str, Entry] = {}     # in the order they came
+        self.ready: List[Tuple[float, str]] = []        # heaps; an entry may have left its place in them
+        self.later: List[Tuple[float, str]] = []
         self.count = dict.fromkeys(State, 0)
-        self.last_flush = -INF          # monotonic
-        self.is_odd = False             # it answers CHUNKING out of step
-        self.is_wary = False            # its last connection broke with several messages in flight
-        self.handed: Set[str] = set()           # queue IDs that connections have; others DELIVERING are being written
         self.octets = 0
-        self.is_held = False            # --hold DOMAIN: later mail too
-        self.opening = 0                # connections not yet greeted
-        self.open = 0
-        self.limit = 1                  # connections allowed now
-        self.pace_s = 0.0               # between two answers on one connection; a moving average
-        self.is_proven = False          # has taken a message since it was last down
-        self.failures = 0               # attempts to reach it that failed, all told
-        self.quick = 0                  # failures since this outage began; the first pauses are short
-        self.next_probe = now.mono
-        self.last_start = now.mono - TRIGGER_S
-        self.last_asked = now.mono - TRIGGER_S      # monotonic, of the last start that somebody asked for
-        self.is_asked = False           # the next start was asked for
-        self.verdicts: Deque[bool] = collections.deque(maxlen=VERDICTS)     # True for a 4xx
-        self.round = 0                  # number of the present flush
-        self.round_left = 0             # its messages not yet tried
-        self.again = False              # a flush came while a connection was opening
-        self.counters = dict.fromkeys(COUNTERS.values(), 0)
-        self.size_limit = 0             # the primary's SIZE, 0 when not known
-        self.recovered = 0.0            # wall, end of the last outage that we saw
-        self.rejected_since = 0.0       # wall, when it last began to reject
-        self.pardoned = 0.0             # wall: no 5xx before that counts as a message's first
-        self.refused: Set[str] = set()          # messages refused in a row
-        self.refused_good: Set[str] = set()     # recipients known to be good refused in a row
-        self.tried: Set[str] = set()    # messages that went alone since the primary last took one
-        self.is_returning = False       # an outage has ended, or it rejects: nothing taken yet
-        self.was_away = False           # could not be reached since it was last heard
-        self.is_release_due = False     # what it put off meanwhile is due when it takes a message
-        self.jumped = -INF              # monotonic, when the wall clock last jumped
-        self.canaries = 0               # canaries in a row that were answered 4xx
-        self.delays: List[Tuple[Time, str]] = []            # heap: when a sender is told of the delay
-        self.last_heard = -INF          # monotonic, when it last answered anything well
-        self.route: List[Hop] = []      # where the last connections led, best first
-        self.route_seen = 0.0           # wall
-        self.home = ""                  # primary = etrn: the address the last authenticated ETRN came from
-        self.is_collecting = False      # its primary is here, by ATRN
-        self.watched_since = now.mono   # from when on the passing of time is known to be real
+        self.is_held = False            # --hold DOMAIN: later mail, too
+        self.next_look = INF            # monotonic, when the next entry expires or its delay is told
+        self.rounds = 0                 # flushes, all told
+        self.flushing: Set[str] = set()         # IDs that the present flush has yet to try
+        self.sending: Set[str] = set()          # IDs that connections have, and ...
+        self.late: Set[str] = set()             # ... of these the ones whose answer is late
+        self.failures = 0               # attempts to reach the primary that failed, all told
+        self.counters = dict.fromkeys(COUNTERS, 0)
 
-    @property
-    def waits_for(self) -> str:
-        """What must happen before we can connect to the primary; empty when we
-        can try at any time.  Where it is not empty there are no probes, no questions, no
-        cut-through and no failed attempts: mail waits until somebody comes for it."""
-        return "" if self.home or isinstance(self.cfg.primary, tuple) else WAITS.get(self.cfg.primary, "")
-
-    @property
-    def trouble(self) -> str:
-        """Why mail is still here, in words: what went wrong last, or what it waits for."""
-        return self.last_error or self.waits_for
-
-    # -- entries
-
-    @property
-    def label(self) -> str:
-        """For the log and for people."""
-        if not self.cfg.is_notices:
-            return self.name
-        kind, _, domain = self.name.partition(":")
-        return "%ss to %s" % (kind, domain or str(self.cfg.primary[0]))
-
-    def _set(self, entry: Entry, state: State) -> None:
-        self.count[entry.state] -= 1
-        self.count[state] += 1
-        entry.state = state
-        if state is not State.DELIVERING:
-            self.handed.discard(entry.id)
-        if state is State.ACTIVE:
-            heapq.heappush(self.active, (entry.received, entry.id))
-            self._tidy(self.active, state)
-        elif state is State.DEFERRED:
-            heapq.heappush(self.deferred, (entry.due, entry.id))
-            self._tidy(self.deferred, state)
-
-    def _tidy(self, heap: List[Tuple[float, str]], state: State) -> None:
-        """Mail that is held and released again and again leaves its old places behind."""
-        if len(heap) > 2 * len(self.entries) + 1000:
-            heap[:] = {one for one in heap if one[1] in self.entries and self.entries[one[1]].state is state
-                       and (state is State.ACTIVE or self.entries[one[1]].due == one[0])}
-            heapq.heapify(heap)
-
-    def add(self, entry: Entry, now: Now, next_attempt: Time = 0.0, held: bool = False) -> None:
+    def add(self, entry: Entry, now: Now, pause: float = 0.0) -> None:
         """A new message, or one found in the spool with a pause still to run."""
         self.entries[entry.id] = entry
         self.octets += entry.size
+        self.count[entry.state] += 1
         entry.base = self.failures
-        self.count[State.ACTIVE] += 1
-        pause = min(next_attempt - now.wall, self.cfg.max_retry_interval)
-        entry.hold = held
-        if held or self.is_held:
-            self._set(entry, State.HOLD)
-        elif pause > 0:
-            entry.due = now.mono + pause
-            self._set(entry, State.DEFERRED)
+        entry.due = now.mono + min(pause, self.cfg.max_retry_interval)
+        self.set_deadline(entry, now)
+        self._put(entry, State.LATER if pause > 0 else State.READY)
+
+    def set_deadline(self, entry: Entry, now: Now) -> None:
+        entry.deadline = now.mono + self.cfg.lifetime - (now.wall - entry.received)
+        self.next_look = min(self.next_look, entry.deadline, self.delay_at(entry))
+
+    def delay_at(self, entry: Entry) -> float:
+        """Monotonic: when its sender is to be told that it waits."""
+        if not self.cfg.delay_notice or self.cfg.is_notices or entry.is_delay_told:
+            return INF
+        return entry.deadline - self.cfg.lifetime + self.cfg.delay_notice
+
+    def _put(self, entry: Entry, state: State) -> None:
+        """The only place that changes an entry's state."""
+        if state is State.SENDING:
+            entry.round = self.rounds
         else:
-            heapq.heappush(self.active, (entry.received, entry.id))
-        heapq.heappush(self.aging, (entry.expires, entry.id))
-        if self.cfg.delay_notice and not self.cfg.is_notices:
-            heapq.heappush(self.delays, (entry.received + self.cfg.delay_notice, entry.id))
-        if len(self.aging) > 2 * len(self.entries) + 1000:      # most of what it names has left long ago
-            self.aging = [(other.expires, other.id) for other in self.entries.values()]
-            heapq.heapify(self.aging)
-            self.delays = [one for one in self.delays if one[1] in self.entries]
-            heapq.heapify(self.delays)
+            self.sending.discard(entry.id)
+            self.late.discard(entry.id)
+            if entry.is_held or self.is_held:
+                state = State.HELD
+                self.flushing.discard(entry.id)
+        self.count[entry.state] -= 1
+        self.count[state] += 1
+        entry.state = state
+        if state in (State.READY, State.LATER):
+            heap = self.ready if state is State.READY else self.later
+            heapq.heappush(heap, self._place(entry))
+            if len(heap) > 2 * len(self.entries) + 1000:        # much was held, or removed by hand
+                heap[:] = sorted(self._place(one) for one in self.entries.values() if one.state is state)
+
+    def _place(self, entry: Entry) -> Tuple[float, str]:
+        return (entry.received if entry.state is State.READY else entry.due), entry.id
+
+    def _pop(self) -> Entry:
+        """The oldest that is READY.  There is one: the counts say so."""
+        while True:
+            entry = self.entries.get(heapq.heappop(self.ready)[1])
+            if entry is not None and entry.state is State.READY:
+                self._put(entry, State.SENDING)
+                return entry
+
+    def urge(self, entry: Entry) -> None:
+        """A client waits for this one: before all others."""
+        if entry.state is State.READY:
+            heapq.heappush(self.ready, (-entry.received, entry.id))
+
+    def release(self) -> None:
+        """Everything but held mail is due now."""
+        for entry in self.entries.values() if self.count[State.LATER] else ():
+            if entry.state is State.LATER:
+                self._put(entry, State.READY)
+        self.later.clear()
+
+    def put_off(self, entry: Entry, now: Now, pause: float) -> None:
+        """Tried, and to be tried again; at once when a flush came meanwhile."""
+        self.flushing.discard(entry.id)
+        entry.due = now.mono + pause
+        self._put(entry, State.LATER if entry.round == self.rounds else State.READY)
+
+    def give_back(self, entry: Entry) -> None:
+        """Not tried after all."""
+        self._put(entry, State.READY)
+
+    def take_out(self, entry: Entry) -> None:
+        """To be ended by an operator or its age: nobody else gets it."""
+        self._put(entry, State.SENDING)
 
     def drop(self, id: str) -> None:
         entry = self.entries.pop(id)
-        self.handed.discard(id)
         self.count[entry.state] -= 1
         self.octets -= entry.size
-        self._leave_round(entry)
+        for ids in (self.flushing, self.sending, self.late):
+            ids.discard(id)
 
-    def attempts(self, entry: Entry) -> int:
-        """All attempts: those its sidecar knows, and the failed connections since."""
-        return entry.attempts + self.failures - entry.base
+    # -- holds
 
-    def tries(self, entry: Entry) -> int:
-        return entry.tries + self.failures - entry.base
+    def hold(self, entries: Iterable[Entry], on: bool) -> None:
+        """By themselves.  An entry that is being sent is held if it comes back."""
+        for entry in entries:
+            entry.is_held = on
+            is_held = on or self.is_held
+            if entry.state is not State.SENDING and is_held != (entry.state is State.HELD):
+                self._forget_tries(entry)       # released mail has its chance, however old it became
+                self._put(entry, State.READY)
+                self.next_look = min(self.next_look, entry.deadline)
 
-    def count_attempt(self, entry: Entry) -> int:
-        """It was tried.  Returns the number of attempts its sidecar does not know of yet."""
+    def hold_all(self, on: bool) -> List[Entry]:
+        """All of it and all that comes later, or none.  Returns those that were held by themselves and
+        are no more."""
+        alone = [entry for entry in self.entries.values() if entry.is_held and not on]
+        self.is_held = on
+        for entry in self.entries.values():
+            self.hold([entry], entry.is_held and on)
+        return alone
+
+    # -- attempts and ages
+
+    def count_attempt(self, entry: Entry, is_whole: bool = True) -> int:
+        """It was tried, and answered; whole, or there are recipients left.  Returns the number of
+        attempts its sidecar does not know of yet."""
         new = 1 + self.failures - entry.base
         entry.attempts += new
         entry.tries += new
         entry.base = self.failures
-        entry.deferrals += 1
+        entry.answers += is_whole
         return new
+
+    def attempts(self, entry: Entry) -> int:
+        """Those its sidecar knows, and the failed connections since."""
+        return entry.attempts + self.failures - entry.base
+
+    def _forget_tries(self, entry: Entry) -> None:
+        """It must be tried anew before it may expire; the attempts are told all the same."""
+        entry.attempts, entry.tries, entry.base = self.attempts(entry), 0, self.failures
 
     def oldest(self) -> Optional[Time]:
-        """When the oldest message came.  Age and expiry go in the same order: no message is looked at twice."""
-        first = next((id for id in self.overdue if id in self.entries), None)
-        if first is None and self.next_expiry() is not None:
-            first = self.aging[0][1]
-        return self.entries[first].received if first is not None else None
+        """When the oldest message came; they are kept in the order they came."""
+        return next((entry.received for entry in self.entries.values()), None)
+
+    def next_deadline(self) -> float:
+        """Monotonic; of the message that came first."""
+        return next((entry.deadline for entry in self.entries.values()), INF)
+
+
+class Destination(EntryQueue):
+    """A domain: what waits for its primary, and what is known of that.
+
+    An outage ends when the primary greets.  Then one message goes alone, the canary.  Taken, it
+    proves the primary, and the connections allowed double (2, 4, 8) with the messages taken."""
+
+    def __init__(self, name: str, cfg: DomainConfig, now: Now) -> None:
+        super().__init__(name, cfg)
+        # the primary
+        self.state, self.since, self.last_error = Primary.UNKNOWN, now.mono, ""
+        self.down_since = now.mono
+        self.recovered = -INF           # monotonic, end of the last outage or of the last rejecting
+        self.heard = -INF               # monotonic, when it last answered anything well
+        self.is_proven = False          # has taken a message since it was last away
+        self.is_answering = False       # has answered a message, well or not, since then
+        self.hang_ups = 0               # in a row, after refusals
+        self.tried: Set[str] = set()    # messages that went alone since it last took one
+        self.refused: Set[str] = set()  # messages refused in a row during the grace, and ...
+        self.refused_good: Set[str] = set()     # ... recipients known to be good refused in a row
+        self.verdicts: Deque[bool] = collections.deque(maxlen=VERDICTS)     # True for a 4xx
+        self.jumped = -INF              # monotonic, when the wall clock was last set
+        self.watched_since = now.mono   # since when mail that waits to be collected has its chance
+        self.last_flush = -INF          # monotonic
+        # the way there
+        self.limit, self.taken = 1, 0   # connections allowed now, and messages taken since it was raised
+        self.dialling = 0
+        self.next_try = self.last_try = now.mono
+        self.is_urged = False           # a fresh connection is wanted, whatever hangs
+        self.may_chunk = self.may_pipeline = True       # False: it answered out of step
+        self.size_limit = 0             # its SIZE, 0 when it named none
+        self.route: List[Hop] = []      # where the last good connection led, best first
+        self.route_seen = 0.0           # wall
+        self.home = ""                  # primary = etrn: the address the last authenticated ETRN came from
+        self.is_collecting = False      # its primary is here, by ATRN
+
+    @property
+    def waits_for(self) -> str:
+        """What must happen before we can connect; empty when we can try at any time.  Else there are no
+        probes, questions, cut-through or failed attempts: mail waits until somebody comes for it."""
+        return "" if self.home or isinstance(self.cfg.primary, tuple) else WAITS.get(self.cfg.primary, "")
+
+    @property
+    def trouble(self) -> str:
+        """Why mail is still here: what went wrong last, or what it waits for."""
+        return self.last_error or self.waits_for
+
+    @property
+    def label(self) -> str:
+        """For the log and for people."""
+        kind, _, domain = self.name.partition(":")
+        return "%ss to %s" % (kind, domain) if self.cfg.is_notices else self.name
+
+    def pause(self, answers: int, now: Now) -> float:
+        """Seconds after the nth 4xx for one message, n from 1; RFC 5321 4.5.4.1.  Sooner after an outage:
+        greylisting passes within minutes."""
+        usual = min(self.cfg.retry_interval * 2.0 ** min(answers - 1, 30), self.cfg.max_retry_interval)
+        is_early = self.is_recovering(now) and answers <= len(EARLY_PAUSES_S)
+        return min(usual, EARLY_PAUSES_S[answers - 1]) if is_early else usual
+
+    # -- what goes next
+
+    def add(self, entry: Entry, now: Now, pause: float = 0.0) -> None:
+        super().add(entry, now, pause if self.state is not Primary.DOWN else 0.0)
 
     def take(self, most: int, now: Now) -> List[Entry]:
-        """Up to `most` messages for one connection, oldest first; they are DELIVERING from now on."""
+        """Up to `most` messages for connections, oldest first; SENDING from now on.  While the primary
+        has yet to prove itself one goes alone, each in its turn: a message that it will never take
+        keeps no other waiting, and neither does one whose answer is late."""
         self._wake(now)
-        if not self.is_proven:
-            return self._take_canary(now)
         out: List[Entry] = []
-        while self.active and len(out) < most:
-            entry = self.entries.get(heapq.heappop(self.active)[1])
-            if entry is not None and entry.state is State.ACTIVE:
-                entry.again = False
-                self._set(entry, State.DELIVERING)
-                self.handed.add(entry.id)
-                out.append(entry)
+        if self.is_proven:
+            while len(out) < most and self.count[State.READY]:
+                out.append(self._pop())
+        elif now.mono >= self.next_try and self.sending <= self.late and self.count[State.READY]:
+            seen = [self._pop()]
+            while seen[-1].id in self.tried and self.count[State.READY]:
+                seen.append(self._pop())
+            if seen[-1].id in self.tried:       # all had their turn: another round, from the oldest
+                self.tried.clear()
+                seen.reverse()
+            out = [seen.pop()]
+            for entry in seen:
+                self._put(entry, State.READY)
+            self.tried.add(out[0].id)
+            self.last_try = now.mono            # a flood of ETRNs costs one canary a second
+        self.sending.update(entry.id for entry in out)
         return out
 
-    def _take_canary(self, now: Now) -> List[Entry]:
-        """One message: the oldest that has not gone alone since the primary
-        last took one.  A message that it will never take keeps no other waiting."""
-        if now.mono < self.next_probe or self.handed:
-            return []
-        if self.state is Primary.REJECTING and not self.count[State.ACTIVE]:
-            self._wake_one()            # one is tried every probe_interval, whichever is due first
-        found, seen = None, []
-        for tried in (self.tried, set()):       # all of them were: another round
-            while self.active and found is None:
-                item = heapq.heappop(self.active)
-                entry = self.entries.get(item[1])
-                if entry is not None and entry.state is State.ACTIVE:
-                    if item[1] in tried:
-                        seen.append(item)
-                    else:
-                        found = entry
-            for item in seen:
-                heapq.heappush(self.active, item)
-            if found is None:
-                self.tried.clear()
-            seen = []
-        if found is None:
-            return []
-        self.tried.add(found.id)
-        self.last_start = self.last_asked = now.mono        # a flood of ETRNs costs one try a second
-        self.is_asked = False
-        found.again = False
-        self._set(found, State.DELIVERING)
-        self.handed.add(found.id)
-        return [found]
-
-    def is_due(self, now: Now) -> bool:
-        """Whether there is mail to be given out."""
-        self._wake(now)
-        return self.count[State.ACTIVE] > 0
-
     def _wake(self, now: Now) -> None:
-        """Deferred messages whose pause is over."""
-        while self.deferred and self.deferred[0][0] <= now.mono:
-            due, id = heapq.heappop(self.deferred)
+        """READY are those whose pause is over; of a primary that rejects one, whichever is due first."""
+        while self.later and (self.later[0][0] <= now.mono
+                              or (self.state is Primary.REJECTING and not self.count[State.READY])):
+            due, id = heapq.heappop(self.later)
             entry = self.entries.get(id)
-            if entry is not None and entry.state is State.DEFERRED and entry.due == due:
-                self._set(entry, State.ACTIVE)
-
-    def start(self, entry: Entry) -> int:
-        """Taken out of turn, to be ended: nobody else gets it.  Returns the attempts its sidecar does not know of."""
-        self._set(entry, State.DELIVERING)
-        new, entry.base = self.failures - entry.base, self.failures
-        return new
-
-    def _wake_one(self) -> None:
-        while self.deferred and not self.count[State.ACTIVE]:
-            due, id = heapq.heappop(self.deferred)
-            entry = self.entries.get(id)
-            if entry is not None and entry.state is State.DEFERRED and entry.due == due:
-                self._set(entry, State.ACTIVE)
-
-    def give_back(self, entry: Entry) -> None:
-        """Taken but not tried."""
-        self._set(entry, State.HOLD if entry.hold or self.is_held else State.ACTIVE)
-
-    def defer(self, entry: Entry, now: Now, pause: float) -> None:
-        """Tried, and to be tried again after `pause` seconds; at once when a flush came meanwhile."""
-        self._leave_round(entry)
-        entry.due = now.mono + pause
-        if entry.hold or self.is_held:
-            self._set(entry, State.HOLD)
-        else:
-            self._set(entry, State.ACTIVE if entry.again else State.DEFERRED)
-        entry.again = False
-
-    def hold(self, entry: Entry, on: bool) -> None:
-        """One message.  What is being sent is held, if it comes back."""
-        entry.hold = on
-        self._settle(entry)
-
-    def hold_all(self, on: bool) -> List[Entry]:
-        """All of it and all that comes later, or none.  Returns the messages
-        that were held by themselves and are no more."""
-        self.is_held = on
-        alone = [entry for entry in self.entries.values() if entry.hold and not on]
-        for entry in alone:
-            entry.hold = False
-        for entry in self.entries.values():
-            self._settle(entry)
-        return alone
-
-    def _settle(self, entry: Entry) -> None:
-        held = entry.hold or self.is_held
-        if entry.state is not State.DELIVERING and held != (entry.state is State.HOLD):
-            self._forget_tries(entry)   # from before the hold: released mail has its chance, however old it became
-            self._leave_round(entry)
-            self._set(entry, State.HOLD if held else State.ACTIVE)
-
-    def pause(self, attempts: int, now: Now) -> float:
-        """Seconds after the nth 4xx for one message, n from 1; RFC 5321 4.5.4.1.
-        Sooner after an outage: greylisting passes within minutes."""
-        usual = min(self.cfg.retry_interval * 2.0 ** min(attempts - 1, 30), self.cfg.max_retry_interval)
-        if self.is_recovering(now) and attempts <= len(EARLY_PAUSES_S):
-            return min(usual, EARLY_PAUSES_S[attempts - 1])
-        return usual
-
-    # -- flush
-
-    def release_all(self) -> None:
-        """Everything but held mail is due now."""
-        for entry in self.entries.values():
-            if entry.state is State.DEFERRED:
-                self._set(entry, State.ACTIVE)
-        self.deferred.clear()
+            if entry is not None and entry.state is State.LATER and entry.due == due:
+                self._put(entry, State.READY)
 
     def flush(self, now: Now) -> bool:
-        """ETRN, --flush, SIGUSR1.  False when one was under way already; even
-        then there will be another look.  Probes once a second at most."""
-        fresh = self.round_left == 0
-        if self.count[State.DEFERRED]:
-            self.release_all()
-        elif now.mono - self.last_flush < TRIGGER_S:
-            for id in self.handed:
-                self.entries[id].again = True
-            self.trigger(now)           # all else is due since a moment ago: a flood costs no walk through the queue each
-            return fresh or bool(self.waits_for)
-        self.last_flush = now.mono
+        """ETRN, --flush, SIGUSR1.  False when one is under way already; even then there will be another
+        look."""
+        is_fresh = not self.flushing
+        self.rounds += 1                # what is being sent goes again at once if it is put off
+        if self.count[State.LATER] or now.mono - self.last_flush >= TRIGGER_S:  # a flood costs no walk each
+            self.release()
+            self.last_flush = now.mono
+            if not self.waits_for:
+                self.flushing.update(id for id, entry in self.entries.items() if entry.state is State.READY)
         if self.waits_for:
-            return True                 # due it is, for the next who comes
-        self.round += 1
-        self.round_left = 0
-        for entry in self.entries.values():
-            if entry.state is State.ACTIVE:
-                entry.round = self.round
-                self.round_left += 1
-            elif entry.state is State.DELIVERING:
-                entry.again = True
+            return True                 # it is due, for the next who comes
         self.trigger(now)
-        return fresh
+        return is_fresh
 
     def trigger(self, now: Now) -> None:
-        """Something says that the primary may be back."""
-        self.again = self.opening > 0
-        self.is_asked = True            # a flood costs one a second; the first has its answer at once
-        self.next_probe = min(self.next_probe, max(now.mono, self.last_asked + TRIGGER_S))
+        """Something says that the primary may be back.  A flood costs one try a second."""
+        self.is_urged = True
+        self.next_try = min(self.next_try, max(now.mono, self.last_try + TRIGGER_S))
 
-    def _leave_round(self, entry: Entry) -> None:
-        if entry.round == self.round and self.round_left:
-            self.round_left -= 1
-        entry.round = 0
+    # -- when to connect
 
-    # -- connections
-
-    def wanted(self, now: Now) -> bool:
-        """Whether to open a connection now; they open one after the other."""
-        if self.waits_for or self.is_collecting:
-            return False
+    def wanted(self, now: Now, answering: int, hanging: int, others: int = 0) -> bool:
+        """Whether to dial now.  `answering`: greeted connections; `hanging`: those whose answer is
+        late; `others`: questions and messages read ahead, which wait beside what is READY."""
         self._wake(now)
-        waiting = self.count[State.ACTIVE]
-        if not waiting and not (self.state is Primary.REJECTING and self.count[State.DEFERRED]):
+        waiting = self.count[State.READY] + others
+        if self.waits_for or self.is_collecting or not waiting or now.mono < self.next_try:
             return False
         if self.state is Primary.UP and self.is_proven:
-            if self.pace_s < QUICK_PACE_S:
-                target = min(self.limit, QUICK_CONNECTIONS, 1 + waiting // MESSAGES_PER_CONNECTION)
-            else:
-                target = min(self.limit, self.open + 1)
-            return not self.opening and self.open < target and now.mono >= self.next_probe
-        # One probe may hang in the dark while the next, later, finds the primary back.
-        return not self.open and now.mono >= self.next_probe and self.opening * self.cfg.probe_interval < CONNECT_S
+            allowed = min(self.limit, self.cfg.connections)
+            return answering + self.dialling < allowed and waiting > self.dialling and (
+                hanging <= max(self.cfg.connections, LATE_MAX) or self.is_urged)
+        if answering:
+            return False
+        if self.is_urged:               # ETRN and the like start a fresh connection, whatever hangs
+            return True
+        if self.state is Primary.UP:    # it greets, but answers to canaries are late
+            return not self.dialling and hanging <= max(self.cfg.connections, LATE_MAX)
+        return self.dialling + hanging < HANGING_MAX
 
-    def share(self) -> int:
-        """Of what waits and is with connections, the part of one: the oldest go by
-        all of them, and do not queue up behind one that is slow."""
-        most = min(self.cfg.connections, QUICK_CONNECTIONS) if self.pace_s < QUICK_PACE_S else self.cfg.connections
-        return max(2, -(-(self.count[State.ACTIVE] + len(self.handed)) // most))
-
-    def wake(self, now: Now) -> Optional[float]:
+    def wake(self, now: Now, others: int = 0) -> Optional[float]:
         """The monotonic time at which wanted() or take() may change by itself."""
         if self.waits_for or self.is_collecting:
             return None
-        times = [self.deferred[0][0]] if self.deferred else []
-        tried = self.count[State.ACTIVE] or (self.state is Primary.REJECTING and self.deferred)
-        if tried and self.next_probe > now.mono:
-            times.append(self.next_probe)
+        times = [due for due, _ in self.later[:1]]
+        waiting = others or self.count[State.READY] or (self.state is Primary.REJECTING and self.later)
+        if self.next_try > now.mono and waiting:
+            times.append(self.next_try)
         return min(times, default=None)
 
-    def on_started(self, now: Now) -> None:
-        self.opening += 1
-        self.last_start = now.mono
-        if self.is_asked:
-            self.last_asked, self.is_asked = now.mono, False
+    def _pause(self, now: Now) -> float:
+        """Between tries.  It grows with the outage: a second at first, `probe_interval` after some
+        minutes.  A stranger's host is not pressed so."""
+        grown = (now.mono - self.down_since) / (2 if self.cfg.is_notices else 60)
+        return min(self.cfg.probe_interval, max(PROBE_FIRST_S, grown))
+
+    def on_dial(self, now: Now) -> None:
+        self.dialling += 1
+        self.last_try, self.is_urged = now.mono, False
         if not (self.state is Primary.UP and self.is_proven):
-            self.next_probe = now.mono + self._probe_pause()
+            self.next_try = now.mono + self._pause(now)
 
-    def _probe_pause(self) -> float:
-        """It doubles; slowly, because most outages are over within minutes.  A stranger's host is not pressed so."""
-        steps = self.quick // (2 if self.cfg.is_notices else QUICK_PROBES)
-        return min(self.cfg.probe_interval, PROBE_FIRST_S * 2.0 ** min(steps, 20))
+    # -- what happens to the primary
 
-    def on_moved(self, now: Now) -> None:
-        """Another primary than before: the way there, and how it takes mail, are to be found out anew."""
-        self.route = []                 # mail never goes to a primary that was configured once
-        self.is_odd = self.is_wary = self.is_proven = False
-        self.limit, self.pace_s = 1, 0.0
-        self.trigger(now)
+    def on(self, event: Event, now: Now, why: str = "") -> Optional[Change]:
+        """The next state, if it is another one."""
+        if event is Event.HEARD:
+            self.heard, self.is_urged = now.mono, False
+            self.next_try = min(self.next_try, now.mono)        # it is there: its canary goes at once
+        elif event is Event.AWAY:
+            self.failures += 1
+            self.last_error, self.is_proven, self.limit = why, False, 1
+            if self.is_answering:       # else it greets and hangs up: the same outage goes on
+                self.down_since, self.is_answering = now.mono, False
+            if not self.is_urged:
+                self.flushing.clear()   # a flush that finds it away is over
+                self.next_try = max(self.next_try, self.last_try + self._pause(now))
+        was, after = self.state, TRANSITIONS[self.state].get(event, self.state)
+        if after is was:
+            return None
+        change = Change(was, after, now.mono - self.since)
+        self.state, self.since = after, now.mono
+        self.refused.clear()
+        self.refused_good.clear()
+        if after is Primary.UP:
+            self.next_try, self.last_error, self.hang_ups = now.mono, "", 0
+            if was is not Primary.UNKNOWN:
+                self.recovered = now.mono
+            self.release()
+            return change
+        self.is_proven, self.limit = False, 1
+        if after is Primary.DOWN:
+            self.release()              # mail waits for the primary now, and not for the end of a pause
+        elif after is Primary.REJECTING:
+            self.last_error, self.is_urged = why, False
+            self.next_try = now.mono + self.cfg.probe_interval
+            self.flushing.clear()
+        return change
 
-    def on_replaced(self, now: Now) -> None:
-        """... and another server, too, of which nothing is known."""
-        self.on_moved(now)
-        self.last_heard, self.size_limit = -INF, 0
-        self._forget_row()
-        if self.state is Primary.UP:
-            self.state, self.since = Primary.UNKNOWN, now.wall
+    def on_taken(self, now: Now) -> Optional[Change]:
+        self.heard = now.mono
+        self.is_answering, self.hang_ups = True, 0
+        self.verdicts.append(False)
+        for ids in (self.tried, self.refused, self.refused_good):
+            ids.clear()
+        self.taken += 1
+        if self.taken >= self.limit:    # as many as it may have connections: twice as many now
+            self.limit, self.taken = min(self.cfg.connections, 2 * self.limit), 0
+        change = self.on(Event.TAKEN, now)
+        self.is_proven = True
+        return change
 
-    def on_parted(self, was_greeted: bool) -> None:
-        """A connection to the former primary no longer counts as one to this."""
-        if was_greeted:
-            self.open -= 1
-        else:
-            self.opening -= 1
-            self.again = self.again and self.opening > 0
+    def on_deferred(self, now: Now) -> None:
+        """A 4xx, or a 5xx that is not believed yet.  Three canaries put off are greylisting: all must
+        be offered once."""
+        self.is_answering = True
+        self.verdicts.append(True)
+        if self.state is Primary.REJECTING:
+            self.next_try = now.mono + self.cfg.probe_interval
+        elif not self.is_proven:
+            self.next_try = now.mono + PROBE_FIRST_S
+            if len(self.tried) >= CANARIES_DEFERRED:
+                self.is_proven, self.limit, self.taken = True, 1, 0
+        elif len(self.verdicts) == VERDICTS and sum(self.verdicts) * 2 > VERDICTS:
+            self.slow_down(now)
 
-    def on_connected(self, now: Now) -> Optional[float]:
-        """It greeted.  Returns the length of the outage that ended, if one did."""
-        self.opening -= 1
-        self.open += 1
-        self.again = False
-        if not self.is_proven:
-            self.next_probe = now.mono          # for the canary
-        return self.on_heard(now)
-
-    def on_came(self, now: Now) -> Optional[float]:
-        """The primary came for its mail (ATRN) and greeted: that proves it, and
-        no canary is needed.  Returns the length of the outage that ended, if one did."""
-        lasted = self.on_heard(now)
-        self.open += 1
-        self.is_proven = self.state is not Primary.REJECTING
-        self.next_probe = now.mono
-        return lasted
-
-    def on_left(self, now: Now, error: str, came: bool) -> None:
-        """And has gone again: nothing is known of it until it is heard of anew."""
-        self.is_collecting = False
-        self.open -= came
-        self.is_proven = self.is_proven and self.open > 0
-        self.limit = 1
-        self.last_error = error or self.last_error
-        if self.waits_for and self.state is Primary.UP:
-            self.state, self.since = Primary.UNKNOWN, now.wall
-
-    def on_refused(self, now: Now, id: str, good: Iterable[str]) -> bool:
-        """A message was answered 5xx, all of its recipients.  `good`: those of
-        them known to be good, when not the message was refused.  One message or
-        recipient counts once, however often it is tried: a user who has left
-        is no sign of trouble.  True when this makes the primary `rejecting`:
-        it is there, but not itself."""
+    def on_refused(self, now: Now, id: str, good: Iterable[str], why: str) -> Optional[Change]:
+        """A message was refused, 5xx for all.  `good`: those of its recipients that the primary took
+        before.  One message or recipient counts once, however often it is tried."""
         if not self.is_recovering(now):
             self.refused.clear()
         elif len(self.refused) < REFUSED_ROW:
             self.refused.add(id)
         if len(self.refused_good) < REFUSED_ROW:
             self.refused_good.update(good)
-        if self.state is Primary.REJECTING:
-            self.next_probe = now.mono + self.cfg.probe_interval
-            return False
         if max(len(self.refused), len(self.refused_good)) < REFUSED_ROW:
-            return False
-        self.state, self.since = Primary.REJECTING, now.wall
-        self.is_proven, self.is_returning, self.is_release_due, self.limit = False, True, True, 1
-        self.next_probe = now.mono + self.cfg.probe_interval
-        self.round_left = 0             # a flush that finds it so is over
-        self.round += 1
-        return True
-
-    def heal(self, now: Now) -> bool:
-        """--flush: the operator says that a rejecting primary is itself again.
-        Believed until it is seen to be otherwise, and the grace begins anew."""
-        if self.state is not Primary.REJECTING:
-            return False
-        self._end_rejecting(now)
-        self.pardoned = now.wall
-        return True
-
-    def _end_rejecting(self, now: Now) -> None:
-        """What it said until now is pardoned, because its mailboxes may come back one by one;
-        but once a day, or mail to three who have left would never be returned."""
-        self.rejected_since = self.since
-        self.state, self.since, self.recovered, self.last_error = Primary.UP, now.wall, now.wall, ""
-        if now.wall - self.pardoned >= PARDON_S:
-            self.pardoned = now.wall
-        self._forget_row()
-
-    def _forget_row(self) -> None:
-        self.refused.clear()
-        self.refused_good.clear()
-        self.canaries = 0
-
-    def on_heard(self, now: Now) -> Optional[float]:
-        """It greeted, a courier or somebody with a question."""
-        self.last_error = ""
-        self.last_heard = now.mono
-        if self.state in (Primary.UP, Primary.REJECTING):
             return None
-        lasted = None
-        if self.state is Primary.DOWN:
-            lasted, self.recovered, self.is_returning = max(0.0, now.wall - self.since), now.wall, True
-            self._forget_row()
-        if self.was_away or self.state is Primary.UNKNOWN:
-            self.is_release_due = True
-            self.release_all()          # but not what makes it hang up, whenever it comes to that
-        self.was_away = False
-        self.state, self.since = Primary.UP, now.wall
-        self.next_probe = now.mono
-        return lasted
+        self.is_answering = True
+        return self.on(Event.REFUSES, now, why)
 
-    def on_unheard(self, now: Now, error: str) -> bool:
-        """Somebody with a question did not reach it.  True when this begins an outage."""
-        self.was_away = self.was_away or not self.open
-        return not self.open and self._down(now, error)
+    def slow_down(self, now: Now) -> None:
+        """421, a refused connection, or mostly 4xx: half the connections."""
+        self.limit, self.taken = max(1, self.limit // 2), 0
+        self.verdicts.clear()
+        self.next_try = max(self.next_try, now.mono + PROBE_FIRST_S)
 
-    def is_known_up(self, now: Now) -> bool:
-        return not self.waits_for and self.state is Primary.UP and now.mono - self.last_heard <= KNOWN_UP_S
+    def on_hang_up(self, now: Now) -> bool:
+        """It ended a connection after it had answered: it is up, and the pause grows.  True for the
+        first in a row."""
+        self.slow_down(now)
+        self.hang_ups += 1
+        pause = PROBE_FIRST_S * 2.0 ** min(self.hang_ups - 1, 20)
+        self.next_try = max(self.next_try, now.mono + min(self.cfg.probe_interval, pause))
+        return self.hang_ups == 1
 
-    def may_ask(self, now: Now) -> bool:
-        """Whether a question to the primary is worth the waiting.  While mail
-        waits for a primary that is down, it is being tried all the time."""
-        if self.state is Primary.REJECTING or self.waits_for:
-            return False                # what it says now says nothing; or there is nobody to ask
-        return self.state is not Primary.DOWN or (not self.entries and now.mono - self.last_start >= self.cfg.probe_interval)
+    def on_left(self, now: Now) -> None:
+        """The primary is another one: the way there, and how it takes mail, are to be found out anew."""
+        self.on(Event.LEFT, now)
+        self.route, self.size_limit = [], 0
+        self.is_proven, self.limit, self.may_chunk, self.may_pipeline = False, 1, True, True
+
+    # -- what its word is worth
 
     def is_recovering(self, now: Now) -> bool:
-        """Whether an outage ended less than `recovery_grace` ago."""
-        return now.wall - self.recovered < self.cfg.recovery_grace
+        """Whether an outage, or its rejecting, ended less than `recovery_grace` ago."""
+        return now.mono - self.recovered < self.cfg.recovery_grace
 
     def is_itself(self, now: Now) -> bool:
-        """Whether what it says of a recipient is worth remembering.  Back from
-        an outage it may not have its users yet: not before it took a message."""
-        return self.state is not Primary.REJECTING and not (self.is_returning and self.is_recovering(now))
+        """Whether what it says of a recipient is worth remembering.  Back from an outage it may not
+        have its users yet: not before it took a message."""
+        return self.state is not Primary.REJECTING and (self.is_proven or not self.is_recovering(now))
+
+    def is_final(self, now: Now, refused_since: Optional[Time], was_good: bool) -> bool:
+        """Whether a 5xx is believed: of a primary steadily up for `recovery_grace`, about a recipient
+        not known to be good; or when the first one is that long ago, and no outage or rejecting came
+        between."""
+        grace = self.cfg.recovery_grace
+        if self.state is not Primary.UP:
+            return False
+        if now.mono - self.since >= grace and not self.is_recovering(now) and not was_good:
+            return True
+        if refused_since is None or now.mono - self.jumped < grace:
+            return False                # what the wall clock says of the time between is not true
+        age = now.wall - refused_since
+        return grace <= age <= now.mono - self.recovered
+
+    def is_known_up(self, now: Now) -> bool:
+        return not self.waits_for and self.state is Primary.UP and now.mono - self.heard <= KNOWN_UP_S
+
+    def may_ask(self, now: Now) -> bool:
+        """Whether a question to the primary is worth the waiting.  What a rejecting one says says
+        nothing, and while mail waits for one that is down it is being tried all the time."""
+        if self.state is Primary.REJECTING or self.waits_for:
+            return False
+        return self.state is not Primary.DOWN or (
+            not self.entries and now.mono - self.last_try >= self.cfg.probe_interval)
 
     def may_cut_through(self, now: Now) -> bool:
         """Whether the primary's verdict on a new message is worth the waiting, and may be believed."""
         return (self.cfg.cutthrough and not self.waits_for and not self.cfg.is_notices and not self.is_held
                 and not self.is_recovering(now) and self.state in (Primary.UP, Primary.UNKNOWN))
 
-    def urge(self, entry: Entry) -> None:
-        """Somebody waits for this one: before all others."""
-        if entry.state is State.ACTIVE:
-            heapq.heappush(self.active, (-entry.received, entry.id))
-
-    def on_failed(self, now: Now, error: str) -> bool:
-        """A connection did not come about.  True when this begins an outage."""
-        self.opening -= 1
-        self.failures += 1
-        if self.open:                   # it is there, but takes no more connections
-            self.slow_down(now)
-            return False
-        self.was_away = True
-        return self._down(now, error)
-
-    def on_closed(self, now: Now, error: str) -> bool:
-        """A connection ended, `error` empty when in good order.  True when this begins an outage."""
-        self.open -= 1
-        if not error:
-            return False
-        self.slow_down(now)
-        if self.open or self.is_proven:
-            self.is_proven = self.is_proven and self.open > 0       # the next one is a canary again
-            return False
-        self.failures += 1
-        self.is_release_due = False     # what it hung up on waits out its own pause
-        return self._down(now, error)
-
-    def _down(self, now: Now, error: str) -> bool:
-        begins = self.state is not Primary.DOWN
-        if begins:
-            self.since = now.wall
-        self.state, self.last_error, self.is_proven, self.limit = Primary.DOWN, error, False, 1
-        if self.again:
-            self.again = False
-            self.next_probe = max(now.mono, self.last_start + TRIGGER_S)
-        else:
-            self.next_probe = max(self.last_start + self._probe_pause(), now.mono)
-            self.round_left = 0         # a flush that found the primary away is over
-            self.round += 1
-        self.quick += 1
-        return begins
-
-    def on_taken(self, now: Now, pace_s: float = 1.0) -> bool:
-        """A message was taken, so long after the one before on its connection.
-        True when that healed a `rejecting` primary."""
-        self.last_heard = now.mono
-        self.pace_s += (min(pace_s, SLOW_PACE_S) - self.pace_s) / 64        # no single hiccup counts for much
-        self.verdicts.append(False)
-        self.quick = 0
-        self._forget_row()
-        self.tried.clear()
-        healed = self.state is Primary.REJECTING
-        if healed:
-            self._end_rejecting(now)
-        if self.is_proven:
-            self.limit = min(self.cfg.connections, self.limit + 1)
-        elif self.is_release_due:
-            self.release_all()          # what it put off before it was quite there
-        self.is_proven, self.is_returning, self.is_release_due = True, False, False
-        return healed
-
-    def on_deferred(self, now: Now) -> None:
-        """A message was answered 4xx, or a 5xx that is not believed yet."""
-        self.verdicts.append(True)
-        if self.state is Primary.REJECTING:
-            self.next_probe = now.mono + self.cfg.probe_interval
-        elif not self.is_proven:        # still starting: the next canary in a moment, not the whole queue now
-            self.quick += 1
-            self.canaries += 1
-            self.next_probe = now.mono + self._probe_pause()
-            if self.canaries >= CANARIES_DEFERRED:
-                self.is_proven, self.limit = True, 1        # it greylists: all must be offered once
-        elif len(self.verdicts) == VERDICTS and sum(self.verdicts) * 2 > VERDICTS:
-            self.slow_down(now)
-
-    def slow_down(self, now: Now) -> None:
-        """421, a refused connection, or mostly 4xx: half the connections."""
-        self.limit = max(1, self.limit // 2)
-        self.verdicts.clear()
-        self.next_probe = max(self.next_probe, now.mono + PROBE_FIRST_S)
-
     # -- time
 
-    def is_final(self, now: Now, refused_since: Optional[Time], was_good: bool) -> bool:
-        """Whether a 5xx is believed: only of a primary steadily up for
-        `recovery_grace`, for a recipient not known to be good; or when the first one is that long ago."""
-        grace = self.cfg.recovery_grace
-        if self.state is Primary.REJECTING:
-            return False
-        if self.state is Primary.UP and now.wall - self.since >= grace and not was_good:
-            return True
-        if now.mono - self.jumped < grace:
-            return False                # what the wall clock says of the time between is not true
-        return refused_since is not None and now.wall - refused_since >= grace
-
-    def expired(self, now: Now) -> List[Entry]:
-        """Messages past their time that were tried often enough since the
-        start or the last jump of the clock; held mail stays."""
-        while self.aging and self.aging[0][0] <= now.wall:
-            expires, id = heapq.heappop(self.aging)
-            entry = self.entries.get(id)
-            if entry is not None and entry.expires == expires:
-                self.overdue.append(id)
-        out, later = [], []
-        for id in self.overdue:
-            entry = self.entries.get(id)
-            if entry is None:
+    def look(self, now: Now) -> Tuple[List[Entry], List[Entry]]:
+        """Entries past their lifetime that were tried often enough, and those whose senders are to be
+        told of the delay.  Held mail stays.  Where nothing can be tried, time that really passed stands
+        for attempts."""
+        expired: List[Entry] = []
+        delayed: List[Entry] = []
+        if now.mono < self.next_look:
+            return expired, delayed
+        self.next_look = INF
+        had_chance = now.mono - self.watched_since >= min(UNCOLLECTED_S, self.cfg.lifetime)
+        for entry in self.entries.values():
+            if entry.state is State.HELD:
                 continue
-            if entry.expires > now.wall:        # the clock went back
-                heapq.heappush(self.aging, (entry.expires, id))
-            elif entry.state in (State.ACTIVE, State.DEFERRED) and self._had_its_chance(entry, now):
-                out.append(entry)
-            else:
-                later.append(id)
-        self.overdue = later
-        return out
+            if not self.waits_for:
+                had_chance = entry.tries + self.failures - entry.base >= ATTEMPTS_MIN
+            if entry.deadline <= now.mono and entry.state is not State.SENDING and had_chance:
+                expired.append(entry)
+                continue
+            delay_at = self.delay_at(entry)
+            if delay_at <= now.mono:
+                delayed.append(entry)
+                delay_at = INF
+            self.next_look = min(self.next_look, max(entry.deadline, now.mono + SWEEP_S), delay_at)
+        return expired, delayed
 
-    def _had_its_chance(self, entry: Entry, now: Now) -> bool:
-        """What must be so besides the lifetime, which is told by a clock that may
-        be wrong.  Where nothing can be tried, time that really passed stands for attempts."""
-        if self.waits_for:
-            return now.mono - self.watched_since >= min(UNCOLLECTED_S, self.cfg.lifetime)
-        return self.tries(entry) >= ATTEMPTS_MIN
-
-    def next_expiry(self) -> Optional[Time]:
-        """When the next message will have waited for too long."""
-        while self.aging:
-            expires, id = self.aging[0]
-            entry = self.entries.get(id)
-            if entry is not None and entry.expires == expires:
-                return expires
-            heapq.heappop(self.aging)
-        return None
-
-    def delayed(self, now: Now) -> List[Entry]:
-        """Messages that have become old enough for a notice of the delay."""
-        out = []
-        while self.delays and self.delays[0][0] <= now.wall:
-            entry = self.entries.get(heapq.heappop(self.delays)[1])
-            if entry is not None:
-                out.append(entry)
-        return out
-
-    def on_clock_jump(self, now: Now, seconds: float) -> None:
-        """The wall clock was set: what was measured by it is as old as before."""
-        self.since, self.recovered, self.rejected_since, self.pardoned = (
-            max(0.0, at + seconds) if at else at for at in (self.since, self.recovered, self.rejected_since, self.pardoned))
-        self.jumped = now.mono
+    def on_clock_jump(self, now: Now, seconds: float) -> List[str]:
+        """The wall clock was set.  Mail of this run keeps its age; mail that was here before has the
+        age that the new time says.  Nothing expires before it was tried again.  Returns the IDs whose
+        sidecars are wrong now."""
+        self.jumped = self.watched_since = now.mono
         for entry in self.entries.values():
             self._forget_tries(entry)
+            entry.received += seconds * entry.is_ours
+            self.set_deadline(entry, now)
+        return [entry.id for entry in self.entries.values() if entry.is_ours]
 
-    def _forget_tries(self, entry: Entry) -> None:
-        """It must be tried anew before it may expire; the attempts are told all the same."""
-        entry.attempts, entry.tries, entry.base = self.attempts(entry), 0, self.failures
+    # -- for state.json
 
-    def keep_ages(self, seconds: float, now: Now, since: Time = 0.0) -> None:
-        """The wall clock jumped so far.  Mail that came after `since`, by the clock
-        before, keeps the age it had, and what is left of its lifetime: its hours of arrival are told anew."""
-        self.watched_since = now.mono
-        for entry in self.entries.values():
-            if since <= entry.received <= now.wall - seconds:       # else it was told by another clock, which was right
-                entry.received += seconds
-                entry.expires += seconds
-        self.aging = [(entry.expires, entry.id) for entry in self.entries.values()]
-        self.delays = [(self.entries[id].received + self.cfg.delay_notice, id) for _, id in self.delays if id in self.entries]
-        heapq.heapify(self.aging)
-        heapq.heapify(self.delays)
-        self.overdue.clear()
+    def to_values(self, now: Now) -> Dict[str, Any]:
+        def in_wall(mono: float) -> Time:
+            return max(0.0, now.wall + mono - now.mono) if mono > -INF else 0.0
+        return {"primary": self.state.value, "since": in_wall(self.since),
+                "recovered": in_wall(self.recovered), "last_error": self.last_error,
+                "held": self.is_held, "size_limit": self.size_limit,
+                "route": [list(hop) for hop in self.route], "route_seen": self.route_seen,
+                "route_of": format_primary(self.cfg.primary), "counters": dict(self.counters)}
+
+    def from_values(self, known: Mapping[str, Any], now: Now) -> None:
+        """What was known before the restart.  A primary that was up is unknown now; one that was down
+        still is, so that its return is the end of an outage.  Raises what a wrong value raises: then
+        only knowledge is lost."""
+        def in_mono(wall: Any) -> float:
+            if not 0 <= float(wall) < TIME_MAX:
+                raise ValueError("not a time")
+            return now.mono - max(0.0, now.wall - float(wall)) if wall else -INF
+        since, recovered = in_mono(known["since"]), in_mono(known["recovered"])
+        counters = {key: int(known["counters"].get(key, 0)) for key in COUNTERS}
+        if known["route_of"] == format_primary(self.cfg.primary):       # else it is another server's
+            route = [Hop(str(host), str(address), int(port)) for host, address, port in known["route"]]
+            for hop in route:
+                ipaddress.ip_address(hop.address.partition("%")[0])
+            size_limit, self.route_seen = int(known["size_limit"]), float(known["route_seen"])
+            self.route, self.size_limit = route, size_limit
+        self.counters.update(counters)
+        self.recovered = recovered
+        if known["primary"] in (Primary.DOWN.value, Primary.REJECTING.value) and not self.waits_for:
+            self.state, self.since, self.down_since = Primary.DOWN, max(since, now.mono - TIME_MAX), now.mono
+            self.last_error = printable(str(known["last_error"]))
 
 
-class Memory:
-    """What is known of recipients: whether the primary takes them, and until
-    when that holds.  Addresses in lower case; RFC 5321 2.4 leaves the case of a local part to
-    its host, but no host in use tells them apart."""
+def format_primary(primary: Union[str, Tuple[Endpoint, ...]]) -> str:
+    return primary if isinstance(primary, str) else ", ".join(map(str, primary))
+
+
+class RecipientCache:
+    """What is known of recipients: whether the primary takes them, and until when that holds.
+    Addresses in lower case; RFC 5321 2.4 leaves the case of a local part to its host, but no host in
+    use tells them apart."""
 
     def __init__(self) -> None:
         self.known: Dict[str, Tuple[bool, Time]] = {}       # address: (good, until)
         self.accept_all: Dict[str, Tuple[bool, Time]] = {}  # domain: (takes any local part, until)
+        self.good_until: Dict[str, Time] = {}   # domain: until when one of its recipients is known good
+        self.bad_row: Dict[str, int] = {}       # domain: refused in a row, none good between them
         self.is_dirty = False
 
     def learn(self, address: str, is_good: bool, now: Time) -> None:
-        self.known[address.lower()] = (is_good, now + (GOOD_S if is_good else BAD_S))
+        address = address.lower()
+        domain = address.rpartition("@")[2]
+        self._keep(address, is_good, now + (GOOD_S if is_good else BAD_S))
+        self.bad_row[domain] = 0 if is_good else self.bad_row.get(domain, 0) + 1
         self.is_dirty = True
         if len(self.known) > RECIPIENTS_MAX:
-            kept = sorted(self.known.items(), key=lambda item: item[1])[-RECIPIENTS_MAX * 9 // 10:]
-            self.known = dict(kept)
+            kept = sorted(self.known.items(), key=lambda item: item[1])[RECIPIENTS_MAX // 10:]
+            self.known = dict(kept)     # a tenth is forgotten at once: the bad and the oldest
 
-    def is_good(self, address: str, now: Time) -> bool:
-        """Whether this very recipient was taken before."""
-        is_good, until = self.known.get(address.lower(), (False, 0.0))
-        return is_good and until > now          # however far: who is known to be good is not refused lightly
-
-    def forget_bad(self, domain: str, since: Time) -> None:
-        """What a primary that was not itself said since then."""
-        end = "@" + domain
-        self.known = {address: one for address, one in self.known.items()
-                      if one[0] or not address.endswith(end) or one[1] - BAD_S < since}
-        self.is_dirty = True
-
-    def forget(self, domain: str) -> None:
-        """Another primary has other recipients."""
-        self.forget_bad(domain, 0.0)
-        self.accept_all.pop(domain, None)
+    def _keep(self, address: str, is_good: bool, until: Time) -> None:
+        self.known[address] = (is_good, until)
+        if is_good:
+            domain = address.rpartition("@")[2]
+            self.good_until[domain] = max(until, self.good_until.get(domain, 0.0))
 
     def learn_accept_all(self, domain: str, takes_all: bool, now: Time) -> None:
         self.accept_all[domain] = (takes_all, now + ACCEPT_ALL_S)
@@ -4229,48 +3647,70 @@ class Memory:
         if len(self.accept_all) > RECIPIENTS_MAX:       # all subdomains of a wildcard
             del self.accept_all[next(iter(self.accept_all))]
 
+    def forget_bad(self, domain: str, since: Time = 0.0) -> None:
+        """What a primary that was not itself said since then."""
+        self.known = {address: (is_good, until) for address, (is_good, until) in self.known.items()
+                      if is_good or not address.endswith("@" + domain) or until - BAD_S < since}
+        self.bad_row.pop(domain, None)
+        self.is_dirty = True
+
     def knows(self, address: str, now: Time) -> Optional[bool]:
         """Good, bad, or None when nothing is known."""
-        address = address.lower()
-        is_good, until = self.known.get(address, (False, 0.0))
-        if now < until <= now + (GOOD_S if is_good else BAD_S) + SLACK_S:       # else learnt by a clock that was wrong
-            return is_good
-        return True if self.takes_all(address.rpartition("@")[2], now) else None
+        is_good, until = self.known.get(address.lower(), (False, 0.0))
+        if now < until <= now + (GOOD_S if is_good else BAD_S) + SLACK_S:
+            return is_good              # else nothing, or learnt by a clock that was wrong
+        return self.takes_all(address.lower().rpartition("@")[2], now) or None
 
     def takes_all(self, domain: str, now: Time) -> Optional[bool]:
         takes_all, until = self.accept_all.get(domain, (False, 0.0))
         return takes_all if now < until <= now + ACCEPT_ALL_S + SLACK_S else None
 
+    def is_good(self, address: str, now: Time) -> bool:
+        """Whether this very recipient was taken before; however far that holds, because a recipient
+        known to be good is not refused lightly."""
+        is_good, until = self.known.get(address.lower(), (False, 0.0))
+        return is_good and until > now
+
+    def is_doubted(self, domain: str, now: Time) -> bool:
+        """Five refused in a row, and no good one known: perhaps it refuses everybody who is asked about."""
+        return self.bad_row.get(domain, 0) >= BAD_ROW and self.good_until.get(domain, 0.0) <= now
+
     def to_values(self, now: Time) -> Dict[str, Any]:
         self.is_dirty = False
-        return {"format": 1, "recipients": {address: list(one) for address, one in self.known.items() if one[1] > now},
-                "accept_all": {domain: list(one) for domain, one in self.accept_all.items() if one[1] > now}}
+
+        def fresh(known: Dict[str, Tuple[bool, Time]]) -> Dict[str, List[Any]]:
+            return {key: list(one) for key, one in known.items() if one[1] > now}
+        return {"format": 1, "recipients": fresh(self.known), "accept_all": fresh(self.accept_all)}
 
     def from_values(self, values: Mapping[str, Any]) -> None:
         """What does not make sense is forgotten."""
-        for name, known in (("recipients", self.known), ("accept_all", self.accept_all)):
-            found = values.get(name)
+        def sound(found: Any) -> Iterator[Tuple[str, bool, Time]]:
             for key, one in found.items() if isinstance(found, dict) else ():
-                if (isinstance(one, list) and len(one) == 2 and isinstance(one[0], bool) and isinstance(one[1], (int, float))
-                        and 0 <= one[1] < TIME_MAX):
-                    known[key] = (one[0], float(one[1]))
+                if (isinstance(one, list) and len(one) == 2 and isinstance(one[0], bool)
+                        and type(one[1]) in (int, float) and 0 <= one[1] < TIME_MAX):
+                    yield key, one[0], float(one[1])
+        for address, is_good, until in sound(values.get("recipients")):
+            self._keep(address, is_good, until)
+        for domain, takes_all, until in sound(values.get("accept_all")):
+            self.accept_all[domain] = takes_all, until
 
 
-class Persistence:
-    """while_up = defer: who comes back is no spammer.  Counts the tries of a client network, sender and recipient."""
+class Greylist:
+    """while_up = defer: who comes back is no spammer.  The third try of a client network, sender and
+    recipient is taken."""
 
     def __init__(self) -> None:
-        self.tries: Dict[Tuple[str, str, str], Tuple[Time, int]] = {}       # (first try, number)
+        self.tries: Dict[Tuple[str, str, str], Tuple[float, int]] = {}      # (monotonic first try, number)
 
-    def is_taken(self, address: str, sender: str, recipient: str, now: Time) -> bool:
+    def is_taken(self, address: str, sender: str, recipient: str, now: Now) -> bool:
         key = (greylist_network(address), sender.lower(), recipient.lower())
-        first, count = self.tries.pop(key, (now, 0))
-        if now - first > 86400.0:
-            first, count = now, 0
+        first, count = self.tries.pop(key, (now.mono, 0))
+        if now.mono - first > GREYLIST_S:
+            first, count = now.mono, 0
         self.tries[key] = (first, count + 1)        # at the end: the oldest are first
-        if len(self.tries) > PERSISTENCE_MAX:
+        if len(self.tries) > GREYLIST_MAX:
             del self.tries[next(iter(self.tries))]
-        return count + 1 >= PERSISTENCE_TRIES and now - first >= PERSISTENCE_S
+        return count + 1 >= GREYLIST_TRIES and now.mono - first >= GREYLIST_WAIT_S
 
 
 class Rate:
@@ -4287,244 +3727,197 @@ class Rate:
         return self.counts[network] > most
 
 
-class Scheduler:
-    """All sites.  Names match whole, or on a dot boundary for `@name`."""
+class Destinations:
+    """All of them.  Names match whole, or on a dot boundary for `@name`."""
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
-        self.sites: Dict[str, Site] = {}
-        self.shared: Dict[str, List[Site]] = {}         # messages that wait at more than one site
-        self.extra = self.extra_octets = 0              # what the sites count twice of these
-        self.homes: Dict[str, str] = {}     # primary = etrn, by section: where the last authenticated ETRN came from
+        self.all: Dict[str, Destination] = {}
+        self.homes: Dict[str, str] = {}     # primary = etrn, by section: address of the last ETRN
 
-    def site(self, name: str, now: Now) -> Site:
-        site = self.sites.get(name)
-        if site is None:
-            site = self.sites[name] = Site(name, self.config_of(name), now)
-            self._set_home(site)
-        return site
+    def get(self, name: str, now: Now) -> Destination:
+        found = self.all.get(name)
+        if found is None:
+            found = self.all[name] = Destination(name, self.config_of(name), now)
+            self._set_home(found)
+        return found
 
-    def _set_home(self, site: Site) -> None:
-        site.home = self.homes.get(site.cfg.name, "") if site.cfg.primary == "etrn" else ""
+    def _set_home(self, one: Destination) -> None:
+        one.home = self.homes.get(one.cfg.name, "") if one.cfg.primary == "etrn" else ""
 
     def config_of(self, name: str) -> DomainConfig:
         if not name.startswith((NOTICES, ALERTS)):
             return self.cfg.domain(name) or self.cfg.defaults
         route = self.cfg.bounces_route if name.startswith(NOTICES) else self.cfg.alerts_mail_route
         return dataclasses.replace(
-            self.cfg.defaults, name=name, primary=(route,) if isinstance(route, Endpoint) else route, recovery_grace=0.0,
-            lifetime=max(self.cfg.defaults.lifetime, NOTICE_LIFETIME_S), connections=NOTICE_CONNECTIONS,
-            probe_interval=NOTICE_PROBE_S, etrn="none", is_notices=True)
+            self.cfg.defaults, name=name, primary=(route,) if isinstance(route, Endpoint) else route,
+            lifetime=max(self.cfg.defaults.lifetime, NOTICE_LIFETIME_S), recovery_grace=0.0, etrn="none",
+            connections=NOTICE_CONNECTIONS, probe_interval=NOTICE_PROBE_S, is_notices=True)
 
-    def is_served(self, name: str) -> bool:
-        return self.cfg.domain(name) is not None
+    def name_for(self, kind: str, domain: str) -> str:
+        """The destination of a message.  Our own mail to domains not served goes by [bounces] route or
+        [alerts] mail_route; alerts to a domain of ours go by that route, too, where it is a smarthost."""
+        goes_by_route = kind == "alert" and isinstance(self.cfg.alerts_mail_route, Endpoint)
+        if kind == "mail" or (self.cfg.domain(domain) is not None and not goes_by_route):
+            return domain
+        return (NOTICES if kind == "notice" else ALERTS) + domain
 
     def meant(self, what: str) -> List[DomainConfig]:
-        """The sections that `example.org` or `@example.org` is about; the defaults' when it is none of ours."""
-        if what[:1] != "@":
-            return [self.config_of(what)]
-        return [cfg for name, cfg in self.cfg.domains.items() if is_below(name.lstrip("."), what[1:])] or [
-            self.config_of(what[1:])]
-
-    def move(self, cfg: DomainConfig, address: str, now: Now) -> List[Site]:
-        """primary = etrn: an authenticated ETRN says where a section's primary
-        is now.  Returns the sites it had been elsewhere for."""
-        self.homes[cfg.name] = address
-        moved = [site for site in self.sites.values() if site.cfg.name == cfg.name and site.home != address]
-        for site in moved:
-            site.home, site.last_error = address, ""
-            site.on_moved(now)
-        return moved
-
-    def collected_by(self, username: str, domains: Sequence[str], now: Now) -> List[Site]:
-        """What ATRN is for: these domains, or all that are the customer's."""
-        names = domains or [name for name in [*self.cfg.domains, *self.sites]
-                            if not name.startswith((".", NOTICES, ALERTS)) and self.cfg.is_owned(name, username)]
-        return [self.site(name, now) for name in dict.fromkeys(names)]
-
-    def site_of(self, kind: str, domain: str) -> str:
-        """The site that delivers a recipient.  Our own mail to domains not
-        served goes by [bounces] route or [alerts] mail_route: to a smarthost, or each domain on its own."""
-        if kind == "mail" or (kind == "notice" and self.is_served(domain)):
-            return domain
-        route, prefix = (self.cfg.bounces_route, NOTICES) if kind == "notice" else (self.cfg.alerts_mail_route, ALERTS)
-        if isinstance(route, Endpoint):
-            return prefix
-        return domain if self.is_served(domain) else prefix + domain
-
-    def is_misplaced(self, site: Site) -> bool:
-        """Whether a site has mail of our own that site_of() would give to another, since a smarthost came or went."""
-        route = self.cfg.bounces_route if site.name.startswith(NOTICES) else self.cfg.alerts_mail_route
-        return site.cfg.is_notices and (site.name in (NOTICES, ALERTS)) != isinstance(route, Endpoint)
-
-    def reconfigure(self, cfg: Config, now: Now) -> List[Site]:
-        """SIGHUP.  A longer or shorter lifetime holds for queued mail too.  Returns the sites that have another primary now."""
-        self.cfg = cfg
-        changed = []
-        for site in self.sites.values():
-            primary, site.cfg = site.cfg.primary, self.config_of(site.name)
-            self._set_home(site)
-            if site.cfg.primary != primary:
-                site.on_replaced(now)
-                changed.append(site)
-            if site.waits_for and site.state is Primary.DOWN:
-                site.state, site.since = Primary.UNKNOWN, now.wall
-            site.limit = min(site.limit, site.cfg.connections)
-            site.next_probe = min(site.next_probe, now.mono + site.cfg.probe_interval)
-            site.aging.clear()
-            site.overdue.clear()
-            site.delays.clear()
-            for entry in site.entries.values():
-                entry.expires = entry.received + site.cfg.lifetime
-                site.aging.append((entry.expires, entry.id))
-                if site.cfg.delay_notice and not site.cfg.is_notices:
-                    site.delays.append((entry.received + site.cfg.delay_notice, entry.id))
-            heapq.heapify(site.aging)
-            heapq.heapify(site.delays)
-        return changed
-
-    def matching(self, what: str) -> List[Site]:
-        """Sites that `example.org`, `@example.org` or `all` means."""
-        if what == "all":
-            return list(self.sites.values())
-        if what[:1] == "@":
-            return [site for name, site in self.sites.items() if is_below(name, what[1:])]
-        return [self.sites[name] for name in (what, NOTICES + what, ALERTS + what) if name in self.sites]
+        """The sections that `example.org` or `@example.org` is about; the defaults when it is none of
+        ours."""
+        below = [cfg for name, cfg in self.cfg.domains.items()
+                 if what[:1] == "@" and is_below(name.lstrip("."), what[1:])]
+        return below or [self.config_of(what.lstrip("@"))]
 
     def serves(self, what: str) -> bool:
         """Whether ETRN or a command may name it: served, or for `@name` anything below it served."""
-        if what[:1] != "@":
-            return self.is_served(what)
-        return self.is_served(what[1:]) or any(is_below(name.lstrip("."), what[1:]) for name in self.cfg.domains)
+        return any(cfg is not self.cfg.defaults for cfg in self.meant(what))
 
-    def holding(self, id: str) -> List[Site]:
-        return [site for site in self.sites.values() if id in site.entries]
+    def matching(self, what: str) -> List[Destination]:
+        """Those that `example.org`, `@example.org`, `all` or a queue ID means."""
+        if what == "all":
+            return list(self.all.values())
+        if what[:1] == "@":
+            return [one for name, one in self.all.items() if is_below(name, what[1:])]
+        return [self.all[name] for name in (what, NOTICES + what, ALERTS + what) if name in self.all] or [
+            one for one in self.all.values() if what in one.entries]
 
-    def share(self, id: str, sites: List[Site]) -> None:
-        """A message waits at these sites, all that it waits at; what that changes in the sums."""
-        more = len(sites) - (len(self.shared.get(id, ())) or 1)
-        self.shared[id] = sites
-        self.extra += more
-        self.extra_octets += more * sites[0].entries[id].size
+    def collected_by(self, username: str, domains: Sequence[str], now: Now) -> List[Destination]:
+        """What ATRN is for: these domains, or all that are the customer's."""
+        known = [name for name in [*self.cfg.domains, *self.all]
+                 if self.cfg.is_owned(name, username) and not name.startswith((".", NOTICES, ALERTS))]
+        return [self.get(name, now) for name in dict.fromkeys(domains or known)]
 
-    def drop(self, site: Site, id: str) -> None:
-        """A site is done with a message."""
-        sites = self.shared.get(id)
-        if sites is not None:
-            sites.remove(site)
-            self.extra -= 1
-            self.extra_octets -= site.entries[id].size
-            if len(sites) < 2:
-                del self.shared[id]
-        site.drop(id)
+    def move(self, cfg: DomainConfig, address: str, now: Now) -> List[Destination]:
+        """primary = etrn: an authenticated ETRN says where a section's primary is now.  Returns those
+        it moves."""
+        self.homes[cfg.name] = address
+        moved = [one for one in self.all.values() if one.cfg.name == cfg.name and one.home != address]
+        for one in moved:
+            one.home, one.last_error = address, ""
+            one.on_left(now)
+            one.trigger(now)
+        return moved
 
-    def messages(self) -> Tuple[int, int, int]:
-        """Messages, octets and held ones, a message to two domains counted
-        once.  Sums that are kept: the loop may ask with a hundred thousand waiting."""
-        count = sum(len(site.entries) for site in self.sites.values()) - self.extra
-        octets = sum(site.octets for site in self.sites.values()) - self.extra_octets
-        held = sum(site.count[State.HOLD] for site in self.sites.values())
-        if held:                        # then one may be held at both its sites
-            held -= sum(max(0, sum(site.entries[id].state is State.HOLD for site in sites) - 1)
-                        for id, sites in self.shared.items())
-        return count, octets, held
+    def reconfigure(self, cfg: Config, now: Now) -> List[Destination]:
+        """SIGHUP.  A longer or shorter lifetime holds for queued mail, too.  Returns those with another
+        primary now."""
+        self.cfg = cfg
+        changed = []
+        for one in self.all.values():
+            old, one.cfg = one.cfg.primary, self.config_of(one.name)
+            self._set_home(one)
+            if one.cfg.primary != old or (one.waits_for and one.state is Primary.DOWN):
+                one.on_left(now)
+                one.heard = -INF
+                one.trigger(now)
+                changed.append(one)
+            one.limit = min(one.limit, one.cfg.connections)
+            one.next_try = min(one.next_try, now.mono + one.cfg.probe_interval)
+            for entry in one.entries.values():
+                one.set_deadline(entry, now)
+        return changed
 
-
-# == 9. DNS ====================================================================
-# Packets built and parsed (pure), then one short resolver that sends them.
-# It runs in delivery threads.  RFC 1035, RFC 5452 (answers nobody forged),
-# RFC 6891 (EDNS), RFC 7505 (null MX).
+    def sums(self) -> Tuple[int, int, int]:
+        """Messages, octets and held ones."""
+        every = self.all.values()
+        return (sum(len(one.entries) for one in every), sum(one.octets for one in every),
+                sum(one.count[State.HELD] for one in every))
+# == 10. DNS ===================================================================
+# Packets built and parsed (pure), then a short resolver that sends them and
+# waits, so it runs in threads.  Uses 2 LIMITS, 3 GRAMMAR, and Endpoint of 4.
+# RFC 1035, RFC 5452.  No EDNS: some servers drop such questions, and an answer
+# that is too long for 512 octets comes over TCP.
 
 A, CNAME, PTR, MX, AAAA = 1, 5, 12, 15, 28
-NOERROR, FORMERR, NXDOMAIN, NOTIMP = 0, 1, 3, 4
+NXDOMAIN = 3
+RESOLV_CONF = "/etc/resolv.conf"        # alone means the system's resolver, with /etc/hosts
 
 
 class DnsError(Exception):
     """No usable answer.  For the primary's mail this is always temporary."""
 
+    def __init__(self, text: str, is_absent: bool = False) -> None:
+        super().__init__(text)
+        self.is_absent = is_absent      # a server says that there is no such name
+
 
 class Answer(NamedTuple):
-    rcode: int
-    truncated: bool
+    is_truncated: bool
     records: List[Any]          # A, AAAA: address; MX: (preference, host); PTR: host
+    name: str                   # their owner: the name asked for, or the last alias in the packet
 
 
-def format_query(id: int, name: str, kind: int, edns: bool = True) -> bytes:
-    out = struct.pack("!HHHHHH", id, 0x0100, 1, 0, 0, 1 if edns else 0)     # recursion desired
-    for label in name.split("."):
-        out += bytes([len(label)]) + label.encode("ascii")
-    out += b"\0" + struct.pack("!HH", kind, 1)
-    return out + (b"\0" + struct.pack("!HHIH", 41, DNS_UDP_MAX, 0, 0) if edns else b"")
+def format_query(id: int, name: str, kind: int) -> bytes:
+    """Raises DnsError: an alias may hold anything."""
+    labels = name.split(".")
+    if not name.isascii() or len(name) > DOMAIN_MAX or not all(0 < len(one) < 64 for one in labels):
+        raise DnsError("not a name: %s" % printable(name, 100))
+    question = b"".join(bytes([len(one)]) + one.encode("ascii") for one in labels)
+    return struct.pack("!HHHHHH", id, 0x0100, 1, 0, 0, 0) + question + struct.pack("!BHH", 0, kind, 1)
+
+
+def _octets(packet: bytes, at: int, size: int) -> bytes:
+    if at + size > len(packet):
+        raise DnsError("a record runs out of the packet")
+    return packet[at:at + size]
 
 
 def parse_name(packet: bytes, at: int) -> Tuple[str, int]:
     """The name at an offset and the offset behind it.  Pointers must lead
     backwards, so that no packet makes a loop.  Raises DnsError."""
     labels: List[str] = []
-    behind, lowest, length = -1, at, 0
+    behind, lowest, length = 0, at, 0
     while True:
-        if at >= len(packet):
-            raise DnsError("name runs out of the packet")
-        size = packet[at]
+        size = _octets(packet, at, 1)[0]
         if size >= 0xc0:
-            if at + 1 >= len(packet):
-                raise DnsError("pointer runs out of the packet")
-            target = (size & 0x3f) << 8 | packet[at + 1]
-            if behind < 0:
-                behind = at + 2
+            target = struct.unpack("!H", _octets(packet, at, 2))[0] & 0x3fff
             if target >= lowest:
-                raise DnsError("pointer that does not lead backwards")
-            at = lowest = target
+                raise DnsError("a pointer does not lead backwards")
+            behind, at, lowest = behind or at + 2, target, target
             continue
-        if size > 63:
-            raise DnsError("label of an unknown kind")
-        label = packet[at + 1:at + 1 + size]
-        if len(label) < size:
-            raise DnsError("label runs out of the packet")
-        at += 1 + size
-        if not size:
-            return ".".join(labels), behind if behind >= 0 else at
         length += size + 1
-        if length > 255:
-            raise DnsError("name too long")
-        labels.append(label.decode("latin-1").lower())
+        if size > 63 or length > 256:
+            raise DnsError("a name is too long or of an unknown kind")
+        label = _octets(packet, at + 1, size)
+        at += size + 1
+        if not size:
+            return ".".join(labels), behind or at
+        labels.append(label.decode("ascii", "backslashreplace").lower())
 
 
 def parse_answer(packet: bytes, id: int, name: str, kind: int) -> Optional[Answer]:
-    """None when the packet answers another question (it is ignored, RFC 5452
-    9.1).  CNAMEs are followed within the packet.  Raises DnsError."""
-    if len(packet) < 12:
+    """None when it bears another ID, because anybody may have sent it (RFC 5452
+    9.1).  Aliases are followed within the packet.  Raises DnsError: no such
+    name, or the server's own answer is of no use."""
+    if packet[:2] != struct.pack("!H", id):
         return None
-    got, flags, questions, answers = struct.unpack("!HHHH", packet[:8])
-    if got != id or not flags & 0x8000 or questions != 1:
-        return None
+    flags, questions, answers = struct.unpack("!HHH", _octets(packet, 2, 10)[:6])
+    rcode = flags & 15
+    if flags & 0x8000 and rcode and not questions:      # a bare header: whatever it says, it names nobody
+        raise DnsError("error code %d" % rcode)
     asked, at = parse_name(packet, 12)
-    if asked != name.lower() or packet[at:at + 4] != struct.pack("!HH", kind, 1):
-        return None
-    rcode, truncated = flags & 15, bool(flags & 0x0200)
-    if truncated:
-        return Answer(rcode, True, [])
+    question = struct.pack("!HH", kind, 1)
+    if not flags & 0x8000 or questions != 1 or asked != name.lower() or packet[at:at + 4] != question:
+        raise DnsError("answer to another question")
+    if flags & 0x0200:
+        return Answer(True, [], asked)
+    if rcode:
+        raise DnsError("no such name: %s" % name if rcode == NXDOMAIN else "error code %d" % rcode,
+                       is_absent=rcode == NXDOMAIN)
     at += 4
-    found: Dict[str, List[Any]] = {}
-    aliases: Dict[str, str] = {}
+    found: Dict[Tuple[str, int], List[Any]] = {}
     for _ in range(min(answers, DNS_RECORDS_MAX)):
         owner, at = parse_name(packet, at)
-        if at + 10 > len(packet):
-            raise DnsError("record runs out of the packet")
-        its_kind, its_class, _, size = struct.unpack("!HHIH", packet[at:at + 10])
-        at += 10
-        if at + size > len(packet):
-            raise DnsError("record data runs out of the packet")
-        if its_class == 1 and its_kind == CNAME:
-            aliases[owner] = parse_name(packet, at)[0]
-        elif its_class == 1 and its_kind == kind:
-            found.setdefault(owner, []).append(_parse_data(packet, at, size, kind))
-        at += size
-    for _ in range(DNS_CNAMES_MAX):
-        if asked in found or asked not in aliases:
-            break
-        asked = aliases[asked]
-    return Answer(rcode, False, found.get(asked, []))
+        its_kind, its_class, _, size = struct.unpack("!HHIH", _octets(packet, at, 10))
+        at += 10 + len(_octets(packet, at + 10, size))
+        if its_class == 1 and its_kind in (kind, CNAME):
+            found.setdefault((owner, its_kind), []).append(_parse_data(packet, at - size, size, its_kind))
+    for _ in range(DNS_CNAMES_MAX + 1):
+        if (asked, kind) in found or (asked, CNAME) not in found:
+            return Answer(False, found.get((asked, kind), []), asked)
+        asked = found[asked, CNAME][0]
+    raise DnsError("its aliases have no end")
 
 
 def _parse_data(packet: bytes, at: int, size: int, kind: int) -> Any:
@@ -4537,380 +3930,335 @@ def _parse_data(packet: bytes, at: int, size: int, kind: int) -> Any:
     return parse_name(packet, at)[0]
 
 
+def socket_address(host: str, port: int) -> Tuple[int, Any]:
+    """The family of an IP address, and what connect() and bind() take, with the
+    number of its zone (`fe80::1%eth0`).  Raises OSError, also for an unknown zone."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    return found[0][0], found[0][4]
+
+
 def read_resolv_conf(path: str) -> Tuple[Endpoint, ...]:
     """The nameservers of a resolv.conf; none is this host, as resolv.conf(5) says."""
-    out = []
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                words = line.split()
-                if len(words) > 1 and words[0] == "nameserver":
-                    out.append(Endpoint(words[1], 53))
-    except OSError:
-        pass
-    return tuple(out[:3]) or (Endpoint("127.0.0.1", 53),)
+    lines: List[List[str]] = []
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+        lines += map(str.split, file)
+    found = [Endpoint(words[1], 53) for words in lines
+             if words[:1] == ["nameserver"] and is_address("".join(words[1:2]))]
+    return tuple(found[:3]) or (Endpoint("127.0.0.1", 53),)
 
 
 class Resolver:
     """Asks the nameservers in turn, two rounds; keeps nothing."""
 
-    def __init__(self, nameservers: Union[str, Tuple[Endpoint, ...]]) -> None:
-        self.nameservers = nameservers
+    def __init__(self, nameservers: Union[str, Sequence[Endpoint]]) -> None:
+        self.nameservers = nameservers          # or the path of a file like resolv.conf
 
     def query(self, name: str, kind: int, seconds: Optional[float] = None) -> List[Any]:
         """Records, or an empty list when the name has none of that kind.
         Raises DnsError: no such name, or nobody answers."""
-        servers = read_resolv_conf(self.nameservers) if isinstance(self.nameservers, str) else self.nameservers
-        end = time.monotonic() + (seconds or DNS_TOTAL_S)
-        problem = "no answer"
-        for server in servers * 2:
-            left = end - time.monotonic()
-            if left <= 0:
-                break
-            try:
-                answer = self._ask(server, name, kind, min(DNS_TRY_S, left))
-            except (OSError, DnsError, struct.error) as error:
-                problem = "%s: %s" % (server, error)
-                continue
-            if answer.rcode == NXDOMAIN:
-                raise DnsError("no such name: %s" % name)
-            if answer.rcode == NOERROR:
+        end, asked = time.monotonic() + (seconds or DNS_TOTAL_S), name.lower()
+        for _ in range(DNS_CNAMES_MAX):
+            answer = self._ask(asked, kind, end)
+            if answer.records or answer.name == asked:
                 return answer.records
-            problem = "%s: error code %d" % (server, answer.rcode)
+            asked = answer.name         # an alias alone: ask again, RFC 1034 5.2.2
+        raise DnsError("DNS lookup of %s failed: its aliases have no end" % name)
+
+    def _ask(self, name: str, kind: int, end: float) -> Answer:
+        """The first usable answer.  A server that fails is not waited for."""
+        named, problem = self.nameservers, "no answer"
+        servers = read_resolv_conf(named) if isinstance(named, str) else named
+        for server in [*servers, *servers]:
+            if time.monotonic() >= end:
+                break
+            for is_stream in (False, True):
+                try:
+                    answer = _exchange(server, name, kind, end, is_stream)
+                    if not answer.is_truncated:
+                        return answer
+                    problem = "%s: a truncated answer" % (server,)
+                except (OSError, DnsError) as error:
+                    if getattr(error, "is_absent", False):
+                        raise
+                    problem = "%s: %s" % (server, error)
+                    break
         raise DnsError("DNS lookup of %s failed: %s" % (name, problem))
 
-    def _ask(self, server: Endpoint, name: str, kind: int, seconds: float) -> Answer:
-        answer = self._ask_udp(server, name, kind, seconds, True)
-        if answer.rcode in (FORMERR, NOTIMP):
-            answer = self._ask_udp(server, name, kind, seconds, False)      # an old forwarder that knows no EDNS
-        return self._ask_tcp(server, name, kind, seconds) if answer.truncated else answer
-
-    @staticmethod
-    def _ask_udp(server: Endpoint, name: str, kind: int, seconds: float, edns: bool) -> Answer:
-        """A fresh socket and so a fresh port for each question, RFC 5452 9.2."""
-        id = secrets.randbits(16)
-        end = time.monotonic() + seconds
-        with socket.socket(socket.AF_INET6 if ":" in server.host else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.connect((server.host, server.port))
-            sock.send(format_query(id, name, kind, edns))
-            while True:
-                sock.settimeout(max(0.001, end - time.monotonic()))
-                answer = parse_answer(sock.recv(65535), id, name, kind)
-                if answer is not None:
-                    return answer
-                if time.monotonic() >= end:
-                    raise DnsError("only answers to other questions")
-
-    @staticmethod
-    def _ask_tcp(server: Endpoint, name: str, kind: int, seconds: float) -> Answer:
-        id = secrets.randbits(16)
-        end = time.monotonic() + seconds
-        with socket.create_connection((server.host, server.port), seconds) as sock:
-            query = format_query(id, name, kind)
-            sock.sendall(struct.pack("!H", len(query)) + query)
-            data = b""
-            while len(data) < 2 or len(data) < 2 + struct.unpack("!H", data[:2])[0]:
-                sock.settimeout(max(0.001, end - time.monotonic()))
-                block = sock.recv(65535)
-                if not block or time.monotonic() >= end:
-                    raise DnsError("answer breaks off")
-                data += block
-        answer = parse_answer(data[2:], id, name, kind)
-        if answer is None or answer.truncated:
-            raise DnsError("answer to another question")
-        return answer
-
     def addresses(self, host: str) -> List[str]:
-        """At least one, IPv4 first: a host with broken IPv6 is common, one with broken IPv4 is not.
-        The system resolver is asked, with /etc/hosts, unless nameservers are configured."""
+        """At least one, IPv4 first: hosts with broken IPv6 are common.  Raises DnsError."""
+        if is_address(host):
+            address, percent, zone = host.partition("%")
+            return [str(ipaddress.ip_address(address)) + percent + zone]
         try:
-            return [str(ipaddress.ip_address(host))]
-        except ValueError:
-            pass
-        try:
-            host.encode("ascii")
             host = parse_domain(host)
         except ValueError:              # an MX record may hold any octets
             raise DnsError("not a host name: %s" % printable(host, 100)) from None
-        if isinstance(self.nameservers, str):
-            try:
-                found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-            except (OSError, UnicodeError) as error:
-                raise DnsError("lookup of %s failed: %s" % (host, error)) from None
-            out = [str(entry[4][0]) for entry in found]
-        else:
-            out = self._both_kinds(host)
-        if not out:
-            raise DnsError("no address is known for %s" % host)
-        return list(dict.fromkeys(sorted(out, key=lambda address: ":" in address)))
-
-    def name_of(self, address: str) -> str:
-        """The name of a client, when it leads back to the address; else empty.  Raises DnsError when nobody knows now."""
-        pointer = ipaddress.ip_address(address.partition("%")[0]).reverse_pointer
-        try:
-            for name in self.query(pointer, PTR, DNS_TRY_S)[:3]:
-                if address in self.query(parse_domain(name), AAAA if ":" in address else A, DNS_TRY_S):
-                    return str(parse_domain(name))
-        except ValueError:
-            pass                        # no name of a host
-        except DnsError as error:
-            if "no such name" not in str(error):
-                raise
-        return ""
-
-    def _both_kinds(self, host: str) -> List[str]:
-        """A and AAAA.  A server that knows the one and fails at the other is a
-        common fault; it is not waited for."""
         out: List[str] = []
-        problem: Optional[DnsError] = None
-        for kind in (A, AAAA):
+        problem = DnsError("no address is known for %s" % host)
+        if self.nameservers == RESOLV_CONF:
             try:
+                out += [socket.getnameinfo(entry[4], socket.NI_NUMERICHOST)[0]      # with its zone
+                        for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+            except (OSError, UnicodeError) as error:
+                problem = DnsError("lookup of %s failed: %s" % (host, error))
+        for kind in () if self.nameservers == RESOLV_CONF else (A, AAAA):
+            try:                # many a server knows the one and never answers for the other
                 out += self.query(host, kind, DNS_TRY_S if out else None)
             except DnsError as error:
                 problem = error
-        if problem and not out:
+        if not out:
             raise problem
-        return out
+        return sorted(dict.fromkeys(out), key=lambda address: ":" in address)
+
+    def name_of(self, address: str) -> str:
+        """The name of a client where it leads back to the address, else empty.
+        Raises DnsError when that cannot be known now."""
+        bare = ipaddress.ip_address(address.partition("%")[0])
+        try:
+            for name in self.query(bare.reverse_pointer, PTR, DNS_TRY_S)[:3]:
+                host = parse_domain(name)
+                if str(bare) in self.query(host, A if bare.version == 4 else AAAA, DNS_TRY_S):
+                    return host
+        except ValueError:
+            pass                        # not the name of a host
+        except DnsError as error:
+            if not error.is_absent:
+                raise
+        return ""
 
 
-# == 10. DSN ===================================================================
-# Outcomes in, the bytes of a delivery status notification out: RFC 3461 to
-# 3464 and 3834.  Pure.  Foreign text passes printable() and is cut, so that no
-# reply of a strange server puts a header or a boundary into our mail.
+def _exchange(server: Endpoint, name: str, kind: int, end: float, is_stream: bool) -> Answer:
+    """One question from a fresh socket, and so from a fresh port (RFC 5452 9.2).
+    In TCP each message stands behind its length, RFC 1035 4.2.2."""
+    end = min(end, time.monotonic() + DNS_TRY_S)
+    id, data = secrets.randbits(16), b""
+    query = format_query(id, name, kind)
+    family, address = socket_address(*server)
+    with socket.socket(family, socket.SOCK_STREAM if is_stream else socket.SOCK_DGRAM) as sock:
+        sock.settimeout(max(0.001, end - time.monotonic()))
+        sock.connect(address)
+        sock.sendall(struct.pack("!H", len(query)) + query if is_stream else query)
+        while time.monotonic() < end:
+            sock.settimeout(max(0.001, end - time.monotonic()))
+            block = sock.recv(65535)
+            data = data + block if is_stream else struct.pack("!H", len(block)) + block
+            if len(data) >= 2 and len(data) >= 2 + struct.unpack("!H", data[:2])[0]:
+                answer = parse_answer(data[2:], id, name, kind)
+                if answer is not None:
+                    return answer
+            if not block:
+                break
+    raise DnsError("no whole answer came")
+# == 11. DSN ===================================================================
+# Verdicts in, the octets of a delivery status notification out: RFC 3461 to
+# 3464, 3834, 6533.  Pure; uses 2 LIMITS, 3 GRAMMAR, and Verdict of 9.  Foreign
+# text is escaped and cut: no strange server puts a header or a part into it.
 
-class Report(NamedTuple):
-    """What a notice says of one recipient."""
-    address: str
-    action: str                 # failed, delayed or relayed
-    status: str                 # RFC 3463
-    response: str               # the last answer, or our own words
-    remote: str                 # host that gave it, or empty
-    orcpt: str
-    attempts: int
-    last_attempt: Optional[Time]
+Told = List[Tuple[Verdict, Mapping[str, Any]]]      # each with its recipient in the sidecar
 
-
-def utf8_xtext(address: str) -> str:
-    """`rfc822; a@b`, or the ASCII form of an internationalized address, RFC 6533 3."""
-    if address.isascii():
-        return "rfc822; " + printable(address)
-    return "utf-8; " + _utf8_escaped(address)
-
-
-def _utf8_escaped(text: str) -> str:
-    return "".join(c if c.isascii() else "\\x{%X}" % ord(c) for c in printable(text))
-
-
-def _ascii(text: str, longest: int = RESPONSE_MAX) -> str:
-    return printable(text, longest).encode("ascii", "backslashreplace").decode("ascii")
-
-
-_SUBJECTS = {"failed": "Undelivered Mail Returned to Sender", "delayed": "Delayed Mail (still being retried)",
-             "relayed": "Mail relayed"}
-
-
-def format_notice(hostname: str, target: str, sidecar: Mapping[str, Any], reports: Sequence[Report], original: bytes,
-                  full: bool, now: Time, boundary: str, message_id: str) -> bytes:
-    """The message to `target`; `original` is the header of what could not be delivered, or all of it when `full`."""
-    boundary = "%s/%s" % (boundary, hostname)
-    text = "\r\n".join(_explain(hostname, sidecar, reports, now))
-    status = "\r\n".join(_status_part(hostname, sidecar, reports) + [""])
-    is_global = any(not report.address.isascii() or report.orcpt[:6].lower() == "utf-8;" for report in reports)
-    returned = original if full else _fold_octets(original)
-    kind = {(True, True): "message/global", (True, False): "message/rfc822",       # RFC 6533 5
-            (False, True): "message/global-headers", (False, False): "text/rfc822-headers"}[full, bool(sidecar["smtputf8"])]
-    parts = [("Notification", "text/plain; charset=%s" % ("us-ascii" if text.isascii() else "utf-8"), text.encode("utf-8")),
-             ("Delivery report", "message/global-delivery-status" if is_global else "message/delivery-status",
-              status.encode("ascii")),
-             ("Undelivered Message" if full else "Undelivered Message Headers", kind, returned)]
-    head = ["From: Mail Delivery System <MAILER-DAEMON@%s>" % hostname, "To: <%s>" % target,
-            "Subject: %s" % _SUBJECTS[reports[0].action], "Date: %s" % email.utils.formatdate(now, localtime=True),
-            "Message-ID: <%s@%s>" % (message_id, hostname), *_references(original),
-            "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
-            'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary]
-    head += ["Content-Transfer-Encoding: 8bit"] * any(_is_8bit(data) for _, _, data in parts)
-    out = [line.encode("utf-8") for line in head + ["", "This is a MIME-encapsulated message.", ""]]
-    for description, kind, data in parts:
-        fields = ["--" + boundary, "Content-Description: " + description, "Content-Type: " + kind]
-        fields += ["Content-Transfer-Encoding: 8bit"] * _is_8bit(data)
-        out += [line.encode("ascii") for line in fields] + [b"", data]
-    return b"\r\n".join(out) + ("\r\n--%s--\r\n" % boundary).encode("ascii")
+_TEXTS = {      # action: (subject, how the text begins)
+    "failed": ("Undelivered Mail Returned to Sender", "Your message of %s could not be delivered to:"),
+    "delayed": ("Delayed Mail (still being retried)",
+                "Your message of %s has not been delivered yet to the addresses below.  You need not "
+                "send it again: it is kept here and will be delivered as soon as possible to:"),
+    "relayed": ("Mail relayed",
+                "Your message of %s was handed on to a mail server that sends no confirmations:")}
+_NO_SENDER = "For the postmaster: a message of %s, which has no sender to be told, could not be delivered to:"
 
 
-def _is_8bit(data: bytes) -> bool:
-    return not data.isascii()
+def format_notice(hostname: str, target: str, sidecar: Mapping[str, Any], action: str,
+                  verdicts: Sequence[Verdict], original: bytes, full: bool, now: Time,
+                  boundary: str, message_id: str) -> bytes:
+    """The message to `target`.  `action` is failed, delayed or relayed.
+    `original` is the header of the message it tells of, or all of that when `full`."""
+    boundary = ("%s/%s" % (boundary, hostname))[:70]                # RFC 2046 5.1.1
+    people = {one["address"]: one for one in sidecar["recipients"]}
+    told = []
+    for one in verdicts:        # RFC 3464 2.3.4: a delayed one has not failed, also where a 5xx was kept
+        status = one.status or "5.0.0"
+        status = {"failed": status, "delayed": "4" + status[1:], "relayed": "2.0.0"}[action]
+        told.append((one._replace(status=status), people[one.address]))
+    text = _explain(hostname, sidecar, action, told, now)
+    # RFC 6533's types only where they are needed, because many programs read the old ones alone
+    is_global = any(not (one.address + person["orcpt"]).isascii() for one, person in told)
+    has_global = sidecar["smtputf8"] and not original.partition(b"\r\n\r\n")[0].isascii()
+    returned = {(True, True): "message/global", (True, False): "message/rfc822",
+                (False, True): "message/global-headers", (False, False): "text/rfc822-headers"}
+    if not full:                # lines that fit into mail, RFC 5322 2.1.1
+        original = re.sub(rb"[^\r\n]{%d}(?=[^\r\n])" % LINE_MAX, b"\\g<0>\r\n ", original)
+    parts = [
+        ("Notification", "text/plain; charset=" + ("us-ascii" if text.isascii() else "utf-8"), text),
+        ("Delivery report", "message/global-delivery-status" if is_global else "message/delivery-status",
+         _status_part(hostname, sidecar, action, told)),
+        ("Undelivered Message" if full else "Undelivered Message Headers",
+         returned[full, has_global], original)]
+    out = _fields([
+        "From: Mail Delivery System <MAILER-DAEMON@%s>" % hostname,
+        "To: <%s>" % target if len(target.encode()) < FIELD_MAX else "To: undisclosed-recipients:;",
+        "Subject: " + _TEXTS[action][0], "Date: " + format_date(int(now)),
+        "Message-ID: <%s@%s>" % (message_id, hostname), *_references(original),
+        "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
+        'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary],
+        b"".join(data for _, _, data in parts)) + b"This is a MIME-encapsulated message.\r\n"
+    for description, content_type, data in parts:
+        out += _fields(["\r\n--" + boundary, "Content-Description: " + description,
+                        "Content-Type: " + content_type], data) + data
+    return out + ("\r\n--%s--\r\n" % boundary).encode("ascii")
+
+
+def _fields(lines: List[str], data: bytes) -> bytes:
+    """The header before `data`."""
+    encoding = [] if data.isascii() else ["Content-Transfer-Encoding: 8bit"]
+    return "\r\n".join([*lines, *encoding, "", ""]).encode("utf-8")
 
 
 def _references(original: bytes) -> List[str]:
-    """The thread it belongs to, RFC 3834 3.1.5; only what cannot be anything else."""
+    """The thread it belongs to, RFC 3834 3.1.5; only an ID that cannot be anything else."""
     header = original[:HEADER_SCAN_MAX].partition(b"\r\n\r\n")[0]
     found = re.search(rb"(?im)^message-id:[ \t]*(<[!-;=?-~]{3,250}>)[ \t]*\r?$", header)
-    return ["%s: %s" % (name, found.group(1).decode("ascii")) for name in ("In-Reply-To", "References")] if found else []
+    id = found.group(1).decode("ascii") if found else ""
+    return ["In-Reply-To: " + id, "References: " + id] if id else []
 
 
-def _fold_octets(header: bytes) -> bytes:
-    """A header whose lines fit into mail, RFC 5322 2.1.1."""
-    lines = header.split(b"\r\n")
-    if max(map(len, lines)) <= LINE_MAX:
-        return header
-    return b"\r\n".join(b"\r\n ".join(line[at:at + LINE_MAX] for at in range(0, len(line) or 1, LINE_MAX)) for line in lines)
+def _escape(text: str, longest: int = RESPONSE_MAX, plain: str = " -~") -> str:
+    """One line of ASCII, cut.  What is not `plain` becomes \\x{HEX}, RFC 6533 3."""
+    text = text if len(text) <= longest else text[:longest] + "..."
+    return re.sub("[^%s]" % plain, lambda match: "\\x{%02X}" % ord(match.group()), text)[:FIELD_MAX]
 
 
-def _fold(field: str) -> str:
-    """A field of ours, folded at blanks, RFC 5322 2.2.3."""
-    return "\r\n ".join(_wrap(field, FOLD_WIDTH))
+def _wrap(text: str, first: str = "", rest: str = "") -> List[str]:
+    return textwrap.wrap(text, FOLD_WIDTH, initial_indent=first, subsequent_indent=rest,
+                         break_long_words=False, break_on_hyphens=False)
 
 
-def _status_part(hostname: str, sidecar: Mapping[str, Any], reports: Sequence[Report]) -> List[str]:
-    out = ["Reporting-MTA: dns; %s" % hostname]
-    if sidecar["envid"]:
-        out.append("Original-Envelope-Id: %s" % _ascii(decode_xtext(sidecar["envid"])))
-    out += ["X-Relay-Queue-ID: %s" % sidecar["id"],
-            "Arrival-Date: %s" % email.utils.formatdate(sidecar["received"], localtime=True)]
-    for report in reports:
-        out += [""] + _report_fields(report)
-        if report.action == "delayed":
-            out.append("Will-Retry-Until: %s" % email.utils.formatdate(_expires(sidecar, report), localtime=True))
-    return out
+def _status_part(hostname: str, sidecar: Mapping[str, Any], action: str, told: Told) -> bytes:
+    """RFC 3464 2: the fields of the message, then those of each recipient, without the empty ones."""
+    groups = [[("Reporting-MTA", "dns; " + hostname),
+               ("Original-Envelope-Id", _escape(decode_xtext(sidecar["envid"]))),
+               ("X-Relay-Queue-ID", sidecar["id"]),
+               ("Arrival-Date", format_date(int(sidecar["received"])))]]
+    for verdict, person in told:
+        is_ascii, last = verdict.address.isascii(), person["last_attempt"]
+        kind, _, original = person["orcpt"].partition(";")
+        if kind.lower() != "utf-8":     # this type has an encoding of its own, which stays
+            original = decode_xtext(original)
+        # Words of our own have a type of our own, RFC 3464 2.3.6.  Folded, RFC 5322 2.2.3.
+        said = "smtp; " if re.match(r"[2-5]\d\d[ -]", verdict.response) else "X-etrn-relay; "
+        said = verdict.response and said + _escape(verdict.response)
+        groups.append([
+            ("Original-Recipient", kind and "%s; %s" % (_escape(kind), _escape(original, FIELD_MAX))),
+            ("Final-Recipient", "rfc822; " + _escape(verdict.address, FIELD_MAX) if is_ascii else
+             "utf-8; " + _escape(verdict.address, FIELD_MAX, r"!-*,-<>-\[\]-~")),     # utf-8-addr-xtext
+            ("Action", action), ("Status", _escape(verdict.status)),
+            ("Remote-MTA", verdict.remote and "dns; " + _escape(verdict.remote, 255)),
+            ("Diagnostic-Code", "\r\n".join(_wrap(said, " " * len("Diagnostic-Code: "), " ")).lstrip(" ")),
+            ("Last-Attempt-Date", format_date(int(last)) if last else ""),
+            ("Will-Retry-Until", format_date(int(person["expires"])) if action == "delayed" else "")])
+    return "\r\n".join("".join("%s: %s\r\n" % field for field in group if field[1])
+                       for group in groups).encode("ascii")
 
 
-def _expires(sidecar: Mapping[str, Any], report: Report) -> Time:
-    return float(max(one["expires"] for one in sidecar["recipients"] if one["address"] == report.address))
-
-
-def _report_fields(report: Report) -> List[str]:
-    out = []
-    if report.orcpt:
-        kind, _, address = report.orcpt.partition(";")
-        out.append("Original-Recipient: %s; %s" % (kind, _utf8_escaped(
-            decode_xtext(address) if kind.lower() != "utf-8" else address)))
-    out += ["Final-Recipient: %s" % utf8_xtext(report.address), "Action: %s" % report.action,
-            "Status: %s" % report.status]
-    if report.remote:
-        out.append("Remote-MTA: dns; %s" % _ascii(report.remote, 255))
-    if report.response:
-        kind = "smtp" if re.match(r"[2-5]\d\d[ -]", report.response) else "X-etrn-relay"
-        out.append(_fold("Diagnostic-Code: %s; %s" % (kind, _ascii(report.response))))
-    if report.last_attempt:
-        out.append("Last-Attempt-Date: %s" % email.utils.formatdate(report.last_attempt, localtime=True))
-    return out
-
-
-# What a status or an error means, and what its reader can do, for people who do not know what SMTP is.  Searched in
-# this order in "STATUS RESPONSE", where STATUS is the peer's own when it gave one.
+# What a status or an error means and what its reader can do, for people who do not know SMTP.
+# Searched in this order in "STATUS RESPONSE", where STATUS is the peer's own when it gave one.  The
+# rows without a status know our own error texts, and the system's; a test looks for each in this file.
 _ASK = "Reach the addressee in another way, for example by telephone, and ask."
 _AGAIN = "If it still matters, send it again later, or reach the addressee in another way."
 _MEANINGS: Tuple[Tuple[str, str, str], ...] = (
-    (r"^[45]\.1\.[016]\b", "There is no such mailbox at this domain.",
+    (r"^[45]\.1\.(?:[0136]|10)\b", "There is no such mailbox at this domain.",
      "Compare the address letter by letter with the right one; " + _ASK[0].lower() + _ASK[1:]),
-    (r"^[45]\.2\.2\b", "The addressee's mailbox is full.", "Tell the addressee in another way, and send it again later."),
+    (r"^[45]\.2\.2\b", "The addressee's mailbox is full.",
+     "Tell the addressee in another way, and send it again later."),
     (r"^[45]\.2\.1\b", "The addressee's mailbox takes no mail.", _ASK),
-    (r"^[45]\.(3\.4|2\.3)\b", "The message is larger than the addressee's mail server takes.",
+    (r"^[45]\.(?:3\.4|2\.3)\b", "The message is larger than the addressee's mail server takes.",
      "Send it in smaller parts, or large files in another way."),
-    (r"^[45]\.6\.7\b", "The message or an address in it has letters that the addressee's mail server cannot handle.",
+    (r"^[45]\.6\.7\b", "It or an address in it has letters that the mail server cannot handle.",
      "Use an address in plain letters (a to z) for the sender and the addressee."),
-    (r"Connection refused", "The addressee's computer is there, but its mail service is not running.", _AGAIN),
-    (r"timed out", "The addressee's mail server does not answer.", _AGAIN),
-    (r"unreachable|No route to host", "The addressee's mail server cannot be reached over the network.", _AGAIN),
-    (r"no such name|DNS lookup|no address is known", "The address of the addressee's mail server cannot be found.", _AGAIN),
-    (r"loops back", "No mail server is known for this domain other than its backup servers.", _AGAIN),
-    (r"null MX", "The domain declares that it takes no mail.", _ASK),
-    (r"lost connection|ended the connection|reply of .* is not SMTP|reply from|not asked for|answers RSET",
+    ("Connection refused", "The addressee's computer is there, but its mail service is not running.", _AGAIN),
+    ("timed out", "The addressee's mail server does not answer.", _AGAIN),
+    ("unreachable|No route to host", "The addressee's mail server cannot be reached.", _AGAIN),
+    ("no such name|lookup of|no address is known", "The addressee's mail server cannot be found.", _AGAIN),
+    ("loops back", "No mail server is known for this domain other than its backup servers.", _AGAIN),
+    ("null MX", "The domain declares that it takes no mail.", _ASK),
+    ("lost connection|was cut|is not SMTP|endless reply|not asked for|before it was asked",
      "The addressee's mail server broke the conversation off.", _AGAIN),
-    (r"Returned by the postmaster", "The postmaster of the backup mail server returned it.", _AGAIN),
-    (r"^[45]\.7\.\d", "The addressee's mail server does not want this message, or not from this sender.", _ASK),
+    ("Returned by the postmaster", "The postmaster of the backup mail server returned it.", _AGAIN),
+    (r"^[45]\.7\.\d", "The addressee's mail server does not want this message, or its sender.", _ASK),
     (r"^4|^\S+ 4\d\d[ -]", "The addressee's mail server put the message off again and again.", _AGAIN),
-    (r"", "The addressee's mail server refused the message.", _ASK),
+    ("", "The addressee's mail server refused the message.", _ASK),
 )
 
 
-def meaning_of(report: Report) -> Tuple[str, str]:
+def meaning_of(verdict: Verdict) -> Tuple[str, str]:
     """In words: what happened, and what to do about it."""
-    own = re.match(r"[45]\d\d ([45]\.\d{1,3}\.\d{1,3})\b", report.response)
-    text = "%s %s" % (own.group(1) if own else report.status, report.response)
+    own = re.match(r"[45]\d\d ([45]\.\d{1,3}\.\d{1,3})\b", verdict.response)
+    text = "%s %s" % (own.group(1) if own else verdict.status, verdict.response)
     return next((why, what) for pattern, why, what in _MEANINGS if re.search(pattern, text))
 
 
-def format_age(seconds: float) -> str:
-    """For people who read a sentence: 3 days and 2 hours."""
-    out: List[str] = []
-    left = max(1, int(seconds))
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
-        if left >= size and len(out) < 2:
-            out.append("%d %s%s" % (left // size, unit, "" if left // size == 1 else "s"))
-            left %= size
-        elif out:
-            break
-    return " and ".join(out)
-
-
-def _explain(hostname: str, sidecar: Mapping[str, Any], reports: Sequence[Report], now: Time) -> List[str]:
-    """For a reader who does not know what SMTP is."""
-    action = reports[0].action
-    since = email.utils.formatdate(sidecar["received"], localtime=True)
-    if not sidecar["sender"]:
-        out = ["For the postmaster: a message of %s," % since,
-               "which has no sender who could be told, could not be delivered to:"]
-    elif action == "failed":
-        out = ["Your message of %s" % since, "could not be delivered to:"]
-    elif action == "delayed":
-        out = ["Your message of %s" % since, "has not been delivered yet to the addresses below.  You need not send it",
-               "again: it is kept here and will be delivered as soon as possible to:"]
-    else:
-        out = ["Your message of %s" % since, "was handed on to a mail server that sends no confirmations:"]
-    for report in reports:
-        out += ["", "  <%s>" % printable(report.address, 320)]
-        out += ["    " + line for line in _explain_one(sidecar, report, now)]
+def _explain(hostname: str, sidecar: Mapping[str, Any], action: str, told: Told, now: Time) -> bytes:
+    """For a reader who does not know SMTP."""
+    opening = _TEXTS[action][1] if sidecar["sender"] else _NO_SENDER
+    out, age = _wrap(opening % format_date(int(sidecar["received"]))), format_age(now - sidecar["received"])
+    for verdict, person in told:
+        count, last, lines = person["attempts"], person["last_attempt"], []
+        if action != "relayed":
+            collected = " to be collected" if verdict.response == UNCOLLECTED else ""
+            when = ", the last time on " + format_date(int(last)) if last else ""
+            lines = [meaning_of(verdict)[0],
+                     "It was tried for %s (%s%s)." % (age, plural(count, "attempt"), when) if count else
+                     "It waited for %s%s." % (age, collected)]
+        if action == "delayed":
+            lines.append("It will be tried until %s." % format_date(int(person["expires"])))
+        if verdict.response:
+            lines.append("The mail server %s said:" % _escape(verdict.remote, 255) if verdict.remote else
+                         "The last result was:")
+        out += ["", "  <%s>" % printable(verdict.address, 240)[:240]]       # 960 octets at most
+        out += [part for line in lines for part in _wrap(line, "    ", "    ")]
+        out += _wrap(_escape(verdict.response), "      ", "      ")
     if action == "failed" and sidecar["sender"]:
         out += ["", "It will not be tried again."]
-        for advice in dict.fromkeys(meaning_of(report)[1] for report in reports):
-            out += _wrap(advice, 72)
-    return out + ["", "This notice was made by %s, a backup mail server of the" % hostname, "addressee's domain.", ""]
-
-
-def _explain_one(sidecar: Mapping[str, Any], report: Report, now: Time) -> List[str]:
-    out: List[str] = []
-    if report.action != "relayed":
-        out += _wrap(meaning_of(report)[0], 66)
-        last = ", the last time on %s" % email.utils.formatdate(report.last_attempt, localtime=True)
-        tried = "It was tried for %s (%d attempt%s%s)." % (
-            format_age(now - sidecar["received"]), report.attempts, "" if report.attempts == 1 else "s",
-            last if report.last_attempt else "")
-        waited = "It waited for %s%s." % (format_age(now - sidecar["received"]),
-                                          " to be collected" if report.response == UNCOLLECTED else "")
-        out += _wrap(tried if report.attempts else waited, 66)
-    if report.action == "delayed":
-        out += _wrap("It will be tried until %s." % email.utils.formatdate(_expires(sidecar, report), localtime=True), 66)
-    if report.response:
-        out.append("%s:" % ("The mail server %s said" % _ascii(report.remote, 255) if report.remote else "The last result was"))
-        out += ["  " + line for line in _wrap(_ascii(report.response), 66)]
-    return out
-
-
-def _wrap(text: str, width: int) -> List[str]:
-    out = [""]
-    for word in text.split(" "):
-        if len(out[-1]) + len(word) >= width and out[-1]:
-            out.append("")
-        out[-1] += (" " if out[-1] else "") + word
-    return out
-
-
-# == 11. DELIVERY ==============================================================
-# One thread a connection: find the route, connect, send the messages it is given.
-# Reports to the loop through post(); never raises past its edge.
+        for advice in dict.fromkeys(meaning_of(verdict)[1] for verdict, _ in told):
+            out += _wrap(advice)
+    whose = "This notice was made by %s, a backup mail server of the addressee's domain."
+    out += ["", *_wrap(whose % hostname)]
+    return "".join(line + "\r\n" for line in out).encode("utf-8")
+# == 12. DELIVERY ==============================================================
+# The way to a primary and the talk with it.  dial() finds the route, connects,
+# and does with smtplib what comes before the mail, in a thread.  After that the
+# connection is the loop's, and each transaction is a generator, an exchange, that
+# yields command groups and is sent the replies.  Nothing goes behind a final dot.
 
 class PeerError(Exception):
     """The connection is of no more use.  Always temporary for the mail."""
 
     def __init__(self, text: str, closing: bool = False) -> None:
         super().__init__(text)
-        self.closing = closing          # the peer said so, with 421
+        self.closing = closing          # the peer said so, with 421, and read nothing behind that
+        self.replies: List[Tuple[int, bytes]] = []      # that came before it to the group under way
+
+
+class TlsError(PeerError):
+    """STARTTLS was offered but did not come about: `may` allows a new connection in the clear."""
+
+
+class Dial:
+    """A dial() on its way.  Its sockets are the thread's; the loop may only shut them down."""
+    __slots__ = ("is_former", "sockets")
+
+    def __init__(self) -> None:
+        self.is_former = False          # it counts no longer: the primary is another one, or it hangs
+        self.sockets: List[socket.socket] = []
+
+    def cut(self) -> None:
+        self.is_former = True
+        for sock in self.sockets:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 class Plan(NamedTuple):
-    """All that a connection needs to know; nothing in it changes."""
-    site: str
+    """All that dial() needs to know; nothing in it changes."""
+    name: str                           # of the destination
     cfg: DomainConfig
     primary: Union[str, Tuple[Endpoint, ...]]
     hostname: str
@@ -4918,93 +4266,32 @@ class Plan(NamedTuple):
     listeners: Tuple[Endpoint, ...]     # ours, as bound
     last_route: Tuple[Hop, ...]         # used when the DNS fails
     login: Optional[Tuple[str, str]] = None     # at a smarthost
-    chunking: bool = True               # used, where offered
-    is_wary: bool = False               # the connection before broke with several messages in flight
+    mine: Optional[Dial] = None         # for the loop to cut
 
 
-class Job(NamedTuple):
-    id: str
-    domain: str                 # whose recipients are meant; empty for all
-
-
-class Result(NamedTuple):
-    """What became of one recipient."""
-    address: str
-    kind: str                   # sent, deferred or refused
-    status: str                 # RFC 3463, for dsn=
-    response: str               # as the peer said it, or our words
-    remote: str                 # host that said it
-    refused_since: Optional[Time]       # from the sidecar
-    is_good: Optional[bool] = None      # what RCPT's answer says of the recipient itself
-    is_content: bool = False    # the message was judged, not the envelope
-    is_told: bool = True        # the next host took over the duty to report success, RFC 3461 5.2
-
-
-class Settled(Exception):
-    """The sidecar says that nothing of the job is left to do."""
-
-
-class Outcome(NamedTuple):
-    """Of one job.  `results` is empty when it was not tried: `fault` says why, or it is to be given back."""
-    courier: "Courier"
-    job: Job
-    results: Tuple[Result, ...]
-    is_whole: bool              # the message has no other recipients left than these
-    received: Time
-    relay: str
-    seconds: float
-    fault: Optional[Exception] = None
-    wants_report: bool = False  # NOTIFY=SUCCESS, and the next host does not see to it
-    pace_s: float = 1.0         # since the answer before on the same connection
-    can_wait: bool = False      # the loop need not be woken for it: it will look within GATHER_S
-
-
-class Routed(NamedTuple):
-    line: "Line"
-    hops: Tuple[Hop, ...]
-    warning: str
-
-
-class Greeted(NamedTuple):
-    courier: "Courier"
-    hop: Hop
-    size_limit: int
-
-
-class Finished(NamedTuple):
-    courier: "Courier"
-    error: str                  # empty when the connection ended in good order
-    bug: Optional[BaseException] = None
-
-
-def is_local(address: str) -> bool:
-    """Whether this machine has the address: only then can a socket be bound to it."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.bind((address, 0))
-        return True
-    except OSError:
-        return False
-
+# -- routes
 
 def is_own(hop: Hop, listeners: Sequence[Endpoint]) -> bool:
     """Whether connecting there would reach this relay itself."""
     for listener in listeners:
-        if listener.port == hop.port:
-            if listener.host == hop.address:
-                return True
-            if listener.host in ("0.0.0.0", "::") and is_local(hop.address):
+        if listener == Endpoint(hop.address, hop.port):
+            return True
+        if listener.port == hop.port and listener.host in ("0.0.0.0", "::"):
+            with contextlib.suppress(OSError):
+                family, where = socket_address(hop.address, 0)
+                with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                    sock.bind(where)    # possible with an address of this machine only
                 return True
     return False
 
 
 def find_route(plan: Plan) -> Tuple[List[Hop], str]:
-    """Hosts to try in order, and a warning when they are remembered ones.
-    Raises PeerError: whatever the DNS says, the mail is kept."""
+    """Hosts to try in order, and a warning when they are remembered ones.  Raises PeerError: whatever
+    the DNS says, the mail is kept."""
     if plan.primary in WAITS:
-        raise PeerError("mail for %s %s" % (plan.site, WAITS[str(plan.primary)]))
+        raise PeerError("mail for %s %s" % (plan.name, WAITS[str(plan.primary)]))
     try:
-        hops = _mx_route(plan) if plan.primary == "mx" else _host_route(plan)
+        hops = find_mx_route(plan) if isinstance(plan.primary, str) else find_host_route(plan, plan.primary)
         return hops[:ROUTE_HOSTS_MAX], ""
     except DnsError as error:
         if plan.last_route:
@@ -5012,59 +4299,59 @@ def find_route(plan: Plan) -> Tuple[List[Hop], str]:
         raise PeerError(str(error)) from None
 
 
-def _host_route(plan: Plan) -> List[Hop]:
-    hops: List[Hop] = []
-    problem = DnsError("no primary is configured")
-    for where in plan.primary:
-        assert isinstance(where, Endpoint)
+def resolve(plan: Plan, hosts: Iterable[Endpoint]) -> Tuple[List[Hop], Optional[DnsError]]:
+    """All their addresses, and what went wrong with one of them."""
+    hops, problem = [], None
+    for host, port in hosts:
         try:
-            hops += [Hop(where.host, address, where.port) for address in plan.resolver.addresses(where.host)]
+            hops += [Hop(host, address, port) for address in plan.resolver.addresses(host)]
         except DnsError as error:
             problem = error
-    if not hops:
+    return hops, problem
+
+
+def find_host_route(plan: Plan, hosts: Sequence[Endpoint]) -> List[Hop]:
+    hops, problem = resolve(plan, hosts)
+    if problem and not hops:
         raise problem
     others = [hop for hop in hops if not is_own(hop, plan.listeners)]
     if not others:
-        raise PeerError("mail for %s loops back to this host: %s" % (plan.site, hops[0]))
+        raise PeerError("mail for %s loops back to this host: %s" % (plan.name, hops[0]))
     return others
 
 
-def _mx_route(plan: Plan) -> List[Hop]:
-    """RFC 5321 5.1.  Neither this host nor anything of equal or higher
-    preference; equal ones in random order.  Notices, whose targets strangers
-    choose, go to public addresses only."""
-    domain = plan.site.partition(":")[2] if plan.cfg.is_notices else plan.site
-    if domain.startswith("["):
-        hops = [Hop(domain, parse_literal(domain), SMTP_PORT)]
-    else:
-        hops = _mx_hops(plan, domain)
-    if plan.cfg.is_notices:
-        hops = [hop for hop in hops if ipaddress.ip_address(hop.address).is_global and not is_own(hop, plan.listeners)]
+def find_mx_route(plan: Plan) -> List[Hop]:
+    """Notices, whose targets strangers choose, go to public addresses only."""
+    if not plan.cfg.is_notices:
+        return find_mx_hops(plan, plan.name)
+    domain = plan.name.partition(":")[2]
+    hops = ([Hop(domain, parse_literal(domain), SMTP_PORT)] if domain.startswith("[")
+            else find_mx_hops(plan, domain))
+    hops = [hop for hop in hops if ipaddress.ip_address(hop.address).is_global
+            and not is_own(hop, plan.listeners)]
     if not hops:
         raise PeerError("mail for %s has no route to a public address" % domain)
     return hops
 
 
-def _mx_hops(plan: Plan, domain: str) -> List[Hop]:
+def find_mx_hops(plan: Plan, domain: str) -> List[Hop]:
+    """RFC 5321 5.1.  Neither this host nor anything of equal or higher preference; equal ones in random
+    order."""
     found: List[Tuple[int, str]] = plan.resolver.query(domain, MX)
-    records = [one for one in found if one[1]]
+    records = sorted(one for one in found if one[1])
     if found and not records:           # RFC 7505
         raise PeerError("%s has a null MX record: it says it takes no mail" % domain)
     hops: List[Hop] = []
     problem: Optional[DnsError] = None
-    for _, group in itertools.groupby(sorted(records) or [(0, domain)], key=lambda record: record[0]):
+    for _, group in itertools.groupby(records or [(0, domain)], key=lambda record: record[0]):
         hosts = [host for _, host in group]
         random.shuffle(hosts)
-        equal: List[Hop] = []
-        for host in hosts:
-            try:
-                equal += [Hop(host, address, SMTP_PORT) for address in plan.resolver.addresses(host)]
-            except DnsError as error:
-                problem = error
+        equal, error = resolve(plan, [Endpoint(host, SMTP_PORT) for host in hosts])
+        problem = error or problem
         if plan.hostname in hosts or any(is_own(hop, plan.listeners) for hop in equal):
             if not hops and not problem:
                 raise PeerError("mail for %s loops back to this host: no MX host is preferred to it" % domain)
-            break                       # neither this host nor its equals nor what is behind it
+            break
         hops += equal
         if len(hops) >= ROUTE_HOSTS_MAX:
             break
@@ -5073,12 +4360,20 @@ def _mx_hops(plan: Plan, domain: str) -> List[Hop]:
     return hops
 
 
+# -- dialling, in a thread
+
 def begin_connect(hop: Hop) -> socket.socket:
-    """A socket on its way to a host.  Raises OSError, also where the kernel has no IPv6."""
-    sock = socket.socket(socket.AF_INET6 if ":" in hop.address else socket.AF_INET, socket.SOCK_STREAM)
+    """A socket on its way to a host.  A peer that dies without a word is noticed within a minute."""
+    family, where = socket_address(hop.address, hop.port)
+    sock = socket.socket(family, socket.SOCK_STREAM)
     try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE:
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
-        code = sock.connect_ex((hop.address, hop.port))
+        code = sock.connect_ex(where)
         if code not in (0, errno.EINPROGRESS):
             raise OSError(code, os.strerror(code))
     except OSError:
@@ -5087,16 +4382,16 @@ def begin_connect(hop: Hop) -> socket.socket:
     return sock
 
 
-def connect_each(hops: Sequence[Hop]) -> Iterator[Tuple[Hop, Union[socket.socket, OSError]]]:
-    """Hosts in order, each with a connected socket or the reason why not.  One
-    that does not answer is not waited for: the next is tried beside it after a
-    moment (RFC 8305 5), so that a dead address family or a dead first host costs nothing."""
-    waiting = list(hops)
+def connect_each(hops: Sequence[Hop],
+                 mine: Optional[Dial] = None) -> Iterator[Tuple[Hop, Union[socket.socket, OSError]]]:
+    """Hosts in order, each with a connected socket or the reason why not.  One that does not answer is
+    not waited for: the next is tried beside it after a moment (RFC 8305 5)."""
+    mine, waiting = mine or Dial(), list(hops)
     trying: Dict[socket.socket, Hop] = {}
     end = 0.0
     with selectors.DefaultSelector() as selector:
         try:
-            while waiting or trying:
+            while (waiting or trying) and not mine.is_former:
                 if waiting:
                     hop = waiting.pop(0)
                     end = time.monotonic() + CONNECT_S
@@ -5107,6 +4402,7 @@ def connect_each(hops: Sequence[Hop]) -> Iterator[Tuple[Hop, Union[socket.socket
                         continue
                     selector.register(sock, selectors.EVENT_WRITE)
                     trying[sock] = hop
+                    mine.sockets.append(sock)
                 pause = end - time.monotonic()
                 if waiting:
                     pause = STAGGER_S if waiting[0].host == hop.host else HOST_STAGGER_S
@@ -5116,10 +4412,7 @@ def connect_each(hops: Sequence[Hop]) -> Iterator[Tuple[Hop, Union[socket.socket
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     if code:
                         sock.close()
-                        yield trying.pop(sock), OSError(code, os.strerror(code))
-                    else:
-                        sock.setblocking(True)
-                        yield trying.pop(sock), sock
+                    yield trying.pop(sock), OSError(code, os.strerror(code)) if code else sock
                 if not waiting and time.monotonic() >= end:
                     for hop in trying.values():
                         yield hop, OSError(errno.ETIMEDOUT, "Connection timed out")
@@ -5129,2579 +4422,2217 @@ def connect_each(hops: Sequence[Hop]) -> Iterator[Tuple[Hop, Union[socket.socket
                 sock.close()
 
 
-class LostError(PeerError):
-    """The peer takes no more.  What it said before can still be read."""
+class Replies:
+    """A peer's replies, read strictly: smtplib takes garbage for codes like -1, and reads a reply that
+    never ends."""
 
+    def __init__(self, host: str) -> None:
+        self.host, self.pending = host, b""
+        self.lines: List[bytes] = []    # of the reply under way
+        self.octets = 0
 
-class TlsError(PeerError):
-    """STARTTLS was offered but did not come about."""
-
-
-WANTS: Tuple[Type[BaseException], ...] = (BlockingIOError, InterruptedError)      # a socket has nothing for us now
-if ssl is not None:
-    WANTS += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
-
-
-def client_context(policy: str) -> "ssl.SSLContext":
-    """Certificates are verified only where the option says so: as between mail
-    servers everywhere, opportunistic TLS is against listeners, not against liars."""
-    context = ssl.create_default_context()
-    if policy != "verify":
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-class Client(smtplib.SMTP):
-    """smtplib's client with a total deadline and a bounded size for each reply,
-    which is read strictly: smtplib takes garbage for codes like -1 and waits
-    anew for every octet.  Addresses are ours, checked; quoteaddr() would
-    rewrite them.  The socket never blocks: a call first and a wait where it
-    must be is half the system calls of a socket with a timeout, and a new one for each."""
-
-    def __init__(self, hostname: str) -> None:
-        super().__init__(local_hostname=hostname, timeout=CONNECT_S)
-        self.pending = b""
-        self.end = 0.0                  # monotonic, of the reply being read
-        self.moved = time.monotonic()   # when octets last went either way
-        self.ready: Optional[socket.socket] = None
-
-    def open(self, hop: Hop, sock: socket.socket, seconds: float = 0.0) -> None:
-        """Be greeted on a connected socket.  A 5xx greeting says nothing about the mail."""
-        self._host = hop.host
-        self.ready = sock
-        sock.setblocking(False)
-        self.wait(seconds or CONNECT_S)
-        try:
-            code, text = self.connect(hop.address, hop.port)
-        except OSError as error:
-            raise PeerError("connect to %s: %s" % (hop.where, error.strerror or error)) from None
-        if code != 220:
-            raise PeerError("%s refused to talk to us: %s" % (hop, reply_text(code, text)), code == 421)
-        name = text.split(b" ")[0].decode("ascii", "replace").lower()
-        if name == self.local_hostname.lower():
-            raise PeerError("mail loops back to this host: %s greets with our own name" % str(hop))
-
-    def _get_socket(self, host: Any, port: Any, timeout: Any) -> socket.socket:
-        """smtplib's own hook for how a connection is made."""
-        assert self.ready is not None
-        return self.ready
-
-    def hello(self, name: str = "") -> None:
-        """EHLO with our own name, or after XCLIENT with the client's: Postfix takes the one said last."""
-        self.wait(COMMAND_S)
-        code, text = self.ehlo(name)
-        if 500 <= code:
-            self.esmtp_features = {}
-            code, text = self.helo(name)        # RFC 5321 3.2
-        if code != 250:
-            raise PeerError("host %s refused our greeting: %s" % (self._host, reply_text(code, text)), code == 421)
-
-    def wait(self, seconds: float) -> None:
-        """The next reply must be complete within so many seconds."""
-        self.end = time.monotonic() + seconds
-
-    def write(self, data: bytes, seconds: float = BLOCK_S) -> None:
-        """Raises PeerError unless all of it has left within so many seconds."""
-        assert self.sock is not None
-        end, rest = time.monotonic() + seconds, memoryview(data)
-        while rest:
-            rest = rest[self._when_ready(self.sock.send, rest, select.POLLOUT, end):]
-
-    def send(self, s: Any) -> None:
-        """smtplib's own way to say something."""
-        self.write(s.encode(self.command_encoding) if isinstance(s, str) else bytes(s))
-
-    def _when_ready(self, call: Callable[[Any], Any], argument: Any, mask: int, end: float) -> Any:
-        """The result of a call of the socket, as soon as there is one."""
+    def feed(self, data: bytes) -> Iterator[Tuple[int, bytes]]:
+        """Whole replies, as they come.  Raises PeerError."""
+        self.pending += data
         while True:
-            try:
-                done = call(argument)
-                self.moved = time.monotonic()
-                return done
-            except WANTS as want:       # TLS may have to read before it can write
-                if ssl is not None and isinstance(want, ssl.SSLError):
-                    mask = select.POLLIN if isinstance(want, ssl.SSLWantReadError) else select.POLLOUT
-            except OSError as error:
-                raise LostError("lost connection with %s: %s" % (self._host, error.strerror or error)) from None
-            left = end - time.monotonic()
-            if left <= 0:
-                raise PeerError("conversation with %s timed out" % self._host)
-            assert self.sock is not None
-            poller = select.poll()
-            poller.register(self.sock, mask)
-            poller.poll(left * 1000)
-
-    def getreply(self) -> Tuple[int, bytes]:
-        lines: List[bytes] = []
-        code, size = b"", 0
-        while True:
-            line = self._line()
-            size += len(line)
-            if size > REPLY_OCTETS_MAX or len(lines) >= REPLY_LINES_MAX:
-                raise PeerError("endless reply from %s" % self._host)
-            if not re.match(rb"[2-5][0-9][0-9](?:[ -]|$)", line) or line[:3] != (code or line[:3]):
-                raise PeerError("reply of %s is not SMTP: %s" % (self._host, printable(line[:100].decode("latin-1"))))
-            code = line[:3]
-            lines.append(line[4:])
+            line, end, rest = self.pending.partition(b"\n")
+            if self.octets + len(line) > REPLY_OCTETS_MAX or len(self.lines) >= REPLY_LINES_MAX:
+                raise PeerError("endless reply from %s" % self.host)
+            if not end:
+                return
+            line, self.pending = line.rstrip(b"\r"), rest
+            self.lines.append(line)
+            if not re.match(rb"[2-5][0-9][0-9](?:[ -]|$)", line) or line[:3] != self.lines[0][:3]:
+                shown = printable(line[:100].decode("latin-1"))
+                raise PeerError("reply of %s is not SMTP: %s" % (self.host, shown))
+            self.octets += len(line)
             if line[3:4] != b"-":
-                return int(code), b"\n".join(lines)
-
-    def _line(self) -> bytes:
-        assert self.sock is not None
-        while True:
-            at = self.pending.find(b"\n")
-            if at >= 0:
-                line, self.pending = self.pending[:at], self.pending[at + 1:]
-                return line.rstrip(b"\r")
-            if len(self.pending) > REPLY_OCTETS_MAX:
-                raise PeerError("over-long reply from %s" % self._host)
-            data = self._when_ready(self.sock.recv, 65536, select.POLLIN, self.end)
-            if not data:
-                raise PeerError("lost connection with %s" % self._host)
-            self.pending += data
-
-    def is_silent(self) -> bool:
-        """Whether an idle connection is still of use: neither closed nor saying
-        421.  TLS has traffic of its own, so that readable is not enough."""
-        assert self.sock is not None
-        try:
-            self.pending += self.sock.recv(1024)
-        except WANTS:
-            return not self.pending
-        except OSError:
-            pass
-        return False
-
-    def secure(self, policy: str) -> None:
-        """STARTTLS as the `tls` option says.  Raises PeerError: temporary in any
-        case.  TlsError: the same, but `may` allows a new connection in the clear."""
-        if policy == "none" or ssl is None:
-            if policy not in ("none", "may"):
-                raise PeerError("tls = %s, but this Python has no ssl module" % policy)
-            return
-        if "starttls" not in self.esmtp_features:
-            if policy != "may":
-                raise PeerError("%s does not offer STARTTLS, and tls = %s" % (self._host, policy.partition(":")[0]))
-            return
-        try:
-            code, text = self.ask_tls()
-            if code != 220:
-                raise TlsError("%s answers STARTTLS with %s" % (self._host, reply_text(code, text)))
-            if self.pending:            # a forged reply waiting to be taken for one from within TLS
-                raise TlsError("%s sends data behind its STARTTLS reply" % self._host)
-            assert self.sock is not None
-            self.sock.settimeout(CONNECT_S)
-            self.sock = client_context(policy).wrap_socket(self.sock, server_hostname=self._host)
-            self.sock.setblocking(False)
-        except (OSError, ValueError) as error:
-            raise TlsError("TLS with %s failed: %s" % (self._host, printable(str(error), 200))) from None
-        self.check_pin(policy)
-        self.helo_resp = self.ehlo_resp = None
-        self.esmtp_features = {}
-        try:
-            self.hello()                # what was offered in the clear does not count, RFC 3207 4.2
-        except PeerError as error:
-            if error.closing:
-                raise
-            raise TlsError(str(error)) from None        # TLS 1.3 shows only now that the other side did not agree
-
-    def ask_tls(self) -> Tuple[int, bytes]:
-        self.wait(COMMAND_S)
-        try:
-            code, text = self.docmd("STARTTLS")
-        except PeerError as error:      # it offers what makes it fall over
-            raise TlsError("STARTTLS: %s" % error) from None
-        if code == 421:
-            raise PeerError("%s: %s" % (self._host, reply_text(code, text)), True)
-        return code, text
-
-    def check_pin(self, policy: str) -> None:
-        if policy.startswith("sha256:"):
-            assert isinstance(self.sock, ssl.SSLSocket)
-            found = hashlib.sha256(self.sock.getpeercert(binary_form=True) or b"").hexdigest()
-            if found != policy[7:]:
-                raise PeerError("the certificate of %s is not the pinned one: sha256:%s" % (self._host, found))
+                lines, self.lines, self.octets = self.lines, [], 0
+                yield int(line[:3]), b"\n".join(one[4:] for one in lines)
 
 
 def reply_text(code: int, text: bytes) -> str:
     return printable("%d %s" % (code, text.decode("utf-8", "replace").replace("\n", " ")), RESPONSE_MAX)
 
 
-def reply_status(code: int, text: bytes) -> str:
-    """The reply's own enhanced status (RFC 2034), when it is of its class."""
+def unfit(what: str, code: int, text: bytes) -> PeerError:
+    """For a reply after which the connection is of no more use."""
+    return PeerError("%s: %s" % (what, reply_text(code, text)), code == 421)
+
+
+def own_status(code: int, text: bytes) -> str:
+    """The reply's own enhanced status (RFC 2034), when it is of its class; else empty."""
     match = re.match(rb"([245]\.\d{1,3}\.\d{1,3})(?![\d.])", text)
-    if match and match.group(1)[0] == ord(str(code)[0]):
-        return match.group(1).decode("ascii")
-    return "%d.0.0" % (code // 100)
+    return match.group(1).decode("ascii") if match and match.group(1)[0] == ord(str(code)[0]) else ""
+
+
+def reply_status(code: int, text: bytes) -> str:
+    return own_status(code, text) or "%d.0.0" % (code // 100)
+
+
+def is_no_such_user(code: int, text: bytes) -> bool:
+    """Whether a refusal of RCPT is about the recipient; others are about the sender, policy, us, or the
+    day."""
+    status = own_status(code, text)
+    return status in NO_SUCH_USER if code // 100 == 5 and status else code in (550, 551, 553)
+
+
+class Dialer(smtplib.SMTP):
+    """smtplib's client for greeting, EHLO, STARTTLS and AUTH, with a total deadline and a bounded size
+    for each reply.  Addresses never pass through it: quoteaddr() would rewrite them."""
+
+    def __init__(self, hostname: str, hop: Hop, sock: socket.socket, early: bytes = b"") -> None:
+        super().__init__(local_hostname=hostname)       # without a host it does not connect
+        self._host, self.hop, self.sock, self.end = hop.host, hop, sock, 0.0
+        self.replies = Replies(hop.host)
+        self.whole: Deque[Tuple[int, bytes]] = collections.deque(self.replies.feed(early))
+
+    def getreply(self) -> Tuple[int, bytes]:
+        assert self.sock is not None
+        while not self.whole:
+            left = self.end - time.monotonic()
+            if left <= 0:
+                raise PeerError("conversation with %s timed out" % self._host)
+            self.sock.settimeout(left)
+            try:
+                data = self.sock.recv(RECEIVE_OCTETS)
+            except socket.timeout:
+                continue
+            if not data:
+                raise PeerError("lost connection with %s" % self._host)
+            self.whole.extend(self.replies.feed(data))
+        return self.whole.popleft()
+
+    def ask(self, command: str, argument: str = "", seconds: float = COMMAND_S) -> Tuple[int, bytes]:
+        self.end = time.monotonic() + seconds
+        if self.sock is not None:
+            self.sock.settimeout(seconds)
+        code, text = self.docmd(command, argument)
+        if code == 421:
+            raise unfit(str(self.hop), code, text)
+        return code, text
+
+    def open(self, policy: str = "none", login: Optional[Tuple[str, str]] = None,
+             tls_first: bool = False) -> None:
+        """Raises PeerError, always temporary for the mail, or OSError.  A 5xx greeting says nothing
+        about the mail."""
+        self.end = time.monotonic() + COMMAND_S
+        if tls_first:                   # RFC 8314 3.3
+            self._wrap(policy)
+        code, text = self.getreply()
+        self.greeting = reply_text(code, text)
+        if code != 220:
+            raise unfit("%s refused to talk to us" % str(self.hop), code, text)
+        if text.split(b" ")[0].decode("ascii", "replace").lower() == self.local_hostname.lower():
+            raise PeerError("mail loops back to this host: %s greets with our own name" % str(self.hop))
+        self.hello()
+        if not tls_first:
+            self.secure(policy)
+        if login is not None:
+            self.log_in(*login)
+
+    def hello(self) -> None:
+        self.end = time.monotonic() + COMMAND_S
+        code, text = self.ehlo()
+        if code >= 500:
+            self.esmtp_features = {}
+            code, text = self.helo()    # RFC 5321 3.2
+        if code != 250:
+            raise unfit("host %s refused our greeting" % self._host, code, text)
+
+    def secure(self, policy: str) -> None:
+        """STARTTLS as the `tls` option says."""
+        is_offered = "starttls" in self.esmtp_features
+        if policy == "none" or (policy == "may" and not (is_offered and ssl)):
+            return
+        if ssl is None:
+            raise PeerError("tls = %s, but this Python has no ssl module" % policy)
+        if not is_offered:
+            name = policy.partition(":")[0]
+            raise PeerError("%s does not offer STARTTLS, and tls = %s" % (self._host, name))
+        try:
+            code, text = self.ask("STARTTLS")
+            if code != 220:
+                raise TlsError("%s answers STARTTLS with %s" % (self._host, reply_text(code, text)))
+            if self.whole or self.replies.pending:      # forged, to be taken for a reply within TLS
+                raise TlsError("%s sends data behind its STARTTLS reply" % self._host)
+            self._wrap(policy)
+            self.helo_resp = self.ehlo_resp = None
+            self.esmtp_features = {}    # what was offered in the clear does not count, RFC 3207 4.2
+            self.hello()                # TLS 1.3 shows only now that the other side did not agree
+        except (PeerError, OSError) as error:       # it offers what makes it fall over
+            if isinstance(error, TlsError) or getattr(error, "closing", False):
+                raise
+            raise TlsError("STARTTLS: %s" % error) from None
+
+    def _wrap(self, policy: str) -> None:
+        """Certificates are verified only where the option says so: as between mail servers everywhere,
+        opportunistic TLS is against listeners, not against liars."""
+        assert self.sock is not None
+        try:
+            context = ssl.create_default_context()
+            if policy != "verify":
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            self.sock.settimeout(CONNECT_S)
+            self.sock = wrapped = context.wrap_socket(self.sock, server_hostname=self._host)
+        except (OSError, ValueError) as error:
+            raise TlsError("TLS with %s failed: %s" % (self._host, printable(str(error), 200))) from None
+        found = hashlib.sha256(wrapped.getpeercert(binary_form=True) or b"").hexdigest()
+        if policy.startswith("sha256:") and found != policy[7:]:
+            raise PeerError("the certificate of %s is not the pinned one: sha256:%s" % (self._host, found))
+
+    def log_in(self, username: str, password: str) -> None:
+        """AUTH at a smarthost, RFC 4954, in UTF-8 as RFC 4616 2 has it.  What it answers says nothing
+        about the mail."""
+        def encode(text: str) -> str:
+            return base64.b64encode(text.encode("utf-8")).decode("ascii")
+        offered = self.esmtp_features.get("auth", "").upper().split()
+        if "PLAIN" in offered:
+            code, text = self.ask("AUTH", "PLAIN " + encode("\0%s\0%s" % (username, password)))
+        elif "LOGIN" in offered:
+            code, text = self.ask("AUTH", "LOGIN " + encode(username))
+            if code == 334:
+                code, text = self.ask(encode(password))
+        elif "CRAM-MD5" in offered:
+            code, text = self.ask("AUTH", "CRAM-MD5")
+            if code == 334:
+                digest = hmac.new(password.encode("utf-8"), base64.b64decode(text), "md5").hexdigest()
+                code, text = self.ask(encode("%s %s" % (username, digest)))
+        else:
+            raise PeerError("AUTH at %s failed: it offers none of PLAIN, LOGIN, CRAM-MD5" % self._host)
+        if code != 235:
+            raise unfit("AUTH at %s failed" % self._host, code, text)
 
 
 def read_secret(password: str) -> str:
     """A password option: itself, or the content of the file it names.  Raises OSError."""
-    path = secret_path(password)
-    if not path:
+    if not password.startswith("file:"):
         return password
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(password[5:], encoding="utf-8") as file:
             return file.read().strip()
     except UnicodeDecodeError:
-        raise OSError(0, "%s: not UTF-8" % path) from None
+        raise OSError(0, "%s: not UTF-8" % password[5:]) from None
 
 
-def secret_path(password: str) -> str:
-    """The file that a password option names; empty when it is the password itself."""
-    return password[5:] if password.startswith("file:") else ""
+class Dialled(NamedTuple):
+    """What came of dial().  Without a client `error` says why; that is never a word about the mail."""
+    client: Optional[Dialer]
+    error: str = ""
+    hops: Tuple[Hop, ...] = ()          # the route
+    warning: str = ""
 
 
-class Parcel:
-    """A job opened: its sidecar, its body, the recipients it is for."""
-
-    def __init__(self, job: Job, sidecar: Dict[str, Any], message: Message, wanted: List[Dict[str, Any]]) -> None:
-        self.job = job
-        self.sidecar = sidecar
-        self.message = message
-        self.wanted = wanted
-        self.is_whole = len(wanted) == sum(one["state"] == QUEUED for one in sidecar["recipients"])
-        self.results: List[Result] = []
-        self.started = time.monotonic()
-
-
-class Leg:
-    """One transaction: up to 100 recipients of a parcel."""
-
-    def __init__(self, parcel: Parcel, recipients: List[Dict[str, Any]], is_last: bool) -> None:
-        self.parcel = parcel
-        self.recipients = recipients
-        self.is_last = is_last
-        self.is_sent = False            # its end of data may have reached the peer
-        self.is_cut = False             # ... and may not: the peer took no more
-        self.accepted: List[Dict[str, Any]] = []
+def dial(plan: Plan) -> Dialled:
+    """In a thread: the first host on the route that greets."""
+    try:
+        hops, warning = find_route(plan)
+    except PeerError as error:
+        return Dialled(None, str(error))
+    problem = ""
+    for hop, sock in connect_each(hops, plan.mine):
+        if isinstance(sock, OSError):
+            problem = problem or "connect to %s: %s" % (hop.where, sock.strerror or sock)
+            continue
+        client, why = greet(plan, hop, sock, plan.cfg.tls)
+        if client is not None:
+            return Dialled(client, "", tuple(hops), warning)
+        problem = problem or why
+    return Dialled(None, problem, tuple(hops), warning)
 
 
-class Line(threading.Thread):
-    """A connection to a primary, in a thread of its own."""
+def greet(plan: Plan, hop: Hop, sock: socket.socket, policy: str) -> Tuple[Optional[Dialer], str]:
+    """A client that may send mail, or the reason why not."""
+    login = plan.login
+    if login is not None and policy in ("none", "may"):
+        policy = "require"              # no password goes in the clear
+    client = Dialer(plan.hostname, hop, sock)
+    try:
+        client.open(policy, login and (login[0], read_secret(login[1])),
+                    login is not None and hop.port == SMTPS_PORT)
+        return client, ""
+    except (PeerError, smtplib.SMTPException, OSError, ValueError) as error:
+        client.close()
+        sock.close()
+        if isinstance(error, TlsError) and policy == "may":
+            with contextlib.suppress(OSError):
+                again = socket.create_connection((hop.address, hop.port), CONNECT_S)
+                return greet(plan, hop, again, "none")
+        if isinstance(error, PeerError):
+            return None, str(error)
+        why = printable(getattr(error, "strerror", "") or str(error))
+        return None, "lost connection with %s: %s" % (hop.host, why)
 
-    def __init__(self, plan: Plan, post: Callable[[Any], None]) -> None:
-        super().__init__(name="%s %s" % (type(self).__name__, plan.site), daemon=True)
-        self.plan = plan
-        self.post = post
-        self.client = Client(plan.hostname)
-        self.hop = Hop("none", "", 0)
-        self.hops: Tuple[Hop, ...] = ()         # the loop's: the route
-        self.is_over = False
-        self.is_former = False                  # the loop's: the site has another primary now
 
-    def cut(self) -> None:
-        """From the loop, when time is up: what waits for the peer fails now."""
-        sock = self.client.sock
-        if sock is not None:
-            try:
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)      # SSLSocket's takes TLS away first, from under the thread
-            except OSError:
-                pass
+def take_over(hostname: str, hop: Hop, sock: socket.socket, early: bytes) -> Dialled:
+    """In a thread.  ATRN: the client turned into a server on the connection that it made, RFC 2645
+    5.2.1.  No STARTTLS: a client that only passes lines on, like fetchmail, could not take part in it."""
+    try:
+        client = Dialer(hostname, hop, sock, early)
+        client.open()
+        return Dialled(client)
+    except (PeerError, smtplib.SMTPException, OSError) as error:
+        sock.close()
+        return Dialled(None, "%s: %s" % (str(hop), printable(str(error))))
 
-    def _connect(self) -> None:
-        """The first host on the route that greets.  Raises PeerError."""
-        self.hop = Hop("none", "", 0)
-        hops, warning = find_route(self.plan)
-        self.post(Routed(self, tuple(hops), warning))
-        problem: Optional[PeerError] = None
-        for hop, sock in connect_each(hops):
-            try:
-                if isinstance(sock, OSError):
-                    raise PeerError("connect to %s: %s" % (hop.where, sock.strerror or sock))
-                try:
-                    self._greet(hop, sock, self.plan.cfg.tls)
-                except TlsError:
-                    if self.plan.cfg.tls != "may" or self.plan.login:
-                        raise
-                    again = socket.create_connection((hop.address, hop.port), CONNECT_S)
-                    self._greet(hop, again, "none")         # in the clear
-                self.hop = hop
-                return
-            except PeerError as error:
-                problem = problem or error
-            except (smtplib.SMTPException, OSError, ValueError) as error:
-                problem = problem or PeerError("%s: %s" % (str(hop), printable(str(error))))
-        self.client.close()
-        assert problem is not None
-        raise problem
 
-    def _greet(self, hop: Hop, sock: socket.socket, policy: str) -> None:
-        self.client.close()
-        self.client = Client(self.plan.hostname)
-        self.client.open(hop, sock)
-        self.client.hello()
-        self.client.secure("require" if self.plan.login and policy == "may" else policy)
-        if self.plan.login:
-            self._log_in(*self.plan.login)
+# -- connections, in the loop
 
-    def _log_in(self, username: str, password: str) -> None:
-        """AUTH at a smarthost, RFC 4954.  Whatever it answers says nothing about the mail."""
-        password = read_secret(password)
-        self.client.wait(COMMAND_S)
+class Rest(NamedTuple):
+    """Of a large body: what follows the last command of its group, block by block."""
+    id: str
+    offset: int
+    size: int
+    is_stuffed: bool                    # dots are doubled, and the end is sent
+
+
+class CommandGroup(NamedTuple):
+    """RFC 2920.  Each command has one reply."""
+    commands: List[bytes]
+    seconds: float = COMMAND_S          # for each reply
+    is_last: bool = False               # the next exchange may follow behind it
+    rest: Optional[Rest] = None
+
+
+Exchange = Generator[CommandGroup, List[Tuple[int, bytes]], None]
+
+
+class Course:
+    """An exchange on its way over a connection."""
+    __slots__ = ("exchange", "group", "unsent", "replies", "awaited", "has_body")
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.group = next(exchange)
+        self.unsent: Deque[bytes] = collections.deque(self.group.commands)
+        self.replies: List[Tuple[int, bytes]] = []
+        self.awaited = 0
+        self.has_body = False           # its end of data may have reached the peer
+
+    def seconds(self) -> float:
+        """That the next reply may take."""
+        at = len(self.replies)
+        command = self.group.commands[at] if at < len(self.group.commands) else b""
+        if command == b"DATA\r\n":
+            return DATA_S
+        return END_OF_DATA_S if command[:5] == b"BDAT " else self.group.seconds
+
+    def go_on(self) -> bool:
+        """With the replies of a whole group.  False when all is said and done."""
+        replies, self.replies = self.replies, []
         try:
-            self.client.login(username, password)
-        except smtplib.SMTPResponseException as error:
-            text = error.smtp_error if isinstance(error.smtp_error, bytes) else error.smtp_error.encode()
-            raise PeerError("AUTH at %s failed: %s" % (self.client._host, reply_text(error.smtp_code, text))) from None
-        except smtplib.SMTPException as error:
-            raise PeerError("AUTH at %s failed: %s" % (self.client._host, printable(str(error), 200))) from None
-
-    def _size_limit(self) -> int:
-        """SIZE, RFC 1870; 0 when it names none."""
-        value = self.client.esmtp_features.get("size", "")
-        return int(value) if value.isdigit() and len(value) < 16 else 0
-
-    def _command(self, line: bytes, seconds: float) -> Tuple[int, bytes]:
-        if line:
-            self._check_step()
-            self.client.write(line)
-        self.client.wait(seconds)
-        return self.client.getreply()
-
-    def _check_step(self) -> None:
-        """All that was asked is answered: one reply more, and each would count for another command."""
-        if self.client.pending:
-            raise PeerError("%s says what it was not asked for: %s" % (
-                self.hop, printable(self.client.pending[:100].decode("latin-1"))), self.client.pending.startswith(b"421"))
-
-    def _quit(self) -> None:
-        """Everything was answered before: what QUIT brings is of no interest."""
-        self.client.wait(QUIT_S)
-        try:
-            self.client.docmd("QUIT")
-        except (PeerError, smtplib.SMTPException, OSError):
-            pass
+            self.group = self.exchange.send(replies)
+        except StopIteration:
+            return False
+        self.unsent.extend(self.group.commands)
+        return True
 
 
-class Courier(Line):
-    """Delivers.  The loop puts jobs into `inbox`, None for "that was all";
-    `jobs` are those it has not answered and belongs to the loop."""
+class Connection:
+    """A greeted connection to a primary.  Exchanges go over it in order, and each reply belongs to the
+    first command that has none.  With CHUNKING the next exchange may begin when the one before has sent
+    its last group; without, when it is answered."""
 
-    def __init__(self, spool: Spool, plan: Plan, post: Callable[[Any], None]) -> None:
-        super().__init__(plan, post)
-        self.spool = spool
-        self.inbox: "queue.SimpleQueue[Optional[Job]]" = queue.SimpleQueue()
-        self.jobs: Dict[str, Entry] = {}
-        self.is_greeted = False         # the loop's
-        self.is_leaving = False         # the loop's: None was sent
-        self.taken = 0                  # messages the peer took on this connection
-        self.settled = 0                # transactions it answered
-        self.is_out_of_step = False     # its replies cannot be told apart: no CHUNKING the next time
-        self.is_lost = False            # the peer takes no more
-        self.is_in_doubt = False        # it ended with several messages in flight
-        self.legs: Deque[Leg] = collections.deque()
-        self.flight: Deque[Leg] = collections.deque()       # sent, not answered
-        self.answered = 0.0             # monotonic, of the last answer to a message
-        self.pipelining = False
-        self.chunking = False
-        self.unsent = b""               # of the transactions in flight, not yet written
-        self.gathered: List[Leg] = []           # ... and which these are
+    def __init__(self, destination: Destination, client: Dialer, loop: Loop, read_block: Callable[..., None],
+                 on_room: Callable[[Connection], None],
+                 on_end: Callable[[Connection, str, bool], None]) -> None:
+        assert client.sock is not None
+        self.destination, self.hop, self.hostname = destination, client.hop, client.local_hostname
+        self.features, self.replies = client.esmtp_features, client.replies
+        self.loop, self.read_block, self.on_room, self.on_end = loop, read_block, on_room, on_end
+        self.courses: Deque[Course] = collections.deque()
+        self.awaited = 0                # replies
+        self.taken = self.answered = 0  # messages
+        self.left: Deque[Destination] = collections.deque()     # ATRN: whose turn has not come
+        self.collects: Tuple[Destination, ...] = ()             # ATRN: all it came for
+        self.due = loop.now.mono + IDLE_CONNECTION_S    # monotonic: the next reply, or the end of idleness
+        self.waits_since = loop.now.mono
+        self.is_late = self.is_leaving = self.is_over = self.is_former = False
+        self.is_pulling = self.is_astray = False
         self.introduced: List[str] = []         # the client that the peer was told of last
-        self.named = ("", "")                   # its address, and the name found for it
+        self.remark = ""                        # for the log, once
+        self.note_features()
+        self.stream = Stream(loop, client.sock, self._on_data, self._on_stream_end)
+        if client.whole or self.replies.pending:
+            self._on_lost("%s says what it was not asked for" % str(self.hop))
 
-    def recall(self) -> List[str]:
-        """From the loop: jobs that were given and are not begun yet."""
-        out: List[str] = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                job = self.inbox.get_nowait()
-                out += [job.id] if job is not None else []
-        return out
+    def note_features(self) -> None:
+        one = self.destination
+        self.is_pipelining = "pipelining" in self.features and one.may_pipeline
+        self.is_chunking = "chunking" in self.features and one.may_chunk
+
+    def has_room(self) -> bool:
+        """Nothing goes behind a final dot: RFC 2920 3.1 allows it, but Haraka answers 503 to it and
+        chasquid loses it.  BDAT may be followed by anything (RFC 3030 2): a window of whole messages
+        is, once the peer has taken one; not behind XCLIENT, which comes between messages."""
+        if self.is_leaving or self.is_over:
+            return False
+        if not self.courses:
+            return True
+        last = self.courses[-1]
+        return (self.is_pipelining and self.is_chunking and bool(self.taken) and not self.is_late
+                and last.group.is_last and not last.unsent and not self.destination.cfg.xclient
+                and len(self.courses) < CHUNK_MESSAGES and self.awaited < CHUNK_REPLIES
+                and len(self.stream.out) < CHUNK_OCTETS)
+
+    def say(self, exchange: Exchange) -> None:
+        if not self.courses:
+            self.waits_since = self.loop.now.mono
+        with contextlib.suppress(StopIteration):        # it had nothing to say, and has told so
+            self.courses.append(Course(exchange))
+        self._pump()
 
     def leave(self) -> None:
-        """From the loop: end in good order after the messages that are under way."""
-        self.is_leaving = self.is_over = True
-        self.inbox.put(None)
+        """End in good order after what is under way."""
+        self.is_leaving = True
+        if not (self.courses or self.is_over):
+            self.is_over = True
+            self.stream.send(b"QUIT\r\n")
+            self.stream.finish()
+            self.on_end(self, "", False)
 
-    def run(self) -> None:
-        error, closing, bug = "", False, None
-        try:
-            self._connect()
-            self.post(Greeted(self, self.hop, self._size_limit()))
-            self._serve()
-        except PeerError as problem:
-            error, closing = str(problem), problem.closing
-        except Exception as problem:
-            error, bug = "internal error: %r" % problem, problem
-        self.is_in_doubt = len(self.flight) > 1 and not closing
-        try:
-            self._abandon(error, closing)
-            self.client.close()
-        except OSError:
-            pass
-        except Exception as problem:
-            bug = bug or problem
-        self.post(Finished(self, error, bug))       # whatever happens: the loop waits for it
+    def cut(self) -> None:
+        self._on_lost("conversation with %s was cut" % self.hop.host)
 
-    # -- what to send
+    def _expect(self) -> None:
+        """Until when the next reply must come, or something must be left to say."""
+        seconds = self.courses[0].seconds() if self.courses else IDLE_CONNECTION_S
+        self.due = self.loop.now.mono + seconds
 
-    def _next_leg(self, wait: bool) -> Optional[Leg]:
-        """The next transaction; None when there is none (now, or within the
-        time a connection may idle)."""
-        while not self.legs:
-            if self.is_over:
-                return None
-            try:
-                job = self.inbox.get(timeout=IDLE_CONNECTION_S) if wait else self.inbox.get_nowait()
-            except queue.Empty:
-                self.is_over = self.is_over or wait
-                return None
-            if job is None:
-                self.is_over = True
-                return None
-            self._open(job)
-        return self.legs.popleft()
-
-    def _open(self, job: Job) -> None:
-        """Read and verify a message; what cannot be sent is answered here."""
-        try:
-            sidecar = self.spool.read_sidecar(job.id)
-            wanted = [one for one in sidecar["recipients"] if one["state"] == QUEUED and job.domain in ("", one["domain"])]
-            message = self.spool.read_message(job.id, sidecar)
-        except (Corrupt, OSError) as error:
-            return self.post(Outcome(self, job, (), False, 0.0, "none", 0.0, error))
-        parcel = Parcel(job, sidecar, message, wanted)
-        limit = self._size_limit()
-        if limit and sidecar["size"] > limit:
-            self._fail_parcel(parcel, "5.3.4", "message of %d octets exceeds the primary's limit of %d"
-                              % (sidecar["size"], limit))
-        elif sidecar["smtputf8"] and "smtputf8" not in self.client.esmtp_features:
-            self._fail_parcel(parcel, "5.6.7", "the primary does not offer SMTPUTF8, which this message needs")
-        elif not wanted:
-            message.close()
-            self.post(Outcome(self, job, (), False, sidecar["received"], str(self.hop), 0.0, Settled("no recipients left")))
-        else:
-            for start in range(0, len(wanted), RCPTS_PER_TRANSACTION):
-                group = wanted[start:start + RCPTS_PER_TRANSACTION]
-                self.legs.append(Leg(parcel, group, start + len(group) == len(wanted)))
-
-    def _fail_parcel(self, parcel: Parcel, status: str, text: str) -> None:
-        parcel.results = [make_deferral(one, status, text) for one in parcel.wanted]
-        self._answer(parcel)
-
-    def _answer(self, parcel: Parcel) -> None:
-        parcel.message.close()
-        wants_report = "dsn" not in self.client.esmtp_features and any("SUCCESS" in one["notify"] for one in parcel.wanted)
-        now = time.monotonic()
-        pace_s, since, self.answered = now - max(self.answered, parcel.started), now - self.answered, now
-        can_wait = since < GATHERING_S / 2 and self.inbox.qsize() > JOBS_LOW and all(one.kind == "sent" for one in parcel.results)
-        self.post(Outcome(self, parcel.job, tuple(parcel.results), parcel.is_whole, parcel.sidecar["received"],
-                          str(self.hop), now - parcel.started, None, wants_report, pace_s, can_wait))
-
-    def _give(self, leg: Leg, recipients: Iterable[Dict[str, Any]], code: int, text: bytes,
-              is_good: Optional[bool] = None) -> None:
-        """The peer's reply holds for these recipients."""
-        kind = {2: "sent", 5: "refused"}.get(code // 100, "deferred")
-        if code // 100 == 3:
-            text = b"unexpected reply: %d %s" % (code, text)
-        status = reply_status(code, text) if code // 100 != 3 else "4.5.0"
-        response = reply_text(code, text)
-        is_told = "dsn" in self.client.esmtp_features
-        leg.parcel.results += [Result(one["address"], kind, status, response, self.hop.host, one["refused_since"], is_good,
-                                      is_content=is_good is True, is_told=is_told) for one in recipients]
-
-    def _finish(self, leg: Leg) -> None:
-        if any(result.kind == "sent" for result in leg.parcel.results):
-            self.taken += 1
-        if leg.is_last:
-            self._answer(leg.parcel)
-
-    def _abandon(self, error: str, closing: bool = False) -> None:
-        """The connection is over.  What was under way, or was sent in part, is
-        deferred; what had not begun, or met a peer that has had enough for now, goes back untried.
-        `closing`: it said 421, and has read nothing behind that."""
-        legs = [*self.flight, *self.legs]
-        blamed = self.flight[0].parcel if self.flight and not (closing and self.taken) else None    # the first in line
-        self.flight.clear()
-        self.legs.clear()
-        for parcel in dict.fromkeys(leg.parcel for leg in legs):
-            its = [leg for leg in legs if leg.parcel is parcel]
-            answered = {result.address for result in parcel.results}
-            if answered or parcel is blamed or (not closing and any(leg.is_sent for leg in its)):
-                taken = {one["address"] for leg in its for one in leg.accepted}     # RCPT's answer stands
-                parcel.results += [make_deferral(one, "4.4.2", error)._replace(is_good=one["address"] in taken or None)
-                                   for one in parcel.wanted if one["address"] not in answered]
-            self._answer(parcel)        # without results: given back
-
-    # -- sending
-
-    def _serve(self) -> None:
-        """Keep as many transactions in flight as the peer's extensions allow, and read their answers in order."""
-        self._note_features()
-        while True:
-            while not self.is_lost and self._has_room():
-                leg = self._next_leg(wait=not self.flight)
-                if leg is None:
-                    break
-                if not self.flight and not self.client.is_silent():
-                    self.legs.appendleft(leg)
-                    return self._part()
-                self._launch(leg)
-            if not self.flight:
-                return self._part() if self.is_lost else self._quit()
-            ended = self._land()
-            if ended is not None:       # behind a verdict, with nothing else under way: that is nobody's fault
-                self._abandon(str(ended), True)
-                return self._quit()
-
-    def _has_room(self) -> bool:
-        """DATA must be the last command of a group (RFC 2920 3.1), so there one
-        transaction is in flight, and at most the next one's envelope.  BDAT may
-        be followed by anything (RFC 3030 2): then a window of whole messages
-        is, once the peer has taken the first; a small one that grows, where the last connection
-        broke and left several in doubt.  Not behind XCLIENT, which comes between messages."""
-        if not (self.chunking and self.pipelining) or not self.taken or self.plan.cfg.xclient:
-            return not self.flight
-        window = min(CHUNK_MESSAGES, 1 + self.taken // 4) if self.plan.is_wary else CHUNK_MESSAGES
-        return (len(self.flight) < window
-                and sum(leg.parcel.sidecar["size"] for leg in self.flight) < CHUNK_OCTETS
-                and sum(len(leg.recipients) for leg in self.flight) < CHUNK_RECIPIENTS)
-
-    def _note_features(self) -> None:
-        features = self.client.esmtp_features
-        self.pipelining = "pipelining" in features
-        self.chunking = "chunking" in features and self.plan.chunking
-
-    def _part(self) -> None:
-        """The peer ended the connection while we were idle.  That is nobody's
-        fault after a transaction; before the first it is a way to say no."""
-        words = printable(self.client.pending[:200].decode("latin-1").strip())
-        error = "%s ended the connection%s" % (self.hop, ": " + words if words else "")
-        if not self.settled:
-            raise PeerError(error, True)
-        self._abandon(error, True)
-        self._quit()
-
-    def _envelope(self, leg: Leg) -> List[bytes]:
-        """MAIL and RCPT commands.  Addresses went through our grammar twice."""
-        sidecar, features = leg.parcel.sidecar, self.client.esmtp_features
-        mail = "MAIL FROM:<%s>" % sidecar["sender"]
-        if "size" in features:
-            mail += " SIZE=%d" % sidecar["size"]
-        if sidecar["body"] == "8BITMIME" and "8bitmime" in features:
-            mail += " BODY=8BITMIME"
-        if sidecar["smtputf8"]:
-            mail += " SMTPUTF8"
-        dsn = "dsn" in features
-        if dsn:
-            mail += " RET=" + sidecar["ret"] if sidecar["ret"] else ""
-            mail += " ENVID=" + sidecar["envid"] if sidecar["envid"] else ""
-        out = [mail]
-        for one in leg.recipients:
-            rcpt = "RCPT TO:<%s>" % one["address"]
-            if dsn:
-                rcpt += " NOTIFY=" + one["notify"] if one["notify"] else ""
-                rcpt += " ORCPT=" + one["orcpt"] if one["orcpt"] else ""
-            out.append(rcpt)
-        return [line.encode("utf-8") + b"\r\n" for line in out]
-
-    def _introduce(self, leg: Leg) -> None:
-        """XCLIENT, else XFORWARD: who the original client was, for the primary's
-        checks.  A primary that does not trust us with it is no reason to wait."""
-        if not self.plan.cfg.xclient:
-            return
-        for verb in ("xclient", "xforward"):
-            offered = self.client.esmtp_features.get(verb, "").upper().split()
-            if not offered:
-                continue
-            known = self._origin(leg)
-            words = ["%s=%s" % (name, known[name]) for name in offered if name in known]
-            if not words or (verb == "xclient" and words == self.introduced):
-                return                  # XCLIENT holds until another; XFORWARD for one transaction
-            self.introduced = words
-            code, text = self._command(("%s %s\r\n" % (verb.upper(), " ".join(words))).encode("ascii"), COMMAND_S)
-            self._leave_if_told(code, text)
-            if verb == "xclient" and code == 220:
-                helo = decode_xtext(known["HELO"])      # the session begins anew
-                self.client.hello(helo if re.fullmatch(r"[!-~]+", helo) and helo[0] != "[" else "[%s]" % known["ADDR"])
-                self._note_features()                   # they may be others for that client
-            return
-
-    def _origin(self, leg: Leg) -> Dict[str, str]:
-        """Attributes as xtext.  Mail of our own comes from ourselves, also where somebody else was introduced before."""
-        sidecar = leg.parcel.sidecar
-        address, helo = sidecar["client"]["address"], sidecar["client"]["helo"]
-        if not address:
-            assert self.client.sock is not None
-            address, helo, name = self.client.sock.getsockname()[0], self.plan.hostname, self.plan.hostname
-        elif self.named[0] == address:
-            name = self.named[1]
-        else:
-            name = self._name_of(address)
-            self.named = (address, name)
-        address = address.partition("%")[0]
-        return {"NAME": name, "ADDR": "IPV6:" + address if ":" in address else address, "PORT": "[UNAVAILABLE]",
-                "HELO": encode_xtext(helo, XCLIENT_VALUE_MAX) or "[UNAVAILABLE]", "PROTO": "ESMTP",
-                "IDENT": sidecar["id"], "SOURCE": "REMOTE"}
-
-    def _name_of(self, address: str) -> str:
-        try:
-            return self.plan.resolver.name_of(address) or "[UNAVAILABLE]"
-        except DnsError:
-            return "[TEMPUNAVAIL]"
-
-    def _launch(self, leg: Leg) -> None:
-        """Send as much of a transaction as need not wait for an answer."""
-        self.flight.append(leg)         # first: a peer that breaks off at the introduction has had this message
-        if len(self.flight) == 1:
-            self._introduce(leg)
-        if self.pipelining and self.chunking:
-            self._send_chunk(leg)
-        elif self.pipelining:
-            self.client.write(b"".join(self._envelope(leg)) + b"DATA\r\n")
-
-    def _land(self) -> Optional[PeerError]:
-        """Read the answers to the first transaction in flight.  Returns how the
-        connection ended, where it did so in good order behind them."""
-        leg = self.flight[0]
-        self._flush()
-        code, text = self._read_envelope(leg)
-        if self.chunking and leg.is_sent:
-            ended = self._look_behind()
-            self._settle(leg, code, text)
-            if ended is not None and self.flight:
-                raise ended
-            return ended
-        if leg.accepted and code == 354:
-            self._check_step()
-            self._send_body(leg)
-            self.client.wait(END_OF_DATA_S)
-            self._settle(leg, *self.client.getreply())
-            return None
-        if leg.accepted and code // 100 == 2:       # nothing was sent yet, so nothing can have been taken
-            code, text = 451, b"4.5.0 unexpected reply to DATA: %d %s" % (code, text)
-        elif code == 354:
-            self.client.write(b".\r\n")     # RFC 2920 3.1: nobody is to get it, but the data must end
-            self._command(b"", END_OF_DATA_S)
-        self._settle(leg, code, text)
-        self._leave_if_told(*self._command(b"RSET\r\n", COMMAND_S))
-        return None
-
-    def _look_behind(self) -> Optional[PeerError]:
-        """With CHUNKING, one reply too many would make each message's verdict out
-        of a RCPT's 250.  So RSET follows each message, and a verdict counts when that was answered
-        behind it.  Returns how the connection ended, if it did: that speaks against no verdict, but where the peer may
-        not even have had all of the message."""
-        if not self.pipelining and not self.client.pending.startswith(b"421"):      # that may come at any time
-            self._check_step()
-        try:
-            code, text = self._command(b"" if self.pipelining else b"RSET\r\n", COMMAND_S)
-            self._leave_if_told(code, text)
-        except PeerError as error:
-            if self.flight[0].is_cut:
-                raise
-            return error
-        if code == 250:
-            return None
-        oddity = PeerError("%s answers RSET with %s" % (self.hop, reply_text(code, text)))
-        if not self.pipelining:
-            return oddity               # each command had its reply before the next: the peer is odd, but in step
-        self.is_out_of_step = True
-        raise oddity
-
-    def _settle(self, leg: Leg, code: int, text: bytes) -> None:
-        """The last answer of a transaction: it holds for the recipients that were accepted."""
-        self._give(leg, leg.accepted, code, text, True)
-        self._end_leg(leg)
-        self._leave_if_told(code, text)
-
-    def _end_leg(self, leg: Leg) -> None:
-        self.flight.popleft()
-        self.settled += 1
-        self._finish(leg)
-
-    def _leave_if_told(self, code: int, text: bytes) -> None:
-        if code == 421:
-            raise PeerError("%s: %s" % (self.hop, reply_text(code, text)), True)
-
-    def _read_envelope(self, leg: Leg) -> Tuple[int, bytes]:
-        """Replies to MAIL and RCPT; returns that to DATA or BDAT.  Without
-        PIPELINING each command waits for the one before."""
-        envelope = self._envelope(leg)
-
-        def step(line: bytes, seconds: float) -> Tuple[int, bytes]:
-            code, text = self._command(b"" if self.pipelining else line, seconds)
-            self._leave_if_told(code, text)
-            return code, text
-
-        code, text = step(envelope[0], COMMAND_S)
-        refused = code // 100 != 2
-        if refused:
-            self._give(leg, leg.recipients, code, text)
-            if not self.pipelining:
-                return 503, b""
-        for one, line in zip(leg.recipients, envelope[1:]):
-            code, text = step(line, COMMAND_S)
-            if refused:
-                continue
-            if code // 100 == 2:
-                leg.accepted.append(one)
-            else:
-                if code == 552 and reply_status(code, text) in ("5.0.0", "5.5.3"):       # RFC 5321 4.5.3.1.10
-                    code, text = 452, b"4.5.3 too many recipients: 552 " + text
-                self._give(leg, [one], code, text, False if is_no_such_user(code, text) else None)
-        if not leg.accepted and not self.pipelining:
-            return 503, b""
-        if self.chunking and not self.pipelining:
-            self._check_step()
-            self._send_chunk(leg)
-            self._flush()
-        return self._command(b"" if self.pipelining or self.chunking else b"DATA\r\n",
-                             END_OF_DATA_S if self.chunking else DATA_S)
-
-    def _send_chunk(self, leg: Leg) -> None:
-        """A whole transaction; small ones are gathered and leave together.
-        Whatever the peer thinks of the envelope it reads the octets announced as
-        data (RFC 3030 2).  RSET ends it, should it have failed half-way."""
-        self.gathered.append(leg)
-        self.unsent += b"".join(self._envelope(leg)) if self.pipelining else b""
-        self.unsent += b"BDAT %d LAST\r\n" % leg.parcel.message.size
-        for block in leg.parcel.message.blocks():
-            if len(self.unsent) >= BLOCK_OCTETS:
-                self._flush(leg)
-            self.unsent += block
-        self.unsent += b"RSET\r\n" if self.pipelining else b""
-
-    def _flush(self, *unfinished: Leg) -> None:
-        """What was gathered leaves.  When the peer takes no more, its answers to what came before are read first."""
-        ready, self.unsent = self.unsent, b""
-        legs, self.gathered = self.gathered, list(unfinished)
-        for leg in legs:
-            leg.is_sent = True
-        try:
-            if ready and not self.is_lost:
-                self.client.write(ready)
-        except LostError:
-            self.is_lost = True
-            for leg in legs:
-                leg.is_cut = True
-
-    def _send_body(self, leg: Leg) -> None:
-        """The message, dot-stuffed (RFC 5321 4.5.2), block by block; with
-        PIPELINING the next envelope goes right behind its end (RFC 2920 3.1)."""
-        leg.is_sent = True
-        held = b"\r\n"                  # what came just before: a dot after it is stuffed
-        ready = b""
-        for block in leg.parcel.message.blocks():
-            if ready:
-                self.client.write(ready)
-            stuffed = (held + block).replace(b"\r\n.", b"\r\n..")[len(held):]
-            held = block[-2:] if len(block) > 1 else (held + block)[-2:]
-            ready = stuffed
-        may_follow = self.pipelining and not self.plan.cfg.xclient      # a client is introduced between messages
-        follower = self._next_leg(wait=False) if may_follow else None
-        ready += b".\r\n"
-        if follower is not None:
-            ready += b"".join(self._envelope(follower)) + b"DATA\r\n"
-            self.flight.append(follower)
-        self.client.write(ready)
-
-
-class Turnaround(Courier):
-    """ATRN: the client turned into a server, and we deliver over the
-    connection that it made (RFC 2645 5.2.1).  Its sites are served one after
-    the other; `left` are those whose turn has not come."""
-
-    def __init__(self, spool: Spool, plan: Plan, post: Callable[[Any], None], hop: Hop, sock: socket.socket,
-                 unsaid: bytes, early: bytes) -> None:
-        """`unsaid`: replies that have not gone out yet, our 250 the last of
-        them; `early`: what the client sent behind its command."""
-        super().__init__(spool, plan, post)
-        self.customer = hop
-        self.unsaid = unsaid
-        self.sites: Tuple[Site, ...] = ()               # the loop's, as the next two
-        self.left: Deque[Site] = collections.deque()
-        self.on_over: Callable[[], None] = lambda: None
-        self.client.sock = sock         # from now on cut() finds it
-        self.client.pending = early
-
-    def _connect(self) -> None:
-        """No STARTTLS: what the tls option asks was seen to before, and a client
-        that only passes lines on, like fetchmail, could not take part in it."""
-        sock = self.client.sock
-        assert sock is not None
-        self.client._host = self.customer.host
-        try:
-            self.client.write(self.unsaid, COMMAND_S)
-            self.client.open(self.customer, sock, COMMAND_S)    # it may have to start its server first
-            self.client.hello()
-        except (smtplib.SMTPException, OSError) as error:
-            raise PeerError("%s: %s" % (str(self.customer), printable(str(error)))) from None
-        self.hop = self.customer
-
-
-def make_deferral(one: Mapping[str, Any], status: str, response: str) -> Result:
-    """Put off for a reason of our own."""
-    return Result(one["address"], "deferred", status, response, "", one["refused_since"])
-
-
-def is_no_such_user(code: int, text: bytes) -> bool:
-    """Whether a refusal of RCPT is about the recipient; others are about us, or the day."""
-    return code in (550, 551, 553) or (code // 100 == 5 and reply_status(code, text).startswith("5.1."))
-
-
-class Answered(NamedTuple):
-    inquirer: "Inquirer"
-    address: str
-    word: str                   # good, bad, or silent
-    text: str                   # the reply, for the client
-
-
-class Heard(NamedTuple):
-    inquirer: "Inquirer"
-    hop: Hop
-    size_limit: int
-
-
-class Unheard(NamedTuple):
-    inquirer: "Inquirer"
-    error: str                  # empty when it ended in good order
-    bug: Optional[BaseException] = None
-
-
-class Inquirer(Line):
-    """Call-ahead: asks the primary whether it takes a recipient, and sends
-    nothing.  The loop puts addresses into `inbox`, an empty one to learn only
-    whether it is there; `open` are those not answered and belongs to the loop."""
-
-    def __init__(self, plan: Plan, post: Callable[[Any], None]) -> None:
-        super().__init__(plan, post)
-        self.inbox: "queue.SimpleQueue[str]" = queue.SimpleQueue()
-        self.open: Set[str] = set()
-        self.stranger = ""              # a local part that cannot exist: whether the primary takes any
-
-    def run(self) -> None:
-        error, bug = "", None
-        try:
-            self._connect()
-            self.post(Heard(self, self.hop, self._size_limit()))
-            self._answer_all()
-            self._quit()
-        except PeerError as problem:
-            error = str(problem)
-        except Exception as problem:
-            error, bug = "internal error: %r" % problem, problem
-        try:
-            self.client.close()
-        except OSError:
-            pass
-        self.post(Unheard(self, error, bug))
-
-    def _answer_all(self) -> None:
-        while True:
-            try:
-                address = self.inbox.get(timeout=INQUIRER_IDLE_S)
-            except queue.Empty:
+    def _pump(self) -> None:
+        for course in self.courses:
+            while course.unsent and not self.is_pulling and (self.is_pipelining or not self.awaited):
+                data, rest = course.unsent.popleft(), course.group.rest
+                self.stream.send(data)
+                course.awaited += 1
+                self.awaited += 1
+                if self.awaited == 1:
+                    self.waits_since = self.loop.now.mono
+                if not course.unsent:
+                    course.has_body = course.has_body or course.group.is_last or rest is not None
+                    if rest is not None:
+                        self._pull(rest, data[-2:])
+                self._expect()
+            if course.unsent or not course.group.is_last or self.is_pulling:
                 return
-            if not self.client.is_silent():     # it closed while nobody asked
-                self._connect()
-            word, text = self._ask(address) if address else ("silent", "")
-            self.post(Answered(self, address, word, text))
 
-    def _ask(self, address: str) -> Tuple[str, str]:
-        """Only a real verdict counts: RCPT's own, after an accepted MAIL."""
-        lines = [b"MAIL FROM:<>", b"RCPT TO:<" + address.encode("utf-8") + b">", b"RSET"]
-        if not address.isascii():
-            if "smtputf8" not in self.client.esmtp_features:
-                return "silent", ""
-            lines[0] += b" SMTPUTF8"
-        replies = []
-        if "pipelining" in self.client.esmtp_features:
-            self.client.write(b"\r\n".join(lines) + b"\r\n")
-            lines = [b""] * 3
-        for line in lines:
-            replies.append(self._command(line and line + b"\r\n", CALL_AHEAD_S))
-            if replies[-1][0] == 421:
-                raise PeerError("%s: %s" % (str(self.hop), reply_text(*replies[-1])), True)
-        (mail, _), (code, text), _ = replies
-        if mail // 100 == 2 and code // 100 == 2:
-            return "good", ""
-        if mail // 100 == 2 and is_no_such_user(code, text):
-            return "bad", reply_text(code, text)
-        return "silent", reply_text(code, text)
+    def _pull(self, rest: Rest, held: bytes) -> None:
+        """A large body's next block, when the one before is out.  `held`: what came just before it."""
+        self.is_pulling = True
+
+        def on_block(block: Any) -> None:
+            if self.is_over:
+                return
+            if not isinstance(block, bytes) or not block:
+                return self._on_lost("%s: the body cannot be read: %s" % (rest.id, block or "it ends early"))
+            data = stuff(held, block) if rest.is_stuffed else block
+            after = rest._replace(offset=rest.offset + len(block))
+            if after.offset >= rest.size:
+                self.is_pulling = False
+                self.waits_since = self.loop.now.mono
+                self._expect()
+                self.stream.send(data + (b".\r\n" if rest.is_stuffed else b""))
+                return self._pump()
+            self.stream.on_sent = lambda: self._pull(after, (held + block)[-2:])
+            self.stream.send(data)
+        self.read_block(on_block, "block", rest.id, rest.offset)
+
+    def _on_data(self, data: bytes) -> None:
+        try:
+            for code, text in self.replies.feed(data):
+                if code == 421:
+                    if self.awaited:
+                        self._on_reply(code, text)
+                    raise unfit(str(self.hop), code, text)
+                if not self.awaited:
+                    if self.is_pipelining and self.answered:
+                        self.destination.may_pipeline = self.destination.may_chunk = False
+                    raise unfit("%s says what it was not asked for" % str(self.hop), code, text)
+                self._on_reply(code, text)
+        except PeerError as error:
+            return self._on_lost(str(error), error.closing)
+        if self.is_over:
+            return
+        self._pump()
+        if self.is_leaving and not self.courses:
+            self.leave()
+        else:
+            self.on_room(self)
+
+    def _on_reply(self, code: int, text: bytes) -> None:
+        course = self.courses[0]
+        if not course.awaited:
+            raise PeerError("%s answers before it was asked" % str(self.hop))
+        course.replies.append((code, text))
+        course.awaited -= 1
+        self.awaited -= 1
+        self.is_late = False
+        self.waits_since = self.loop.now.mono
+        if code != 421 and not course.awaited and not course.unsent and not course.go_on():
+            self.courses.popleft()
+            if self.is_astray and self.courses:         # whose replies come next is not known
+                raise PeerError(self.remark)
+        self._expect()
+
+    def _on_stream_end(self, why: str) -> None:
+        self._on_lost("lost connection with %s%s" % (self.hop.host, why and ": " + why))
+
+    def _on_lost(self, error: str, closing: bool = False) -> None:
+        """The first in line is blamed, unless the peer has had enough of the connection.  Whatever may
+        have reached its end of data is in doubt; the rest was not tried."""
+        if self.is_over:
+            return
+        self.is_over = True
+        courses, self.courses = self.courses, collections.deque()
+        for number, course in enumerate(courses):
+            is_blamed = number == 0 and not (closing and self.answered)
+            is_in_doubt = course.has_body and not closing
+            is_news = (is_blamed or is_in_doubt) and not self.is_astray
+            problem = PeerError(error if is_news else "", closing)
+            problem.replies = course.replies
+            with contextlib.suppress(StopIteration):
+                course.exchange.throw(problem)
+        self.stream.close()
+        self.on_end(self, error, closing)
+
+    def sweep(self) -> bool:
+        """Once a second: deadlines, and who has nothing to say any more.  True when its answer is late
+        since now."""
+        now = self.loop.now.mono
+        if self.is_over:
+            return False
+        if self.is_pulling or self.stream.out:
+            if now - self.stream.moved > BLOCK_S:
+                self._on_lost("conversation with %s timed out" % self.hop.host)
+        elif now >= self.due:
+            if self.courses:
+                error = "conversation with %s timed out" % self.hop.host
+                if self.is_pipelining and self.courses[0].awaited > 1:  # it may lose what is sent ahead
+                    self.destination.may_pipeline = self.destination.may_chunk = False
+                    error += "; no PIPELINING until the next start"
+                self._on_lost(error)
+            else:
+                self.leave()
+        was, self.is_late = self.is_late, self.is_waiting(LATE_S)
+        return self.is_late and not was
+
+    def is_waiting(self, seconds: float) -> bool:
+        """Whether its answer has not come for so long."""
+        moved = self.stream.moved if self.is_pulling or self.stream.out else 0.0
+        waits = self.loop.now.mono - max(self.waits_since, moved)
+        return bool(self.courses) and not self.is_over and waits > seconds
 
 
+def stuff(held: bytes, block: bytes) -> bytes:
+    """Dots doubled, RFC 5321 4.5.2.  `held`: what comes before the block."""
+    return (held + block).replace(b"\r\n.", b"\r\n..")[len(held):]
 
-# == 12. QUEUE =================================================================
-# What becomes of queued mail: loading, connections, outcomes, notices, expiry.
-# Runs in the loop thread and never waits: disk work goes to the committers,
-# the network to couriers, and their reports come back through handle().
+
+# -- exchanges
+
+def deliver(connection: Connection, sidecar: Dict[str, Any], people: List[Dict[str, Any]], body: bytes,
+            then: Callable[[List[Verdict]], None]) -> Exchange:
+    """One transaction.  `then` gets a verdict for each recipient that was answered, or none when it was
+    not tried.  Recipients without a verdict go in the next transaction, at once."""
+    verdicts: List[Verdict] = []
+    accepted: List[Dict[str, Any]] = []
+    replies: List[Tuple[int, bytes]] = []
+    host, is_told = connection.hop.host, "dsn" in connection.features
+
+    def give(recipients: Iterable[Dict[str, Any]], code: int, text: bytes,
+             is_good: Optional[bool] = None) -> None:
+        kind, status = {2: "sent", 5: "refused"}.get(code // 100, "deferred"), reply_status(code, text)
+        status = "4.5.0" if status[0] == "3" else status
+        verdicts.extend(Verdict(one["address"], kind, status, reply_text(code, text), host, is_good, is_told)
+                        for one in recipients)
+
+    def sort(replies: Sequence[Tuple[int, bytes]]) -> None:
+        """What MAIL and RCPT were answered, as far as they were."""
+        mail, words = replies[0] if replies else (421, b"")
+        if mail == 421:
+            return
+        if mail // 100 == 4 and connection.taken:
+            connection.is_leaving = True        # a limit of the connection (OpenSMTPD: 100 messages)
+        elif mail in OUT_OF_STEP:
+            raise out_of_step(connection, "MAIL", mail, words)
+        elif mail // 100 != 2:
+            give(people, mail, words)
+        put_off = []
+        for one, (code, text) in zip(people, replies[1:] if mail // 100 == 2 else []):
+            if code in OUT_OF_STEP:
+                raise out_of_step(connection, "RCPT", code, text)
+            if code == 552 and reply_status(code, text) in ("5.0.0", "5.5.3"):      # RFC 5321 4.5.3.1.10
+                code, text = 452, b"4.5.3 too many recipients: 552 " + text
+            if code // 100 == 2:
+                accepted.append(one)
+            elif code in (451, 452):
+                put_off.append((one, code, text))
+            elif code != 421:
+                give([one], code, text, False if is_no_such_user(code, text) else None)
+        for one, code, text in put_off if not accepted else ():    # else a limit of the transaction
+            give([one], code, text)
+
+    try:
+        if connection.destination.cfg.xclient:
+            yield from introduce(connection, sidecar)
+        # 1. What this peer cannot have; its notice will say why in the end.
+        limit, is_utf8, problem = connection.destination.size_limit, needs_utf8(sidecar, body), ("", "")
+        if limit and sidecar["size"] > limit:
+            problem = "5.3.4", "message of %d octets exceeds the primary's limit of %d" % (
+                sidecar["size"], limit)
+        elif is_utf8 and "smtputf8" not in connection.features:
+            problem = "5.6.7", "the primary does not offer SMTPUTF8, which this message needs"
+        if problem[0]:
+            return then([Verdict(one["address"], "deferred", *problem, remote="") for one in people])
+        # 2. The envelope, and the body or the question for it.
+        commands = envelope(connection.features, sidecar, people, is_utf8)
+        rest = Rest(sidecar["id"], len(body), sidecar["size"], not connection.is_chunking)
+        is_whole = rest.offset >= rest.size
+        if connection.is_chunking:      # RSET shows that the verdict was not some other command's
+            commands.append(b"BDAT %d LAST\r\n" % rest.size + body)
+            groups = [CommandGroup(commands + [b"RSET\r\n"], is_last=True)] if is_whole else [
+                CommandGroup(commands, rest=rest), CommandGroup([b"RSET\r\n"], is_last=True)]
+            try:
+                for group in groups:
+                    replies += yield group
+            except PeerError as error:  # it ended behind the verdict: that speaks against no verdict
+                replies += error.replies
+                error.replies = []
+                if len(replies) < len(commands) or replies[len(commands) - 1][0] == 421:
+                    raise
+                replies[len(commands):] = [(250, b"")]
+            *replies, (code, text), (sync, words) = replies
+            if sync != 250:
+                raise out_of_step(connection, "RSET", sync, words)
+        elif connection.is_pipelining:
+            *replies, (code, text) = yield CommandGroup(commands + [b"DATA\r\n"])
+        else:                           # each command waits for the reply before it: none is said in vain
+            replies = yield CommandGroup(commands[:1])
+            if replies[0][0] // 100 == 2:
+                replies += yield CommandGroup(commands[1:])
+            code, text = 503, b""
+            if any(reply[0] // 100 == 2 for reply in replies[1:]):
+                (code, text), = yield CommandGroup([b"DATA\r\n"])
+        sort(replies)
+        # 3. What DATA's answer allows.
+        if connection.is_chunking:
+            pass
+        elif code == 354 and accepted:
+            data = stuff(b"\r\n", body) + (b".\r\n" if is_whole else b"")
+            (code, text), = yield CommandGroup([data], END_OF_DATA_S, True, None if is_whole else rest)
+        elif code == 354:               # to nobody, too, the data must have an end: RFC 2920 3.1
+            yield CommandGroup([b".\r\n", b"RSET\r\n"], END_OF_DATA_S, True)
+        elif code // 100 == 2 and accepted:     # nothing was sent yet, so nothing can have been taken
+            code, text = 451, b"4.5.0 unexpected reply to DATA: %d %s" % (code, text)
+            connection.is_leaving = True        # the 354 may still come
+        else:
+            yield CommandGroup([b"RSET\r\n"], is_last=True)
+        # 4. The verdict on the message.
+        if accepted and code in OUT_OF_STEP:
+            raise out_of_step(connection, "DATA", code, text)
+        give(accepted, code, text, True)
+        connection.answered += bool(verdicts)
+        connection.taken += any(verdict.kind == "sent" for verdict in verdicts)
+    except PeerError as error:
+        if not (verdicts or accepted):  # what it said before it hung up stays said
+            with contextlib.suppress(PeerError):
+                sort([*replies, *error.replies])
+        if connection.is_astray:
+            verdicts.clear()            # whose they were is not known
+        connection.answered += any(verdict.remote for verdict in verdicts)
+        known = {verdict.address for verdict in verdicts}
+        verdicts += [Verdict(one["address"], "deferred", "4.4.2", str(error), "", one in accepted or None)
+                     for one in people if one["address"] not in known and str(error)]
+    then(verdicts)
+
+
+def out_of_step(connection: Connection, command: str, code: int, text: bytes) -> PeerError:
+    """No word about a message.  Messages go again one by one, without window and PIPELINING; where that
+    is so already, the peer is odd, and the message is put off."""
+    was_ahead = connection.is_pipelining or connection.is_chunking
+    connection.destination.may_chunk = connection.destination.may_pipeline = False
+    error = "%s answers %s with %s" % (connection.hop, command, reply_text(code, text))
+    connection.remark = error + ("; no PIPELINING until the next start" if was_ahead else "")
+    connection.is_leaving = connection.is_astray = True
+    return PeerError("" if was_ahead else error)
+
+
+def needs_utf8(sidecar: Mapping[str, Any], body: bytes) -> bool:
+    """SMTPUTF8 was said, and its envelope or header has an octet beyond ASCII, RFC 6531 3.4."""
+    if not sidecar["smtputf8"]:
+        return False
+    addresses = [sidecar["sender"], *(one["address"] for one in sidecar["recipients"])]
+    return not (all(map(str.isascii, addresses)) and body.partition(b"\r\n\r\n")[0].isascii())
+
+
+def envelope(features: Mapping[str, str], sidecar: Mapping[str, Any], people: Sequence[Mapping[str, Any]],
+             is_utf8: bool) -> List[bytes]:
+    """MAIL and RCPT.  Addresses went through our grammar twice."""
+    has_dsn = "dsn" in features
+    mail = ["MAIL FROM:<%s>" % sidecar["sender"]]
+    mail += ["SIZE=%d" % sidecar["size"]] * ("size" in features)
+    mail += ["BODY=8BITMIME"] * (sidecar["body"] == "8BITMIME" and "8bitmime" in features)
+    mail += ["SMTPUTF8"] * is_utf8
+    mail += ["%s=%s" % (key.upper(), sidecar[key]) for key in ("ret", "envid") if has_dsn and sidecar[key]]
+    rcpts = [["RCPT TO:<%s>" % one["address"]]
+             + ["%s=%s" % (key.upper(), one[key]) for key in ("notify", "orcpt") if has_dsn and one[key]]
+             for one in people]
+    return [" ".join(words).encode("utf-8") + b"\r\n" for words in [mail, *rcpts]]
+
+
+def introduce(connection: Connection, sidecar: Mapping[str, Any]) -> Exchange:
+    """XCLIENT, else XFORWARD: who the original client was, for the primary's checks.  A primary that
+    does not trust us with it is no reason to wait."""
+    verb = next((one for one in ("xclient", "xforward") if connection.features.get(one)), "")
+    known = origin_of(connection, sidecar)
+    words = ["%s=%s" % (name, known[name]) for name in connection.features.get(verb, "").upper().split()
+             if name in known]
+    if not words or (verb == "xclient" and words == connection.introduced):
+        return                          # XCLIENT holds until another; XFORWARD for one transaction
+    connection.introduced = words
+    (code, text), = yield CommandGroup([("%s %s\r\n" % (verb.upper(), " ".join(words))).encode("ascii")])
+    if code // 100 != 2:
+        connection.remark = "%s refuses %s: %s" % (connection.hop, verb.upper(), reply_text(code, text))
+        del connection.features[verb]   # not again over this connection
+    elif verb == "xclient" and code == 220:     # the session begins anew, with the client's name
+        helo = decode_xtext(known["HELO"])
+        helo = helo if re.fullmatch(r"[!-~]+", helo) and helo[0] != "[" else "[%s]" % known["ADDR"]
+        (code, text), = yield CommandGroup([("EHLO %s\r\n" % helo).encode("ascii")])
+        if code // 100 == 2:
+            lines = [line.decode("latin-1").split() for line in text.split(b"\n")[1:] if line.strip()]
+            connection.features = {name.lower(): " ".join(values) for name, *values in lines}
+            connection.note_features()
+
+
+def origin_of(connection: Connection, sidecar: Mapping[str, Any]) -> Dict[str, str]:
+    """Attributes as xtext.  Mail of our own comes from ourselves, also where somebody else was
+    introduced before."""
+    client = sidecar["client"]
+    address, helo, name = client["address"], client["helo"], client.get("name") or "[UNAVAILABLE]"
+    if not address:
+        address, helo = connection.stream.sock.getsockname()[0], connection.hostname
+        name = connection.hostname
+    address = address.partition("%")[0]
+    return {"NAME": "[UNAVAILABLE]" if name == "unknown" else name,
+            "ADDR": "IPV6:" + address if ":" in address else address, "PORT": "[UNAVAILABLE]",
+            "HELO": encode_xtext(helo, XCLIENT_VALUE_MAX) or "[UNAVAILABLE]", "PROTO": "ESMTP",
+            "IDENT": sidecar["id"], "SOURCE": "REMOTE"}
+
+
+def verify(connection: Connection, address: str, then: Callable[[str, str], None]) -> Exchange:
+    """Call-ahead: would the primary take this recipient?  `then` gets good, bad or silent and the
+    reply; only RCPT's own answer behind an accepted MAIL counts.  "lost" when the connection ended
+    before."""
+    if not (address.isascii() or "smtputf8" in connection.features):
+        return then("silent", "")
+    mail = b"MAIL FROM:<>" + (b"" if address.isascii() else b" SMTPUTF8") + b"\r\n"
+    rcpt = b"RCPT TO:<%s>\r\n" % address.encode("utf-8")
+    try:
+        (code, text), answer, _ = yield CommandGroup([mail, rcpt, b"RSET\r\n"], is_last=True)
+    except PeerError:
+        return then("lost", "")
+    word = "silent"
+    if code // 100 == 2:
+        code, text = answer
+        word = "good" if code // 100 == 2 else "bad" if is_no_such_user(code, text) else "silent"
+    connection.answered += 1
+    then(word, reply_text(code, text))
+# == 13. QUEUE =================================================================
+# What becomes of queued mail.  Runs in the loop and never waits: disk work is asked
+# of the spool, dialling of threads, and their answers come back here.
+#   Queue       owns the messages from their 250 to their end: age, cut-through, commands
+#   Loader      reads the spool at the start and at SIGHUP
+#   Deliveries  owns the connections to primaries: how many there are, what each is given
+#   Judgement   what a primary's answers mean, also when it answers 550 to all
+#   Recorder    what is written down, what senders are told, and what a full disk does
+#   StateFile, Callers, Alerts: what is learnt, whose addresses are known, who is told
+
+Sidecar = Dict[str, Any]
+People = Mapping[str, Mapping[str, Any]]        # address: what changes of a recipient in the sidecar
+
 
 class Ids:
-    """Queue IDs: the time in microseconds, never the same twice, in upper-case
-    hex, so that a spool sorts by age.  Notices take theirs in committer threads."""
+    """Queue IDs: the time in microseconds, never the same twice, in upper-case hex: a spool sorts by age."""
 
     def __init__(self) -> None:
         self.last = 0
-        self.lock = threading.Lock()
-        # Being made durable, or durable and not admitted yet: the loop hears of it from whoever made it.
-        self.coming: Set[str] = set()
 
     def new(self) -> str:
-        with self.lock:
-            self.last = max(self.last + 1, time.time_ns() // 1000)
-            return "%X" % self.last
-
-
-class Verdict(NamedTuple):
-    """What is to be written of one recipient."""
-    address: str
-    state: str                  # QUEUED when it was deferred
-    status: str
-    response: str
-    remote: str
-    refused_since: Optional[Time] = None
-    is_told: bool = True        # False: the next host will not report success, so we do where it was asked
-
-
-class Record(NamedTuple):
-    """A change to a sidecar, made in a committer thread."""
-    judge: Callable[[Mapping[str, Any]], Optional[Verdict]]     # for each queued recipient; None leaves it alone
-    attempts: int               # to add to those judged
-    last_attempt: Optional[Time]        # None when there was none since the last record
-    next_attempt: Time
-
-
-class Recorded(NamedTuple):
-    sidecar: Dict[str, Any]
-    verdicts: Tuple[Verdict, ...]
-    notices: Tuple[Dict[str, Any], ...]     # sidecars of notices now in the spool
-    remarks: Tuple[str, ...]                # for the log
-    is_finished: bool                       # no recipient is left: the pair may go
-
-
-def format_primary(primary: Union[str, Tuple[Endpoint, ...]]) -> str:
-    return primary if isinstance(primary, str) else ", ".join(map(str, primary))
-
-
-def parse_known_route(known: Any, primary: Union[str, Tuple[Endpoint, ...]]) -> List[Hop]:
-    """The route of a site in state.json; none when it led to another `primary`: mail never goes where it went once."""
-    try:
-        if known["route_of"] != format_primary(primary):
-            return []
-        return [Hop(str(host), str(ipaddress.ip_address(address)), int(port)) for host, address, port in known["route"]]
-    except (TypeError, ValueError, KeyError):
-        return []                       # written by hand, or by another version: only knowledge is lost
-
-
-class Queued(NamedTuple):
-    """What the loop needs of a sidecar."""
-    id: str
-    kind: str
-    size: int
-    received: Time
-    domains: Dict[str, Tuple[int, Time, bool]]      # domain: (attempts, next attempt, held)
-
-
-class Loaded(NamedTuple):
-    found: Tuple[Queued, ...]
-    remarks: Tuple[str, ...] = ()
-    is_last: bool = False
-    error: str = ""             # why the directory could not be read
-    unread: str = ""            # a message that the disk would not give, and why
-    is_unsettled: bool = False  # pairs seem to be on their way in
-
-
-def is_part(recipient: Mapping[str, Any], domain: str) -> bool:
-    """Whether a recipient belongs to a site's part of a message; an empty domain means all."""
-    return not domain or bool(recipient["domain"] == domain)
-
-
-def summarize(sidecar: Mapping[str, Any]) -> Queued:
-    domains: Dict[str, Tuple[int, Time, bool]] = {}
-    for one in sidecar["recipients"]:
-        if one["state"] == QUEUED:
-            attempts, due, _ = domains.get(one["domain"], (0, one["next_attempt"], False))
-            domains[one["domain"]] = (max(attempts, one["attempts"]), min(due, one["next_attempt"]),
-                                      sidecar["kind"] != "mail" and bool(sidecar["held"]) or one["domain"] in sidecar["held"])
-    return Queued(sidecar["id"], sidecar["kind"], sidecar["size"], sidecar["received"], domains)
-
-
-Told = Dict[str, Tuple[List[Dict[str, Any]], List[str]]]        # action: what send_notice() made of it
-
-
-def write_record(spool: Spool, id: str, record: Record, cfg: Config, ids: Ids, told: Optional[Told] = None) -> Recorded:
-    """In a committer thread.  A notice is on stable storage before its
-    recipients are marked: a crash between makes a second notice, never none.
-    `told` outlives a failure to mark them, so that trying again sends none."""
-    now = time.time()
-    told = {} if told is None else told
-    sidecar = spool.read_sidecar(id)
-    touched = []
-    for one in sidecar["recipients"]:
-        verdict = record.judge(one) if one["state"] == QUEUED else None
-        if verdict is None:
-            continue
-        touched.append((one, verdict))
-        one["attempts"] += record.attempts
-        if record.last_attempt is not None:
-            one["last_attempt"], one["next_attempt"] = record.last_attempt, record.next_attempt
-        one["last_status"], one["last_response"], one["last_remote"] = verdict.status, verdict.response, verdict.remote
-        one["refused_since"] = verdict.refused_since
-    failed = [one for one, verdict in touched if verdict.state in (BOUNCED, EXPIRED)]
-    relayed = [one for one, verdict in touched if verdict.state == DELIVERED and not verdict.is_told]
-    for action, recipients in (("failed", failed), ("relayed", relayed)):
-        if action not in told:
-            told[action] = send_notice(spool, sidecar, action, recipients, cfg, ids, now)
-    for one, verdict in touched:
-        one["state"] = verdict.state
-    is_finished = all(one["state"] != QUEUED for one in sidecar["recipients"])
-    if touched and not is_finished:
-        spool.replace_sidecar(id, sidecar)
-    return Recorded(sidecar, tuple(verdict for _, verdict in touched), *_all_told(told), is_finished)
-
-
-def _all_told(told: Told) -> Tuple[Tuple[Dict[str, Any], ...], Tuple[str, ...]]:
-    """Notices and remarks."""
-    return (tuple(notice for notices, _ in told.values() for notice in notices),
-            tuple(remark for _, remarks in told.values() for remark in remarks))
-
-
-def write_delay(spool: Spool, id: str, attempts: int, last: Optional[Time], error: str, cfg: Config, ids: Ids,
-                sent: Told) -> Recorded:
-    """In a committer thread: tell the sender, once, that a message waits.
-    `attempts`, `last` and `error`: of the connections that failed since the last answer, which no sidecar knows."""
-    now = time.time()
-    sidecar = spool.read_sidecar(id)
-    fresh = [one for one in sidecar["recipients"] if one["state"] == QUEUED and not one.get("delayed")]
-    told = [one if not error or (one["last_response"] and not attempts) else
-            dict(one, attempts=one["attempts"] + attempts, last_attempt=last or one["last_attempt"], last_response=error,
-                 last_status="4.4.1", last_remote="") for one in fresh]
-    if "delayed" not in sent:
-        sent["delayed"] = send_notice(spool, sidecar, "delayed", told, cfg, ids, now)
-    for one in fresh:
-        one["delayed"] = True
-    if fresh:
-        spool.replace_sidecar(id, sidecar)
-    return Recorded(sidecar, (), *_all_told(sent), False)
-
-
-NOTIFY_WORDS = {"failed": "FAILURE", "delayed": "DELAY", "relayed": "SUCCESS"}
-NOTICE_NAMES = {"failed": "non-delivery notification", "delayed": "delay notification",
-                "relayed": "delivery status notification"}
-
-
-def wants_notice(notify: str, action: str) -> bool:
-    """RFC 3461 4.1; without NOTIFY, failures are told, and delays where the operator says so."""
-    return NOTIFY_WORDS[action] in notify if notify else action != "relayed"
-
-
-def notice_status(action: str, status: str) -> str:
-    """RFC 3464 2.3.4: what is delayed has not failed, also where a 5xx was kept."""
-    return "2.0.0" if action == "relayed" else "4" + status[1:] if action == "delayed" else status
-
-
-def send_notice(spool: Spool, sidecar: Dict[str, Any], action: str, recipients: Sequence[Dict[str, Any]], cfg: Config,
-                ids: Ids, now: Time) -> Tuple[List[Dict[str, Any]], List[str]]:
-    """Put a notice about these recipients into the spool; raises OSError.
-    Returns its sidecar, if one was made, and lines for the log.  A failure that
-    cannot be told to a sender is told to [bounces] postmaster, once."""
-    told = [one for one in recipients if wants_notice(one["notify"], action)]
-    target = sidecar["sender"] if "@" in sidecar["sender"] else ""      # <postmaster> alone is nobody elsewhere
-    if told and not target and action == "failed":
-        target = "" if sidecar["kind"] == "alert" else cfg.bounces_postmaster
-        if not target or any(one["address"] == target for one in told):
-            return [], ["%s: double bounce: dropped, nobody to tell" % sidecar["id"]]
-    if not told or not target:
-        return [], []
-    reports = [Report(one["address"], action, notice_status(action, one["last_status"]), one["last_response"],
-                      one["last_remote"], one["orcpt"], one["attempts"], one["last_attempt"]) for one in told]
-    full = action == "failed" and sidecar["ret"] == "FULL" and sidecar["size"] <= NOTICE_FULL_MAX
-    original = b""
-    try:
-        if full:
-            message = spool.read_message(sidecar["id"], sidecar)
-            original = b"".join(message.blocks())
-            message.close()
-        else:
-            original = spool.read_header(sidecar["id"])
-    except Corrupt:
-        full = False
-    id = ids.new()
-    data = format_notice(cfg.hostname, target, sidecar, reports, original, full, now, secrets.token_hex(12), id)
-    ids.coming.add(id)
-    notice = commit_own(spool, id, "notice", target, data, cfg, now)
-    who = "sender" if sidecar["sender"] else "postmaster"
-    return [notice], ["%s: %s %s: %s" % (sidecar["id"], who, NOTICE_NAMES[action], id)]
-
-
-def commit_own(spool: Spool, id: str, kind: str, target: str, data: bytes, cfg: Config, now: Time) -> Dict[str, Any]:
-    """Mail of our own, from the null reverse-path; raises OSError.  Returns its sidecar."""
-    path = parse_path("<%s>" % target, "5.1.3")[0]
-    body = "8BITMIME" if any(byte > 127 for byte in data) else ""
-    sidecar = make_sidecar(id, kind, "", [(target, path.domain, "", "", now + cfg.defaults.lifetime)], now,
-                           {"address": "", "helo": "", "tls": None}, body, not target.isascii())
-    error = spool.commit([(Draft(id), [data], sidecar)])[0]
-    if error is not None:
-        raise error
-    return sidecar
-
-
-def known_homes(state: Mapping[str, Any], cfg: Config) -> Dict[str, str]:
-    """Of state.json: where the primaries of sections with `primary = etrn` were last."""
-    homes = state.get("homes")
-    return {name: address for name, address in (homes if isinstance(homes, dict) else {}).items()
-            if name in cfg.domains and cfg.domains[name].primary == "etrn" and is_address(address)}
-
-
-class Alerts:
-    """Tells people: a program, a web hook, a mail.  Threads of their own wait for
-    the first two, so that one that hangs keeps the other from nothing."""
-
-    def __init__(self, cfg: Config, log: Log, mail: Callable[[Dict[str, Any]], None]) -> None:
-        self.cfg = cfg
-        self.log = log
-        self.mail = mail
-        self.down: Dict[str, Tuple[float, str]] = {}    # site: (monotonic when to tell, why)
-        self.told: Set[str] = set()                     # sites whose trouble was told
-        self.daily: Dict[str, Time] = {}                # what is told once a day, and when it was
-        self.inboxes: Dict[Tell, "queue.SimpleQueue[Tuple[Config, Dict[str, Any]]]"] = {}
-
-    def on_state(self, site: Site, event: str, text: str, now: Now) -> None:
-        """A short outage is not worth an alert, nor then its end."""
-        self.down.pop(site.name, None)
-        if event == "down":
-            self.down[site.name] = (now.mono + self.cfg.alerts_after, text)
-        elif event == "rejecting":
-            self.tell("rejecting", site, text, now)
-        elif site.name in self.told:
-            self.tell("up", site, text, now)
-            self.told.discard(site.name)
-
-    def on_known(self, site: Site, is_told: bool, now: Now) -> None:
-        """An outage that began before our own restart."""
-        if is_told:
-            self.told.add(site.name)
-        else:
-            left = self.cfg.alerts_after - max(0.0, now.wall - site.since)
-            self.down[site.name] = (now.mono + max(0.0, left), "down: %s" % site.last_error)
-
-    def sweep(self, sites: Iterable[Site], free: int, now: Now, certificate_end: Time = INF) -> None:
-        """Once a second: outages that have lasted, mail that nears its end, a disk that fills, a
-        certificate that nobody renews."""
-        known = {site.name: site for site in sites}
-        for name, (at, text) in list(self.down.items()):
-            if at <= now.mono:          # gone also where its site is: the loop wakes for what is left here
-                del self.down[name]
-                if name in known:
-                    self.tell("down", known[name], text, now)
-        for site in known.values():
-            end = site.next_expiry()
-            if end is not None and end - now.wall < min(ALERT_EXPIRY_S, site.cfg.lifetime / 2) and not site.cfg.is_notices:
-                self.once_a_day("expiring", site, "mail will be returned to its senders in %s, %d messages waiting" % (
-                    format_duration(end - now.wall), len(site.entries)), now)
-        if free < 2 * self.cfg.min_free_space:
-            self.once_a_day("disk", None, "%s left for the spool; below %s mail is refused" % (
-                format_size(free), format_size(self.cfg.min_free_space)), now)
-        if certificate_end - now.wall < CERTIFICATE_WARNING_S:
-            self.once_a_day("certificate", None, "the certificate %s %s" % (
-                self.cfg.tls_certificate, "expires in %s" % format_duration(certificate_end - now.wall)
-                if certificate_end > now.wall else "has expired"), now)
-
-    def once_a_day(self, event: str, site: Optional[Site], text: str, now: Now) -> None:
-        key = "%s %s" % (event, site.name if site else "")
-        if now.wall - self.daily.get(key, 0.0) >= 86400.0:
-            self.daily[key] = now.wall
-            about = site.label + ": " if site else ""
-            self.log.write("primary" if site else "master", about + printable(text), "warning")
-            self.tell(event, site, text, now)
-
-    def tell(self, event: str, site: Optional[Site], text: str, now: Now) -> None:
-        if event in ("down", "rejecting") and site:
-            self.told.add(site.name)
-        alert = {"event": event, "domain": site.name if site else "", "text": printable(text), "host": self.cfg.hostname,
-                 "time": now.wall, "waiting": len(site.entries) if site else 0}
-        if self.cfg.alerts_mail:
-            self.mail(alert)
-        if self.cfg.alerts_command:
-            self._hand_to(run_alert_command, alert)
-        if self.cfg.alerts_webhook:
-            self._hand_to(post_alert, alert)
-
-    def _hand_to(self, tell: "Tell", alert: Dict[str, Any]) -> None:
-        if tell not in self.inboxes:
-            inbox = self.inboxes[tell] = queue.SimpleQueue()
-            threading.Thread(target=self._work, args=(tell, inbox), name="alerts", daemon=True).start()
-        self.inboxes[tell].put((self.cfg, alert))
-
-    def _work(self, tell: "Tell", inbox: "queue.SimpleQueue[Tuple[Config, Dict[str, Any]]]") -> None:
-        while True:
-            cfg, alert = inbox.get()
-            try:
-                tell(cfg, alert)
-            except subprocess.CalledProcessError as error:      # without the command, which may hold a secret
-                self.on_failure("command: exit status %d" % error.returncode)
-            except subprocess.TimeoutExpired:
-                self.on_failure("command: no end within %d s" % ALERT_S)
-            except Exception as error:          # whatever is wrong with it, the mail goes on
-                self.on_failure("%s: %s" % ("webhook" if tell is post_alert else "command", printable(str(error))))
-
-    def on_failure(self, text: str) -> None:
-        """Set by the manager: hands the text to the loop, for the log."""
-
-
-Tell = Callable[[Config, Mapping[str, Any]], None]
-
-
-def run_alert_command(cfg: Config, alert: Mapping[str, Any]) -> None:
-    """[alerts] command: its words, no shell; the alert as ETRN_* variables and as JSON on standard input."""
-    if cfg.alerts_command:
-        names = {"ETRN_" + key.upper(): str(value) for key, value in alert.items()}
-        subprocess.run(shlex.split(cfg.alerts_command), input=json.dumps(alert).encode("ascii"), timeout=ALERT_S, check=True,
-                       env={**os.environ, **names}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def post_alert(cfg: Config, alert: Mapping[str, Any]) -> None:
-    """[alerts] webhook: the alert as the JSON body of a POST."""
-    if cfg.alerts_webhook:
-        request = urllib.request.Request(cfg.alerts_webhook, json.dumps(alert).encode("ascii"),
-                                         {"Content-Type": "application/json"}, method="POST")
-        with urllib.request.urlopen(request, timeout=ALERT_S) as answer:
-            answer.read(4096)
-
-
-def format_alert(cfg: Config, alert: Mapping[str, Any], id: str) -> bytes:
-    about = " ".join(filter(None, (alert["domain"], alert["text"])))
-    lines = ["From: etrn_relay <MAILER-DAEMON@%s>" % cfg.hostname, "To: <%s>" % cfg.alerts_mail,
-             "Subject: [etrn_relay %s] %s %s" % (cfg.hostname, alert["domain"] or "relay", alert["event"]),
-             "Date: %s" % email.utils.formatdate(alert["time"], localtime=True), "Message-ID: <%s@%s>" % (id, cfg.hostname),
-             "Auto-Submitted: auto-generated", "MIME-Version: 1.0", "Content-Type: text/plain; charset=us-ascii", ""]
-    return ("\r\n".join(lines + _wrap(about, 72)) + "\r\n").encode("ascii", "backslashreplace")
-
-
-def release_memory() -> None:
-    """glibc keeps what compiling this file or a full queue took; a small machine
-    has better use for it.  Other C libraries give it back by themselves."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        pass                            # no ctypes, or no such function
+        self.last = max(self.last + 1, time.time_ns() // 1000)
+        return "%X" % self.last
 
 
 class Watch:
     """A command that waits: done when each of its messages has left or failed once."""
 
-    def __init__(self, left: Iterable[Tuple[str, str]], needs_primary: bool) -> None:
-        """`left`: (site, queue ID)."""
-        self.left = set(left)
+    def __init__(self, ids: Iterable[str], needs_primary: bool) -> None:
+        self.left = set(ids)
         self.needs_primary = needs_primary
         self.total = len(self.left)
-        self.counts = {"delivered": 0, "bounced": 0, "expired": 0, "deferred": 0, "deleted": 0}
+        self.counts = dict.fromkeys(("delivered", "bounced", "expired", "deferred", "deleted"), 0)
         self.error = ""                 # why a primary could not be reached
 
-    def settle(self, name: str, id: str, kind: str, error: str = "") -> None:
-        if (name, id) in self.left:
-            self.left.discard((name, id))
+    def settle(self, id: str, kind: str, error: str = "") -> None:
+        if id in self.left:
+            self.left.discard(id)
             self.counts[kind] += 1
             self.error = error or self.error
 
 
-class CutThrough:
-    """A message whose client waits for the primary's own verdict.  While all
-    is refused, what is to be done about it is put off: if it stays so, the client is
-    told and nothing else happens."""
+class Queue:
+    """The messages, from their 250 to their end."""
 
-    def __init__(self, sites: Iterable[str], answer: Callable[[Optional[Reply]], None]) -> None:
-        self.left = set(sites)          # not heard of yet
-        self.answer = answer
-        self.refusal: Optional[Reply] = None
-        self.put_off: List[Callable[[], None]] = []
-
-
-class Manager:
-    """The queue's life.  `post` hands a report from any thread to the loop,
-    which passes it to handle()."""
-
-    def __init__(self, cfg: Config, spool: Spool, log: Log, post: Callable[[Any], None], now: Now) -> None:
-        self.cfg = cfg
-        self.spool = spool
-        self.log = log
-        self.post = post
-        self.now = now
-        self.ids = Ids()
-        self.scheduler = Scheduler(cfg)
-        self.committers = Committers(spool, post, lambda _: log.write(
-            "master", "a process of ours that writes the spool has ended; the relay writes itself", "warning"))
+    def __init__(self, cfg: Config, spool: SpoolThreads, loop: Loop, log: Log) -> None:
+        self.cfg, self.spool, self.loop, self.log = cfg, spool, loop, log
+        self.ids, self.destinations, self.recipients = Ids(), Destinations(cfg), RecipientCache()
+        self.loader, self.deliveries = Loader(self), Deliveries(self)
+        self.judgement, self.recorder = Judgement(self), Recorder(self)
+        self.state, self.callers, self.alerts = StateFile(self), Callers(self), Alerts(self)
         self.listeners: Tuple[Endpoint, ...] = ()
-        self.couriers: Dict[Courier, Site] = {}
-        self.inquirers: Dict[Inquirer, Site] = {}
-        self.memory = Memory()
-        self.questions: Dict[Tuple[str, str], List[Callable[[str, str], None]]] = {}    # (site, address): who waits
-        self.waiting: Dict[str, CutThrough] = {}    # messages whose clients wait for the primary's verdict
-        self.chains: Dict[str, Deque[Tuple[Work, Done]]] = {}       # per message: work that waits for earlier work
-        self.unrecorded: Set[str] = set()       # messages whose outcome the disk refused, and will be asked to take again
-        self.callers: Dict[str, Set[str]] = {}                      # address: sites it is a host of, as last routed
-        self.fresh: Dict[str, Dict[str, Tuple[str, ...]]] = {}      # per site: messages not yet logged as deferred, recipients
         self.watches: List[Watch] = []
-        self.retries: List[Tuple[float, int, Callable[[], None]]] = []     # heap of (monotonic, tie, what)
-        self.is_loading = False
-        self.must_reload = False        # asked for while it was read
-        self.has_misplaced = False      # mail of our own is where it no longer belongs
-        self.loads = 0
-        self.load_pause = RETRY_DISK_S  # before another attempt at what could not be read
-        self.gone: Set[str] = set()     # removed while the spool was being read
-        self.early: Set[str] = set()    # flushes asked for while it was
-        self.load_error = ""
-        self.free = spool.free()        # octets, as last asked
-        self.next_free = now.mono
-        self.certificate_end: Time = INF    # set by the server, which has it
-        self.last_outcome = -INF        # monotonic
-        self.is_stopping = False
-        self.is_offline = False         # a --flush without a daemon
-        self.is_dirty = False           # something worth saving changed
-        self.alerts = Alerts(cfg, log, self._mail_alert)
-        self.alerts.on_failure = lambda text: post([(self._log_alert, text)])       # type: ignore[method-assign]
-        self.saves = 0                  # of the state, so far
-        self.saving = 0                 # ... that the disk has yet to take
-        self.next_save = now.mono + STATE_SAVE_S
-        self.next_sweep = now.mono
-        self.began = now.mono
-        self.drift = now.wall - now.mono
-        self.on_size_limit: Callable[[], None] = lambda: None       # set by the server, as the next two are
-        self.on_delivered: Callable[[float], None] = lambda seconds: None      # how long a message had waited
-        self.may_connect: Callable[[Site], bool] = lambda site: True
-
-    # -- the loop's side
-
-    def handle(self, report: Any, now: Now) -> None:
-        """One report of a committer, a courier or the loader."""
-        self._look_at_clock(now)
-        if isinstance(report, list):
-            for done, result in report:
-                self._tell_one(done, result)
-        elif isinstance(report, Outcome):
-            self._on_outcome(report)
-        elif isinstance(report, Loaded):
-            self._on_loaded(report)
-        elif isinstance(report, Routed):
-            self._on_routed(report)
-        elif isinstance(report, Greeted):
-            self._on_greeted(report)
-        elif isinstance(report, Finished):
-            self._on_finished(report)
-        elif isinstance(report, Answered):
-            self._on_answered(report)
-        elif isinstance(report, Heard):
-            self._on_heard(report)
-        elif isinstance(report, Unheard):
-            self._on_unheard(report)
-
-    def tick(self, now: Now) -> None:
-        """What time has brought: connections, retries, expiry, saving."""
-        self._look_at_clock(now)
-        while self.retries and self.retries[0][0] <= now.mono:
-            heapq.heappop(self.retries)[2]()
-        if self.has_misplaced:
-            self._place_anew()
-        if not self.is_stopping:
-            for courier, site in self.couriers.items():
-                self._feed(courier, site)
-            self._open_lines()          # for what those there do not take
-        if now.mono >= self.next_sweep:
-            self.next_sweep = now.mono + SWEEP_S
-            self._sweep()
-
-    def wake(self, now: Now) -> float:
-        """The monotonic time at which tick() is next of use."""
-        times = [max(self.next_sweep, at) for at in [self.next_save, *(at for at, _ in self.alerts.down.values())]]
-        if self.retries:
-            times.append(self.retries[0][0])
-        for site in self.scheduler.sites.values():
-            if site.entries and not self.is_stopping:
-                at = site.wake(now)
-                if at is not None:
-                    times.append(at)
-                if site.delays:
-                    times.append(max(self.next_sweep, now.mono + site.delays[0][0] - now.wall))
-                if site.overdue:
-                    times.append(self.next_sweep)
-                elif site.aging:
-                    times.append(max(self.next_sweep, now.mono + site.aging[0][0] - now.wall))
-        return min(times)
-
-    def _tell_one(self, done: Callable[..., Any], *values: Any) -> None:
-        """A bug in what one of them does is not the others'."""
-        try:
-            done(*values)
-        except Exception as error:
-            self.log.bug(error)
-
-    def _look_at_clock(self, now: Now) -> None:
-        """First of all: nothing must be judged by a wall clock that was set meanwhile."""
-        self.now = now
-        drift = now.wall - now.mono
-        if abs(drift - self.drift) > CLOCK_JUMP_S:
-            self.log.write("master", "the clock jumped by %d s: nothing expires before it was tried again"
-                           % (drift - self.drift), "warning")
-            for site in self.scheduler.sites.values():
-                site.on_clock_jump(now, drift - self.drift)
-                # Whose age the wall clock alone tells may have grown old while we were off; what came since has not.
-                site.keep_ages(drift - self.drift, now, 0.0 if site.waits_for else self.began + self.drift)
-            self.drift = drift
-
-    def _sweep(self) -> None:
-        self.drift = self.now.wall - self.now.mono      # small steps, and a clock that is slewed
-        for site in list(self.scheduler.sites.values()):
-            for entry in site.expired(self.now):
-                self.end(site, entry, EXPIRED, "4.4.7", UNCOLLECTED if site.waits_for else site.last_error)
-            for entry in site.delayed(self.now):
-                self._tell_delay(site, entry)
-            if not (site.name in self.cfg.domains or site.entries or site.is_held or site.is_collecting
-                    or site in self.couriers.values()
-                    or site in self.inquirers.values()):
-                del self.scheduler.sites[site.name]     # of a notice, or a subdomain somebody wrote to once
-                self._on_route(site.name, ())
-        self.alerts.sweep(self.scheduler.sites.values(), self.free_space(), self.now, self.certificate_end)
-        if self.now.mono >= self.next_save:
-            self.next_save = self.now.mono + STATE_SAVE_S
-            if self.is_dirty or self.memory.is_dirty:
-                self.save_state()
-
-    def keep_attempts(self) -> None:
-        """At the end of a --flush without a daemon: what is past its time and was
-        tried often enough ends; of the others the attempts are written down for the next run."""
-        self._sweep()
-        for site in list(self.scheduler.sites.values()):
-            domain = "" if site.cfg.is_notices else site.name
-            for entry in [site.entries[id] for id in site.overdue if id in site.entries]:
-                if entry.state in (State.ACTIVE, State.DEFERRED) and self.failures_since(site, entry):
-                    self._record(entry.id, Record(functools.partial(self._judge_failure, site.trouble, domain),
-                                                  self.failures_since(site, entry), self.now.wall, 0.0), lambda done: None)
-
-    @staticmethod
-    def _judge_failure(error: str, domain: str, one: Mapping[str, Any]) -> Optional[Verdict]:
-        """A connection failed.  What the primary said of the message itself before stays said."""
-        if not is_part(one, domain):
-            return None
-        if one["last_status"][:2] == "5.":
-            return Verdict(one["address"], QUEUED, one["last_status"], one["last_response"], one["last_remote"],
-                           one["refused_since"])
-        return Verdict(one["address"], QUEUED, "4.4.1", error, "", one["refused_since"])
-
-    def free_space(self) -> int:
-        if self.now.mono >= self.next_free:
-            self.free, self.next_free = self.spool.free(), self.now.mono + SPACE_CHECK_S
-        return self.free
-
-    def _tell_delay(self, site: Site, entry: Entry, sent: Optional[Told] = None) -> None:
-        attempts, cfg, ids, error = self.failures_since(site, entry), self.cfg, self.ids, site.trouble
-        last = self.now.wall + site.last_start - self.now.mono if attempts else None
-        told: Told = {} if sent is None else sent
-
-        def written(done: Any) -> None:
-            if isinstance(done, Recorded):
-                self._note_record(done)
-            elif isinstance(done, Corrupt):             # or gone, because it was delivered; what was told stays so
-                for notice in _all_told(told)[0]:
-                    self.accept(notice)
-            else:
-                self._log_failure(done)
-                self.later(RETRY_DISK_S, lambda: self._tell_delay(site, entry, told))
-        self.work(entry.id, Task(lambda spool: write_delay(
-            spool, entry.id, attempts, last, error, cfg, ids, told)), written)
-
-    @staticmethod
-    def failures_since(site: Site, entry: Entry) -> int:
-        return site.failures - entry.base
-
-    def _mail_alert(self, alert: Dict[str, Any]) -> None:
-        id, cfg, now = self.ids.new(), self.cfg, self.now.wall
-        self.ids.coming.add(id)
-
-        def kept(sidecar: Any) -> None:
-            if isinstance(sidecar, Exception):
-                self._log_failure(sidecar)
-            else:
-                self.accept(sidecar)
-        self.committers.submit(Task(lambda spool: commit_own(
-            spool, id, "alert", cfg.alerts_mail, format_alert(cfg, alert, id), cfg, now)), kept)
-
-    def later(self, seconds: float, what: Callable[[], None]) -> None:
-        heapq.heappush(self.retries, (self.now.mono + seconds, id(what), what))
-
-    def work(self, id: str, work: Work, done: Done) -> None:
-        """Disk work on one message: one at a time, in order."""
-        chain = self.chains.get(id)
-        if chain is not None:
-            chain.append((work, done))
-            return
-        self.chains[id] = collections.deque()
-        self._submit(id, work, done)
-
-    def _submit(self, id: str, work: Work, done: Done) -> None:
-        def next_one(result: Any) -> None:
-            chain = self.chains[id]
-            if chain:
-                self._submit(id, *chain.popleft())
-            else:
-                del self.chains[id]
-            done(result)
-        self.committers.submit(work, next_one)
-
-    # -- loading
-
-    def load(self) -> None:
-        """Read the spool in a thread of its own; mail is accepted meanwhile.
-        Again at SIGHUP, for pairs that were copied in."""
-        if self.is_loading:
-            self.must_reload = True     # what was copied since may be behind the reader
-            return
-        self.is_loading, self.must_reload = True, False
-        self.gone.clear()
-        known = {id for site in self.scheduler.sites.values() for id in site.entries}
-        threading.Thread(target=self._load, args=(known, self.loads > 0), name="loader", daemon=True).start()
-        self.loads += 1
-
-    def _load(self, known: Set[str], is_patient: bool = False) -> None:
-        """`is_patient`: the relay was running before, so that what is half may be on its way in."""
-        orphans: List[str] = []
-        found: List[Queued] = []
-        remarks: List[str] = []
-        faults: List[Tuple[str, str]] = []
-        error = unread = ""
-        is_unsettled = False
-        try:
-            for id in self.spool.names(orphans):
-                if id in known:
-                    continue
-                try:
-                    sidecar = self.spool.read_sidecar(id)
-                    self.spool.check_body(id, sidecar)
-                    found.append(summarize(sidecar))
-                except Corrupt as problem:
-                    if is_patient and self.spool.is_young(id):
-                        is_unsettled = True
-                    elif self.spool.has_sidecar(id):
-                        faults.append((id, str(problem)))
-                except OSError as problem:
-                    unread = "%s: %s" % (id, problem.strerror)
-                if len(found) >= LOAD_BATCH:
-                    self.post(Loaded(tuple(found), tuple(remarks)))
-                    found, remarks = [], []
-            for id in orphans:
-                if is_patient and self.spool.is_young(id):
-                    is_unsettled = True
-                else:
-                    faults.append((id, "a body without a sidecar"))
-            for id, why in faults:      # last, because the disk may have no room for that
-                try:
-                    try:
-                        sidecar = self.spool.read_sidecar(id)
-                        self.spool.check_body(id, sidecar)
-                        found.append(summarize(sidecar))        # mended meanwhile
-                    except Corrupt:
-                        remarks.append(self.spool.set_aside(id, why))
-                except OSError as problem:
-                    unread = "%s: %s: %s" % (id, why, problem.strerror)
-        except Exception as problem:    # the directory cannot be read; or a bug, which must not hide the mail
-            error = printable(str(problem) or repr(problem))
-        self.post(Loaded(tuple(found), tuple(remarks), True, error, unread, is_unsettled))
-
-    def _on_loaded(self, report: Loaded) -> None:
-        for remark in report.remarks:
-            self.log.write("qmgr", remark, "warning")
-        for queued in report.found:
-            if queued.id not in self.gone and queued.id not in self.ids.coming:
-                self._admit(queued)
-        if not report.is_last:
-            return
-        self.is_loading = False
-        self.load_error = report.error
-        self.gone.clear()
-        if report.error or report.unread:
-            self.log.write("qmgr", "the spool could not be read whole: %s; trying again in %s" % (
-                report.error or report.unread, format_duration(self.load_pause)), "error")
-            self.later(self.load_pause, self.load)
-            self.load_pause = min(2.0 * self.load_pause, RETRY_READ_S)
-        elif report.is_unsettled:
-            self.later(COPY_S, self.load)
-        else:
-            self.load_pause = RETRY_DISK_S
-        if self.must_reload:
-            self.load()
-        early, self.early = self.early, set()
-        for what in early:
-            self.flush(what)
-
-    def _admit(self, queued: Queued) -> None:
-        """An entry for each site that has recipients of it, unless it is there already."""
-        if not queued.domains:
-            return self._remove(queued.id)      # finished, but a crash came before its removal
-        sites: Dict[Site, None] = {}            # two recipients of a notice may share one
-        for domain, (attempts, due, held) in queued.domains.items():
-            site = self.scheduler.site(self.scheduler.site_of(queued.kind, domain), self.now)
-            if queued.id not in site.entries:
-                entry = Entry(queued.id, queued.size, queued.received, queued.received + site.cfg.lifetime, attempts)
-                if self.is_offline:     # each run makes one attempt; before this one fails, too, nothing expires
-                    entry.tries = min(attempts, ATTEMPTS_MIN - 1)
-                site.add(entry, self.now, due, held)
-            sites[site] = None
-        if len(sites) > 1:
-            self.scheduler.share(queued.id, list(sites))
-
-    def commit(self, draft: Draft, blocks: List[bytes], sidecar: Dict[str, Any], then: Callable[[Any], None]) -> None:
-        """Make a message durable.  `then` is called with None, to accept() it, or with the error."""
-        def done(error: Any) -> None:
-            self.ids.coming.discard(draft.id)
-            then(error)
-        self.ids.coming.add(draft.id)
-        self.committers.submit(Commit(draft, blocks, sidecar), done)
-
-    def accept(self, sidecar: Mapping[str, Any], is_undecided: bool = False) -> None:
-        """A message that is on stable storage since a moment ago; `is_undecided`: cut_through() comes next."""
-        queued = summarize(sidecar)
-        self.ids.coming.discard(queued.id)
-        self._admit(queued)
-        self.is_dirty = True
-        addresses: Dict[str, List[str]] = {}
-        for one in sidecar["recipients"]:
-            addresses.setdefault(self.scheduler.site_of(sidecar["kind"], one["domain"]), []).append(one["address"])
-        for name, its in addresses.items():
-            self.fresh.setdefault(name, {})[queued.id] = tuple(its)
-            if not is_undecided:
-                self.scheduler.sites[name].counters["accepted"] += 1
-        self.log.write("qmgr", "%s: from=<%s>, size=%d, nrcpt=%d (queue active)" % (
-            queued.id, printable(sidecar["sender"]), queued.size, len(sidecar["recipients"])))
-        for name in addresses:
-            site = self.scheduler.sites[name]
-            if site.waits_for and not site.is_collecting:
-                self._log_waiting(site, site.waits_for)
-
-    # -- connections
-
-    def _open_lines(self) -> None:
-        """Connections where they are wanted.  When they run short, a primary
-        without any comes before others, and whoever waited longest first."""
-        wanting = [site for site in self.scheduler.sites.values()
-                   if site.entries and site.wanted(self.now) and self.may_connect(site)]
-        if not wanting or self.is_stalled:
-            return
-        lines = collections.Counter(site.name for site in self.couriers.values())
-        notices = sum(site.cfg.is_notices for site in self.couriers.values())
-        wanting.sort(key=lambda site: (lines[site.name], site.last_start))
-        for site in wanting:
-            if len(self.couriers) < self._lines_for(site, lines[site.name]) and not (
-                    site.cfg.is_notices and notices >= NOTICE_LINES_MAX):
-                notices += site.cfg.is_notices
-                self._connect(site)
-            elif not lines[site.name] and site.state is not Primary.DOWN and not site.cfg.is_notices:
-                self._make_room(lines)
-
-    @staticmethod
-    def _lines_for(site: Site, has: int) -> int:
-        """So many connections to all may there be for this site to get one (more).
-        Dead servers hold theirs for long and live ones use many: neither may take the last."""
-        if site.state is Primary.DOWN:
-            return LINES_MAX // 2 if has else LINES_MAX - LINES_RESERVED
-        return LINES_MAX - LINES_RESERVED if has or site.cfg.is_notices else LINES_MAX
-
-    def _make_room(self, lines: Mapping[str, int]) -> None:
-        """Somebody has no connection and there is none left: whoever has most gives one back after its message."""
-        if not any(courier.is_leaving for courier in self.couriers):
-            greeted = [courier for courier in self.couriers if courier.is_greeted]
-            courier = max(greeted, key=lambda one: lines[self.couriers[one].name], default=None)
-            if courier is not None:
-                courier.leave()
-
-    def _is_surplus(self, site: Site) -> bool:
-        """Whether one connection less is wanted: they were halved, or it is to get one message at a time."""
-        return sum(its is site and courier.is_greeted and not courier.is_leaving
-                   for courier, its in self.couriers.items()) > site.limit
-
-    def _connect(self, site: Site) -> None:
-        site.on_started(self.now)
-        plan = self.plan(site)
-        courier = Courier(self.spool, plan, self.post)
-        self.couriers[courier] = site
-        try:
-            courier.start()
-        except RuntimeError as error:           # no more threads
-            self._on_finished(Finished(courier, str(error)))
-
-    def plan(self, site: Site) -> Plan:
-        known = tuple(site.route) if self.now.wall - site.route_seen < site.cfg.lifetime else ()
-        login = (self.cfg.bounces_username, self.cfg.bounces_password) if site.name == NOTICES else None
-        primary = (Endpoint(site.home, SMTP_PORT),) if site.home else site.cfg.primary
-        return Plan(site.name, site.cfg, primary, self.cfg.hostname, Resolver(self.cfg.nameservers), self.listeners,
-                    known, login if login and login[0] else None, not site.is_odd, site.is_wary)
+        # Cut-through: clients that wait, by ID
+        self.waiters: Dict[str, Callable[[Optional[Reply]], None]] = {}
+        # By ID, the recipients of messages not yet logged as deferred
+        self.fresh: Dict[str, Tuple[str, ...]] = {}
+        self.corrupt = 0                # messages in corrupt/
+        self.is_stopping = self.is_dirty = False
+        self.is_serving = False         # else a command's own run, without listeners
+        self.only = ""                  # ... and what that is about
+        self.drift = loop.now.wall - loop.now.mono
 
     @property
-    def is_stalled(self) -> bool:
-        """The disk lags behind with what became of the mail: no more is given out."""
-        return len(self.chains) + len(self.unrecorded) >= UNRECORDED_MAX
+    def now(self) -> Now:
+        return self.loop.now
 
-    def _feed(self, courier: Courier, site: Site) -> None:
-        if not courier.is_greeted or courier.is_leaving or self.is_stalled:
-            return                      # tick() comes back
-        self._load_up(courier, site)
-        while isinstance(courier, Turnaround) and not courier.jobs and not courier.is_leaving:
-            if courier.left:
-                self.couriers[courier] = courier.left.popleft()
-                self._load_up(courier, self.couriers[courier])
-            else:
-                courier.leave()
+    # -- a message comes
 
-    def _load_up(self, courier: Courier, site: Site) -> None:
-        if site.open > site.limit and not isinstance(courier, Turnaround) and self._is_surplus(site):
-            return courier.leave()
-        if not (site.is_due(self.now) or site.state is Primary.REJECTING):
-            return
-        share = site.share()
-        if len(courier.jobs) >= min(JOBS_REFILL, share):
-            return
-        for entry in site.take(min(JOBS_PER_CONNECTION, share - len(courier.jobs)), self.now):
-            courier.jobs[entry.id] = entry
-            courier.inbox.put(Job(entry.id, "" if site.cfg.is_notices else site.name))
+    def admit(self, found: Summary, is_ours: bool = False) -> Destination:
+        """An entry, unless it is there already."""
+        one = self.destinations.get(self.destinations.name_for(found.kind, found.domain), self.now)
+        if found.is_finished:           # a crash came before its removal
+            self.recorder.remove(found.id, lambda: None)
+        elif found.id not in one.entries:
+            entry = Entry(found.id, found.size, found.received, found.attempts, found.is_held,
+                          found.is_delay_told, is_ours)
+            one.add(entry, self.now, found.next_attempt - self.now.wall)
+            if not is_ours:
+                self.deliveries.attend(one)
+        return one
 
-    def turn_around(self, sites: Sequence[Site], hop: Hop, sock: socket.socket, unsaid: bytes, early: bytes,
-                    on_over: Callable[[], None]) -> None:
-        """ATRN was granted.  From here on the socket is the courier's; when that has ended, `on_over` is called."""
-        courier = Turnaround(self.spool, self.plan(sites[0]), self.post, hop, sock, unsaid, early)
-        courier.sites, courier.left, courier.on_over = tuple(sites), collections.deque(sites[1:]), on_over
-        self.couriers[courier] = sites[0]
-        for site in sites:
-            site.is_collecting = True
-            site.last_start = self.now.mono
-            site.release_all()
-        try:
-            courier.start()
-        except RuntimeError as error:           # no more threads
-            courier.client.close()
-            self._on_finished(Finished(courier, str(error)))
-
-    def cut_silent(self, sites: Sequence[Site]) -> None:
-        """Whoever collects asks again: the connection before may be one that nobody has hung up.
-        Not while it is we who keep it waiting, nor while the fate of a message is in its hands."""
-        for courier in self.couriers:
-            if (isinstance(courier, Turnaround) and not set(sites).isdisjoint(courier.sites) and not self.is_stalled
-                    and self.now.mono - courier.client.moved > ATRN_SILENT_S
-                    and not any(leg.is_sent for leg in tuple(courier.flight))):
-                courier.cut()
-
-    def _on_turned(self, courier: Turnaround, error: str) -> None:
-        courier.on_over()
-        for site in courier.sites:
-            site.on_left(self.now, error, courier.is_greeted)
-            if site.waits_for:
-                self._end_watches(site, site.trouble)
-        if error:
-            self.log.write("smtp", "%s: %s" % (",".join(site.label for site in courier.sites), error))
-
-    def _on_routed(self, report: Routed) -> None:
-        line = report.line
-        line.hops = report.hops
-        site = self.inquirers[line] if isinstance(line, Inquirer) else self.couriers[line]      # type: ignore[index]
-        if line.is_former:
-            return
-        if not site.cfg.is_notices:
-            self._on_route(site.name, [hop.address for hop in report.hops])
-        if report.warning and report.warning != site.last_error:
-            self.log.write("primary", "%s: %s" % (site.label, report.warning), "warning")
-
-    def _on_greeted(self, report: Greeted) -> None:
-        courier, site = report.courier, self.couriers[report.courier]
-        courier.is_greeted = True
-        if courier.is_former:
-            return
-        if isinstance(courier, Turnaround):
-            sites = courier.sites
-            for one in sites:
-                self._say_up(one, one.state, one.on_came(self.now))
-        else:
-            sites = (site,)
-            self._keep_route(site, courier, report.hop)
-            self._say_up(site, site.state, site.on_connected(self.now))
-        self._keep_size(sites, report.size_limit)
-        self._feed(courier, site)
-
-    def _keep_size(self, sites: Sequence[Site], limit: int) -> None:
-        """What the primary takes at most, the door takes at most."""
-        if any(one.size_limit != limit for one in sites):
-            for one in sites:
-                one.size_limit = limit
-            self.on_size_limit()
-
-    def _keep_route(self, site: Site, line: Line, hop: Hop) -> None:
-        hops = line.hops if hop in line.hops else (hop, *line.hops)
-        site.route = list(hops[:ROUTE_HOSTS_MAX])       # all of it, in its order: the host that greeted may be down next time
-        site.route_seen = self.now.wall
-
-    def _say_up(self, site: Site, was: Primary, lasted: Optional[float]) -> None:
-        if was in (Primary.UNKNOWN, Primary.DOWN):
-            after = " after %s" % format_duration(lasted) if lasted is not None else ""
-            self._say(site, "up", "up%s, %d messages waiting" % (after, len(site.entries)))
-
-    def _say(self, site: Site, event: str, text: str) -> None:
-        """A primary's state has changed."""
-        self.log.write("primary", "%s: %s" % (site.label, printable(text)), "warning" if event == "rejecting" else "info")
+    def accept(self, sidecar: Sidecar, size: int, is_undecided: bool = False) -> Destination:
+        """A message that is on stable storage now.  `is_undecided`: cut_through() comes next."""
+        self._look_at_clock()           # before the next sweep: a jump is about the mail before this one
+        jump = self.now.wall - sidecar["received"]
+        if abs(jump) > CLOCK_JUMP_S:    # ... and this one came before it, and was at the disk
+            shift_times(sidecar, jump)
+            self.spool.ask(self.log_failure, "shift", [sidecar["id"]], jump)
+        one = self.admit(summarize(dict(sidecar, size=size)), True)
         self.is_dirty = True
-        if not site.cfg.is_notices:     # of those there may be thousands, one for each domain that spam names
-            self.save_state()
-            self.alerts.on_state(site, event, text, self.now)
+        self.fresh[sidecar["id"]] = tuple(person["address"] for person in sidecar["recipients"])
+        self.log.write("qmgr", "%s: from=<%s>, size=%d, nrcpt=%d (queue active)" % (
+            sidecar["id"], printable(sidecar["sender"]), size, len(sidecar["recipients"])))
+        if one.waits_for and not one.is_collecting:
+            self._log_waiting(one, one.waits_for)
+        if not is_undecided:
+            one.counters["accepted"] += 1
+            self.deliveries.attend(one)
+        return one
 
-    def _on_finished(self, report: Finished) -> None:
-        courier = report.courier
-        site = self.couriers.pop(courier)
-        for entry in courier.jobs.values():
-            if site.entries.get(entry.id) is entry and entry.state is State.DELIVERING:
-                site.give_back(entry)
-        if report.bug is not None:
-            self.log.bug(report.bug)
-        if courier.is_former:
-            return
-        for one in courier.sites if isinstance(courier, Turnaround) else (site,):
-            one.is_odd = one.is_odd or courier.is_out_of_step
-            one.is_wary = courier.is_in_doubt or (one.is_wary and bool(report.error))
-        if isinstance(courier, Turnaround):
-            return self._on_turned(courier, report.error)
-        if self.is_stopping:
-            return
-        if courier.is_greeted:
-            begins = site.on_closed(self.now, report.error)
-        else:
-            begins = site.on_failed(self.now, report.error)
-        if report.error:
-            self.log.write("smtp", "%s: %s" % (site.label, report.error), "info" if courier.is_greeted else "debug")
-        if begins:
-            self._say(site, "down", "down: %s, %d messages waiting" % (report.error, len(site.entries)))
-        if site.state is Primary.DOWN and report.error:
-            self._let_go_all(site)
-            self._log_waiting(site, report.error)
-            if not site.round_left:
-                self._end_watches(site, report.error)
+    def own_sidecar(self, id: str, kind: str, target: str, data: bytes) -> Sidecar:
+        """Of mail of our own, from the null reverse-path."""
+        domain = parse_path("<%s>" % target, "5.1.3")[0].domain
+        expires = self.now.wall + self.destinations.config_of(NOTICES).lifetime
+        return make_sidecar(id, kind, domain, "", [(target, "", "")], self.now.wall, expires,
+                            {"address": "", "helo": "", "tls": None},
+                            "" if data.isascii() else "8BITMIME", not target.isascii())
 
-    def _end_watches(self, site: Site, error: str) -> None:
-        """Nothing of it leaves soon: a --flush that waits has its answer."""
-        for watch in [watch for watch in self.watches if watch.needs_primary]:
-            for name, id in [pair for pair in watch.left if pair[0] == site.name]:
-                watch.settle(name, id, "deferred", error)
+    # -- cut-through: its client waits for the primary's verdict
 
-    def _log_waiting(self, site: Site, error: str) -> None:
-        """Each message says once in the log that it waits, not at every probe."""
-        for id, addresses in self.fresh.pop(site.name, {}).items():
-            entry = site.entries.get(id)
-            if entry is not None and entry.state is not State.DELIVERING:
-                site.counters["deferred"] += 1
-                delay = max(0.0, self.now.wall - entry.received)
-                for address in addresses:
-                    self._log_delivery(id, address, "none", delay, 0.0, "4.4.1", "deferred", error)
-
-    def _log_delivery(self, id: str, address: str, relay: str, delay: float, seconds: float, status: str, what: str,
-                      why: str) -> None:
-        self.log.write("smtp", "%s: to=<%s>, relay=%s, delay=%s, delays=0/%s/0/%s, dsn=%s, status=%s (%s)" % (
-            id, printable(address), relay, format_delay(delay), format_delay(max(0.0, delay - seconds)), format_delay(seconds),
-            status, what, printable(why)))
-
-    # -- outcomes
-
-    def _on_outcome(self, outcome: Outcome) -> None:
-        self.last_outcome = self.now.mono
-        courier = outcome.courier
-        site = self.couriers[courier]
-        entry = courier.jobs.pop(outcome.job.id)
-        site.handed.discard(entry.id)
-        is_ours = site.entries.get(entry.id) is entry       # else an operator removed it meanwhile
-        if outcome.fault is not None:
-            if is_ours:
-                self._on_fault(site, entry, outcome.fault)
-        elif not outcome.results:
-            if is_ours:
-                site.give_back(entry)
-        else:
-            verdicts = self._judge(site, outcome)
-            if is_ours:
-                self._settle(site, entry, outcome, verdicts)
-            else:
-                self._log_verdicts(outcome, verdicts)
-        self._feed(courier, site)
-
-    def _on_fault(self, site: Site, entry: Entry, fault: Exception) -> None:
-        """The message could not be read."""
-        if isinstance(fault, Settled):
-            self._leave(site, entry.id, "deleted")
-        elif isinstance(fault, Corrupt):
-            self._set_aside(entry.id, str(fault))
-        else:
-            self.log.write("qmgr", "%s: cannot be read: %s" % (entry.id, fault), "error")
-            site.defer(entry, self.now, RETRY_DISK_S)
-            self._tell(site, entry.id, "deferred", str(fault))
-
-    def _set_aside(self, id: str, why: str) -> None:
-        for site in self.scheduler.holding(id):
-            self._leave(site, id, "deleted")
-
-        def moved(remark: Any) -> None:
-            self.log.write("qmgr", str(remark), "warning")
-            if isinstance(remark, OSError):
-                self.later(RETRY_DISK_S, lambda: self._set_aside(id, why))
-        self.work(id, Task(lambda spool: spool.set_aside(id, why)), moved)
-
-    def _judge(self, site: Site, outcome: Outcome) -> List[Verdict]:
-        verdicts = []
-        for result in outcome.results:
-            since = result.refused_since
-            if since is not None and since < site.pardoned:
-                since = None            # said while it was not itself
-            if result.kind == "sent":
-                state, since = DELIVERED, None
-            elif result.kind == "refused" and site.is_final(self.now, since, self._was_good(result)):
-                state = BOUNCED
-            else:
-                state = QUEUED
-                if result.kind == "refused":            # one in the future was written before the clock was set back
-                    since = min(since or self.now.wall, self.now.wall)
-            verdicts.append(Verdict(result.address, state, result.status, result.response, result.remote, since, result.is_told))
-        return verdicts
-
-    def _was_good(self, result: Result) -> bool:
-        """Whether a refusal is of a recipient that the primary took before."""
-        return not result.is_content and self.memory.is_good(result.address, self.now.wall)
-
-    def _log_verdicts(self, outcome: Outcome, verdicts: Iterable[Verdict]) -> None:
-        delay = max(0.0, self.now.wall - outcome.received)
-        for verdict in verdicts:
-            word = {DELIVERED: "sent", BOUNCED: "bounced"}.get(verdict.state, "deferred")
-            self._log_delivery(outcome.job.id, verdict.address, outcome.relay, delay, outcome.seconds, verdict.status, word,
-                               verdict.response)
-
-    def _settle(self, site: Site, entry: Entry, outcome: Outcome, verdicts: List[Verdict]) -> None:
-        """Write the verdicts down; the message stays DELIVERING until that is done."""
-        self._learn(site, outcome, {verdict.state for verdict in verdicts})
-        if site.state is Primary.REJECTING:
-            verdicts = self._judge(site, outcome)       # perhaps only since this one: it is not returned
-        waiting = self.waiting.get(entry.id)
-        if waiting is not None and site.name in waiting.left:
-            if all(result.kind == "refused" for result in outcome.results):
-                return self._refused(entry.id, waiting, site, outcome, lambda: self._write(site, entry, outcome, verdicts))
-            self._let_go(entry.id)
-        self._write(site, entry, outcome, verdicts)
-
-    def _learn(self, site: Site, outcome: Outcome, states: Set[str]) -> None:
-        """What an outcome says of the primary and of the recipients."""
-        if outcome.courier.is_former:
-            return
-        was = site.state
-        kinds = {result.kind for result in outcome.results}
-        if "sent" in kinds:
-            if site.on_taken(self.now, outcome.pace_s):
-                self._say(site, "up", "up after rejecting for %s, %d messages waiting" % (
-                    format_duration(self.now.wall - site.rejected_since), len(site.entries)))
-        elif kinds == {"refused"} and site.on_refused(self.now, outcome.job.id, [
-                result.address for result in outcome.results if self._was_good(result)]):
-            self._on_rejecting(site, outcome.results[0].response)
-        elif QUEUED in states and any(result.remote for result in outcome.results):     # the primary's word, not ours
-            site.on_deferred(self.now)
-        if site.state is Primary.REJECTING or (was is Primary.REJECTING and "sent" not in kinds):
-            site.last_error = site.last_error or outcome.results[0].response
-            return                      # it is not itself
-        if site.cfg.is_notices:
-            return                      # who takes our notices is nobody's recipient here
-        for result in outcome.results:
-            kept = QUEUED in states and self._was_good(result)
-            if result.is_good or (result.is_good is False and not kept and site.is_itself(self.now)):
-                self.memory.learn(result.address, result.is_good, self.now.wall)
-
-    def _on_rejecting(self, site: Site, response: str) -> None:
-        """It is there but refuses everybody: sending stops, and what it said is forgotten."""
-        self.memory.forget_bad(site.name, site.recovered)
-        for courier, its in self.couriers.items():
-            if its is site and courier.is_greeted and not courier.is_leaving and not isinstance(courier, Turnaround):
-                courier.leave()         # with what it has not begun; who came for several domains goes on with the next
-        self._let_go_all(site)
-        self._end_watches(site, response)
-        self._say(site, "rejecting", "rejecting: %s, %d messages waiting" % (response, len(site.entries)))
-
-    def _write(self, site: Site, entry: Entry, outcome: Outcome, verdicts: List[Verdict]) -> None:
-        states = {verdict.state for verdict in verdicts}
-        for state in states:
-            site.counters[COUNTERS[state]] += 1
-        self.is_dirty = True
-        self._log_verdicts(outcome, verdicts)
-        if states == {DELIVERED} and outcome.is_whole and not outcome.wants_report:
-            return self._remove(entry.id, lambda: self._leave(site, entry.id, "delivered"))
-        attempts = site.count_attempt(entry)
-        pause = site.pause(entry.deferrals, self.now)
-        if any(result.status == "4.4.2" for result in outcome.results):     # no verdict on the message: it broke off
-            pause = min(pause, PROBE_FIRST_S * 4.0 ** min(entry.deferrals - 1, 20))
-
-        def recorded(done: Recorded) -> None:
-            if site.entries.get(entry.id) is not entry:
-                return
-            domain = outcome.job.domain
-            if any(one["state"] == QUEUED and is_part(one, domain) for one in done.sidecar["recipients"]):
-                site.defer(entry, self.now, pause)
-                self._tell(site, entry.id, "deferred", next(one.response for one in verdicts if one.state == QUEUED))
-            else:
-                self._leave(site, entry.id, "bounced" if BOUNCED in states else "delivered")
-        by_address = {verdict.address: verdict for verdict in verdicts}
-
-        def put_off(error: str) -> None:
-            """A deferral that is not written down costs knowledge; insisting on it would keep mail from leaving a full disk."""
-            if site.entries.get(entry.id) is entry:
-                site.defer(entry, self.now, pause)
-                self._tell(site, entry.id, "deferred", error)
-        self._record(entry.id, Record(lambda one: by_address.get(one["address"]), attempts, self.now.wall,
-                                      self.now.wall + pause), recorded, put_off if states == {QUEUED} else None)
-
-    # -- cut-through
-
-    def cut_through(self, sidecar: Mapping[str, Any], answer: Callable[[Optional[Reply]], None]) -> None:
-        """A message that was just accepted; its client waits.  `answer` gets
-        the primary's refusal of all its recipients, and then the message is
-        gone, or None: it was taken, or stays queued."""
-        id = sidecar["id"]
-        sites = self.scheduler.holding(id)
-
+    def cut_through(self, one: Destination, id: str, answer: Callable[[Optional[Reply]], None]) -> None:
+        """`answer` gets the primary's refusal of all recipients of a message that was just accepted, and
+        then it is gone, or None: it was taken, or stays queued."""
         def decided(refusal: Optional[Reply]) -> None:
-            for site in sites if refusal is None else ():
-                site.counters["accepted"] += 1
+            one.counters["accepted"] += refusal is None
             answer(refusal)
-        if self.is_stopping or self.is_stalled or not sites or not all(site.may_cut_through(self.now) for site in sites):
-            return decided(None)
-        self.waiting[id] = CutThrough((site.name for site in sites), decided)
-        for site in sites:
-            site.urge(site.entries[id])
-        self.later(CUT_THROUGH_S, lambda: self._let_go(id))
+        entry = one.entries.get(id)
+        if entry is None or self.is_stopping or self.recorder.is_behind or not one.may_cut_through(self.now):
+            decided(None)
+        else:
+            self.waiters[id] = decided
+            one.urge(entry)
+            self.loop.later(CUT_THROUGH_S, lambda: self.let_go(id))
+        self.deliveries.attend(one)
 
-    def _let_go(self, id: str) -> None:
+    def let_go(self, id: str) -> None:
         """The client waits no longer: the message is ours."""
-        waiting = self.waiting.pop(id, None)
-        if waiting is not None:
-            for put_off in waiting.put_off:
-                put_off()
-            waiting.answer(None)
+        waiter = self.waiters.pop(id, None)
+        if waiter is not None:
+            waiter(None)
 
-    def _let_go_all(self, site: Site) -> None:
-        """Nothing comes of waiting for this primary's verdicts now."""
-        for id in [id for id, waiting in self.waiting.items() if site.name in waiting.left]:
-            self._let_go(id)
-
-    def _refused(self, id: str, waiting: CutThrough, site: Site, outcome: Outcome, put_off: Callable[[], None]) -> None:
-        waiting.left.discard(site.name)
-        waiting.put_off.append(put_off)
-        result = outcome.results[0]
-        code, _, text = result.response.partition(" ")
-        text = text[len(result.status):].lstrip(" ") if text.startswith(result.status) else text
+    def hand_back(self, one: Destination, entry: Entry, verdict: Verdict) -> None:
+        """The client gets the refusal once the message has left the spool."""
+        code, _, text = verdict.response.partition(" ")
+        text = text[len(verdict.status):].lstrip(" ") if text.startswith(verdict.status) else text
         text = text.encode("ascii", "backslashreplace").decode("ascii")         # RFC 6531 3.7.4
-        waiting.refusal = waiting.refusal or Reply(int(code), result.status, text)
-        if waiting.left:
-            return
+        waiter = self.waiters.pop(entry.id)
 
         def removed() -> None:
-            for site in self.scheduler.holding(id):
-                self._leave(site, id, "bounced")
-            waiting.answer(waiting.refusal)
-        del self.waiting[id]
-        self._remove(id, removed)
+            self.leave(one, entry, "bounced")
+            waiter(Reply(int(code), verdict.status, text))
+        self.recorder.remove(entry.id, removed)
 
-    def _record(self, id: str, record: Record, then: Callable[[Recorded], None],
-                otherwise: Optional[Callable[[str], None]] = None, sent: Optional[Told] = None) -> None:
-        """Change a sidecar, with the notices that go before; tried until the
-        disk takes it, because a delivery not written down would happen twice.
-        `otherwise`, where it is given, is called with the error instead of trying again."""
-        told: Told = {} if sent is None else sent
+    # -- a message stays, or goes
 
-        def written(done: Any) -> None:
-            if isinstance(done, Corrupt):
-                self.unrecorded.discard(id)
-                for notice in _all_told(told)[0]:
-                    self.accept(notice)
-                return self._set_aside(id, str(done))
-            if not isinstance(done, Recorded):
-                error = printable(str(done))
-                self.log.write("qmgr", "%s: cannot be recorded%s: %s" % (id, "" if otherwise else ", trying again", error),
-                               "error")
-                if otherwise is not None:
-                    return otherwise(error)
-                self._tell_stuck(id, error)
-                return self.later(RETRY_DISK_S, lambda: self._record(id, record, then, None, told))
-            self.unrecorded.discard(id)
-            self._note_record(done)
-            if done.is_finished:
-                return self._remove(id, lambda: then(done))
-            then(done)
-        cfg, ids = self.cfg, self.ids
-        self.work(id, Task(lambda spool: write_record(spool, id, record, cfg, ids, told)), written)
+    def put_off(self, one: Destination, entry: Entry, pause: float, error: str) -> None:
+        if one.entries.get(entry.id) is entry:
+            one.put_off(entry, self.now, pause)
+            self.settle(entry.id, "deferred", error)
+            self.deliveries.attend(one)
 
-    def _note_record(self, done: Recorded) -> None:
-        for notice in done.notices:
-            self.accept(notice)
-        for remark in done.remarks:
-            self.log.write("bounce", remark)
+    def leave(self, one: Destination, entry: Entry, kind: str) -> None:
+        """It has left the spool."""
+        if one.entries.get(entry.id) is entry:
+            one.drop(entry.id)
+        self.fresh.pop(entry.id, None)
+        self.settle(entry.id, kind)
+        self.let_go(entry.id)
 
-    def _remove(self, id: str, then: Callable[[], None] = lambda: None) -> None:
-        """Nothing of the message is left to do: it may leave the spool."""
-        def removed(error: Optional[Exception]) -> None:
-            if error is not None:
-                self.log.write("qmgr", "%s: cannot be removed, trying again: %s" % (id, printable(str(error))), "error")
-                self._tell_stuck(id, printable(str(error)))
-                return self.later(RETRY_DISK_S, lambda: self._remove(id, then))
-            self.unrecorded.discard(id)
-            if self.is_loading:
-                self.gone.add(id)
-            then()
-            self.log.write("qmgr", "%s: removed" % id)
-        self.work(id, Remove(id), removed)
-
-    def _tell_stuck(self, id: str, error: str) -> None:
-        """The disk does not take what became of a message: it will be tried until it does, but nobody need wait for that."""
-        self.unrecorded.add(id)
-        for site in self.scheduler.holding(id):
-            self._tell(site, id, "deferred", error)
-
-    def _leave(self, site: Site, id: str, kind: str) -> None:
-        if kind == "delivered" and not site.cfg.is_notices:
-            self.on_delivered(self.now.wall - site.entries[id].received)
-        self.scheduler.drop(site, id)
-        its = self.fresh.get(site.name, {})
-        its.pop(id, None)
-        if not its:
-            self.fresh.pop(site.name, None)
-        self._tell(site, id, kind)
-        if kind != "bounced":
-            self._let_go(id)
-
-    def _tell(self, site: Site, id: str, kind: str, error: str = "") -> None:
+    def settle(self, id: str, kind: str, error: str = "") -> None:
         for watch in self.watches:
-            watch.settle(site.name, id, kind, error)
+            watch.settle(id, kind, error)
 
-    def end(self, site: Site, entry: Entry, state: str, status: str = "", error: str = "") -> None:
-        """End a site's part of a message: EXPIRED, or BOUNCED or DELETED by an
-        operator.  A message whose last answer names a fault of its own
-        (5.3.4, 5.6.7) expires with that, not as a timeout."""
-        attempts = site.start(entry)
-        domain = "" if site.cfg.is_notices else site.name
+    def on_fault(self, one: Destination, entry: Entry, fault: Exception) -> None:
+        """A message could not be read."""
+        if isinstance(fault, Corrupt):
+            self.leave(one, entry, "deleted")
+            self.set_aside(entry.id, fault)
+        else:
+            self.log.write("qmgr", "%s: cannot be read: %s" % (entry.id, printable(str(fault))), "error")
+            self.put_off(one, entry, RETRY_DISK_S, str(fault))
 
-        def judge(one: Mapping[str, Any]) -> Optional[Verdict]:
-            if not is_part(one, domain):
-                return None
-            if state == EXPIRED and (one["last_status"][:2] == "5." or not error):
-                own = one["last_status"] if one["last_status"][:2] == "5." else status
-                return Verdict(one["address"], state, own, one["last_response"], one["last_remote"])
-            return Verdict(one["address"], state, status, error, "")
-
-        def ended(done: Recorded) -> None:
-            for verdict in done.verdicts:
-                if state != DELETED:
-                    self._log_delivery(entry.id, verdict.address, "none", self.now.wall - entry.received, 0.0, verdict.status,
-                                       state, verdict.response)
-            if state != DELETED:
-                site.counters[COUNTERS[state]] += 1
-            if site.entries.get(entry.id) is entry:
-                self._leave(site, entry.id, state)
-        last = self.now.wall + site.last_start - self.now.mono if attempts else None
-        self._record(entry.id, Record(judge, attempts, last, 0.0), ended)
-
-    # -- questions to a primary
-
-    def ask(self, site: Site, address: str, then: Callable[[str, str], None]) -> None:
-        """Whether the primary takes a recipient, or, with an empty address,
-        whether it is there.  `then` is called with good, bad, silent or down, and
-        a reply; at the latest after CALL_AHEAD_S.  Sessions that ask the same share the answer."""
-        key = (site.name, address)
-        waiting = self.questions.get(key)
-        if waiting is not None:
-            return waiting.append(then)
-        waiting = self.questions[key] = [then]
-
-        def give_up() -> None:
-            if self.questions.get(key) is waiting:      # and not a later question for the same
-                self._tell_all(site.name, address, "down", "")
-        self.later(CALL_AHEAD_S, give_up)
-        mine = [inquirer for inquirer, its in self.inquirers.items()
-                if its is site and not inquirer.is_former]
-        inquirer = min(mine, key=lambda one: len(one.open), default=None)
-        if inquirer is None and len(self.inquirers) >= LINES_MAX:
-            return self.later(0.0, give_up)     # not from within: the asker may have many more behind this one
-        if inquirer is None or (len(inquirer.open) >= QUESTIONS_PER_INQUIRER and len(mine) < INQUIRERS_MAX):
-            inquirer = Inquirer(self.plan(site), self.post)
-            self.inquirers[inquirer] = site
-            site.last_start = self.now.mono
-            try:
-                inquirer.start()
-            except RuntimeError as error:       # no more threads
-                return self._on_unheard(Unheard(inquirer, str(error)))
-            if address and self.memory.takes_all(site.name, self.now.wall) is None:
-                inquirer.stranger = "%s@%s" % (secrets.token_hex(8), site.name)
-                inquirer.inbox.put(inquirer.stranger)
-        inquirer.open.add(address)
-        inquirer.inbox.put(address)
-
-    def _tell_all(self, name: str, address: str, word: str, text: str) -> None:
-        for then in self.questions.pop((name, address), ()):
-            self._tell_one(then, word, text)
-
-    def _on_heard(self, report: Heard) -> None:
-        site = self.inquirers[report.inquirer]
-        if report.inquirer.is_former:
-            return
-        self._keep_route(site, report.inquirer, report.hop)
-        self._keep_size([site], report.size_limit)
-        self._say_up(site, site.state, site.on_heard(self.now))
-
-    def _on_answered(self, report: Answered) -> None:
-        site = self.inquirers[report.inquirer]
-        address, word = report.address, report.word
-        report.inquirer.open.discard(address)
-        if report.inquirer.is_former:
-            return self._tell_all(site.name, address, "silent", report.text)
-        site.last_heard = self.now.mono
-        is_itself = site.is_itself(self.now)
-        if not is_itself and (site.state is Primary.REJECTING or (word == "bad" and site.entries)):
-            word = "silent"             # it has yet to take what waits for it
-        if address and address == report.inquirer.stranger:
-            if word in ("good", "bad"):
-                self.memory.learn_accept_all(site.name, word == "good", self.now.wall)
-            return
-        if word == "good" or (word == "bad" and is_itself):
-            self.memory.learn(address, word == "good", self.now.wall)
-        self._tell_all(site.name, address, word, report.text)
-
-    def _on_unheard(self, report: Unheard) -> None:
-        site = self.inquirers.pop(report.inquirer)
-        if report.bug is not None:
-            self.log.bug(report.bug)
-        if report.error and not report.inquirer.hop.address and not report.inquirer.is_former and site.on_unheard(
-                self.now, report.error):
-            self._say(site, "down", "down: %s, %d messages waiting" % (report.error, len(site.entries)))
-        for address in report.inquirer.open:
-            self._tell_all(site.name, address, "down", report.error)
-
-    # -- commands
-
-    def flush(self, what: str) -> bool:
-        """ETRN, --flush and SIGUSR1 meet here.  False when a flush was under way already."""
-        if self.is_loading:
-            self.early.add(what)
-        return self.flush_sites(self.scheduler.matching(what))
-
-    def heal(self, sites: Iterable[Site]) -> None:
-        """--flush: the operator says that rejecting primaries are themselves again."""
-        for site in sites:
-            if site.heal(self.now):
-                self._say(site, "up", "up by command after rejecting for %s, %d messages waiting" % (
-                    format_duration(self.now.wall - site.rejected_since), len(site.entries)))
-
-    def flush_sites(self, sites: Iterable[Site]) -> bool:
-        sites = [site for site in sites if not site.is_held]
-        fresh = [site.flush(self.now) for site in sites]    # each of them, whatever another says
-        for site in sites:
-            if site.waits_for and not site.is_collecting:
-                self._end_watches(site, site.trouble)
-        return all(fresh)
-
-    def move(self, what: str, address: str) -> None:
-        """An authenticated ETRN: where `primary = etrn`, the primary is where it came from."""
-        for cfg in self.scheduler.meant(what):
-            if cfg.primary != "etrn" or self.scheduler.homes.get(cfg.name) == address:
-                continue
-            moved = self.scheduler.move(cfg, address, self.now)
-            self.log.write("primary", "%s: at %s since an authenticated ETRN" % (cfg.name, address))
-            self._part(moved, True)
-            self.save_state()
-
-    def _part(self, moved: Sequence[Site], is_gone: bool) -> None:
-        """These sites have another primary: what their former one still says settles
-        the messages that it has, and nothing else.  `is_gone`: that is not waited for long."""
-        for line, site in [*self.couriers.items(), *self.inquirers.items()]:
-            if site not in moved or line.is_former or isinstance(line, Turnaround):
-                continue
-            line.is_former = True
-            if isinstance(line, Courier):
-                site.on_parted(line.is_greeted)
-                for id in line.recall():                # what it has not begun is for the new one
-                    entry = line.jobs.pop(id)
-                    if site.entries.get(id) is entry:
-                        site.give_back(entry)
-                site.handed.difference_update(line.jobs)
-                line.leave()
-                if is_gone:             # perhaps not quite: an answer that is under way saves a second copy
-                    self.later(PART_S, line.cut)
+    def set_aside(self, id: str, why: Any) -> None:
+        """To corrupt/, until that has worked."""
+        def moved(remark: Any) -> None:
+            if isinstance(remark, Exception):
+                remark = "%s: corrupt: %s; and cannot be moved: %s" % (id, why, remark)
+                self.loop.later(RETRY_DISK_S, lambda: self.set_aside(id, why))
             else:
-                line.cut()
+                self.corrupt += "nothing left" not in remark
+            self.log.write("qmgr", remark, "warning")
+        self.spool.ask(moved, "set_aside", id, why)
 
-    def watch(self, left: Iterable[Tuple[str, str]], needs_primary: bool = True) -> Watch:
-        watch = Watch(left, needs_primary)
-        self.watches.append(watch)
-        return watch
+    def log_delivery(self, entry: Entry, verdict: Verdict, relay: str, seconds: float = 0.0) -> None:
+        delay = max(0.0, self.now.wall - entry.received)
+        self.log.write("smtp", "%s: to=<%s>, relay=%s, delay=%s, delays=0/%s/0/%s, dsn=%s, status=%s (%s)" % (
+            entry.id, printable(verdict.address), relay, format_delay(delay),
+            format_delay(max(0.0, delay - seconds)), format_delay(seconds), verdict.status, verdict.kind,
+            printable(verdict.response)))
 
-    def settle_idle(self, watch: Watch) -> None:
-        """What was held meanwhile, or is to be collected now, is not waited for."""
-        for name, id in list(watch.left):
-            site = self.scheduler.sites.get(name)
-            entry = site and site.entries.get(id)
-            if site is None or entry is None:
-                watch.settle(name, id, "deleted")
-            elif entry.state is State.HOLD:
-                watch.settle(name, id, "deferred", "held by command")
-            elif site.waits_for and not site.is_collecting:
-                watch.settle(name, id, "deferred", site.trouble)
-
-    def on_client(self, address: str) -> None:
-        """Somebody connected.  A primary that does so is back."""
-        for name in self.callers.get(address, ()):
-            site = self.scheduler.sites.get(name)
-            if site is not None and site.entries and site.state is not Primary.UP:
-                site.trigger(self.now)
-
-    def may_know(self, address: str, sites: Iterable[Site]) -> bool:
-        """Whether a client may be told how much waits: one of ours, or the primary itself."""
-        return self.cfg.is_trusted(address) or all(site.name in self.callers.get(address, ()) for site in sites)
-
-    def hold(self, what: str, on: bool, done: Done) -> int:
-        """An ID, a domain (later mail for it too), or all.  Returns the number
-        of messages meant; `done` is called when it is on stable storage."""
-        holding = self.scheduler.holding(what)
-        for site in () if on else holding or self.scheduler.matching(what):
-            site.watched_since = self.now.mono
-        if holding:
-            for site in holding:
-                site.hold(site.entries[what], on)
-            self._write_hold(what, done)
-            return 1
-        count = 0
-        for name in [*self.cfg.domains, what]:      # no mail may have come for them yet
-            if name[0] not in ".@" and self.scheduler.is_served(name):
-                self.scheduler.site(name, self.now)
-        for site in self.scheduler.matching(what):
-            count += len(site.entries)
-            for entry in site.hold_all(on):
-                self._write_hold(entry.id, self._log_failure)
-        self.save_state(done)
-        return count
-
-    def _write_hold(self, id: str, done: Done) -> None:
-        held = sorted(site.name for site in self.scheduler.holding(id) if site.entries[id].hold)
-
-        def change(sidecar: Dict[str, Any]) -> None:
-            sidecar["held"] = held
-        self.work(id, Task(lambda spool: spool.update(id, change)), done)
-
-    def _log_alert(self, text: str) -> None:
-        self.log.write("master", "alert not told by %s" % text, "error")
-
-    def _log_failure(self, result: Any) -> None:
+    def log_failure(self, result: Any) -> None:
         if isinstance(result, Exception):
             self.log.write("qmgr", "cannot be recorded: %s" % printable(str(result)), "error")
 
-    # -- state.json
+    # -- a primary's state
 
-    def save_state(self, then: Optional[Callable[[Any], None]] = None) -> None:
-        """`then` is called when it is on stable storage.  Without, one that waits for the disk already will do."""
-        if then is None and self.saving > 1:
-            self.is_dirty = True        # with the next
+    def tell(self, one: Destination, change: Optional[Change], how: str = "") -> None:
+        """The only place that says, saves and alerts that a primary's state has changed."""
+        if change is None:
             return
-        self.saving += 1
-        self.is_dirty = False
-        sites = {site.name: {"primary": site.state.value, "since": site.since, "recovered": site.recovered,
-                             "pardoned": site.pardoned, "last_error": site.last_error, "held": site.is_held,
-                             "size_limit": site.size_limit,
-                             "route": [list(hop) for hop in site.route], "route_seen": site.route_seen,
-                             "route_of": format_primary(site.cfg.primary), "told": site.name in self.alerts.told,
-                             "counters": dict(site.counters)}
-                 for site in self.scheduler.sites.values()}
-        state = {"format": FORMAT, "saved": self.now.wall, "sites": sites, "homes": dict(self.scheduler.homes)}
-        memory = self.memory.to_values(self.now.wall) if self.memory.is_dirty else None
-        self.saves = number = self.saves + 1
+        event, lasted = change.now.value, format_duration(change.lasted)
+        text = "%s: %s" % (event, one.last_error)
+        if change.now is Primary.UP:
+            text = {Primary.DOWN: "up after %s" % lasted,
+                    Primary.REJECTING: "up%s after rejecting for %s" % (how, lasted)}.get(change.was, "up")
+        elif change.now is Primary.REJECTING:
+            since = self.now.wall + one.recovered - self.now.mono if one.recovered > -INF else 0.0
+            self.recipients.forget_bad(one.name, since)
+            self.deliveries.on_rejecting(one)
+            self.on_away(one, one.last_error)
+        text = "%s, %d messages waiting" % (text, len(one.entries))
+        self.log.write("primary", "%s: %s" % (one.label, printable(text)),
+                       "warning" if change.now is Primary.REJECTING else "info")
+        self.is_dirty = True
+        if not one.cfg.is_notices:      # of those there may be thousands, one for each domain that spam names
+            self.state.save()
+            self.alerts.on_state(one, event, text)
 
-        def save(spool: Spool) -> None:
-            spool.save_state(state, memory, number)
-            release_memory()            # now and then, and not in the loop
+    def on_away(self, one: Destination, error: str) -> None:
+        """Nothing of it leaves soon: whoever waits for it has an answer."""
+        for id in [id for id in self.waiters if id in one.entries]:
+            self.let_go(id)
+        self._log_waiting(one, error)
+        if not one.is_urged:
+            self.end_watches(one, error)
 
-        def saved(result: Any) -> None:
-            self.saving -= 1
-            if isinstance(result, Exception):
-                self.is_dirty = True
-                self.memory.is_dirty = self.memory.is_dirty or memory is not None       # again with the next save
-            self._log_failure(result)
-            if then is not None:
-                then(result)
-        self.committers.submit(Task(save), saved)
+    def end_watches(self, one: Destination, error: str) -> None:
+        for watch in self.watches:
+            if watch.needs_primary:
+                for id in watch.left & set(one.entries):
+                    watch.settle(id, "deferred", error)
 
-    def load_state(self) -> None:
-        """What was known before the restart.  A primary that was up is unknown now;
-        one that was down still is, so that its return is the end of an outage."""
-        self.memory.from_values(self.spool.load_state("recipients.json"))
-        state = self.spool.load_state()
-        self.scheduler.homes = known_homes(state, self.cfg)
-        sites = state.get("sites")
-        for name, known in sites.items() if isinstance(sites, dict) else ():
-            try:
-                if known["held"] is True:       # an order, and no knowledge: it holds whatever the rest is
-                    self.scheduler.site(name, self.now).is_held = True
-                primary = self.scheduler.config_of(name).primary
-                route = parse_known_route(known, primary)
-                limit = int(known["size_limit"]) if known["route_of"] == format_primary(primary) else 0
-                seen, held = float(known["route_seen"]), bool(known["held"])
-                counters = {key: int(known["counters"].get(key, 0)) for key in COUNTERS.values()}
-                since, recovered, was = float(known["since"]), float(known["recovered"]), str(known["primary"])
-                pardoned = float(known.get("pardoned", 0.0))
-                if not all(0 <= one < TIME_MAX for one in (seen, since, recovered, pardoned)):
-                    raise ValueError("not a time")
-                error = printable(str(known["last_error"]))
-            except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
-                continue                # written by hand, or by another version: only knowledge is lost
-            if not held and not self.scheduler.is_served(name):
-                continue
-            site = self.scheduler.site(name, self.now)
-            site.route, site.route_seen, site.size_limit, site.is_held = route, seen, limit, held
-            site.counters.update(counters)
-            site.recovered = min(recovered, self.now.wall)
-            site.pardoned = self.now.wall if was == Primary.REJECTING.value else min(pardoned, self.now.wall)
-            if was in (Primary.DOWN.value, Primary.REJECTING.value) and not site.waits_for:
-                site.state, site.since, site.was_away = Primary.DOWN, min(since, self.now.wall), True
-                site.last_error = error
-                self.alerts.on_known(site, known.get("told") is True, self.now)
-            self._on_route(name, [hop.address for hop in route])
+    def _log_waiting(self, one: Destination, error: str) -> None:
+        """Each message says once in the log that it waits, not at every probe."""
+        for id in [id for id in self.fresh if id in one.entries]:
+            entry, addresses = one.entries[id], self.fresh.pop(id)
+            if entry.state is not State.SENDING:
+                one.counters["deferred"] += 1
+                for address in addresses:
+                    self.log_delivery(entry, Verdict(address, "deferred", "4.4.1", error, ""), "none")
 
-    def _on_route(self, name: str, hosts: Iterable[str]) -> None:
-        """Remember a site's hosts as callers that may be back."""
-        for its in self.callers.values():
-            its.discard(name)
-        for host in hosts:
-            self.callers.setdefault(host, set()).add(name)
-        self.callers = {host: names for host, names in self.callers.items() if names}
+    # -- ends by age and by command
 
-    # -- changes and the end
+    def sweep(self) -> None:
+        """Once a second: clocks, ages, deadlines, destinations that nobody needs any more."""
+        self._look_at_clock()
+        self.deliveries.sweep()
+        for one in list(self.destinations.all.values()):
+            expired, delayed = one.look(self.now)
+            for entry in expired:
+                self.end(one, entry, "expired", "4.4.7", UNCOLLECTED if one.waits_for else one.last_error)
+            for entry in delayed:
+                self._tell_delay(one, entry)
+            if not (one.entries or one.is_held or one.is_collecting or one.name in self.cfg.domains) and (
+                    self.deliveries.forget(one)):
+                del self.destinations.all[one.name]     # of a notice, or a subdomain somebody wrote to once
+                self.callers.note(one, ())
+
+    def end(self, one: Destination, entry: Entry, kind: str, status: str = "", error: str = "") -> None:
+        """Expired, bounced or deleted; record() makes the notice of the first two.  A message whose last
+        answer names a fault of its own (5.3.4, 5.6.7) expires with that, not as a timeout."""
+        one.take_out(entry)
+        if kind == "deleted":
+            return self.recorder.remove(entry.id, lambda: self.leave(one, entry, kind))
+
+        def looked(found: Any) -> None:
+            if not isinstance(found, tuple):
+                return self.on_fault(one, entry, found)
+            people, judged = self._refresh(one, entry, found[0]), []
+            for address, person in people.items():
+                if kind != "expired" or person["last_status"][:1] != "5":
+                    person["last_status"] = status
+                person.update(state=EXPIRED if kind == "expired" else BOUNCED,
+                              last_response=error or person["last_response"])
+                judged.append(Verdict(address, kind, person["last_status"], person["last_response"],
+                                      "" if error else person["last_remote"]))
+
+            def ended(_: bool) -> None:
+                for verdict in judged:
+                    self.log_delivery(entry, verdict, "none")
+                one.counters[kind] += 1
+                self.leave(one, entry, kind)
+            self.recorder.record(entry.id, found[0], judged, people, ended)
+        self.recorder.look(entry.id, "", looked)
+
+    def _tell_delay(self, one: Destination, entry: Entry) -> None:
+        """Tell the sender, once, that a message waits."""
+        entry.is_delay_told = True
+
+        def looked(found: Any) -> None:
+            if not isinstance(found, tuple):
+                entry.is_delay_told = not isinstance(found, OSError)        # again at the next look
+                return
+            told = [Verdict(person["address"], "delayed", person["last_status"] or "4.4.1",
+                            person["last_response"], person["last_remote"])
+                    for person in self._refresh(one, entry, found[0]).values() if not person.get("delayed")]
+            people = {verdict.address: {"delayed": True} for verdict in told}
+            self.recorder.record(entry.id, found[0], told, people, lambda _: None)
+        self.recorder.look(entry.id, "", looked)
+
+    def _refresh(self, one: Destination, entry: Entry, sidecar: Sidecar) -> Dict[str, Dict[str, Any]]:
+        """The queued recipients, by address, with the failed connections, which are counted in memory
+        alone.  What the primary said of the message itself stays said."""
+        new, error = one.attempts(entry) - entry.attempts, one.trouble
+        people = {person["address"]: person for person in sidecar["recipients"] if person["state"] == QUEUED}
+        for person in people.values():
+            if error and (new or not person["last_response"]) and person["last_status"][:1] != "5":
+                person.update(last_status="4.4.1", last_response=error, last_remote="")
+            if new:
+                person.update(attempts=person["attempts"] + new,
+                              last_attempt=self.now.wall + one.last_try - self.now.mono)
+        return people
+
+    def _look_at_clock(self) -> None:
+        drift = self.now.wall - self.now.mono
+        jump, self.drift = drift - self.drift, drift
+        if abs(jump) > CLOCK_JUMP_S:
+            self.log.write("master", "the clock jumped by %d s: mail accepted since the start keeps its age, "
+                           "and nothing expires before it was tried again" % jump, "warning")
+            for one in self.destinations.all.values():
+                ids = one.on_clock_jump(self.now, jump)
+                for at in range(0, len(ids), END_BATCH):
+                    self.spool.ask(self.log_failure, "shift", ids[at:at + END_BATCH], jump)
+
+    # -- commands
+
+    def flush(self, meant: Iterable[Destination]) -> bool:
+        """ETRN, --flush and SIGUSR1 meet here.  False when a flush was under way already."""
+        meant = [one for one in meant if not one.is_held]
+        fresh = [one.flush(self.now) for one in meant]
+        for one in meant:
+            if one.waits_for and not one.is_collecting:
+                self.end_watches(one, one.trouble)
+            self.deliveries.urge(one)
+        return all(fresh)
+
+    def probe_all(self) -> None:
+        """SIGUSR1: every primary is asked, whether mail waits for it or not."""
+        for name in self.cfg.domains:
+            if name[0] != ".":
+                one = self.destinations.get(name, self.now)
+                if not one.entries and not one.waits_for:
+                    one.trigger(self.now)
+                    self.deliveries.ask(one, "", lambda word, text: None)
+        self.flush(self.destinations.matching("all"))
+
+    def pardon(self, meant: Iterable[Destination]) -> None:
+        """--flush: the operator says that rejecting primaries are themselves again."""
+        for one in meant:
+            self.tell(one, one.on(Event.PARDONED, self.now), " by command")
+
+    def move(self, what: str, address: str) -> None:
+        """An authenticated ETRN: where `primary = etrn`, the primary is where it came from."""
+        for cfg in self.destinations.meant(what):
+            if cfg.primary == "etrn" and self.destinations.homes.get(cfg.name) != address:
+                moved = self.destinations.move(cfg, address, self.now)
+                self.log.write("primary", "%s: at %s since an authenticated ETRN" % (cfg.name, address))
+                self.deliveries.part(moved, True)
+                self.state.save()
+
+    def hold(self, what: str, on: bool, done: Callable[[Any], None]) -> int:
+        """An ID, a domain (later mail for it, too), or all.  Returns the number of messages meant;
+        `done` is called when it is on stable storage."""
+        meant = self.destinations.matching(what)
+        for one in meant if not on else ():
+            one.watched_since = self.now.mono
+        if meant and what in meant[0].entries:
+            meant[0].hold([meant[0].entries[what]], on)
+            self.spool.ask(done, "record", what, {"held": on}, {})
+            self.deliveries.attend(meant[0])
+            return 1
+        for name in [*self.cfg.domains, what]:      # no mail may have come for them yet
+            if name[0] not in ".@" and self.cfg.domain(name) is not None:
+                self.destinations.get(name, self.now)
+        meant = self.destinations.matching(what)
+        for one in meant:
+            for entry in one.hold_all(on):
+                self.spool.ask(self.log_failure, "record", entry.id, {"held": False}, {})
+            self.deliveries.attend(one)
+        self.state.save(done)
+        return sum(len(one.entries) for one in meant)
 
     def reconfigure(self, cfg: Config) -> None:
-        self.cfg = self.alerts.cfg = cfg
-        changed = self.scheduler.reconfigure(cfg, self.now)
-        for site in changed:
-            self.memory.forget(site.name)
-        self._part(changed, False)
-        self.has_misplaced = True       # perhaps
-        self.load()
-
-    def _place_anew(self) -> None:
-        """Mail of our own whose way has changed is read again, and finds its new place; what is being sent, after that."""
-        sites = [site for site in self.scheduler.sites.values() if self.scheduler.is_misplaced(site)]
-        pairs = [(site, id) for site in sites for id, entry in site.entries.items() if entry.state is not State.DELIVERING]
-        for site, id in pairs:
-            self.scheduler.drop(site, id)
-        self.has_misplaced = any(site.entries for site in sites)
-        if pairs:
-            self.load()
+        """SIGHUP."""
+        self.cfg = cfg
+        changed = self.destinations.reconfigure(cfg, self.now)
+        for one in changed:
+            self.recipients.forget_bad(one.name)        # another primary has other recipients
+            self.recipients.accept_all.pop(one.name, None)
+        self.deliveries.part(changed, False)
+        for one in list(self.destinations.all.values()):
+            self.deliveries.attend(one)
+        self.loader.load()
 
     def stop(self) -> None:
         """No new connections; those open end after the message they are at."""
+        self._look_at_clock()           # it may have been set since the last sweep
         self.is_stopping = True
-        for courier in self.couriers:
-            courier.leave()
-        for id in list(self.waiting):
-            self._let_go(id)
+        for connection in self.deliveries.all():
+            connection.leave()
+        for id in list(self.waiters):
+            self.let_go(id)
+
+    def keep_attempts(self) -> None:
+        """At the end of a run.  Of mail past its lifetime failed connections are written down, so that
+        a --flush from cron, too, has tried it often enough one day."""
+        def keep(one: Destination, entry: Entry, found: Any) -> None:
+            if isinstance(found, tuple):
+                self.recorder.record(entry.id, found[0], [], self._refresh(one, entry, found[0]),
+                                     lambda _: None, lambda error: None)
+        for one in self.destinations.all.values():
+            for entry in one.entries.values() if one.failures else ():
+                if entry.deadline <= self.now.mono and entry.state in (State.READY, State.LATER):
+                    self.recorder.look(entry.id, "", functools.partial(keep, one, entry))
+
+
+class Loader:
+    """Reads the spool into the queue; mail is accepted meanwhile."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue, self.spool, self.log, self.loop = queue, queue.spool, queue.log, queue.loop
+        self.unread: List[str] = []     # IDs
+        self.early: Set[str] = set()    # flushes asked for while it was being read
+        self.is_busy = False
+        self.loads = 0
+        self.error = ""                 # why it cannot be listed
+        self.trouble = ""               # why something in it cannot be read
+        self.again = INF                # seconds from the end of this time to the next
+        self.pause = RETRY_DISK_S       # ... after trouble
+
+    def load(self, ids: Optional[List[str]] = None) -> None:
+        """All of it, or some messages.  Again at SIGHUP, for pairs that were copied in."""
+        if self.is_busy:
+            self.again = 0.0            # what was copied since may be behind the reader
+            return
+        self.is_busy, self.again, self.trouble = True, INF, ""
+        if ids is None:
+            self.spool.ask(self._on_list, "list")
+        else:
+            self._on_list((ids, []))
+
+    def _on_list(self, result: Any) -> None:
+        self.error = self.trouble = printable(str(result)) if isinstance(result, Exception) else ""
+        if self.error:
+            return self._end()
+        known = {id for one in self.queue.destinations.all.values() for id in one.entries}
+        ids, alone = result
+        self.unread = [id for id in reversed(ids) if id not in known]
+        self.loads += 1
+        for id in alone:
+            self.queue.set_aside(id, "a body without a sidecar")
+        self._load_next()
+
+    def _load_next(self) -> None:
+        ids = [self.unread.pop() for _ in range(min(LOAD_BATCH, len(self.unread)))]
+        if not ids:
+            return self._end()
+
+        def loaded(results: Any) -> None:
+            for id, result in zip(ids, [results] * len(ids) if isinstance(results, Exception) else results):
+                self._take(id, False, result)
+            self._load_next()
+        self.spool.ask(loaded, "load", ids, self.loads > 1)
+
+    def _take(self, id: str, is_split: bool, found: Any) -> None:
+        if isinstance(found, list) and (is_split or len(found) == 1 or not self.spool.may_write):
+            for part in found:
+                self.queue.admit(part)
+        elif isinstance(found, list):   # of version 0.1, about several domains: it is split durably first
+            self.spool.ask(functools.partial(self._take, id, True), "convert", id)
+        elif isinstance(found, BlockingIOError):
+            self.again = min(self.again, COPY_S)        # it may still be being copied in
+        elif isinstance(found, NotOurs):
+            self.log.write("qmgr", "%s: left alone: %s" % (id, found), "warning")
+        elif not isinstance(found, Corrupt):
+            self.trouble = "%s: %s" % (id, printable(str(found)))
+            if not self.is_busy and self.again == INF:          # a split failed after the rest was read
+                self._end()
+        elif not is_gone(found):
+            self.queue.set_aside(id, found)
+
+    def _end(self) -> None:
+        self.is_busy = False
+        if self.trouble:
+            self.log.write("qmgr", "the spool could not be read whole: %s; trying again in %s" % (
+                self.trouble, format_duration(self.pause)), "error")
+            self.again, self.pause = min(self.again, self.pause), min(2.0 * self.pause, RETRY_READ_S)
+        else:
+            self.pause = RETRY_DISK_S
+        if self.again == 0.0:
+            self.load()
+        elif self.again < INF:
+            self.loop.later(self.again, self.load)
+        early, self.early = self.early, set()
+        for what in early:
+            self.queue.flush(self.queue.destinations.matching(what))
+
+
+def is_gone(fault: Corrupt) -> bool:
+    """Nothing is left to set aside: it was delivered, or taken out by hand."""
+    return str(fault) == "the sidecar is gone"
+
+
+class Question:
+    """Whether the primary takes this recipient; empty: whether it is there at all."""
+    __slots__ = ("key", "address", "waiting", "is_again")
+
+    def __init__(self, key: Tuple[str, str], address: str) -> None:
+        self.key, self.address = key, address
+        self.waiting: List[Callable[[str, str], None]] = []     # sessions that ask the same share it
+        self.is_again = False           # the connection that had it was lost
+
+
+STRANGER = "?"                          # keys the question whether a primary takes any address
+
+
+class Traffic:
+    """What is under way towards one destination."""
+    __slots__ = ("connections", "fetched", "is_fetching", "questions", "dials", "alarm")
+
+    def __init__(self) -> None:
+        self.connections: List[Connection] = []
+        self.fetched: Deque[Tuple[Entry, Sidecar, bytes]] = collections.deque()     # read, not yet sent
+        self.is_fetching = False
+        self.questions: Deque[Question] = collections.deque()       # not yet asked
+        self.dials: List[Dial] = []
+        self.alarm = INF                # monotonic, of the earliest timer set
+
+
+class Deliveries:
+    """Connections: when to dial, what each is given, what the end of one says of the primary.
+
+    How many there are after an outage: Destination.wanted() allows one until a message was taken (the
+    canary), then 2, 4, 8 and so on, as far as mail waits; attend() dials them."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue, self.loop, self.spool, self.log = queue, queue.loop, queue.spool, queue.log
+        self.traffic: Dict[str, Traffic] = collections.defaultdict(Traffic)
+        self.dialling = 0               # all told, each a thread
+        self.starved: Dict[str, None] = {}      # who could not dial because too many did, in that order
+        self.is_stalled = False         # connections got nothing, because the disk lags behind
+        self.asked: Dict[Tuple[str, str], Question] = {}
+        # ATRN: no greeting yet, since when
+        self.arriving: List[Tuple[Sequence[Destination], socket.socket, float]] = []
+
+    def of(self, one: Destination) -> Traffic:
+        return self.traffic[one.name]
+
+    def all(self) -> List[Connection]:
+        return [connection for traffic in self.traffic.values() for connection in traffic.connections]
+
+    def forget(self, one: Destination) -> bool:
+        """A destination without mail.  False while something is under way."""
+        traffic = self.of(one)
+        if not (traffic.connections or traffic.dials or traffic.questions or traffic.is_fetching):
+            del self.traffic[one.name]
+        return one.name not in self.traffic
+
+    # -- giving out
+
+    def attend(self, one: Destination) -> None:
+        """Give its connections what they have room for, dial where one more is wanted, be back in time."""
+        known, only = self.queue.destinations, self.queue.only
+        if self.queue.is_stopping or known.all.get(one.name) is not one or (    # a timer outlives its mail
+                only not in ("", "all") and one not in known.matching(only)):
+            return
+        now, traffic = self.loop.now, self.of(one)
+        if one.is_proven:               # the connections allowed may have been halved
+            for connection in [other for other in traffic.connections if not (
+                    other.is_late or other.is_leaving or other.collects)][max(1, one.limit):]:
+                connection.leave()
+        for connection in list(traffic.connections):
+            self._feed(connection)
+        late = sum(connection.is_late for connection in traffic.connections)
+        others = len(traffic.questions) + len(traffic.fetched)
+        while one.wanted(now, len(traffic.connections) - late, late, others) and self._may_dial(one):
+            self._dial(one, traffic)
+        at = one.wake(now, others)
+        if at is not None and at < traffic.alarm:
+            def wake() -> None:
+                if traffic.alarm == at:
+                    traffic.alarm = INF
+                self.attend(one)
+            traffic.alarm = at
+            self.loop.later(max(0.0, at - now.mono), wake)
+
+    def _feed(self, connection: Connection) -> None:
+        """Questions first, then messages."""
+        one = connection.destination
+        traffic = self.of(one)
+        self._fetch(one, traffic)
+        while connection.has_room():
+            if traffic.questions:
+                question = traffic.questions.popleft()
+                if question.address:
+                    connection.say(verify(connection, question.address,
+                                          functools.partial(self._on_word, connection, question)))
+                else:
+                    self._answer(question, "silent", "")        # it has greeted
+            elif traffic.fetched and not self._must_wait():
+                self._say_message(connection, *traffic.fetched.popleft())
+                self._fetch(one, traffic)
+            elif not connection.collects or (
+                    connection.courses or traffic.is_fetching or self.is_stalled):
+                break
+            elif connection.left:       # ATRN: the next domain's turn
+                traffic.connections.remove(connection)
+                connection.destination = connection.left.popleft()
+                self.of(connection.destination).connections.append(connection)
+                return self._feed(connection)
+            else:
+                return connection.leave()
+        if connection.remark:
+            self.log.write("smtp", "%s: %s" % (one.label, connection.remark), "warning")
+            connection.remark = ""
+
+    def _say_message(self, connection: Connection, entry: Entry, sidecar: Sidecar, body: bytes) -> None:
+        one = connection.destination
+        people = [person for person in sidecar["recipients"] if person["state"] == QUEUED]
+        due = [person for person in people if person["next_attempt"] <= self.loop.now.wall] or people
+
+        def judge(verdicts: List[Verdict]) -> None:
+            if verdicts:
+                self.queue.judgement.on_verdicts(one, connection, entry, sidecar, due, verdicts)
+            elif one.entries.get(entry.id) is entry:
+                one.give_back(entry)
+        if one.entries.get(entry.id) is entry:          # else an operator removed it
+            connection.say(deliver(connection, sidecar, due[:RCPTS_PER_TRANSACTION], body, judge))
+
+    def _fetch(self, one: Destination, traffic: Traffic) -> None:
+        """Have the next messages read, so that connections need not wait for the disk."""
+        if traffic.is_fetching or len(traffic.fetched) > FETCH_LOW or all(
+                connection.is_late or connection.is_leaving for connection in traffic.connections) or (
+                self._must_wait()):
+            return
+        entries = one.take(FETCH_MOST, self.loop.now)
+        if entries:
+            traffic.is_fetching = True
+            self.spool.ask(functools.partial(self._on_read, one, entries), "read",
+                           [entry.id for entry in entries])
+
+    def _on_read(self, one: Destination, entries: List[Entry], results: Any) -> None:
+        traffic = self.of(one)
+        traffic.is_fetching = False
+        if isinstance(results, Exception):
+            results = [results] * len(entries)
+        results += [None] * (len(entries) - len(results))       # some were not read
+        for entry, result in zip(entries, results):
+            if one.entries.get(entry.id) is not entry:
+                continue                # an operator removed it meanwhile
+            if isinstance(result, Exception):
+                self.queue.on_fault(one, entry, result)
+            elif result is None or entry.is_held or one.is_held or not traffic.connections:
+                one.give_back(entry)
+            else:
+                traffic.fetched.append((entry, *result))
+        self.attend(one)
+
+    def _give_back_fetched(self, one: Destination) -> None:
+        traffic = self.of(one)
+        for entry, _, _ in traffic.fetched:
+            if one.entries.get(entry.id) is entry:
+                one.give_back(entry)
+        traffic.fetched.clear()
+
+    def _must_wait(self) -> bool:
+        """The disk is behind: nothing is given out until go_on(), because a crash would send it again."""
+        self.is_stalled = self.is_stalled or self.queue.recorder.is_behind
+        return self.queue.recorder.is_behind
+
+    def go_on(self) -> None:
+        """The disk has caught up."""
+        if self.is_stalled:
+            self.is_stalled = False
+            for connection in self.all():
+                self.attend(connection.destination)
+
+    # -- dialling
+
+    def _may_dial(self, one: Destination) -> bool:
+        """Dead servers hold a thread for long, and senders' servers are many: neither may take the last."""
+        is_first = one.state is not Primary.DOWN and not one.cfg.is_notices
+        if self.dialling < (DIALS_MAX if is_first else DIALS_MAX - DIALS_RESERVED) and (
+                sum(len(traffic.connections) for traffic in self.traffic.values()) < OUTBOUND_MAX):
+            return True
+        self.starved[one.name] = None
+        return False
+
+    def _dial(self, one: Destination, traffic: Traffic) -> None:
+        if len(traffic.dials) >= HANGING_MAX and not (one.state is Primary.UP and one.is_proven):
+            traffic.dials.pop(0).cut()          # it hangs, and somebody asked for a fresh one
+            one.dialling -= 1
+        one.on_dial(self.loop.now)
+        self.dialling += 1
+        mine = Dial()
+        plan = self.plan(one)._replace(mine=mine)
+        traffic.dials.append(mine)
+        self.loop.in_thread(lambda: dial(plan), functools.partial(self._on_dialled, one, mine))
+        late = [connection for connection in traffic.connections if connection.is_late
+                and not connection.collects]
+        if len(late) > max(LATE_MAX, one.cfg.connections):
+            late[0].cut()               # the oldest of those that hang makes room
+
+    def plan(self, one: Destination) -> Plan:
+        cfg, now = self.queue.cfg, self.loop.now
+        known = tuple(one.route) if now.wall - one.route_seen < one.cfg.lifetime else ()
+        is_smarthost = one.name.startswith(NOTICES) and isinstance(cfg.bounces_route, Endpoint)
+        login = (cfg.bounces_username, cfg.bounces_password)
+        primary = (Endpoint(one.home, SMTP_PORT),) if one.home else one.cfg.primary
+        return Plan(one.name, one.cfg, primary, cfg.hostname, Resolver(cfg.nameservers),
+                    self.queue.listeners, known, login if is_smarthost and login[0] else None)
+
+    def _on_dialled(self, one: Destination, mine: Dial, result: Any) -> None:
+        self.dialling -= 1
+        if self.starved:
+            name = next(iter(self.starved))
+            del self.starved[name]
+            if name in self.queue.destinations.all:
+                self.attend(self.queue.destinations.all[name])
+        if isinstance(result, Exception):
+            self.log.bug(result)
+            result = Dialled(None, "internal error: %r" % result)
+        if mine.is_former or self.queue.is_stopping:
+            if result.client is not None:
+                result.client.close()
+                self.attend(one)
+            return
+        traffic = self.of(one)
+        traffic.dials.remove(mine)
+        one.dialling -= 1
+        self.queue.callers.note(one, [hop.address for hop in result.hops])
+        if result.warning and result.warning != one.last_error:
+            self.log.write("primary", "%s: %s" % (one.label, result.warning), "warning")
+        if result.client is not None:
+            one.route, one.route_seen = list(result.hops), self.loop.now.wall
+            self._open(one, result.client)
+            self.queue.tell(one, one.on(Event.HEARD, self.loop.now))
+        elif all(connection.is_late for connection in traffic.connections):
+            self._on_away(one, result.error)
+        else:
+            one.slow_down(self.loop.now)        # it is there, but takes no more connections
+        self.attend(one)
+
+    def _open(self, one: Destination, client: Dialer) -> Connection:
+        size = client.esmtp_features.get("size", "").strip()
+        # RFC 1870; less is nonsense
+        one.size_limit = int(size) if size.isdigit() and SIZE_LEAST <= int(size) < TIME_MAX else 0
+        connection = Connection(one, client, self.loop, self.spool.ask, self._feed, self._on_end)
+        if not connection.is_over:
+            self.of(one).connections.append(connection)
+        return connection
+
+    # -- ends
+
+    def _on_away(self, one: Destination, error: str) -> None:
+        """It cannot be reached: nothing comes of waiting for it now."""
+        self.queue.tell(one, one.on(Event.AWAY, self.loop.now, error))
+        self._give_back_fetched(one)
+        questions = self.of(one).questions
+        while questions:
+            self._answer(questions.popleft(), "down", error)
+        self.queue.on_away(one, error)
+
+    def _on_end(self, connection: Connection, error: str, closing: bool) -> None:
+        one = connection.destination
+        traffic = self.of(one)
+        if connection in traffic.connections:
+            traffic.connections.remove(connection)
+        for text in dict.fromkeys(filter(None, (error, connection.remark))):
+            self.log.write("smtp", "%s: %s" % (one.label, text))
+        if self.queue.is_stopping or connection.is_former:
+            return self.attend(one)
+        if connection.collects:
+            return self._on_collected(connection, error)
+        if all(other.is_late for other in traffic.connections):
+            self._give_back_fetched(one)
+            if error:
+                one.is_proven = False   # the next one is a canary again
+        if connection.answered > REFUSED_ROW:
+            one.hang_ups = 0            # it had its fill of this connection; the next one may come soon
+        if error and (connection.answered or traffic.connections or any(
+                question.is_again for question in traffic.questions)):
+            if one.on_hang_up(self.loop.now) and not connection.taken:
+                self.log.write("primary", "%s: it hangs up after it has answered: %s" % (one.label, error),
+                               "warning")
+        elif error:
+            self._on_away(one, error)
+        self.attend(one)
+
+    def on_rejecting(self, one: Destination) -> None:
+        """Sending stops: connections end, with what they have not begun given back."""
+        self._give_back_fetched(one)
+        for connection in list(self.of(one).connections):
+            if not connection.collects:         # who came for several domains goes on with the next
+                connection.leave()
+
+    def part(self, moved: Iterable[Destination], is_gone: bool) -> None:
+        """These have another primary.  What the former one still says settles the messages that it has, and
+        nothing else.  `is_gone`: that is not waited for long."""
+        for one in moved:
+            traffic = self.of(one)
+            while traffic.dials:
+                traffic.dials.pop().cut()
+            one.dialling = 0
+            self._give_back_fetched(one)
+            for connection in [other for other in traffic.connections if not other.collects]:
+                connection.is_former = True
+                traffic.connections.remove(connection)
+                connection.leave()
+                # An answer that is under way saves a second copy
+                self.loop.later(PART_S if is_gone else END_OF_DATA_S, connection.cut)
+            self.attend(one)
+
+    def urge(self, one: Destination) -> None:
+        """ETRN and the like: whatever hangs, a fresh connection is made."""
+        for connection in self.of(one).connections:
+            if connection.is_waiting(TRIGGER_S):
+                self._mark_late(connection)
+        self.attend(one)
+
+    def _mark_late(self, connection: Connection) -> None:
+        """Others go on without it, and its messages stay with it."""
+        one = connection.destination
+        connection.is_late = True
+        one.late.update(one.sending - {entry.id for entry, _, _ in self.of(one).fetched})
+
+    def sweep(self) -> None:
+        """Once a second: deadlines of replies, and answers that are late."""
+        for connection in self.all():
+            if connection.sweep():
+                self._mark_late(connection)
+                self.attend(connection.destination)
 
     def cut(self) -> None:
-        for line in [*self.couriers, *self.inquirers]:
-            line.cut()
+        for connection in self.all():
+            connection.cut()
+
+    # -- ATRN: the client's connection turns around
+
+    def turn_around(self, collected: Sequence[Destination], hop: Hop, sock: socket.socket, early: bytes,
+                    on_over: Callable[[], None]) -> None:
+        """ATRN was granted.  From here on the socket is ours; `on_over` is called when that has ended."""
+        for one in collected:
+            one.is_collecting = True
+            one.last_try = self.loop.now.mono
+            one.release()
+        arriving = (collected, sock, self.loop.now.mono)
+        self.arriving.append(arriving)
+
+        def on_taken_over(result: Any) -> None:
+            self.arriving.remove(arriving)
+            if isinstance(result, Exception) or result.client is None:
+                sock.close()
+                error = str(result) if isinstance(result, Exception) else result.error
+                for one in collected:
+                    one.is_collecting, one.last_error = False, error
+                self.log.write("smtp", "%s: %s" % (",".join(one.label for one in collected), error))
+                return on_over()
+            for one in collected:
+                self.queue.tell(one, one.on(Event.HEARD, self.loop.now))
+                one.is_proven = one.state is not Primary.REJECTING      # who comes is there: no canary
+                one.next_try = self.loop.now.mono
+            connection = self._open(collected[0], result.client)
+            connection.collects, connection.left = tuple(collected), collections.deque(collected[1:])
+            connection.stream.on_closed = on_over
+            if connection.is_over:
+                return self._on_collected(connection, "it broke off")
+            self._feed(connection)
+        hostname = self.queue.cfg.hostname
+        self.loop.in_thread(lambda: take_over(hostname, hop, sock, early), on_taken_over)
+
+    def _on_collected(self, connection: Connection, error: str) -> None:
+        self._give_back_fetched(connection.destination)
+        for one in connection.collects:
+            one.is_collecting, one.limit, one.is_proven = False, 1, False
+            one.last_error = error or one.last_error
+            if one.waits_for:
+                one.on(Event.LEFT, self.loop.now)
+                self.queue.end_watches(one, one.trouble)
+            self.attend(one)
+
+    def cut_silent(self, collected: Sequence[Destination]) -> None:
+        """Whoever collects asks again: the connection before may be one that nobody has hung up.  Not
+        while it is we who keep it waiting, nor while the fate of a message is in its hands."""
+        for connection in self.all():
+            if (not set(collected).isdisjoint(connection.collects) and not self.is_stalled
+                    and self.loop.now.mono - connection.stream.moved > ATRN_SILENT_S
+                    and not any(course.has_body for course in connection.courses)):
+                connection.cut()
+        for its, sock, since in self.arriving:
+            if not set(collected).isdisjoint(its) and self.loop.now.mono - since > ATRN_SILENT_S:
+                with contextlib.suppress(OSError):      # ends the thread that waits for the greeting
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    # -- questions (call-ahead)
+
+    def ask(self, one: Destination, address: str, then: Callable[[str, str], None]) -> None:
+        """`then` gets good, bad, doubted, silent or down, and a reply; after CALL_AHEAD_S at the latest, but
+        the answer is waited for and kept.  A primary is asked for a stranger, too: one that takes any
+        address need not be asked again."""
+        question = self.asked.get((one.name, address))
+        if question is None:
+            if address and (one.name, STRANGER) not in self.asked and (
+                    self.queue.recipients.takes_all(one.name, self.loop.now.wall) is None):
+                self._put_question(one, STRANGER, "%s@%s" % (secrets.token_hex(8), one.name))
+            question = self._put_question(one, address, address)
+        waiting = question.waiting
+        waiting.append(then)
+
+        def give_up() -> None:
+            if then in waiting:
+                waiting.remove(then)
+                then("down", "")
+        self.loop.later(CALL_AHEAD_S, give_up)
+        if one.state is Primary.DOWN:
+            one.next_try = self.loop.now.mono
+        self.attend(one)
+
+    def _put_question(self, one: Destination, who: str, address: str) -> Question:
+        question = self.asked[one.name, who] = Question((one.name, who), address)
+        self.of(one).questions.append(question)
+        return question
+
+    def _on_word(self, connection: Connection, question: Question, word: str, text: str) -> None:
+        """A question's answer, or the connection that had it is lost: then it is asked once more."""
+        one, now, recipients = connection.destination, self.loop.now, self.queue.recipients
+        if connection.is_former or (word == "lost" and question.is_again):
+            return self._answer(question, "down", text)         # the primary is another one since, or gone
+        if word == "lost":              # the connection's end comes next, and attends to it
+            question.is_again = True
+            return self.of(one).questions.appendleft(question)
+        one.heard = now.mono
+        is_itself = one.is_itself(now)
+        if not is_itself and (one.state is Primary.REJECTING or (word == "bad" and one.entries)):
+            word = "silent"             # it has yet to take what waits for it
+        if question.key[1] == STRANGER:
+            if word in ("good", "bad"):
+                recipients.learn_accept_all(one.name, word == "good", now.wall)
+        elif word == "good" or (word == "bad" and is_itself):
+            recipients.learn(question.address, word == "good", now.wall)
+            if word == "bad" and recipients.is_doubted(one.name, now.wall):
+                word = "doubted"
+        self._answer(question, word, text)
+
+    def _answer(self, question: Question, word: str, text: str) -> None:
+        self.asked.pop(question.key, None)
+        for then in question.waiting:
+            self.loop.guard(then, word, text)
+        question.waiting.clear()
 
 
-# == 13. CONTROL ===============================================================
-# What others may ask of the queue: ETRN from the network, commands from the
-# control socket.  A command is a generator of JSON objects; None in between
+class Judgement:
+    """What a transaction brought: for the primary, for its recipients, for the message.
+
+    A primary that comes back and answers 550 to all: _learn() counts the refused messages, and three make
+    it `rejecting`; is_final() believes no refusal before `recovery_grace` is over; _settle() keeps the
+    message as deferred, with the time of the first refusal."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+
+    def on_verdicts(self, one: Destination, connection: Connection, entry: Entry, sidecar: Sidecar,
+                    due: Sequence[Dict[str, Any]], verdicts: List[Verdict]) -> None:
+        """`due`: whose turn it was; those without a verdict go in the next transaction, at once."""
+        queue, now = self.queue, self.queue.now
+        people = {person["address"]: person for person in sidecar["recipients"]}
+        known = {verdict.address for verdict in verdicts if verdict.is_good is not True
+                 and queue.recipients.is_good(verdict.address, now.wall)}
+        if not connection.is_former:
+            self._learn(one, entry, verdicts, known)
+        judged = []
+        for verdict in verdicts:
+            if verdict.kind == "refused":
+                is_final = one.is_final(now, people[verdict.address]["refused_since"],
+                                        verdict.address in known)
+                verdict = verdict._replace(kind="bounced" if is_final else "deferred")
+            judged.append(verdict)
+        is_ours = one.entries.get(entry.id) is entry        # else an operator removed it meanwhile
+        if entry.id in queue.waiters and is_ours:
+            queued = sum(person["state"] == QUEUED for person in sidecar["recipients"])
+            if len(verdicts) == queued and all(verdict.kind == "refused" for verdict in verdicts):
+                return queue.hand_back(one, entry, verdicts[0])
+            queue.let_go(entry.id)
+        for verdict in judged:
+            queue.log_delivery(entry, verdict, str(connection.hop), now.mono - connection.waits_since)
+        if is_ours:
+            self._settle(one, entry, sidecar, due, judged)
+
+    def _learn(self, one: Destination, entry: Entry, verdicts: List[Verdict], known: Set[str]) -> None:
+        """Of the primary and of recipients; `known`: those refused that are known to be good.  A refusal is
+        no word about the recipient: it opens the question, which the primary is asked by itself."""
+        now, was, kinds = self.queue.now, one.state, {verdict.kind for verdict in verdicts}
+        if "sent" in kinds:
+            self.queue.tell(one, one.on_taken(now))
+        elif kinds == {"refused"}:
+            self.queue.tell(one, one.on_refused(now, entry.id, known, verdicts[0].response))
+        is_answer = any(verdict.remote for verdict in verdicts)
+        if "sent" not in kinds and (was is Primary.REJECTING
+                                    or (is_answer and one.state is not Primary.REJECTING)):
+            if kinds != {"refused"} or not one.is_final(now, None, False):
+                one.on_deferred(now)
+            one.is_answering = True
+        if one.state is Primary.REJECTING or one.cfg.is_notices:
+            return      # it is not itself; and who takes our notices is nobody's recipient here
+        may_ask = one.cfg.recipients == "verify" and one.is_itself(now)
+        for verdict in verdicts:
+            if verdict.is_good:
+                self.queue.recipients.learn(verdict.address, True, now.wall)
+            elif verdict.is_good is False and may_ask and verdict.address not in known:
+                self.queue.deliveries.ask(one, verdict.address, lambda word, text: None)
+
+    def _settle(self, one: Destination, entry: Entry, sidecar: Sidecar, due: Sequence[Dict[str, Any]],
+                judged: List[Verdict]) -> None:
+        """Write the verdicts down; the message stays SENDING until that is done."""
+        queue, now = self.queue, self.queue.now
+        for kind in {verdict.kind for verdict in judged}:
+            one.counters["delivered" if kind == "sent" else kind] += 1
+        queue.is_dirty = True
+        known = {verdict.address for verdict in judged}
+        left = [person["address"] for person in due if person["address"] not in known]
+        wants_report = any("SUCCESS" in person["notify"] for person in sidecar["recipients"])
+        if all(verdict.kind == "sent" and (verdict.is_told or not wants_report) for verdict in judged) and (
+                all(one["state"] != QUEUED or one["address"] in known for one in sidecar["recipients"])):
+            return queue.recorder.remove(entry.id, lambda: queue.leave(one, entry, "delivered"))
+        # Not all of it is done: when is it tried again?
+        attempts = one.count_attempt(entry, not left)
+        pause = one.pause(entry.answers + bool(left), now)
+        if any(verdict.status == "4.4.2" for verdict in judged):        # it broke off
+            pause = min(pause, PROBE_FIRST_S * 4.0 ** min(entry.answers - 1, 20))
+        before = {person["address"]: person for person in sidecar["recipients"]}
+        people: Dict[str, Dict[str, Any]] = {address: {"next_attempt": now.wall} for address in left}
+        for verdict in judged:
+            person = before[verdict.address]
+            since = person["refused_since"]
+            if verdict.kind == "deferred" and verdict.status[0] == "5" and verdict.remote:
+                since = min(since or now.wall, now.wall)
+                if one.recovered > -INF and since < now.wall + one.recovered - now.mono:
+                    since = now.wall    # what it said before it was itself again does not count
+            people[verdict.address] = {
+                "state": {"sent": DELIVERED, "bounced": BOUNCED}.get(verdict.kind, QUEUED),
+                "attempts": person["attempts"] + attempts, "last_attempt": now.wall,
+                "next_attempt": now.wall + pause, "last_status": verdict.status,
+                "last_response": verdict.response, "last_remote": verdict.remote, "refused_since": since}
+        deferred = [verdict.response for verdict in judged if verdict.kind == "deferred"]
+        after = [dict(person, **people.get(address, {})) for address, person in before.items()]
+        next_attempt = min((one["next_attempt"] for one in after if one["state"] == QUEUED), default=0.0)
+
+        def settled(is_finished: bool) -> None:
+            if is_finished:
+                is_bounced = any(verdict.kind == "bounced" for verdict in judged)
+                queue.leave(one, entry, "bounced" if is_bounced else "delivered")
+            elif left:
+                one.give_back(entry)
+                queue.deliveries.attend(one)
+            else:
+                queue.put_off(one, entry, max(0.0, next_attempt - now.wall), "".join(deferred[:1]))
+
+        def not_written(error: str) -> None:
+            queue.put_off(one, entry, pause, error)
+        queue.recorder.record(entry.id, sidecar, judged, people, settled,
+                              not_written if len(deferred) == len(judged) else None)
+
+
+# Kind of a verdict: the notice that tells of it.  Notice: the word of NOTIFY that asks for it, and its name
+ACTIONS = {"bounced": "failed", "expired": "failed", "sent": "relayed", "delayed": "delayed"}
+NOTICE_NAMES = {"failed": ("FAILURE", "non-delivery notification"),
+                "delayed": ("DELAY", "delay notification"),
+                "relayed": ("SUCCESS", "delivery status notification")}
+Notice = Tuple[str, bytes, Sidecar]     # ID, body, sidecar
+
+
+class Recorder:
+    """What is written down: removals, changed sidecars, and the notices that go before.  Also on a full disk
+    it is tried until that takes it, because a delivery that is not written down would happen twice."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue, self.loop, self.log = queue, queue.loop, queue.log
+        self.waiting = 0                # outcomes that the disk has not taken
+
+    @property
+    def is_behind(self) -> bool:
+        return self.waiting >= UNRECORDED_MAX
+
+    def look(self, id: str, what: str, then: Callable[[Any], None]) -> None:
+        """`then` gets (sidecar, nothing or header or whole message), or an exception."""
+        self.queue.spool.ask(lambda found: then(found[0] if isinstance(found, list) else found), "look",
+                             [id], what, NOTICE_FULL_MAX)
+
+    def _ask(self, then: Callable[[Any], None], what: str, id: str, *values: Any,
+             otherwise: Optional[Callable[[str], None]] = None) -> None:
+        """Until the disk takes it, or else once.  `then` gets the result, or Corrupt."""
+        question = (what, id, *values)
+
+        def answered(result: Any) -> None:
+            self.waiting -= 1
+            if self.waiting == UNRECORDED_MAX // 2:
+                self.queue.deliveries.go_on()
+            if not isinstance(result, Exception) or (isinstance(result, Corrupt) and what == "record"):
+                return then(result)
+            text = printable(str(result))
+            self.log.write("qmgr", "%s: cannot be %s%s: %s" % (
+                id, "removed" if what == "remove" else "recorded", "" if otherwise else ", trying again",
+                text), "error")
+            if otherwise is not None:
+                return otherwise(text)
+            self.queue.settle(id, "deferred", text)
+            self.loop.later(RETRY_DISK_S, lambda: self._ask(then, *question))
+        self.waiting += 1
+        self.queue.spool.ask(answered, *question)
+
+    def remove(self, id: str, then: Callable[[], None]) -> None:
+        """Nothing of the message is left to do: it leaves the spool."""
+        def removed(_: Any) -> None:
+            then()
+            self.log.write("qmgr", "%s: removed" % id)
+        self._ask(removed, "remove", id)
+
+    def record(self, id: str, sidecar: Sidecar, judged: Sequence[Verdict], people: People,
+               then: Callable[[bool], None], otherwise: Optional[Callable[[str], None]] = None) -> None:
+        """Change the sidecar's recipients, by address, and tell senders of what was judged.  `then`
+        gets whether the message has left the spool.  `otherwise`: a deferral that cannot be written
+        costs only knowledge; it is called with the error instead."""
+        # A failure that cannot be told to a sender is told to [bounces] postmaster, once
+        wanted = wanted_notices(sidecar, judged)
+        target = sidecar["sender"] if "@" in sidecar["sender"] else ""      # not <postmaster> alone
+        if not target and wanted:
+            wanted = {action: its for action, its in wanted.items() if action == "failed"}
+            target = "" if sidecar["kind"] == "alert" else self.queue.cfg.bounces_postmaster
+            if wanted and (not target or any(one.address == target for one in wanted["failed"])):
+                self.log.write("bounce", "%s: double bounce: dropped, nobody to tell" % id)
+                wanted = {}
+        if not wanted:
+            return self._write(id, people, [], then, otherwise)
+        is_full = sidecar["ret"] == "FULL" and sidecar["size"] <= NOTICE_FULL_MAX and "failed" in wanted
+        told = dict(sidecar, recipients=[dict(one, **people.get(one["address"], {}))
+                                         for one in sidecar["recipients"]])
+
+        def looked(found: Any) -> None:
+            if isinstance(found, OSError):
+                return self.loop.later(RETRY_DISK_S, lambda: self.record(id, sidecar, judged, people, then,
+                                                                         otherwise))
+            original = found[1] if isinstance(found, tuple) else b""
+            notices = [self._make_notice(told, target, action, its, original, is_full and bool(original))
+                       for action, its in wanted.items()]
+            self._write(id, people, notices, then, otherwise)
+        self.look(id, "whole" if is_full else "header", looked)
+
+    def _make_notice(self, sidecar: Sidecar, target: str, action: str, verdicts: List[Verdict],
+                     original: bytes, is_full: bool) -> Notice:
+        id = self.queue.ids.new()
+        data = format_notice(self.queue.cfg.hostname, target, sidecar, action, verdicts, original, is_full,
+                             self.queue.now.wall, secrets.token_hex(12), id)
+        self.log.write("bounce", "%s: %s %s: %s" % (
+            sidecar["id"], "sender" if sidecar["sender"] else "postmaster", NOTICE_NAMES[action][1], id))
+        return id, data, self.queue.own_sidecar(id, "notice", target, data)
+
+    def _write(self, id: str, people: People, notices: List[Notice], then: Callable[[bool], None],
+               otherwise: Optional[Callable[[str], None]]) -> None:
+        """The spool makes notices durable before it marks their cause."""
+        def written(done: Any) -> None:
+            if isinstance(done, Corrupt):
+                for one in self.queue.destinations.matching(id):
+                    self.queue.leave(one, one.entries[id], "deleted")
+                if not is_gone(done):
+                    self.queue.set_aside(id, done)
+                # A try before this one may have brought them there
+                return self.queue.loader.load([own for own, _, _ in notices])
+            for _, data, its in notices:
+                self.queue.accept(its, len(data))
+            then(done)
+            if done:
+                self.log.write("qmgr", "%s: removed" % id)
+        self._ask(written, "record", id, {}, people, notices, otherwise=otherwise)
+
+
+def wanted_notices(sidecar: Sidecar, judged: Sequence[Verdict]) -> Dict[str, List[Verdict]]:
+    """By action: those that a notice is wanted for, RFC 3461 4.1.  Without NOTIFY failures are told, and
+    delays where the operator says so."""
+    notify = {one["address"]: one["notify"] for one in sidecar["recipients"]}
+    wanted: Dict[str, List[Verdict]] = {}
+    for one in judged:
+        action = ACTIONS.get(one.kind, "")
+        if action and not (action == "relayed" and one.is_told):
+            asked = notify[one.address]
+            if NOTICE_NAMES[action][0] in asked if asked else action != "relayed":
+                wanted.setdefault(action, []).append(one)
+    return wanted
+
+
+class StateFile:
+    """state.json and recipients.json: what was learnt, over a restart."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+
+    def save(self, then: Optional[Callable[[Any], None]] = None) -> None:
+        """`then` is called when it is on stable storage."""
+        queue = self.queue
+        queue.is_dirty = False
+        sites = {one.name: dict(one.to_values(queue.now), told=one.name in queue.alerts.told)
+                 for one in queue.destinations.all.values()}
+        state = {"format": 1, "saved": queue.now.wall, "sites": sites,
+                 "homes": dict(queue.destinations.homes)}
+        if queue.recipients.is_dirty:
+            queue.spool.ask(self._on_saved, "save", "recipients.json",
+                            queue.recipients.to_values(queue.now.wall))
+
+        def saved(result: Any) -> None:
+            self._on_saved(result)
+            if then is not None:
+                then(result)
+        queue.spool.ask(saved, "save", "state.json", state)
+
+    def _on_saved(self, result: Any) -> None:
+        self.queue.log_failure(result)
+        if isinstance(result, Exception):
+            self.queue.is_dirty = self.queue.recipients.is_dirty = True     # again with the next save
+
+    def load(self, state: Mapping[str, Any], recipients: Mapping[str, Any]) -> None:
+        """What was known before the restart.  What does not make sense is forgotten."""
+        queue = self.queue
+        queue.recipients.from_values(recipients)
+        homes, known = state.get("homes"), state.get("sites")
+        for name, address in homes.items() if isinstance(homes, dict) else ():
+            cfg = queue.cfg.domains.get(name)
+            if cfg is not None and cfg.primary == "etrn" and is_address(address):
+                queue.destinations.homes[name] = address
+        for name, values in known.items() if isinstance(known, dict) else ():
+            with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError, OverflowError):
+                # An order, and no knowledge: it holds whatever the rest is
+                is_held = values["held"] is True
+                if not is_held and queue.cfg.domain(name) is None:
+                    continue
+                one = queue.destinations.get(name, queue.now)
+                one.is_held = is_held
+                one.from_values(values, queue.now)      # raises where it was written by hand, say
+                queue.callers.note(one, [hop.address for hop in one.route])
+                if one.state is Primary.DOWN and values.get("told") is True:
+                    queue.alerts.told[name] = "down"
+
+
+class Callers:
+    """Addresses of primaries, as last routed.  One that connects to us is back, and may know how much
+    waits for it."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+        self.hosts: Dict[str, FrozenSet[str]] = {}      # by destination
+
+    def note(self, one: Destination, hosts: Iterable[str]) -> None:
+        self.hosts[one.name] = frozenset(hosts)
+        if not self.hosts[one.name] or one.cfg.is_notices:
+            del self.hosts[one.name]
+
+    def on_client(self, address: str) -> None:
+        """Somebody connected."""
+        for name in [name for name, hosts in self.hosts.items() if address in hosts]:
+            one = self.queue.destinations.all.get(name)
+            if one is not None and one.entries and (one.state is not Primary.UP or one.late):
+                one.trigger(self.queue.now)
+                self.queue.deliveries.urge(one)
+
+    def may_know(self, address: str, meant: Iterable[Destination]) -> bool:
+        """Whether a client may be told how much waits: one of ours, or the primary itself."""
+        return self.queue.cfg.is_trusted(address) or all(address in self.hosts.get(one.name, ())
+                                                         for one in meant)
+
+
+Tell = Callable[[Config, Mapping[str, Any]], str]       # returns what went wrong
+
+
+class Alerts:
+    """Tells people: a program, a web hook, a mail.  What waits for them runs in threads, for each way one
+    alert after the other: the end of an outage is not told before its beginning."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue = queue
+        self.told: Dict[str, str] = {}      # destinations and the trouble of theirs that was told
+        self.daily: Dict[str, Time] = {}    # what is told once a day, and when it was
+        self.untold: Dict[Tell, Deque[Tuple[Config, Dict[str, Any]]]] = {}
+
+    def on_state(self, one: Destination, event: str, text: str) -> None:
+        """A short outage is not worth an alert, nor then its end; sweep() tells of one that lasts."""
+        if event == "rejecting" or (event == "up" and self.told.pop(one.name, "")):
+            self.tell(event, one, text)
+
+    def sweep(self, free: int, certificate_end: Time) -> None:
+        """Outages that have lasted, mail that nears its end, a disk that fills, a certificate that
+        nobody renews."""
+        now, cfg, known = self.queue.now, self.queue.cfg, self.queue.destinations.all
+        for one in known.values():
+            waiting, left = "%d messages waiting" % len(one.entries), one.next_deadline() - now.mono
+            if one.cfg.is_notices:
+                continue
+            if one.state is Primary.DOWN and self.told.get(one.name) != "down" and (
+                    now.mono - one.since >= cfg.alerts_after):
+                self.tell("down", one, "down: %s, %s" % (one.last_error, waiting))
+            if left < min(ALERT_EXPIRY_S, one.cfg.lifetime / 2):
+                self.once_a_day("expiring", one, "mail will be returned to its senders in %s, %s" % (
+                    format_duration(left), waiting))
+        if free < 2 * cfg.min_free_space:
+            self.once_a_day("disk", None, "%s left for the spool; below %s mail is refused" % (
+                format_size(free), format_size(cfg.min_free_space)))
+        if certificate_end and certificate_end - now.wall < CERTIFICATE_WARNING_S:
+            when = "expires in %s" % format_duration(certificate_end - now.wall)
+            self.once_a_day("certificate", None, "the certificate %s %s" % (
+                cfg.tls_certificate, when if certificate_end > now.wall else "has expired"))
+
+    def once_a_day(self, event: str, one: Optional[Destination], text: str) -> None:
+        key = "%s %s" % (event, one.name if one else "")
+        if self.queue.now.wall - self.daily.get(key, 0.0) >= 86400.0:
+            self.daily[key] = self.queue.now.wall
+            about = one.label + ": " if one else ""
+            self.queue.log.write("primary" if one else "master", about + printable(text), "warning")
+            self.tell(event, one, text)
+
+    def tell(self, event: str, one: Optional[Destination], text: str) -> None:
+        cfg = self.queue.cfg
+        if event in ("down", "rejecting") and one:
+            self.told[one.name] = event
+        alert = {"event": event, "domain": one.name if one else "", "text": printable(text),
+                 "host": cfg.hostname, "time": self.queue.now.wall, "waiting": len(one.entries) if one else 0}
+        if cfg.alerts_mail:
+            self._mail(alert)
+        for tell, is_wanted in ((run_alert_command, cfg.alerts_command), (post_alert, cfg.alerts_webhook)):
+            if is_wanted:
+                untold = self.untold.setdefault(tell, collections.deque())
+                untold.append((cfg, alert))
+                if len(untold) == 1:
+                    self._tell_next(tell)
+
+    def _tell_next(self, tell: Tell) -> None:
+        untold = self.untold[tell]
+        cfg, alert = untold[0]
+
+        def told(error: Any) -> None:
+            if error:
+                self.queue.log.write("master", "alert not told by %s" % printable(str(error)), "error")
+            untold.popleft()
+            if untold:
+                self._tell_next(tell)
+        self.queue.loop.in_thread(lambda: tell(cfg, alert), told)
+
+    def _mail(self, alert: Dict[str, Any]) -> None:
+        cfg, id = self.queue.cfg, self.queue.ids.new()
+        about = " ".join(filter(None, (alert["domain"], alert["text"])))
+        subject = "%s %s" % (alert["domain"] or "relay", alert["event"])
+        lines = ["From: etrn_relay <MAILER-DAEMON@%s>" % cfg.hostname, "To: <%s>" % cfg.alerts_mail,
+                 "Subject: [etrn_relay %s] %s" % (cfg.hostname, subject),
+                 "Date: %s" % format_date(int(alert["time"])), "Message-ID: <%s@%s>" % (id, cfg.hostname),
+                 "Auto-Submitted: auto-generated", "MIME-Version: 1.0",
+                 "Content-Type: text/plain; charset=us-ascii", "", *textwrap.wrap(about, FOLD_WIDTH)]
+        data = "".join(line + "\r\n" for line in lines).encode("ascii", "backslashreplace")
+        sidecar = self.queue.own_sidecar(id, "alert", cfg.alerts_mail, data)
+
+        def kept(error: Any) -> None:
+            self.queue.log_failure(error)
+            if error is None:
+                self.queue.accept(sidecar, len(data))
+        self.queue.spool.ask(kept, "commit", id, data, [sidecar])
+
+
+def run_alert_command(cfg: Config, alert: Mapping[str, Any]) -> str:
+    """[alerts] command: its words, no shell; the alert as ETRN_* variables and as JSON on standard
+    input.  Returns what went wrong, without the command, which may hold a secret."""
+    names = {"ETRN_" + key.upper(): str(value) for key, value in alert.items()}
+    try:
+        subprocess.run(shlex.split(cfg.alerts_command), input=json.dumps(alert).encode("ascii"),
+                       timeout=ALERT_S, check=True, env={**os.environ, **names},
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except subprocess.CalledProcessError as error:
+        return "command: exit status %d" % error.returncode
+    except subprocess.TimeoutExpired:
+        return "command: no end within %d s" % ALERT_S
+    except (OSError, ValueError) as error:
+        return "command: %s" % printable(str(error))
+    return ""
+
+
+def post_alert(cfg: Config, alert: Mapping[str, Any]) -> str:
+    """[alerts] webhook: the alert as the JSON body of a POST.  Returns what went wrong."""
+    request = urllib.request.Request(cfg.alerts_webhook, json.dumps(alert).encode("ascii"),
+                                     {"Content-Type": "application/json"}, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=ALERT_S) as answer:
+            answer.read(4096)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return "webhook: %s" % printable(str(error), 200)
+    return ""
+
+
+# == 14. CONTROL ===============================================================
+# What others may ask of the queue: ETRN and ATRN from the network, commands from
+# the control socket.  A command is a generator of JSON objects; None in between
 # means "nothing to say now, come back later"; the last one has "exit".
 
-def answer_etrn(manager: Manager, what: str, address: str, name: str, username: str = "") -> Reply:
-    """RFC 1985 5.3, with the replies of our manual: one line, never 251.
-    `username`: of a client that authenticated."""
-    scheduler = manager.scheduler
-    sites = [site for site in scheduler.matching(what) if not site.cfg.is_notices]
-    count = sum(len(site.entries) - site.count[State.HOLD] for site in sites)
-    if not scheduler.serves(what):
+def answer_etrn(queue: Queue, what: str, address: str, name: str, username: str = "") -> Reply:
+    """RFC 1985 5.3: one line, never 251.  `username`: of a client that authenticated for these domains."""
+    known = queue.destinations
+    meant = [one for one in known.matching(what) if not one.cfg.is_notices]
+    count = sum(len(one.entries) - one.count[State.HELD] for one in meant)
+    is_owner = bool(username) and all(cfg.username == username for cfg in known.meant(what))
+    if not known.serves(what):
         reply = Reply(459, "4.7.1", "Node %s not allowed: not served here" % what)
-    elif not may_etrn(scheduler, what, address, username):
-        reply = Reply(459, "4.7.1", "Node %s not allowed: not %s" % (
-            what, "for you to ask for" if username else "from your address"))
-    elif manager.load_error or (sites and all(site.is_held for site in sites)):
+    elif not may_etrn(known.meant(what), address, is_owner):
+        reply = Reply(459, "4.7.1", "Node %s not allowed: not from your address" % what)
+    elif queue.loader.error or (meant and all(one.is_held for one in meant)):
         reply = Reply(458, "4.0.0", "Unable to queue messages for node %s" % what)
     else:
-        if username:
-            manager.move(what, address)
-        fresh = manager.flush(what)
-        if count and fresh and (username or manager.may_know(address, sites)):
+        if is_owner:
+            queue.move(what, address)
+        if queue.loader.is_busy:
+            queue.loader.early.add(what)
+        is_fresh = queue.flush(meant)
+        if count and is_fresh and (is_owner or queue.callers.may_know(address, meant)):
             reply = Reply(253, "2.0.0", "OK, %d pending messages for node %s started" % (count, what))
         else:
             reply = Reply(250, "2.0.0", "OK, queuing for node %s started" % what)
-    manager.log.write("flush", "etrn: site=%s, client=%s, messages=%d, reply=%d" % (
+    queue.log.write("flush", "etrn: site=%s, client=%s, messages=%d, reply=%d" % (
         what, format_peer(address, name), count, reply.code))
     return reply
 
 
-def may_etrn(scheduler: Scheduler, what: str, address: str, username: str = "") -> bool:
-    """Whether this client may ask; `@name` is as the strictest of the domains it
-    means.  Networks in `etrn` are for those who come without credentials: who has them may
-    come from anywhere, but for nobody's domains but its own."""
-    cfgs = scheduler.meant(what)
-    if username:
-        return all(cfg.username == username and cfg.etrn != "none" for cfg in cfgs)
-    return all(cfg.etrn == "any" or (not isinstance(cfg.etrn, str) and is_within(address, cfg.etrn)) for cfg in cfgs)
+def may_etrn(meant: Sequence[DomainConfig], address: str, is_owner: bool) -> bool:
+    """`@name` is as the strictest of the domains it means.  Who has the password may come from anywhere."""
+    return all(cfg.etrn == "any" or (is_owner and cfg.etrn != "none") or (
+        not isinstance(cfg.etrn, str) and is_within(address, cfg.etrn)) for cfg in meant)
 
 
-def answer_atrn(manager: Manager, username: str, domains: Sequence[str], address: str, name: str,
-                has_tls: bool) -> Tuple[Reply, List[Site]]:
-    """RFC 2645 5.2.1: the reply, and with a 250 the sites whose mail goes over the client's connection."""
-    sites: List[Site] = []
-    count = 0
-    if not all(manager.cfg.is_owned(domain, username) for domain in domains):
+def answer_atrn(queue: Queue, username: str, domains: Sequence[str], address: str, name: str,
+                has_tls: bool) -> Tuple[Reply, List[Destination]]:
+    """RFC 2645 5.2.1: the reply, and with a 250 those whose mail goes over the client's connection."""
+    is_owner = all(queue.cfg.is_owned(domain, username) for domain in domains)
+    asked = queue.destinations.collected_by(username, domains, queue.now) if is_owner else []
+    meant = [one for one in asked if waiting_at(one)]
+    count, problem = sum(map(waiting_at, meant)), why_not_collected(queue, asked)
+    if not is_owner:
         reply = Reply(450, "4.7.1", "ATRN request refused: not a domain of yours")
+    elif not has_tls and any(one.cfg.tls not in ("none", "may") for one in asked):
+        reply = Reply(530, "5.7.0", "Must issue a STARTTLS command first")      # RFC 3207 4
+    elif problem:
+        queue.deliveries.cut_silent(asked)      # for the next time
+        reply = Reply(451, "4.3.0", "Unable to process ATRN request now: %s" % problem)
+    elif not meant:
+        reply = Reply(453, "4.0.0", "You have no mail")
     else:
-        all_sites = manager.scheduler.collected_by(username, domains, manager.now)
-        sites = [site for site in all_sites if site.count[State.ACTIVE] + site.count[State.DEFERRED]]
-        count = sum(site.count[State.ACTIVE] + site.count[State.DEFERRED] for site in sites)
-        problem = find_obstacle(manager, all_sites)
-        if not has_tls and any(site.cfg.tls not in ("none", "may") for site in all_sites):
-            reply = Reply(530, "5.7.0", "Must issue a STARTTLS command first")      # what the tls option asks, RFC 3207 4
-        elif problem:
-            manager.cut_silent(all_sites)       # for the next time
-            reply = Reply(451, "4.3.0", "Unable to process ATRN request now: %s" % problem)
-        elif not sites:
-            reply = Reply(453, "4.0.0", "You have no mail")
-        else:
-            reply = Reply(250, "2.0.0", "OK now reversing the connection")
-    manager.log.write("flush", "atrn: site=%s, client=%s, messages=%d, reply=%d" % (
-        ",".join(domains or [site.name for site in sites]), format_peer(address, name), count, reply.code))
-    return reply, sites
+        reply = Reply(250, "2.0.0", "OK now reversing the connection")
+    queue.log.write("flush", "atrn: site=%s, client=%s, messages=%d, reply=%d" % (
+        ",".join(domains or [one.name for one in meant]), format_peer(address, name), count, reply.code))
+    return reply, meant
 
 
-def find_obstacle(manager: Manager, sites: Sequence[Site]) -> str:
+def waiting_at(one: Destination) -> int:
+    return one.count[State.READY] + one.count[State.LATER]
+
+
+def why_not_collected(queue: Queue, asked: Sequence[Destination]) -> str:
     """Why mail cannot be collected now; empty when it can."""
-    if manager.is_loading or manager.load_error:
+    if queue.loader.is_busy or queue.loader.error:
         return "the spool is being read"
-    if any(site.is_collecting for site in sites):
+    if any(one.is_collecting for one in asked):
         return "somebody else is collecting it"
-    if not any(site.count[State.ACTIVE] + site.count[State.DEFERRED] for site in sites):
-        if any(site.is_held and site.entries for site in sites):
+    if not any(map(waiting_at, asked)):
+        if any(one.is_held and one.entries for one in asked):
             return "the queue is held"
-        if any(site.count[State.DELIVERING] for site in sites):
+        if any(one.count[State.SENDING] for one in asked):
             return "it is being delivered"
-    return "too many connections" if len(manager.couriers) >= LINES_MAX or manager.is_stopping else ""
+    return "shutting down" if queue.is_stopping else ""
 
 
-Answers = Iterator[Optional[Dict[str, Any]]]
+Answers = Generator[Optional[Dict[str, Any]], None, None]
 
 
-def collect_status(manager: Manager, connections: int, started: Optional[float]) -> Dict[str, Any]:
+def collect_status(queue: Queue, connections: int, started: Optional[float], free: int) -> Dict[str, Any]:
     """`started`: monotonic, None where no relay runs."""
-    scheduler, now = manager.scheduler, manager.now
-    messages, octets, held = scheduler.messages()
+    now = queue.now
+    messages, octets, held = queue.destinations.sums()
+    for name in queue.cfg.domains:
+        if name[0] != ".":
+            queue.destinations.get(name, now)
     domains = {}
-    for name in [name for name in manager.cfg.domains if name[0] != "."]:
-        scheduler.site(name, now)
-    for site in sorted(scheduler.sites.values(), key=lambda site: site.name):
-        if site.cfg.is_notices and not site.entries:
-            continue
-        probing = bool(site.entries) and site.state is not Primary.UP and not site.waits_for
-        domains[site.name] = dict(
-            primary=site.state.value, since=site.since, queued=len(site.entries), bytes=site.octets, oldest=site.oldest(),
-            last_error=site.trouble, next_probe=to_wall(site.next_probe, now) if probing else None,
-            held=site.is_held, address=site.home or None, **site.counters)
+    for one in sorted(queue.destinations.all.values(), key=lambda one: one.name):
+        if one.entries or not one.cfg.is_notices:
+            is_probing = bool(one.entries) and one.state is not Primary.UP and not one.waits_for
+            domains[one.name] = {
+                "primary": one.state.value, "since": to_wall(one.since, now), "queued": len(one.entries),
+                "bytes": one.octets, "oldest": one.oldest(), "last_error": one.trouble,
+                "next_probe": to_wall(one.next_try, now) if is_probing else None, "held": one.is_held,
+                "address": one.home or None, **one.counters}
     return {"version": __version__, "pid": os.getpid() if started is not None else None,
-            "uptime": round(now.mono - started, 3) if started is not None else None, "connections": connections,
-            "spool": {"messages": messages, "bytes": octets, "free": manager.free_space(), "held": held,
-                      "corrupt": manager.spool.corrupt_count, "sick": manager.spool.sick or None,
-                      "loading": manager.is_loading},
+            "uptime": round(now.mono - started, 3) if started is not None else None,
+            "connections": connections,
+            "spool": {"messages": messages, "bytes": octets, "free": free, "held": held,
+                      "corrupt": queue.corrupt, "sick": queue.spool.sick or None,
+                      "loading": queue.loader.is_busy},
             "domains": domains}
 
 
@@ -7709,332 +6640,261 @@ def to_wall(mono: float, now: Now) -> Time:
     return round(now.wall + mono - now.mono, 3)
 
 
-def run_command(manager: Manager, request: Mapping[str, Any], connections: int = 0, started: Optional[float] = None) -> Answers:
-    """Any request of the control socket.  What is wrong with it is said in an answer."""
+def run_command(queue: Queue, request: Mapping[str, Any]) -> Answers:
+    """Any request of the control socket but "status".  What is wrong with it is said in an answer."""
     command, what = str(request.get("command")), str(request.get("what", "all"))
-    if command == "flush" and manager.is_loading:
-        manager.early.add(what)         # what is read only later goes, too
-    while manager.is_loading and (started is None or command not in ("status", "flush")):
+    is_patient = bool(request.get("wait", True))
+    if command == "flush" and queue.loader.is_busy:
+        queue.loader.early.add(what)            # what is read only later goes, too
+    while queue.loader.is_busy and (is_patient or not queue.is_serving or command != "flush"):
         yield None                      # what is asked about may not have been read yet
-    if command == "status":
-        yield dict(collect_status(manager, connections, started), exit=EX_OK)
-    elif command not in ("list", "flush", "hold", "release", "delete", "bounce"):
+    meant = queue.destinations.matching(what)
+    if command not in ("list", "flush", "hold", "release", "delete", "bounce"):
         yield {"error": "unknown command", "exit": EX_USAGE}
-    elif what != "all" and not manager.scheduler.holding(what) and not (
-            manager.scheduler.serves(what) or manager.scheduler.matching(what)):
+    elif what != "all" and not meant and not queue.destinations.serves(what):
         yield {"error": "%s: no such domain or message here" % printable(what, 100), "exit": EX_MISSING}
     elif command == "list":
-        yield from list_entries(manager, what)
+        yield from list_entries(queue, meant, what)
     elif command == "flush":
-        yield from flush_and_watch(manager, what, bool(request.get("wait", True)))
+        yield from flush_and_watch(queue, meant, what, is_patient)
     elif command in ("hold", "release"):
-        yield from change_hold(manager, what, command == "hold")
+        yield from change_hold(queue, what, command == "hold")
     else:
-        yield from end_entries(manager, what, command)
+        yield from end_entries(queue, meant, what, command)
 
 
-def list_entries(manager: Manager, what: str) -> Answers:
-    """The part of the queue's state that is not in the sidecars, in slices."""
-    scheduler = manager.scheduler
-    for site in scheduler.holding(what) or scheduler.matching(what):
-        entries = [site.entries[what]] if what in site.entries else list(site.entries.values())
-        for start in range(0, len(entries), LOAD_BATCH):
-            rows = []
-            for entry in entries[start:start + LOAD_BATCH]:
-                if site.entries.get(entry.id) is not entry:
-                    continue
-                due: Optional[float] = manager.now.mono
-                state = "queued"
-                if entry.state is State.HOLD:
-                    due, state = None, "held"
-                elif entry.state is State.DELIVERING:
-                    state = "delivering"
-                elif site.waits_for:
-                    due = None
-                elif entry.state is State.DEFERRED:
-                    due = max(entry.due, site.next_probe if site.state is Primary.DOWN else 0.0)
-                elif site.state is Primary.DOWN:
-                    due = site.next_probe
-                rows.append([entry.id, state, due if due is None else to_wall(due, manager.now), entry.expires,
-                             site.failures - entry.base])
-            yield {"site": site.name, "notices": site.cfg.is_notices,
-                   "error": site.trouble if site.state is Primary.DOWN or site.waits_for else "", "rows": rows}
+def list_entries(queue: Queue, meant: Sequence[Destination], what: str) -> Answers:
+    """What is not in the sidecars, which the command reads itself: state, next try, expiry, and failed
+    attempts to reach the primary."""
+    for one in meant:
+        entries = [one.entries[what]] if what in one.entries else list(one.entries.values())
+        error = one.trouble if one.state is Primary.DOWN or one.waits_for else ""
+        for at in range(0, len(entries), LIST_BATCH):
+            yield {"error_of": error, "rows": [
+                (entry.id, *say_state(one, entry, queue.now), to_wall(entry.deadline, queue.now),
+                 one.attempts(entry) - entry.attempts) for entry in entries[at:at + LIST_BATCH]]}
     yield {"exit": EX_OK}
 
 
-def flush_and_watch(manager: Manager, what: str, wait: bool) -> Answers:
+def say_state(one: Destination, entry: Entry, now: Now) -> Tuple[str, Optional[Time]]:
+    """An entry's state and next attempt, as the contract has them."""
+    state = {State.HELD: "held", State.SENDING: "delivering"}.get(entry.state, "queued")
+    if entry.state is State.HELD or one.waits_for:
+        return state, None
+    due = entry.due if entry.state is State.LATER else now.mono
+    if entry.state is not State.SENDING and one.state is Primary.DOWN:
+        due = max(due, one.next_try)
+    return state, to_wall(due, now)
+
+
+def flush_and_watch(queue: Queue, meant: Sequence[Destination], what: str, wait: bool) -> Answers:
     """Deliver now.  With `wait` until each message queued at the start has left or failed once."""
-    sites = manager.scheduler.matching(what) or manager.scheduler.holding(what)
-    if sites and all(site.is_held for site in sites):
+    if meant and all(one.is_held for one in meant):
         yield {"error": "the queue for %s is held" % what, "exit": EX_TEMPFAIL}
         return
-    held = sum(site.count[State.HOLD] for site in sites)
-    watch = manager.watch((site.name, entry.id) for site in sites for entry in site.entries.values()
-                          if entry.state is not State.HOLD)
+    held = sum(one.count[State.HELD] for one in meant)
+    watch = Watch((entry.id for one in meant for entry in one.entries.values()
+                   if entry.state is not State.HELD), True)
+    queue.watches.append(watch)
     try:
-        manager.heal(sites)
-        manager.flush_sites(sites)
-        manager.log.write("flush", "command: site=%s, messages=%d" % (what, watch.total))
-        last, look = -1, manager.now.mono + FLUSH_LOOK_S
+        queue.pardon(meant)
+        queue.flush(meant)
+        queue.log.write("flush", "command: site=%s, messages=%d" % (what, watch.total))
+        last, look = -1, queue.now.mono + FLUSH_LOOK_S
         while wait and watch.left:
-            if manager.now.mono >= look:
-                look = manager.now.mono + FLUSH_LOOK_S
-                manager.settle_idle(watch)
+            if queue.now.mono >= look:
+                look = queue.now.mono + FLUSH_LOOK_S
+                settle_idle(watch, meant)
             if len(watch.left) != last:
                 last = len(watch.left)
                 yield {"total": watch.total, "left": last}
             yield None
     finally:
-        manager.watches.remove(watch)
-    counts = watch.counts
-    waiting = counts["deferred"] + len(watch.left)
-    down = watch.error and any(site.state is Primary.DOWN for site in sites)
-    yield dict(counts, queued=watch.total, waiting=waiting, held=held, reason=watch.error,
-               exit=EX_OK if not waiting or not wait else EX_UNAVAILABLE if down else EX_TEMPFAIL)
+        queue.watches.remove(watch)
+    waiting = watch.counts["deferred"] + len(watch.left)
+    is_away = watch.error and any(one.state is Primary.DOWN for one in meant)
+    yield dict(watch.counts, queued=watch.total, waiting=waiting, held=held, reason=watch.error,
+               exit=EX_OK if not waiting or not wait else EX_UNAVAILABLE if is_away else EX_TEMPFAIL)
 
 
-def change_hold(manager: Manager, what: str, on: bool) -> Answers:
+def settle_idle(watch: Watch, meant: Sequence[Destination]) -> None:
+    """What was held meanwhile, or is to be collected now, is not waited for."""
+    known = {id: one for one in meant for id in watch.left & set(one.entries)}
+    for id in list(watch.left):
+        if id not in known:
+            watch.settle(id, "deleted")
+        elif known[id].entries[id].state is State.HELD:
+            watch.settle(id, "deferred", "held by command")
+        elif known[id].waits_for and not known[id].is_collecting:
+            watch.settle(id, "deferred", known[id].trouble)
+
+
+def change_hold(queue: Queue, what: str, on: bool) -> Answers:
     done: List[Any] = []
-    count = manager.hold(what, on, done.append)
+    count = queue.hold(what, on, done.append)
     while not done:
         yield None
     if isinstance(done[0], Exception):
         yield {"error": "cannot be recorded: %s" % printable(str(done[0])), "exit": EX_TEMPFAIL}
     else:
-        manager.log.write("qmgr", "%s: %s by command, %d messages" % (what, "held" if on else "released", count))
+        state = "held" if on else "released"
+        queue.log.write("qmgr", "%s: %s by command, %d messages" % (what, state, count))
         yield {"count": count, "exit": EX_OK}
 
 
-def end_entries(manager: Manager, what: str, command: str) -> Answers:
+def end_entries(queue: Queue, meant: Sequence[Destination], what: str, command: str) -> Answers:
     """--delete and --bounce.  What is being sent at this moment is left alone and counted."""
-    sites = manager.scheduler.holding(what)
-    pairs = [(site, site.entries[what]) for site in sites] if sites else [
-        (site, entry) for site in manager.scheduler.matching(what) for entry in list(site.entries.values())]
-    watch = manager.watch(((site.name, entry.id) for site, entry in pairs), needs_primary=False)
+    pairs = [(one, entry) for one in meant for entry in list(one.entries.values())
+             if what not in one.entries or entry.id == what]
+    watch = Watch((entry.id for _, entry in pairs), False)
+    queue.watches.append(watch)
+    ending = ("deleted",) if command == "delete" else (
+        "bounced", "5.0.0", "Returned by the postmaster of the backup mail server")
     count = busy = 0
     try:
-        for number, (site, entry) in enumerate(pairs, 1):
+        for number, (one, entry) in enumerate(pairs, 1):
             if number % END_BATCH == 0:
                 yield None              # others wait for the loop, too
-            if site.entries.get(entry.id) is not entry or entry.state is State.DELIVERING:
-                busy += entry.id in site.entries
-                watch.left.discard((site.name, entry.id))
-                continue
-            count += 1
-            manager.log.write("qmgr", "%s: %s by command" % (entry.id, "deleted" if command == "delete" else "bounced"))
-            if command == "delete":
-                manager.end(site, entry, DELETED)
+            if one.entries.get(entry.id) is not entry or entry.state is State.SENDING:
+                busy += entry.id in one.entries
+                watch.left.discard(entry.id)
             else:
-                manager.end(site, entry, BOUNCED, "5.0.0", "Returned by the postmaster of the backup mail server")
+                count += 1
+                queue.log.write("qmgr", "%s: %s by command" % (entry.id, ending[0]))
+                queue.end(one, entry, *ending)
         while watch.left:
             yield None
     finally:
-        manager.watches.remove(watch)
+        queue.watches.remove(watch)
     late = watch.counts["deferred"]     # the disk is full, or worse
     yield {"count": count - late, "busy": busy + late, "exit": EX_TEMPFAIL if busy + late else EX_OK}
 
 
-# == 14. STATUS ================================================================
-# Values in, text for people and for machines out: terminal, page, metrics.  Pure.
-# Foreign text goes through printable() everywhere, and on the page through escape().
+# == 15. STATUS ================================================================
+# Values in, text out: terminal, mbox, metrics, the status page and the history
+# behind its charts.  No file and no socket.  Foreign text goes through
+# printable(), in HTML through escape().  Uses 2 LIMITS, 3 GRAMMAR, 6 LOOP (Now),
+# 7 SPOOL (states of a recipient), 9 SCHEDULE (states of a primary, counters).
+
+BOLD, RED = "1", "31"
+
 
 class Style(NamedTuple):
-    """What the output may be: so many columns wide (0: any), in colour or not."""
-    width: int = 0
+    """How the output may look."""
     is_coloured: bool = False
 
     def paint(self, text: str, colour: str) -> str:
-        return "\033[%sm%s\033[0m" % (colour, text) if self.is_coloured and colour else text
+        return "\033[%sm%s\033[0m" % (colour, text) if self.is_coloured else text
 
 
 PLAIN = Style()
-BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
-STATE_COLOURS = {"up": GREEN, "down": RED, "rejecting": YELLOW, "held": YELLOW, "delivering": GREEN}
-CELL_MIN = 12                   # columns a cell keeps when the terminal is narrow
-Row = Sequence[str]
 
 
-def clip(text: str, width: int) -> str:
-    return text if len(text) <= width else text[:max(0, width - 2)] + ".."
-
-
-def table_width(widths: Sequence[int]) -> int:
-    return sum(widths) + 2 * (len(widths) - 1)
-
-
-def format_table(rows: Sequence[Row], right: Sequence[int] = (), style: Style = PLAIN, shrink: Sequence[int] = (),
-                 drop: Sequence[int] = (), colours: Callable[[Row, int], str] = lambda row, column: "") -> str:
-    """Columns padded to their widest cell; those in `right` are flush right.
-    On a terminal too narrow for it those in `shrink` give way, down to
-    CELL_MIN, then those in `drop` are left out one after the other."""
-    widths = {column: max(map(len, cells)) for column, cells in enumerate(zip(*rows))}
-    natural = dict(widths)
-    least = {column: min(width, CELL_MIN) if column in shrink else width for column, width in widths.items()}
-    for column in drop if style.width else ():
-        if table_width(list(least.values())) > style.width:
-            del widths[column], least[column]
-    while style.width and table_width(list(widths.values())) > style.width:
-        wide = [column for column in widths if widths[column] > least[column]]
-        if not wide:
-            break
-        widths[max(wide, key=lambda column: widths[column])] -= 1
-    if not style.is_coloured:
-        form = "  ".join("%%%s%ds" % ("" if column in right else "-", width) for column, width in widths.items())
-        columns = [[clip(row[column], width) for row in rows] if width < natural[column] else [row[column] for row in rows]
-                   for column, width in widths.items()]
-        return "".join((form % cells).rstrip() + "\n" for cells in zip(*columns))
-    lines = []
-    for number, row in enumerate(rows):
-        cells = []
-        for column, width in widths.items():
-            cell = clip(row[column], width)
-            pad = " " * (width - len(cell))
-            cell = style.paint(cell, BOLD if number == 0 else colours(row, column))
-            cells.append(pad + cell if column in right else cell + pad)
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines) + "\n"
-
-
-def say_count(number: int, one: str = "message") -> str:
-    return "%s %s%s" % (format(number, ","), one, "" if number == 1 else "s")
+def format_table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), style: Style = PLAIN) -> str:
+    """Columns padded to their widest cell; those in `right` are flush right."""
+    widths = [max(map(len, cells)) for cells in zip(*rows)]
+    form = "  ".join("%%%ds" % (width if at in right else -width) for at, width in enumerate(widths))
+    head, *lines = [(form % tuple(row)).rstrip() for row in rows]
+    return "\n".join([style.paint(head, BOLD), *lines]) + "\n"
 
 
 def say_next(at: Optional[Time], now: Time) -> str:
     return "-" if at is None else "in " + format_duration(at - now) if at > now else "now"
 
 
-STATUS_KEYS = ("version", "pid", "uptime", "connections")
-SPOOL_KEYS = ("messages", "bytes", "free", "held", "corrupt")
-DOMAIN_KEYS = ("primary", "since", "queued", "bytes", "oldest", "accepted", "delivered", "bounced", "deferred", "expired",
-               "last_error", "next_probe")
+def say_age(since: Optional[Time], now: Time) -> str:
+    return format_duration(now - since) if since else "-"
+
+
+def say_moment(at: Time) -> str:
+    return time.strftime("%e %b %Y, %H:%M:%S", time.localtime(at))
+
+
+def is_domain(name: str) -> bool:
+    """Not a destination of our own notices and alerts."""
+    return not name.startswith((NOTICES, ALERTS))
+
+
+def say_destination(name: str) -> str:
+    kind, _, domain = printable(name).partition(":")
+    return kind if is_domain(name) else "%ss to %s" % (kind, domain) if domain else "our %ss" % kind
 
 
 def public_status(status: Mapping[str, Any]) -> Dict[str, Any]:
-    """--status --json and /status.json: what was promised to scripts, without what only our own pages show."""
-    out: Dict[str, Any] = {key: status[key] for key in STATUS_KEYS}
-    out["spool"] = {key: status["spool"][key] for key in SPOOL_KEYS}
-    out["domains"] = {name: {key: one[key] for key in DOMAIN_KEYS}
+    """--status --json and /status.json: the keys that scripts were promised, and no others."""
+    keys = ("primary", "since", "queued", "bytes", "oldest", *COUNTERS, "last_error", "next_probe")
+    out: Dict[str, Any] = {key: status[key] for key in ("version", "pid", "uptime", "connections")}
+    out["spool"] = {key: status["spool"][key] for key in ("messages", "bytes", "free", "held", "corrupt")}
+    out["domains"] = {name: {key: one[key] for key in keys}
                       for name, one in status["domains"].items() if is_domain(name)}
     return out
 
 
 def format_status(status: Mapping[str, Any], now: Time, style: Style = PLAIN) -> str:
-    spool = status["spool"]
-    head = style.paint("etrn_relay %s" % status["version"], BOLD)
-    if status["pid"] is None:
-        out = ["%s: %s" % (head, style.paint("not running", YELLOW))]
-    else:
-        out = ["%s: running for %s, process %d, %s" % (
-            head, format_duration(status["uptime"]), status["pid"], say_count(status["connections"], "connection"))]
-    out.append("spool: %s, %s, %d held, %s, %s free%s%s" % (
-        say_count(spool["messages"]), format_size(spool["bytes"]), spool["held"],
-        style.paint("%d corrupt" % spool["corrupt"], RED if spool["corrupt"] else ""), format_size(spool["free"]),
-        style.paint("; SICK: %s" % printable(spool["sick"]), RED) if spool["sick"] else "",
-        "; still being read" if spool["loading"] else ""))
-    rows: List[Row] = [("DOMAIN", "PRIMARY", "SINCE", "QUEUED", "SIZE", "OLDEST", "NEXT TRY", "ACCEPTED", "DELIVERED",
-                        "BOUNCED", "EXPIRED")]
-    errors = []
-    for site, one in status["domains"].items():
-        name = say_site(site)
+    spool, running = status["spool"], "not running"
+    if status["pid"] is not None:
+        running = "running for %s, process %d, %s" % (
+            format_duration(status["uptime"]), status["pid"], plural(status["connections"], "connection"))
+    out = "etrn_relay %s: %s\nspool: %s, %s, %d held, %d corrupt, %s free\n" % (
+        status["version"], running, plural(spool["messages"], "message"), format_size(spool["bytes"]),
+        spool["held"], spool["corrupt"], format_size(spool["free"]))
+    out += style.paint("spool SICK: %s\n" % printable(spool["sick"]), RED) if spool["sick"] else ""
+    out += "The spool is still being read.\n" if spool["loading"] else ""
+    rows = [("DOMAIN", "PRIMARY", "SINCE", "QUEUED", "SIZE", "OLDEST", "NEXT TRY", *map(str.upper, COUNTERS))]
+    remarks = ""
+    for key, one in status["domains"].items():
+        name = say_destination(key)
         rows.append((
-            name, one["primary"] + (" (held)" if one["held"] else ""), format_duration(now - one["since"]),
-            str(one["queued"]), format_size(one["bytes"]), format_duration(now - one["oldest"]) if one["oldest"] else "-",
-            say_next(one["next_probe"], now),
-            str(one["accepted"]), str(one["delivered"]), str(one["bounced"]), str(one["expired"])))
-        if one.get("address"):
-            errors += _hang("%s: at %s since an authenticated ETRN" % (name, printable(one["address"])), style)
+            name, one["primary"] + (" (held)" if one["held"] else ""), say_age(one["since"], now),
+            str(one["queued"]), format_size(one["bytes"]), say_age(one["oldest"], now),
+            say_next(one["next_probe"], now), *(str(one[counter]) for counter in COUNTERS)))
+        if one["address"]:
+            remarks += "%s: at %s since an authenticated ETRN\n" % (name, printable(one["address"]))
         if one["last_error"]:
-            errors += _hang("%s: %s" % (name, printable(one["last_error"])), style)
-    text = "\n".join(out) + "\n"
-    if len(rows) > 1:
-        text += "\n" + format_table(rows, (3, 4, 7, 8, 9, 10), style, (0,), (7, 10, 9, 8, 4, 5, 6),
-                                    lambda row, column: STATE_COLOURS.get(row[1].split()[0], DIM) if column == 1 else "")
-    return text + ("\n" + "\n".join(errors) + "\n" if errors else "")
-
-
-def say_site(name: str) -> str:
-    """A domain, or whose mail of ours a site that is none carries."""
-    kind, _, domain = printable(name).partition(":")
-    return kind if is_domain(name) else "%ss to %s" % (kind, domain) if domain else "our %ss" % kind
-
-
-def _hang(text: str, style: Style, indent: int = 4) -> List[str]:
-    """A long line, broken where the terminal ends."""
-    if not style.width or len(text) <= style.width:
-        return [text]
-    return textwrap.wrap(text, max(CELL_MIN, style.width), subsequent_indent=" " * indent, break_on_hyphens=False)
+            remarks += "%s: %s\n" % (name, printable(one["last_error"]))
+    return "%s\n%s\n%s" % (out, format_table(rows, (3, 4, 7, 8, 9, 10, 11), style), remarks)
 
 
 def format_queue(rows: Sequence[Mapping[str, Any]], now: Time, style: Style = PLAIN) -> str:
-    """The list of contract --queue --json, for people, and its sums for each domain."""
+    """The rows of --queue --json for people, their sum, and a response of each domain."""
     if not rows:
         return "The queue is empty.\n"
-    out: List[Row] = [("ID", "AGE", "SIZE", "STATE", "NEXT TRY", "SENDER", "RECIPIENTS")]
+    out = [("ID", "AGE", "SIZE", "STATE", "NEXT TRY", "SENDER", "RECIPIENTS")]
+    responses: Dict[str, str] = {}
     for row in rows:
-        people = [printable(one["address"], 60) for one in row["recipients"][:3]]
-        if len(row["recipients"]) > 3:
-            people.append("and %d more" % (len(row["recipients"]) - 3))
         due = None if row["state"] == "delivering" else row["next_attempt"]
-        out.append((row["id"], format_duration(now - row["received"]), format_size(row["size"]), row["state"],
-                    say_next(due, now), "<%s>" % printable(row["sender"], 60), ", ".join(people)))
-    text = format_table(out, (1, 2), style, (5, 6), (2, 4, 3),
-                        lambda row, column: STATE_COLOURS.get(row[3], "") if column == 3 else "")
-    return text + "\n" + format_sums(rows, now, style)
-
-
-def format_sums(rows: Sequence[Mapping[str, Any]], now: Time, style: Style) -> str:
-    """A line a domain: how much waits, since when, and until when; then why."""
-    domains: Dict[str, List[Mapping[str, Any]]] = {}
-    for row in rows:
-        domains.setdefault(row["domain"], []).append(row)
-    out: List[Row] = [("DOMAIN", "MESSAGES", "SIZE", "HELD", "OLDEST", "NEXT TRY")]
-    reasons = []
-    for name, its in [*domains.items(), *([("all", rows)] if len(domains) > 1 else [])]:
-        octets, states, ages, times = (list(map(operator.itemgetter(key), its)) for key in (
-            "size", "state", "received", "next_attempt"))
-        due = min((at for at in set(times) if at is not None), default=None)
-        out.append((name, format(len(its), ","), format_size(sum(octets)), str(states.count("held")),
-                    format_duration(now - min(ages)), say_next(due, now)))
-        last = next((one["last_response"] for row in its for one in row["recipients"] if one["last_response"]), "")
-        if last and name in domains:
-            reasons += _hang("%s: %s" % (name, printable(last)), style)
-    text = format_table(out, (1, 2, 3, 4), style, (0,), (3, 2, 4))
-    return text + ("\n" + "\n".join(reasons) + "\n" if reasons else "")
+        addresses = ", ".join(one["address"] for one in row["recipients"])
+        out.append((row["id"], say_age(row["received"], now), format_size(row["size"]), row["state"],
+                    say_next(due, now), "<%s>" % printable(row["sender"], 60), printable(addresses, 120)))
+        for one in row["recipients"]:
+            if one["last_response"]:
+                responses.setdefault(row["domain"], one["last_response"])
+    size, held = sum(row["size"] for row in rows), sum(row["state"] == "held" for row in rows)
+    lines = ["%s, %s, %d held" % (plural(len(rows), "message"), format_size(size), held)]
+    lines += ["%s: %s" % (say_destination(name), printable(text)) for name, text in responses.items()]
+    return format_table(out, (1, 2), style) + "\n" + "\n".join(lines) + "\n"
 
 
 def format_envelope(sidecar: Mapping[str, Any], header: bytes, now: Time, style: Style = PLAIN) -> str:
-    """What --show says of one message."""
-    client = sidecar["client"]
-    out: List[str] = []
-
-    def say(label: str, text: str, colour: str = "") -> None:
-        first, *rest = _hang(text, style._replace(width=max(0, style.width - 13)), 0)
-        out.append("%s %s" % (style.paint(label, BOLD) + " " * (12 - len(label)), style.paint(first, colour)))
-        out.extend(" " * 13 + style.paint(line, colour) for line in rest)
-    say("ID", sidecar["id"])
-    say("received", "%s, %s ago" % (email.utils.formatdate(sidecar["received"], localtime=True),
-                                    format_duration(now - sidecar["received"])))
-    say("client", "%s%s%s" % (printable(client["address"] or "none (made here)"),
-                              ", HELO " + printable(client["helo"]) if client["helo"] else "",
-                              ", " + client["tls"] if client["tls"] else ""))
-    say("size", say_count(sidecar["size"], "octet"))
-    say("SHA-256", sidecar["sha256"])
-    say("sender", "<%s>" % printable(sidecar["sender"]))
-    if sidecar["held"]:
-        say("held for", ", ".join(sidecar["held"]), YELLOW)
+    """--show: one message, its recipients and its header."""
+    client = {key: value or "none" for key, value in sidecar["client"].items()}
+    pairs = [
+        ("ID", sidecar["id"] + (", held until --release" if sidecar["held"] else "")),
+        ("domain", sidecar["domain"]),
+        ("received", "%s, %s ago" % (say_moment(sidecar["received"]), say_age(sidecar["received"], now))),
+        ("client", "{address}, HELO {helo}, TLS {tls}".format(**client)),
+        ("size", plural(sidecar["size"], "octet")), ("sender", "<%s>" % sidecar["sender"])]
     for one in sidecar["recipients"]:
-        waits = one["state"] == QUEUED
-        say("recipient", "<%s>: %s, %s" % (printable(one["address"]), one["state"], say_count(one["attempts"], "attempt")))
-        if one["last_attempt"]:
-            say("", "last %s ago: %s" % (format_duration(now - one["last_attempt"]), printable(one["last_response"])), YELLOW)
-        elif one["last_response"]:
-            say("", printable(one["last_response"]), YELLOW)
-        if waits:
-            say("", "%sexpires %s, %s" % (
-                "next try %s, " % say_next(one["next_attempt"], now) if one["next_attempt"] > now else "",
-                say_next(one["expires"], now), email.utils.formatdate(one["expires"], localtime=True)))
-    lines = header.decode("utf-8", "replace").split("\r\n")
-    return "\n".join(out) + "\n\n" + "\n".join(printable(line.expandtabs(), 2000) for line in lines)
+        pairs.append(("recipient", "<%s>: %s, %s" % (
+            one["address"], one["state"], plural(one["attempts"], "attempt"))))
+        if one["state"] == QUEUED:
+            pairs.append(("", "next try %s, expires %s" % (
+                say_next(one["next_attempt"], now), say_next(one["expires"], now))))
+        if one["last_response"]:
+            pairs.append(("", "%s ago: %s" % (say_age(one["last_attempt"], now), one["last_response"])))
+    lines = [style.paint("%-11s" % label, BOLD) + printable(text) for label, text in pairs]
+    fields = header.decode("utf-8", "replace").split("\r\n")
+    return "\n".join([*lines, "", *(printable(field.expandtabs(), 2000) for field in fields)])
 
 
 def format_progress(total: int, left: int, width: int = 40) -> str:
@@ -8042,741 +6902,371 @@ def format_progress(total: int, left: int, width: int = 40) -> str:
     return "[%s%s] %d of %d" % ("#" * done, "." * (width - done), total - left, total)
 
 
-def format_mbox(sidecar: Mapping[str, Any], message: bytes, is_meant: Callable[[str], bool]) -> bytes:
-    """One message as mboxrd: LF line ends, From_ lines quoted reversibly.  The
-    envelope goes in front of the header; of the recipients those whose domain is meant."""
-    date = time.strftime("%a %b %e %H:%M:%S %Y", time.gmtime(sidecar["received"]))
-    sender = re.sub(r"[^!-~]", "_", sidecar["sender"]) or "MAILER-DAEMON"     # readers know only ASCII here
-    head = ["From %s %s" % (sender, date), "X-Envelope-From: <%s>" % sidecar["sender"]]
-    head += ["X-Envelope-To: <%s>" % one["address"] for one in sidecar["recipients"]
-             if one["state"] == QUEUED and is_meant(one["domain"])]
+def format_mbox(sidecar: Mapping[str, Any], message: bytes) -> bytes:
+    """One message as mboxrd: LF line ends, From_ lines quoted reversibly, the envelope before the header."""
+    sender = re.sub(r"[^!-~]", "_", sidecar["sender"]) or "MAILER-DAEMON"      # readers know only ASCII here
+    head = ["From %s %s" % (sender, time.asctime(time.gmtime(sidecar["received"]))),
+            "X-Envelope-From: <%s>" % sidecar["sender"]]
+    head += ["X-Envelope-To: <%s>" % one["address"]
+             for one in sidecar["recipients"] if one["state"] == QUEUED]
+    lines = "".join(re.sub(r"[\x00-\x1f\x7f]", "_", line) + "\n" for line in head)
     body = re.sub(rb"^(>*From )", rb">\1", message.replace(b"\r\n", b"\n"), flags=re.M)
-    return "\n".join(head).encode("utf-8") + b"\n" + body + (b"\n" if body.endswith(b"\n") else b"\n\n")
+    return lines.encode("utf-8", "replace") + body + (b"\n" if body.endswith(b"\n") else b"\n\n")
 
 
 # -- what is remembered for the page
 
-class Histogram:
-    """Counts of what was not above each bound, as Prometheus wants them; since the start."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float) -> None:
-        value = max(0.0, value)         # a clock that was set back
-        self.counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    def values(self) -> "Observed":
-        return Observed(self.bounds, tuple(self.counts), self.sum)
-
-
-class Observed(NamedTuple):
-    bounds: Tuple[float, ...]
-    counts: Tuple[int, ...]         # one more: what was above all bounds
-    sum: float
-
-
-class Event(NamedTuple):
-    time: Time
-    service: str
-    level: str
-    text: str
-    times: int = 1                  # the same again and again is one event
-
-
-class Trace(NamedTuple):
-    """What one domain's lines are drawn from; both lists hold changes only and
-    go forward in time.  A queue that stays as it is adds nothing."""
-    depth: List[Tuple[Time, int, int]]      # (begin of the bucket, peak in it, depth at its end)
-    states: List[Tuple[Time, str]]          # (since, the primary's state, or OFF)
-
-    def last_change(self) -> Time:
-        return max(self.depth[-1][0] if self.depth else 0.0, self.states[-1][0] if self.states else 0.0)
-
-
-OFF = "off"                         # as a primary's state: this relay was not running
-WINDOWS = (("24 hours", 86400.0, HISTORY_BUCKET_S), ("7 days", WEEK_S, HISTORY_COARSE_S))
+# An hour shows the worst that it saw.  "off": this relay was not running.
+SEVERITY = {"off": 0, "unknown": 1, "up": 2, "rejecting": 3, "down": 4}
+TROUBLES = ("rejecting", "down")
 
 
 class History:
-    """A week of queue depths and states, and the last events; bounded in every direction."""
+    """For each domain the hours of a week: the peak of its queue and the worst state of its primary."""
 
     def __init__(self) -> None:
-        self.traces: Dict[str, Trace] = {}
-        self.events: Dict[str, Deque[Event]] = {}       # a deque a service: one cannot crowd out another
-        self.is_dirty = False
+        self.domains: Dict[str, Dict[int, Tuple[int, str]]] = {}    # name: {hour of the epoch: (peak, state)}
 
-    def note(self, name: str, depth: int, state: str, now: Time) -> None:
-        trace = self.traces.get(name)
-        if trace is None:
-            if len(self.traces) >= HISTORY_SITES_MAX:
-                return                  # the configured ones come first
-            trace = self.traces[name] = Trace([], [])
-        bucket = now - now % HISTORY_BUCKET_S
-        while (trace.depth and trace.depth[-1][0] > bucket) or (trace.states and trace.states[-1][0] > now):
-            self._back(trace, bucket, now)
-        if not trace.states or trace.states[-1][1] != state:
-            trace.states.append((now, state))
-            del trace.states[:-HISTORY_STATES_MAX]
-            self.is_dirty = True
-        at, peak, last = trace.depth[-1] if trace.depth else (-INF, depth, -1)
-        if depth == last:
-            return
-        if at == bucket:
-            trace.depth[-1] = (at, max(peak, depth), depth)
-        else:
-            trace.depth.append((bucket, max(last, depth), depth))
-            if len(trace.depth) > 2 * (WEEK_S // HISTORY_COARSE_S + 86400.0 // HISTORY_BUCKET_S):
-                self._thin(trace, now)
-        self.is_dirty = True
+    def note(self, name: str, queued: int, state: str, wall: Time) -> None:
+        if name not in self.domains and len(self.domains) >= HISTORY_DOMAINS_MAX:
+            return                      # those that came first are kept
+        hours, hour = self.domains.setdefault(name, {}), int(wall // 3600)
+        peak, worst = hours.get(hour, (0, "off"))
+        hours[hour] = max(peak, queued), max(worst, state, key=SEVERITY.__getitem__)
+        if len(hours) > HISTORY_HOURS:  # the hour farthest from now goes: a wrong clock costs few true ones
+            del hours[max(hours, key=lambda one: abs(one - hour))]
 
-    @staticmethod
-    def _back(trace: Trace, bucket: Time, now: Time) -> None:
-        """The clock was set back: what is of the future is not true."""
-        if trace.depth and trace.depth[-1][0] > bucket:
-            trace.depth.pop()
-        if trace.states and trace.states[-1][0] > now:
-            trace.states.pop()
+    def columns(self, name: str, wall: Time) -> List[Tuple[int, str]]:
+        """(peak, state) of each hour, oldest first."""
+        hours, hour = self.domains.get(name, {}), int(wall // 3600)
+        return [hours.get(one, (0, "off")) for one in range(hour - HISTORY_HOURS + 1, hour + 1)]
 
-    @staticmethod
-    def _thin(trace: Trace, now: Time) -> None:
-        """Older than a day: an hour's changes are one.  Older than a week: only what the week began with."""
-        out: List[Tuple[Time, int, int]] = []
-        for at, peak, last in trace.depth:
-            if out and (at < now - WEEK_S or (
-                    at < now - 86400.0 and at // HISTORY_COARSE_S == out[-1][0] // HISTORY_COARSE_S)):
-                before = out.pop()
-                peak = last if at < now - WEEK_S else max(peak, before[1])
-            out.append((at, peak, last))
-        trace.depth[:] = out
-        while len(trace.states) > 1 and trace.states[1][0] < now - WEEK_S:
-            del trace.states[0]
+    def to_values(self, wall: Time) -> Dict[str, Any]:
+        """For history.json.  When the table is full, domains not seen for a week make room."""
+        if len(self.domains) >= HISTORY_DOMAINS_MAX:
+            week_ago = wall // 3600 - HISTORY_HOURS
+            self.domains = {name: hours for name, hours in self.domains.items() if max(hours) > week_ago}
+        return {"format": 2, "domains": {name: [[hour, *hours[hour]] for hour in sorted(hours)]
+                                         for name, hours in self.domains.items()}}
 
-    def tell(self, service: str, text: str, level: str, now: Time) -> None:
-        """What the log says of more than one message: states, flushes, and all that is wrong."""
-        if level == "debug" or (level == "info" and service not in ("primary", "flush", "master")):
-            return
-        events = self.events.setdefault(service, collections.deque(maxlen=EVENTS_MAX))
-        text = text[:EVENT_TEXT_MAX]
-        times = events.pop().times + 1 if events and (events[-1].text, events[-1].level) == (text, level) else 1
-        events.append(Event(now, service, level, text, times))
-        self.is_dirty = self.is_dirty or service != "flush"     # who polls with ETRN must not wear out the flash
-
-    def latest(self) -> Tuple[Event, ...]:
-        return tuple(sorted((event for events in self.events.values() for event in events), reverse=True))
-
-    def copy(self, name: str) -> Trace:
-        trace = self.traces.get(name)
-        return Trace(list(trace.depth), list(trace.states)) if trace else Trace([], [])
-
-    def to_values(self, live: Iterable[str], now: Time) -> Dict[str, Any]:
-        """`live`: domains that still are ours."""
-        self.is_dirty = False
-        live = set(live)
-        for name, trace in list(self.traces.items()):
-            self._thin(trace, now)
-            if name not in live and trace.last_change() < now - WEEK_S:
-                del self.traces[name]
-        return {"format": 1, "saved": now,
-                "sites": {name: {"depth": [list(one) for one in trace.depth], "states": [list(one) for one in trace.states]}
-                          for name, trace in self.traces.items()},
-                "events": [list(event) for event in reversed(self.latest())]}
-
-    def from_values(self, values: Mapping[str, Any], now: Time) -> None:
-        """What was kept before the restart.  What does not make sense is forgotten."""
-        sites, events = values.get("sites"), values.get("events")
-        for name, one in list(sites.items())[:HISTORY_SITES_MAX] if isinstance(sites, dict) else ():
-            try:
-                trace = Trace([(float(at), int(peak), int(last)) for at, peak, last in one["depth"]],
-                              [(float(at), str(state)) for at, state in one["states"]])
-            except (TypeError, ValueError, KeyError, OverflowError):
-                continue
-            if is_forward([at for at, _, _ in trace.depth], now) and is_forward([at for at, _ in trace.states], now):
-                del trace.states[:-HISTORY_STATES_MAX]
-                self._thin(trace, now)
-                del trace.depth[:-HISTORY_STATES_MAX]
-                self.traces[name] = trace
-        for item in events if isinstance(events, list) else ():
-            try:
-                at, service, level, text, times = item
-                event = Event(float(at), printable(str(service), 20), str(level), str(text)[:EVENT_TEXT_MAX], int(times))
-            except (TypeError, ValueError, OverflowError):
-                continue
-            if event.time <= now and len(self.events) < EVENTS_MAX:
-                self.events.setdefault(event.service, collections.deque(maxlen=EVENTS_MAX)).append(event)
+    def from_values(self, values: Mapping[str, Any]) -> None:
+        """What was kept before the restart.  A domain whose record makes no sense is forgotten."""
+        domains = values.get("domains")
+        for name, rows in list(domains.items())[:HISTORY_DOMAINS_MAX] if isinstance(domains, dict) else ():
+            with contextlib.suppress(TypeError, ValueError, KeyError, OverflowError):
+                hours = {int(hour): (int(peak), str(state)) for hour, peak, state in rows[-HISTORY_HOURS:]}
+                if hours and all(0 <= peak < 1 << 53 and state in SEVERITY for peak, state in hours.values()):
+                    self.domains[name] = hours
 
 
-def is_forward(times: Sequence[Time], end: Time) -> bool:
-    """Whether they follow each other and end before `end`; not so with NaN in them."""
-    return all(one <= other for one, other in zip([0.0, *times], [*times, end]))
-
-
-def resample(depth: Sequence[Tuple[Time, int, int]], start: Time, step: float, count: int) -> List[Optional[int]]:
-    """The peak in each of `count` columns of `step` seconds; None before anything is known."""
-    out: List[Optional[int]] = []
-    known: Optional[int] = None
-    at = 0
-    for column in range(count):
-        peak = known
-        while at < len(depth) and depth[at][0] < start + (column + 1) * step:
-            begin, top, known = depth[at]
-            if begin < start:           # before all columns: only what it left counts
-                peak = known
-            elif peak is None or top > peak:
-                peak = top
-            at += 1
-        out.append(peak)
-    return out
-
-
-WORSE = ("", OFF, "unknown", "up", "rejecting", "down")      # a column shows the last of these that it saw
-
-
-def resample_states(states: Sequence[Tuple[Time, str]], start: Time, step: float, count: int) -> List[str]:
-    """The worst state in each column, so that a short outage is not lost between two."""
-    out = [""] * count
-    for number, (since, state) in enumerate(states):
-        until = states[number + 1][0] if number + 1 < len(states) else start + count * step
-        first, last = int((since - start) // step), -int(-(until - start) // step)
-        for column in range(max(0, first), min(count, max(last, first + 1))):
-            if state in WORSE and WORSE.index(state) > WORSE.index(out[column]):
-                out[column] = state
-    return out
-
-
-def seconds_in(states: Sequence[Tuple[Time, str]], start: Time, end: Time) -> Dict[str, float]:
-    """How long it was in each state."""
-    out: Dict[str, float] = {}
-    for number, (since, state) in enumerate(states):
-        until = states[number + 1][0] if number + 1 < len(states) else end
-        out[state] = out.get(state, 0.0) + max(0.0, min(until, end) - max(since, start))
-    return out
-
-
-# -- values the loop hands over, and what machines read
-
-class Snapshot(NamedTuple):
-    """Everything there is to show, at one moment.  Nobody changes it."""
+class Facts(NamedTuple):
+    """All that page, metrics and health show, at one moment."""
     now: Now
     hostname: str
     status: Mapping[str, Any]           # as of collect_status()
-    started: Time                       # by the wall clock of that time
+    started_at: Time
     min_free: int
-    unreadable: str                     # why the spool could not be read whole, or empty
-    certificate: Tuple[Time, Time]      # begin and end; zeros for none
-    traces: Mapping[str, Trace]
-    events: Tuple[Event, ...]           # latest first
-    acceptance: Observed
-    queue_time: Observed
+    load_error: str                     # why the spool cannot be read, or empty
+    certificate: Tuple[Time, Time]      # its begin and end; zeros for none
+    history: History
+    notable: Sequence[Tuple[Time, str, str, str]]   # of the log: (time, service, text, level), newest last
 
 
-def find_ills(snapshot: Snapshot) -> List[str]:
+def find_ills(facts: Facts) -> List[str]:
     """What is wrong with the relay itself, for /healthz.  A primary that is down is
-    what we are here for, and no reason to restart us."""
-    spool = snapshot.status["spool"]
-    out = []
+    the normal case for a backup, and no reason to restart it."""
+    spool, ills = facts.status["spool"], []
     if spool["sick"]:
-        out.append("spool sick: %s; new mail gets 451" % printable(str(spool["sick"])))
-    if snapshot.unreadable:
-        out.append("spool unreadable: %s" % printable(snapshot.unreadable))
-    if spool["free"] < snapshot.min_free:
-        out.append("disk short: %s free, below min_free_space %s; new mail gets 452" % (
-            format_size(spool["free"]), format_size(snapshot.min_free)))
+        ills.append("spool sick: %s; new mail gets 451" % printable(spool["sick"]))
+    if facts.load_error:
+        ills.append("spool unreadable: %s" % printable(facts.load_error))
+    if spool["free"] < facts.min_free:
+        ills.append("disk short: %s free, below min_free_space %s; new mail gets 452" % (
+            format_size(spool["free"]), format_size(facts.min_free)))
+    return ills
+
+
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
+
+
+def format_metrics(facts: Facts) -> str:
+    """Prometheus text format 0.0.4: base units, counters end in _total."""
+    status, spool = facts.status, facts.status["spool"]
+    domains = {'domain="%s"' % printable(name).translate(LABEL_ESCAPES): one
+               for name, one in status["domains"].items() if is_domain(name)}
+    families: List[Tuple[str, str, Dict[str, Any]]] = [(name, text, {"": value}) for name, text, value in (
+        ("start_time_seconds", "When the relay started, Unix time.", facts.started_at),
+        ("healthy", "1 when /healthz answers 200.", not find_ills(facts)),
+        ("connections", "SMTP clients connected now.", status["connections"]),
+        ("spool_messages", "Messages in the spool, with our own notices.", spool["messages"]),
+        ("spool_free_bytes", "Octets the spool's file system can still take.", spool["free"]),
+        ("spool_held_messages", "Messages held by an operator.", spool["held"]),
+        ("spool_corrupt_messages", "Messages set aside in corrupt/.", spool["corrupt"]),
+        ("certificate_expiry_timestamp_seconds", "When the certificate ends, or 0.", facts.certificate[1]))]
+    families.append(("primary_state", "1 for the state the primary is in.", {
+        '{%s,state="%s"}' % (label, state.value): one["primary"] == state.value
+        for label, one in domains.items() for state in Primary}))
+    for name, key, text in (
+            ("queue_messages", "queued", "Messages waiting for the primary."),
+            ("queue_bytes", "bytes", "Octets of these messages."),
+            ("queue_oldest_timestamp_seconds", "oldest", "When the oldest of these came, Unix time."),
+            *(("messages_%s_total" % key, key, "Messages that were %s." % key) for key in COUNTERS)):
+        families.append((name, text, {
+            "{%s}" % label: one[key] for label, one in domains.items() if one[key] is not None}))
+    out = ""
+    for name, text, samples in families:
+        if samples:
+            kind, name = "counter" if name.endswith("_total") else "gauge", "etrn_relay_" + name
+            out += "# HELP %s %s\n# TYPE %s %s\n" % (name, text, name, kind)
+            out += "".join("%s%s %.16g\n" % (name, labels, value) for labels, value in samples.items())
     return out
-
-
-def is_domain(name: str) -> bool:
-    """Not a site of our own notices and alerts."""
-    return not name.startswith((NOTICES, ALERTS))
-
-
-Sample = Tuple[str, Mapping[str, str], float]       # suffix of the name, labels, value
-Family = Tuple[str, str, str, List[Sample]]         # name, type, help
-
-
-def format_metrics(snapshot: Snapshot) -> str:
-    """Prometheus text format 0.0.4; base units, counters end in _total."""
-    out = []
-    for name, kind, text, samples in collect_metrics(snapshot):
-        out.append("# HELP etrn_relay_%s %s" % (name, text))
-        out.append("# TYPE etrn_relay_%s %s" % (name, kind))
-        for suffix, labels, value in samples:
-            inner = ",".join('%s="%s"' % (key, escape_label(one)) for key, one in labels.items())
-            out.append("etrn_relay_%s%s%s %s" % (name, suffix, "{%s}" % inner if inner else "", format_number(value)))
-    return "\n".join(out) + "\n"
-
-
-def escape_label(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r'\"').replace("\n", r"\n")
-
-
-def format_number(value: float) -> str:
-    if value == INF:
-        return "+Inf"
-    return "%d" % value if value == int(value) else repr(float(value))
-
-
-def collect_metrics(snapshot: Snapshot) -> List[Family]:
-    status, spool = snapshot.status, snapshot.status["spool"]
-    domains = {name: one for name, one in status["domains"].items() if is_domain(name)}
-    own = [one for name, one in status["domains"].items() if not is_domain(name)]
-
-    def single(name: str, text: str, value: float, kind: str = "gauge") -> Family:
-        return name, kind, text, [("", {}, value)]
-
-    def each(name: str, text: str, key: str, kind: str = "gauge") -> Family:
-        return name, kind, text, [("", {"domain": domain}, one[key]) for domain, one in domains.items() if one[key] is not None]
-    out: List[Family] = [
-        ("info", "gauge", "Version of the relay; always 1.", [("", {"version": status["version"]}, 1)]),
-        single("start_time_seconds", "When the relay started, Unix time.", snapshot.started),
-        single("healthy", "1 when /healthz answers 200.", not find_ills(snapshot)),
-        single("connections", "SMTP clients connected now.", status["connections"]),
-        single("spool_messages", "Messages in the spool.", spool["messages"]),
-        single("spool_bytes", "Octets of these messages.", spool["bytes"]),
-        single("spool_free_bytes", "Octets the spool's file system can still take.", spool["free"]),
-        single("spool_held_messages", "Messages held by an operator.", spool["held"]),
-        single("spool_corrupt_messages", "Messages set aside in corrupt/.", spool["corrupt"]),
-        single("spool_sick", "1 while the spool's disk fails and no new mail is taken.", bool(spool["sick"])),
-        single("spool_loading", "1 while the spool is being read after a start.", bool(spool["loading"])),
-        single("notices_queued", "Notices and alerts of our own that wait.", sum(one["queued"] for one in own)),
-        ("primary_state", "gauge", "1 for the state the primary is in.",
-         [("", {"domain": domain, "state": state.value}, one["primary"] == state.value)
-          for domain, one in domains.items() for state in Primary]),
-        each("primary_state_since_timestamp_seconds", "When the primary came into its state, Unix time.", "since"),
-        each("primary_next_probe_timestamp_seconds", "When a primary that mail waits for is tried next, Unix time.",
-             "next_probe"),
-        each("queue_messages", "Messages waiting for the primary.", "queued"),
-        each("queue_bytes", "Octets of these messages.", "bytes"),
-        each("queue_oldest_timestamp_seconds", "When the oldest of these messages came, Unix time.", "oldest"),
-        each("queue_held", "1 while the whole domain is held.", "held"),
-        each("messages_accepted_total", "Messages taken for the domain.", "accepted", "counter"),
-        each("messages_delivered_total", "Deliveries the primary took.", "delivered", "counter"),
-        each("messages_bounced_total", "Deliveries refused for good.", "bounced", "counter"),
-        each("messages_deferred_total", "Deliveries put off.", "deferred", "counter"),
-        each("messages_expired_total", "Deliveries given up because of their age.", "expired", "counter"),
-        ("acceptance_seconds", "histogram", "Time from the end of a message's data to our 250.", to_samples(snapshot.acceptance)),
-        ("queue_time_seconds", "histogram", "Time from our 250 to the primary's.", to_samples(snapshot.queue_time))]
-    if snapshot.certificate[1]:
-        out.append(single("certificate_expiry_timestamp_seconds", "When the TLS certificate ends, Unix time.",
-                          snapshot.certificate[1]))
-    return [family for family in out if family[3]]
-
-
-def to_samples(seen: Observed) -> List[Sample]:
-    total = itertools.accumulate(seen.counts)
-    out: List[Sample] = [("_bucket", {"le": format_number(bound)}, count) for bound, count in zip((*seen.bounds, INF), total)]
-    return [*out, ("_sum", {}, seen.sum), ("_count", {}, sum(seen.counts))]
 
 
 # -- the page
 
 PAGE_STYLE = """
-:root{color-scheme:light dark;--bg:#f4f5f7;--card:#fff;--ink:#1a1e24;--dim:#5d6673;--rule:#e3e6ea;--blue:#2a6fdb;--wash:#2a6fdb22;
---good:#1b8a52;--bad:#cf3a35;--warn:#b46b00;--none:#d4d9df;--good-bg:#e6f4ec;--bad-bg:#fcebea;--warn-bg:#fdf2df}
-@media(prefers-color-scheme:dark){:root{--bg:#0e1116;--card:#161b22;--ink:#e6eaf0;--dim:#97a1ae;--rule:#272e38;--blue:#6ea8ff;
---wash:#6ea8ff26;--good:#43c07f;--bad:#ff6f69;--warn:#e5a93b;--none:#323a45;--good-bg:#12261c;--bad-bg:#311716;--warn-bg:#2c2110}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",
-Arial,sans-serif;-webkit-text-size-adjust:100%}
-main{max-width:1120px;margin:0 auto;padding:24px 20px 40px}
-h1{font-size:22px;line-height:1.25;margin:0;overflow-wrap:anywhere;letter-spacing:-.01em}
-h2{font-size:17px;margin:0;overflow-wrap:anywhere}
-p{margin:0}
-small,.dim{color:var(--dim);font-size:13px}
-b,dd,.n{font-variant-numeric:tabular-nums}
-header{display:flex;flex-wrap:wrap;justify-content:space-between;align-items:baseline;gap:2px 16px;margin-bottom:16px}
-.banner{border-radius:10px;padding:12px 16px;font-weight:600;border-left:4px solid;overflow-wrap:anywhere}
-.banner+.banner{margin-top:8px}
-.banner.good{background:var(--good-bg);border-color:var(--good)}
-.banner.bad{background:var(--bad-bg);border-color:var(--bad)}
-.banner.warn{background:var(--warn-bg);border-color:var(--warn)}
-.card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:18px 20px;margin-top:16px}
-dl{display:grid;gap:12px 20px;margin:0}
-dt{color:var(--dim);font-size:13px}
-dd{margin:0;font-weight:600;overflow-wrap:anywhere}
-dd small{font-weight:400;display:block}
-.tiles{grid-template-columns:repeat(auto-fit,minmax(118px,1fr))}
-.tiles dd{font-size:21px;line-height:1.3;letter-spacing:-.01em}
-.title{display:flex;flex-wrap:wrap;align-items:center;gap:4px 10px}
-.pill{font-size:12px;font-weight:600;line-height:1;border-radius:99px;padding:5px 10px 5px 8px;display:inline-flex;
-align-items:center;gap:6px;color:var(--dim);background:var(--bg)}
-.pill i{width:8px;height:8px;border-radius:50%;background:currentColor}
-.pill.up{color:var(--good);background:var(--good-bg)}
-.pill.down{color:var(--bad);background:var(--bad-bg)}
-.pill.rejecting,.pill.held{color:var(--warn);background:var(--warn-bg)}
-.title .dim{margin-left:auto}
-.why{margin-top:6px}
-.error{font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;margin-top:10px;padding:8px 12px;border-radius:8px;
-background:var(--bg);overflow-wrap:anywhere}
-.facts{grid-template-columns:repeat(auto-fit,minmax(100px,1fr));margin-top:14px}
-.facts dd{line-height:30px}
-.facts .big{font-size:26px;letter-spacing:-.02em}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(280px,1fr));gap:16px 28px;margin-top:16px}
-figure{margin:0;min-width:0}
-figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 10px;font-size:13px;color:var(--dim);margin-bottom:6px}
-figcaption b{color:var(--ink);font-weight:600}
-svg{display:block;width:100%;overflow:hidden}
-.depth{height:64px;border-bottom:1px solid var(--rule)}
-.band{height:10px;margin-top:4px;border-bottom:1px solid var(--rule)}
-.area{fill:var(--wash)}
-.line{fill:none;stroke:var(--blue);stroke-width:1.75;vector-effect:non-scaling-stroke;stroke-linejoin:round}
-.s-,.s-off,.s-unknown{fill:var(--none)}
-.s-off{fill-opacity:.5}
-.s-{fill-opacity:.35}
-.s-up{fill:var(--good);fill-opacity:.75}
-.s-down{fill:var(--bad)}
-.s-rejecting{fill:var(--warn)}
-.axis{display:flex;justify-content:space-between;font-size:11px;color:var(--dim);margin-top:3px}
-.counts{margin-top:14px;padding-top:12px;border-top:1px solid var(--rule);display:flex;flex-wrap:wrap;gap:2px 18px}
-.counts b{color:var(--ink);font-weight:600}
-ol{list-style:none;margin:10px 0 0;padding:0}
-li{display:grid;grid-template-columns:124px 64px 1fr;gap:0 10px;padding:7px 0;border-top:1px solid var(--rule);font-size:14px}
-li:first-child{border-top:0}
-li .text{overflow-wrap:anywhere;min-width:0}
-li.warning .text{color:var(--warn)}
-li.error .text{color:var(--bad)}
-footer{margin-top:20px;display:flex;flex-wrap:wrap;justify-content:space-between;gap:4px 16px}
-a{color:var(--blue);text-decoration:none}
-a:hover{text-decoration:underline}
-@media(max-width:600px){main{padding:16px 12px 32px}.card{padding:15px 14px;border-radius:10px;margin-top:12px}
-.tiles{grid-template-columns:1fr 1fr}.tiles div:last-child:nth-child(odd){grid-column:1/-1}
-.facts{grid-template-columns:1fr 1fr}.title .dim{margin-left:0;width:100%}
-li{grid-template-columns:1fr auto}li .text{grid-column:1/-1}}
+:root{color-scheme:light dark;--bg:#f4f5f7;--card:#fff;--ink:#1a1e24;--dim:#5d6673;--rule:#e3e6ea;
+--good:#1b8a52;--bad:#cf3a35;--warn:#b46b00}
+@media(prefers-color-scheme:dark){:root{--bg:#0e1116;--card:#161b22;--ink:#e6eaf0;--dim:#97a1ae;
+--rule:#2b323c;--good:#43c07f;--bad:#ff6f69;--warn:#e5a93b}}
+.good,.up{--hue:var(--good)}
+.bad,.down,.error{--hue:var(--bad)}
+.warn,.rejecting,.held,.warning{--hue:var(--warn)}
+*{box-sizing:border-box;margin:0;padding:0}
+body{background:var(--bg);color:var(--ink);font:15px/1.45 system-ui,"Segoe UI",Roboto,Arial,sans-serif}
+main{max-width:1120px;margin:0 auto;padding:20px 14px;overflow-wrap:anywhere}
+h1,h2{font-size:19px}
+small,dt,figcaption,footer,.dim{color:var(--dim);font-size:13px;font-weight:400}
+header,footer,figcaption,.title,.facts,li{display:flex;flex-wrap:wrap;align-items:baseline;gap:4px 14px}
+header,footer,figcaption{justify-content:space-between}
+.card{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:15px 18px;margin:14px 0}
+.banner{border-left:5px solid var(--hue);margin:8px 0;font-weight:600}
+.pill{font-size:12px;border-radius:99px;padding:1px 9px;border:1px solid;color:var(--hue,var(--dim))}
+dl{display:grid;gap:12px 20px;grid-template-columns:repeat(auto-fit,minmax(130px,1fr))}
+dd{font-size:20px;font-weight:600}
+small{display:block}
+.facts dl,.facts figure{flex:2 1 270px;margin-top:12px}
+.facts figure{flex-grow:5}
+svg{width:100%;height:76px;margin:4px 0;border-bottom:1px solid var(--rule);fill:var(--rule)}
+path{fill:var(--hue)}
+li{padding:7px 0;border-top:1px solid var(--rule)}
+.text{flex:1 1 300px;color:var(--hue,var(--ink))}
 """
-PAGE_HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="refresh" content="%d"><meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">
-<title>%s</title><style>%s</style></head>
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="refresh" content="%d"><title>(%d) %s</title><style>%s</style></head>
 <body><main>
+<header><h1>%s</h1><p class="dim">etrn_relay %s, up %s, process %s; %s local time</p></header>
+%s<section class="card"><h2>Recent events</h2><ol>%s</ol></section>
+<footer><a href="/metrics">metrics</a><a href="/status.json">status.json</a>
+<a href="/healthz">healthz</a></footer>
+</main></body></html>
 """
-PAGE_POLICY = "default-src 'none'; %sbase-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 def page_policy() -> str:
-    """Content-Security-Policy of the page: its one style sheet, by hash, and nothing else from anywhere."""
+    """Content-Security-Policy of the page: its one style sheet by hash, and nothing else from anywhere."""
     digest = base64.b64encode(hashlib.sha256(PAGE_STYLE.encode("utf-8")).digest()).decode("ascii")
-    return PAGE_POLICY % ("style-src 'sha256-%s'; " % digest)
+    return "style-src 'sha256-%s'; %s" % (digest, PAGE_POLICY)
 
 
-def escape(text: str, longest: int = LOG_TEXT_MAX) -> str:
+def escape(text: str) -> str:
     """Any text, for HTML and for attributes in double quotes."""
-    text = printable(text, longest)
-    for character, name in (("&", "amp"), ("<", "lt"), (">", "gt"), ('"', "quot"), ("'", "#39")):
-        text = text.replace(character, "&%s;" % name)
-    return text
+    return html.escape(printable(text))
 
 
-def say_moment(at: Time, now: Time) -> str:
-    """Local time: the day only where it is not today."""
-    day, here = time.localtime(at), time.localtime(now)
-    return time.strftime("%H:%M:%S" if day[:3] == here[:3] else "%a %e %b %H:%M", day)
+def format_page(facts: Facts) -> str:
+    """Domains in trouble come first, then those where most mail waits."""
+    status, host, now, end = facts.status, escape(facts.hostname), facts.now.wall, facts.certificate[1]
+    spool, domains = status["spool"], status["domains"]
+    names = sorted(filter(is_domain, domains), key=lambda name: (
+        domains[name]["primary"] not in TROUBLES, -domains[name]["queued"], name))
+    out = ['<p class="card banner %s">%s</p>\n' % (kind, escape(text))
+           for kind, text in find_news(facts, names)]
+    out.append('<section class="card">%s</section>\n' % _format_list(
+        ("Waiting", format(spool["messages"], ","), "%s, %d held, %d corrupt" % (
+            format_size(spool["bytes"]), spool["held"], spool["corrupt"])),
+        ("Disk left", format_size(spool["free"]), "refuses below " + format_size(facts.min_free)),
+        ("Connections", format(status["connections"], ","), "SMTP clients now"),
+        ("Certificate ends", say_next(end or None, now), say_moment(end) if end else "no STARTTLS")))
+    out += [_format_domain(name, facts) for name in names[:PAGE_DOMAINS_MAX]]
+    if len(names) > PAGE_DOMAINS_MAX:
+        out.append('<p class="card dim">And %d domains, less urgent; --status shows them all.</p>\n' % (
+            len(names) - PAGE_DOMAINS_MAX))
+    events = "".join('<li class="%s"><span class="dim">%s %s</span><span class="text">%s</span></li>' % (
+        escape(level), say_moment(at), escape(service), escape(text))
+        for at, service, text, level in reversed(facts.notable))
+    return PAGE % (
+        PAGE_REFRESH_S, spool["messages"], host, PAGE_STYLE, host, escape(status["version"]),
+        format_duration(status["uptime"] or 0.0), status["pid"], say_moment(now), "".join(out), events)
 
 
-def format_page(snapshot: Snapshot, now: Time, stalled_s: float = 0.0) -> str:
-    """The whole page.  `stalled_s`: the loop has not answered for so long, and the values are that old."""
-    status = snapshot.status
-    domains = sorted(((name, one) for name, one in status["domains"].items() if is_domain(name)), key=_importance)
-    waiting = status["spool"]["messages"]
-    out = [PAGE_HEAD % (PAGE_REFRESH_S, "%s%s" % ("(%s) " % format(waiting, ",") if waiting else "", escape(snapshot.hostname)),
-                        PAGE_STYLE)]
-    out.append('<header><h1>%s</h1><p class="dim">etrn_relay %s, up %s, process %s. %s</p></header>\n' % (
-        escape(snapshot.hostname), escape(status["version"]), format_duration(status["uptime"] or 0.0), status["pid"],
-        time.strftime("%a %e %b %Y, %H:%M:%S %Z", time.localtime(now))))
-    for kind, text in find_news(snapshot, domains, stalled_s):
-        out.append('<p class="banner %s">%s</p>\n' % (kind, escape(text)))
-    out.append(_tiles(snapshot, now))
-    for name, one in domains[:PAGE_DOMAINS_MAX]:
-        out.append(_domain(name, one, snapshot.traces.get(name, Trace([], [])), snapshot.now.wall))
-    if len(domains) > PAGE_DOMAINS_MAX:
-        out.append('<p class="card dim">And %s, with less to tell; --status shows them all.</p>\n' % say_count(
-            len(domains) - PAGE_DOMAINS_MAX, "domain"))
-    out.append(_events(snapshot.events, now))
-    out.append('<footer class="dim"><span>Reloads every %d s; times are local to the relay.</span><span>'
-               '<a href="/metrics">metrics</a> &middot; <a href="/status.json">status.json</a> &middot; '
-               '<a href="/healthz">healthz</a></span></footer>\n</main></body></html>\n' % PAGE_REFRESH_S)
-    return "".join(out)
-
-
-def _importance(item: Tuple[str, Mapping[str, Any]]) -> Tuple[int, int, str]:
-    name, one = item
-    order = ("rejecting", "down", "unknown", "up")
-    return (order.index(one["primary"]) if one["queued"] else len(order), -one["queued"], name)
-
-
-def find_news(snapshot: Snapshot, domains: Sequence[Tuple[str, Mapping[str, Any]]], stalled_s: float) -> List[Tuple[str, str]]:
-    """What a postmaster must know first: (good, warn or bad; one sentence)."""
-    out = [("bad", text[:1].upper() + text[1:] + ".") for text in find_ills(snapshot)]
-    if stalled_s:
-        out.insert(0, ("bad", "Loop stalled: the relay has not answered for %s; what follows is that old." % (
-            format_duration(stalled_s))))
-    for state, kind, verb in (("rejecting", "bad", "refuses mail"), ("down", "warn", "is down")):
-        names = [name for name, one in domains if one["primary"] == state]
-        count = sum(one["queued"] for _, one in domains if one["primary"] == state)
-        if names:
-            who = "The primary of %s" % names[0] if len(names) == 1 else "%d primaries, that of %s among them," % (
-                len(names), names[0])
-            verb = verb if len(names) == 1 else verb.replace("refuses", "refuse").replace("is ", "are ")
-            out.append((kind if count else "warn", "%s %s; %s." % (who, verb, say_count(count) + (
-                " waits" if count == 1 else " wait") if count else "no mail waits for it")))
-    end = snapshot.certificate[1]
-    if end and end - snapshot.now.wall < CERTIFICATE_WARNING_S:
-        left = end - snapshot.now.wall
-        out.append(("bad" if left <= 0 else "warn", "The TLS certificate %s." % (
-            "ends in %s" % format_duration(left) if left > 0 else "ended %s ago" % format_duration(-left))))
-    if snapshot.status["spool"]["corrupt"]:
-        out.append(("warn", "%s in corrupt/: look there." % say_count(snapshot.status["spool"]["corrupt"])))
-    if snapshot.status["spool"]["loading"]:
+def find_news(facts: Facts, names: Sequence[str]) -> List[Tuple[str, str]]:
+    """What a postmaster must know first: (good, warn or bad; a sentence)."""
+    domains = facts.status["domains"]
+    out = [("bad", ill[0].upper() + ill[1:] + ".") for ill in find_ills(facts)]
+    for kind, state in (("bad", "rejecting"), ("warn", "down")):
+        its = [name for name in names if domains[name]["primary"] == state]
+        if its:
+            listed, queued = printable(", ".join(its), 100), sum(domains[name]["queued"] for name in its)
+            out.append((kind, "Primary %s: %s.  Waiting: %s." % (state, listed, plural(queued, "message"))))
+    if facts.status["spool"]["loading"]:
         out.append(("warn", "The spool is still being read; the numbers below are not complete."))
-    return out or [("good", "All is well: %s." % ("every primary that was tried is up, nothing waits"
-                    if not snapshot.status["spool"]["messages"] else "mail is on its way"))]
+    return out or [("good", "All is well.")]
 
 
-def _pair(label: str, value: str, more: str = "", kind: str = "") -> str:
-    """One of a description list; value and more are HTML."""
-    return "<div><dt>%s</dt><dd%s>%s%s</dd></div>" % (
-        label, ' class="%s"' % kind if kind else "", value, "<small>%s</small>" % more if more else "")
+def _format_list(*pairs: Tuple[str, str, str]) -> str:
+    """A description list of (label, value, remark); the last two are HTML."""
+    return "<dl>%s</dl>" % "".join(
+        "<div><dt>%s</dt><dd>%s<small>%s</small></dd></div>" % pair for pair in pairs)
 
 
-def _tiles(snapshot: Snapshot, now: Time) -> str:
-    status, spool = snapshot.status, snapshot.status["spool"]
-    oldest = min((one["oldest"] for one in status["domains"].values() if one["oldest"]), default=None)
-    own = sum(one["queued"] for name, one in status["domains"].items() if not is_domain(name))
-    end = snapshot.certificate[1]
-    more = ", ".join(filter(None, (format_size(spool["bytes"]), "%d held" % spool["held"] if spool["held"] else "",
-                                   say_count(own, "notice") if own else "")))
-    return '<dl class="tiles card">%s</dl>\n' % "".join((
-        _pair("Waiting", format(spool["messages"], ","), more),
-        _pair("Oldest", format_duration(now - oldest) if oldest else "&ndash;",
-              "since " + say_moment(oldest, now) if oldest else "nothing waits"),
-        _pair("Disk left", format_size(spool["free"]), "refuses below %s" % format_size(snapshot.min_free)
-              if snapshot.min_free else ""),
-        _pair("Connections", format(status["connections"], ","), "SMTP clients now"),
-        _pair("Certificate", format_duration(end - now) if end > now else "ended" if end else "none",
-              time.strftime("%e %b %Y to ", time.localtime(snapshot.certificate[0]))
-              + time.strftime("%e %b %Y", time.localtime(end)) if end else "STARTTLS is not offered")))
+def _format_domain(name: str, facts: Facts) -> str:
+    one, now = facts.status["domains"][name], facts.now.wall
+    return "".join((
+        '<section class="card"><div class="title"><h2>%s</h2><span class="pill %s">%s</span>%s' % (
+            escape(name), one["primary"], one["primary"],
+            '<span class="pill held">held</span>' if one["held"] else ""),
+        '<span class="dim">since %s, for %s</span></div>' % (
+            say_moment(one["since"]), say_age(one["since"], now)),
+        '<p class="text error">%s</p>' % escape(one["last_error"]) if one["last_error"] else "",
+        '<div class="facts">',
+        _format_list(("Waiting", format(one["queued"], ","), format_size(one["bytes"])),
+                     ("Oldest", say_age(one["oldest"], now), "next try " + say_next(one["next_probe"], now))),
+        _format_chart(facts.history.columns(name, now), now),
+        '</div><p class="dim">%s</p></section>\n' % ", ".join(
+            "%s %s" % (format(one[key], ","), key) for key in COUNTERS)))
 
 
-STATE_WORDS = {"up": "since %s, %s ago", "down": "since %s, for %s", "rejecting": "since %s, for %s",
-               "unknown": "not heard of since %s, %s ago"}
-STATE_REASONS = {"down": "It does not answer.  What waits goes out, oldest first, as soon as it does.",
-                 "rejecting": "It answers, but refuses what it should take.  Nothing is returned to senders: one message at a "
-                              "time is tried, and the rest follows when it is taken."}
+def _format_chart(columns: Sequence[Tuple[int, str]], now: Time) -> str:
+    """A week, a bar for each hour: as high as the queue at its peak, in the colour of the worst state."""
+    peak = max(queued for queued, _ in columns)
+    bars = dict.fromkeys(SEVERITY, "")
+    for hour, (queued, state) in enumerate(columns):
+        bars[state] += "M%d 72v-%dh1V72z" % (hour, 4 + 68 * queued // max(peak, 10))
+    hours = sum(state in TROUBLES for _, state in columns)
+    days = (time.localtime(now - 3600 * ago) for ago in range(len(columns), 0, -24))
+    return ('<figure><figcaption><span>7 days, peak <b>%s</b></span><span>%s</span></figcaption>'
+            '<svg viewBox="0 0 %d 72" preserveAspectRatio="none" aria-hidden="true">%s</svg>'
+            '<figcaption>%s<span>now</span></figcaption></figure>' % (
+                format(peak, ","), "trouble in %s" % plural(hours, "hour") if hours else "no trouble",
+                len(columns), "".join('<path class="%s" d="%s"/>' % pair for pair in bars.items()),
+                "".join(time.strftime("<span>%a</span>", day) for day in days)))
 
 
-def _domain(name: str, one: Mapping[str, Any], trace: Trace, now: Time) -> str:
-    state = one["primary"]
-    out = ['<section class="card"><div class="title"><h2>%s</h2><span class="pill %s"><i></i>%s</span>%s'
-           '<span class="dim">%s</span></div>' % (
-               escape(name), state, state, '<span class="pill held"><i></i>held</span>' if one["held"] else "",
-               STATE_WORDS[state] % (say_moment(one["since"], now), format_duration(now - one["since"])))]
-    if state in STATE_REASONS and (one["queued"] or state == "rejecting"):
-        out.append('<p class="why dim">%s</p>' % STATE_REASONS[state])
-    if one["last_error"]:
-        out.append('<p class="error">%s</p>' % escape(one["last_error"]))
-    leaving = "on its way" if one["queued"] and state == "up" else "&ndash;"
-    next_try = say_next(one["next_probe"], now) if one["next_probe"] else leaving
-    out.append('<dl class="facts">%s</dl>' % "".join((
-        _pair("Waiting", format(one["queued"], ","), "", "big"), _pair("Size", format_size(one["bytes"])),
-        _pair("Oldest", format_duration(now - one["oldest"]) if one["oldest"] else "&ndash;"),
-        _pair("Next try", "held" if one["held"] else next_try))))
-    out.append('<div class="charts">%s</div>' % "".join(_chart(trace, now, *window) for window in WINDOWS))
-    out.append('<p class="counts dim">%s</p></section>\n' % "".join(
-        "<span><b>%s</b> %s</span>" % (format(one[key], ","), key)
-        for key in ("accepted", "delivered", "deferred", "bounced", "expired")))
-    return "".join(out)
+# == 16. SERVER ================================================================
+# The relay: SMTP clients, the status page, the control socket, certificate and
+# lists, reload and stop.  All of it runs in the loop.
+
+def stamp_of(*paths: str) -> Tuple[Any, ...]:
+    """Another one when a file has changed, or can no longer be looked at."""
+    try:
+        return tuple((found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
+                     for found in map(os.stat, paths))
+    except OSError as error:
+        return (str(error),)
 
 
-def _chart(trace: Trace, now: Time, title: str, span: float, step: float) -> str:
-    """The queue's depth as a line and the primary's state as a band below it."""
-    count = int(span / step)
-    start = now - now % step + step - span
-    depth = resample(trace.depth, start, step, count)
-    peak = max((one for one in depth if one is not None), default=0)
-    held = seconds_in(trace.states, start, now)
-    known = sum(held.get(state, 0.0) for state in ("up", "down", "rejecting"))
-    up = "primary up %s" % format_share(held.get("up", 0.0) / known) if known else "primary not heard of"
-    line, area = draw_line(depth, max(peak, 10))
-    parts, form = (4, "%H:%M") if span <= 86400.0 else (7, "%a")
-    axis = "".join("<span>%s</span>" % time.strftime(form, time.localtime(start + span * n / parts)) for n in range(parts))
-    about = "%s: at most %s waiting, %s" % (title, say_count(peak), up)
-    return ('<figure><figcaption><span><b>%s</b></span><span>peak %s &middot; %s</span></figcaption>'
-            '<svg class="depth" viewBox="0 0 %d 64" preserveAspectRatio="none" role="img" aria-label="%s">'
-            '<path class="area" d="%s"/><path class="line" d="%s"/></svg>'
-            '<svg class="band" viewBox="0 0 %d 10" preserveAspectRatio="none" aria-hidden="true">%s</svg>'
-            '<div class="axis">%s<span>now</span></div></figure>' % (
-                title, format(peak, ","), up, count, escape(about), area, line, count,
-                draw_band(resample_states(trace.states, start, step, count)), axis))
+class CertificateFacts(NamedTuple):
+    names: Tuple[str, ...]      # of the subjectAltName, lower case; the common name where there is none
+    since: Time
+    until: Time
 
 
-def format_share(share: float) -> str:
-    """A share of the time; 100 % only when it was all of it."""
-    percent = share * 100
-    return "%d%%" % percent if percent in (0.0, 100.0) else "%.1f%%" % min(99.9, max(0.1, percent))
+def certificate_facts(path: str) -> Optional[CertificateFacts]:
+    """Those of the first certificate in a PEM file.  None where this Python cannot
+    tell: only a private function of ssl can.  Raises OSError, ValueError."""
+    decode = getattr(getattr(ssl, "_ssl", None), "_test_decode_cert", None)
+    if decode is None:
+        return None
+    found = decode(path)
+    names = [name for kind, name in found.get("subjectAltName", ()) if kind in ("DNS", "IP Address")]
+    subject = itertools.chain(*found.get("subject", ()))
+    names = names or [name for kind, name in subject if kind == "commonName"]
+    since, until = (float(ssl.cert_time_to_seconds(found[end])) for end in ("notBefore", "notAfter"))
+    return CertificateFacts(tuple(name.strip().lower() for name in names), since, until)
 
 
-def draw_line(depth: Sequence[Optional[int]], top: int) -> Tuple[str, str]:
-    """Path data in a box 64 high, a step a column; a gap where nothing is known."""
-    line, area = [], []
-    before: Optional[int] = None
-    begin = 0
-    for column, value in enumerate([*depth, None]):
-        if value == before:
-            continue
-        height = "%.4g" % (62.0 - 58.0 * value / top) if value is not None else ""
-        if before is None:
-            begin = column
-            line.append("M%d %s" % (column, height))
-            area.append("M%d 64V%s" % (column, height))
-        else:
-            line.append("H%d" % column + ("V%s" % height if height else ""))
-            area.append("H%d" % column + ("V%s" % height if height else "V64H%dZ" % begin))
-        before = value
-    return "".join(line), "".join(area)
-
-
-BAND_HEIGHTS = {"down": 10, "rejecting": 7, "up": 4, "unknown": 2, OFF: 2, "": 2}       # told apart without colours, too
-
-
-def draw_band(states: Sequence[str]) -> str:
-    out, at = [], 0
-    for state, run in itertools.groupby(states):
-        width = len(list(run))
-        out.append('<rect class="s-%s" x="%d" y="%d" width="%d" height="%d"><title>%s</title></rect>' % (
-            state, at, 10 - BAND_HEIGHTS[state], width, BAND_HEIGHTS[state], state or "nothing known"))
-        at += width
-    return "".join(out)
-
-
-def _events(events: Sequence[Event], now: Time) -> str:
-    out = ['<section class="card"><h2>Recent events</h2><ol>']
-    row = '<li class="%s"><span class="dim n">%s</span><span class="dim">%s</span><span class="text">%s%s</span></li>'
-    out += [row % (escape(event.level), say_moment(event.time, now), escape(event.service), escape(event.text),
-                   ' <span class="dim">&times;%d</span>' % event.times if event.times > 1 else "")
-            for event in events[:2 * EVENTS_MAX]]
-    return "".join(out) + ("" if events else "<li>None yet.</li>") + "</ol></section>\n"
-
-
-# == 15. SERVER ================================================================
-# The selectors loop: listeners, clients, control socket, timers, reports of
-# threads.  The only select().  Sockets, sessions and the queue's index belong to
-# this thread, and it never waits for a disk or a peer.
-
-class Connection:
-    """One SMTP client: its socket, its session, and the message on its way to the spool."""
-    __slots__ = ("sock", "session", "network", "out", "draft", "commit", "last", "data_since", "is_closing", "is_ended",
-                 "is_reading", "is_writing", "is_greeted", "tls", "certificate", "collects")
-
-    def __init__(self, sock: socket.socket, session: Session, network: str, now: float,
-                 certificate: Optional["Certificate"]) -> None:
-        self.sock = sock
-        self.session = session
-        self.network = network          # what counts as one client; empty for trusted ones
-        self.out = bytearray()          # replies not yet sent
-        self.draft: Optional[Draft] = None
-        self.commit: Optional[Transaction] = None       # waits for the draft's last block to be written
-        self.last = now                 # monotonic, of the last progress
-        self.data_since = 0.0
-        self.is_closing = False         # everything is said; what still comes is thrown away
-        self.is_ended = False           # the client sends no more
-        self.is_reading = True          # as the selector knows
-        self.is_writing = False
-        self.is_greeted = True          # False during greet_pause
-        self.tls = Tls.NONE
-        self.certificate = certificate  # as offered to it, whatever a SIGHUP brings
-        self.collects: List[Site] = []          # what an ATRN just granted is for
-
-
-class Tls(enum.Enum):
-    """How far STARTTLS has come with a client."""
-    NONE = 0
-    ASKED = 1                   # our 220 must go out in the clear first
-    HANDSHAKE = 2
-    READY = 3
+def peer_certificate_facts(der: bytes) -> Optional[CertificateFacts]:
+    """Those of a certificate that a server showed.  Raises OSError, ValueError."""
+    with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:
+        file.write(ssl.DER_cert_to_PEM_cert(der))
+        file.flush()
+        return certificate_facts(file.name)
 
 
 class Certificate:
     """What STARTTLS needs; read again when the files change on disk."""
 
     def __init__(self, certificate: str, key: str) -> None:
-        """Raises OSError, ssl.SSLError among them."""
+        """Raises OSError, ssl.SSLError among them, or ValueError."""
         self.files = (certificate, key)
-        self.dates = (0.0, 0.0)         # begin and end, as far as they could be read
-        self.stamp = self._stamp()
-        self.context = self._load()
+        self.stamp = stamp_of(*self.files)
+        self.context, self.dates = self._load()
 
-    def _stamp(self) -> Tuple[Any, ...]:
-        return tuple((found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino) for found in map(os.stat, self.files))
-
-    def _load(self) -> "ssl.SSLContext":
+    def _load(self) -> Tuple["ssl.SSLContext", Tuple[Time, Time]]:
+        """Also begin and end, zero where they cannot be read."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0) | ssl.OP_NO_COMPRESSION
-        context.load_cert_chain(*self.files, password="")       # a key with a password is refused, not asked for on a terminal
-        try:
-            with open(self.files[0], "rb") as file:
-                found = parse_pem(file.read())
-            self.dates = (found.since, found.until)
-        except ValueError:
-            self.dates = (0.0, 0.0)     # OpenSSL reads more than we do; page and alerts miss them
-        return context
+        for path in self.files:         # whose error has the name; OpenSSL's has not
+            with open(path, "rb"):
+                pass
+        context.load_cert_chain(*self.files, password="")       # a password is not asked for
+        facts = certificate_facts(self.files[0])
+        return context, (facts.since, facts.until) if facts else (0.0, 0.0)
 
-    def renew(self) -> str:
-        """Look for new files, before each handshake: two stats cost nothing
-        beside it.  Returns what to log, or nothing.  Files that cannot be
-        read, or do not belong together yet, leave the old certificate in
-        use, and are told once and tried again when they change again."""
-        try:
-            stamp = self._stamp()
-        except OSError as error:
-            stamp, problem = (error.errno,), str(error)
-        if stamp == self.stamp:
-            return ""
-        self.stamp = stamp
-        try:
-            if len(stamp) == 2:
-                self.context = self._load()
-                return "certificate renewed"
-        except (OSError, ValueError) as error:
-            problem = str(error)
-        return "the certificate cannot be read, the old one stays: %s" % printable(problem)
+    def renew(self, log: Log) -> None:
+        """Before each handshake, and now and then.  Files that cannot be read, or do not belong together
+        yet, leave the old certificate in use, and are tried again when they change again."""
+        stamp = stamp_of(*self.files)
+        if stamp != self.stamp:
+            self.stamp = stamp
+            try:
+                self.context, self.dates = self._load()
+                log.write("master", "certificate renewed")
+            except (OSError, ValueError) as error:
+                log.write("master", "the certificate cannot be read, the old one stays: %s"
+                          % printable(str(error)), "warning")
 
 
 class RecipientFile:
-    """recipients = file:PATH: an address a line.  Read again when it changes."""
+    """recipients = file:PATH.  Read again when it changes.  One in which no address is left is taken
+    for a failed export: the old list stays, and at a start all recipients get 450."""
 
-    def __init__(self, path: str) -> None:
-        """Raises OSError."""
-        self.path = path
-        self.stamp = self.look()
-        self.addresses, self.remark = self.read()
+    def __init__(self, path: str, old: FrozenSet[str] = frozenset()) -> None:
+        """`old`: the list before a reload.  Raises OSError."""
+        self.path, self.addresses = path, old
+        self.stamp = stamp_of(path)
+        self.remark, self.level = "", "info"        # for the log
+        self.take(read_recipients(path))
 
-    def look(self) -> Tuple[int, int, int]:
-        found = os.stat(self.path)
-        return found.st_mtime_ns, found.st_size, found.st_ino
+    def is_changed(self) -> bool:
+        last, self.stamp = self.stamp, stamp_of(self.path)
+        return last != self.stamp
 
-    def renew(self, _: Any) -> Any:
-        """In a committer thread: what is new, or None."""
-        stamp = self.look()
-        return None if stamp == self.stamp else (stamp, *self.read())
+    def take(self, result: Any) -> None:
+        """What read_recipients() returned, or its exception."""
+        self.level = "warning"
+        if isinstance(result, Exception):
+            self.remark = "%s: not read again: %s" % (self.path, printable(str(result)))
+        elif not result[0]:
+            self.remark = "%s: no address in it: %s" % (
+                self.path, "the old list stays" if self.addresses else "all recipients are put off")
+        else:
+            self.addresses, wrong = result
+            self.remark = "%s: %d recipients" % (self.path, len(self.addresses))
+            if wrong:
+                numbers = ", ".join(str(number) for number, _ in wrong[:10])
+                self.remark += "; not an address in line " + numbers
+            else:
+                self.level = "info"
 
-    def read(self) -> Tuple[FrozenSet[str], str]:
-        """The addresses, in lower case, and what to say of lines that hold none."""
-        out, wrong = set(), []
-        with open(self.path, encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, 1):
-                word = line.partition("#")[0].strip()
-                try:
-                    if word:
-                        path, rest = parse_path("<%s>" % word, "5.1.3")
-                        if not path.domain or rest:
-                            raise Refuse(501, "5.1.3", "no domain")
-                        out.add(str(path).lower())
-                except Refuse:
-                    wrong.append(str(number))
-        return frozenset(out), "%s: not an address in line %s" % (self.path, ", ".join(wrong[:10])) if wrong else ""
+
+def read_recipients(path: str) -> Tuple[FrozenSet[str], List[Tuple[int, str]]]:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return parse_recipients(file.read())
 
 
 def recipient_paths(cfg: Config) -> List[str]:
@@ -8784,1190 +7274,362 @@ def recipient_paths(cfg: Config) -> List[str]:
                    if isinstance(one.recipients, str) and one.recipients.startswith("file:")})
 
 
-def secret_paths(cfg: Config) -> List[str]:
-    passwords = [one.password for one in cfg.domains.values()] + [cfg.bounces_password]
-    return sorted(set(filter(None, map(secret_path, passwords))))
-
-
-class Controller:
-    """One client of the control socket."""
-    __slots__ = ("sock", "data", "out", "answers")
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.data = b""
-        self.out = bytearray()
-        self.answers: Optional[Answers] = None
-
-
 class Supervisor:
-    """What a service manager and its service say to each other: readiness and
-    watchdog as sd_notify(3), listening sockets as sd_listen_fds(3).  Where there
-    is none, nothing here does anything.  Its variables are taken out of the
-    environment: they are not for the programs we start."""
+    """Tells a service's manager of readiness and life, sd_notify(3).  Does nothing where there is none.
+    Its variables are taken out of the environment: they are not for the programs we start."""
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
-        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
-        given = {name: environ.pop(name, "") for name in names}
-        self.address = os.fsencode(given["NOTIFY_SOCKET"])
-        if self.address[:1] == b"@":
-            self.address = b"\0" + self.address[1:]     # abstract, unix(7)
-        # made now, so that a full table of descriptors does not look like a hanging loop
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if self.address else None
-        ours = str(os.getpid())
-        self.interval, self.next_ping = 0.0, INF
-        if self.address and given["WATCHDOG_USEC"].strip("0").isdigit() and given["WATCHDOG_PID"] in ("", ours):
-            self.interval = int(given["WATCHDOG_USEC"]) / 2e6       # half of what it waits, as sd_watchdog_enabled(3) says
-            self.next_ping = 0.0
-        self.names = given["LISTEN_FDNAMES"].split(":")
-        self.count = int(given["LISTEN_FDS"]) if given["LISTEN_PID"] == ours and given["LISTEN_FDS"].isdigit() else 0
+        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+        where, usec, pid = (environ.pop(name, "") for name in names)
+        self.address = os.fsencode("\0" + where[1:] if where[:1] == "@" else where)     # abstract, unix(7)
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if where else None
+        is_asked = where and usec.isdigit() and pid in ("", str(os.getpid()))
+        self.interval_s = int(usec) / 2e6 if is_asked else 0.0      # half of what it waits
 
     def tell(self, *lines: str, wait_s: float = 0.0) -> None:
         """A manager that does not listen must not stop the mail."""
         if self.sock is not None:
-            try:
+            with contextlib.suppress(OSError):
                 self.sock.settimeout(wait_s)
                 self.sock.sendto("\n".join(lines).encode("utf-8"), self.address)
-            except OSError:
-                pass
-
-    def ping(self, now: float, status: str) -> None:
-        """From the loop alone: when it hangs, the manager hears nothing and starts us anew."""
-        self.next_ping = now + self.interval
-        self.tell("WATCHDOG=1", "STATUS=" + status)
-
-    def sockets(self) -> List[socket.socket]:
-        """Those passed, descriptors from 3 on.  Raises OSError: not a listening TCP socket."""
-        out = []
-        for number in range(self.count):
-            name = self.names[number] if number < len(self.names) else ""
-            try:
-                os.set_inheritable(3 + number, False)
-                sock = socket.socket(fileno=3 + number)
-                if sock.family not in (socket.AF_INET, socket.AF_INET6) or not sock.getsockopt(
-                        socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                    raise OSError(errno.EINVAL, "not a listening TCP socket")
-            except OSError as error:
-                raise OSError(error.errno, "descriptor %d of the service manager%s: %s" % (
-                    3 + number, name and " (%s)" % printable(name), error.strerror)) from None
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # as _bind() does
-            out.append(sock)
-        return out
 
 
-# -- the status page: threads of their own, which see nothing but snapshots
-
-class Window:
-    """Through which other threads look at the relay.  The loop is asked for a
-    snapshot at most once in PAGE_FRESH_S, and not at all while nobody looks."""
-
-    def __init__(self, post: Callable[[Any], None]) -> None:
-        self.post = post
-        self.condition = threading.Condition()
-        self.snapshot: Optional[Snapshot] = None
-        self.asked: Optional[float] = None      # monotonic, a question the loop has not answered yet
-
-    def show(self, snapshot: Snapshot) -> None:
-        """The loop's answer."""
-        with self.condition:
-            self.snapshot, self.asked = snapshot, None
-            self.condition.notify_all()
-
-    def look(self) -> Tuple[Optional[Snapshot], float]:
-        """The latest snapshot, and for how long the loop has not answered: 0.0 when it did in time."""
-        with self.condition:
-            now = time.monotonic()
-            if self.snapshot is not None and now - self.snapshot.now.mono < PAGE_FRESH_S:
-                return self.snapshot, 0.0
-            since = self.asked
-            if since is None:
-                since = self.asked = now
-                self.post(self)
-            self.condition.wait_for(lambda: self.asked is None, max(0.0, since + PAGE_STALL_S - now))
-            return self.snapshot, 0.0 if self.asked is None else time.monotonic() - since
-
-
-PageBase: Any = http.server.ThreadingHTTPServer if http is not None else object
-HandlerBase: Any = http.server.BaseHTTPRequestHandler if http is not None else object
-
-
-class PageServer(PageBase):             # type: ignore[misc]
-    """Serves the page from a bound socket.  However many come and however
-    slowly they go: threads, octets and seconds are bounded, and the relay is not touched."""
-    daemon_threads = True
-
-    def __init__(self, sock: socket.socket, window: Window, token: str, say: Callable[[Any], None]) -> None:
-        """`say` takes a line for the log, or an exception that is a bug."""
-        super().__init__(sock.getsockname()[:2], PageHandler, bind_and_activate=False)
-        self.socket.close()             # which it made; ours was bound before root was given up
-        self.socket: Any = sock
-        self.window = window
-        self.token = token
-        self.say = say
-        self.open: Dict[socket.socket, Tuple[float, str]] = {}      # (monotonic when it is cut, client)
-        self.lock = threading.Lock()
-        self.texts: Dict[str, Tuple[Snapshot, str]] = {}            # per path, as last made
-        self.end_reader, self.end_writer = socket.socketpair()
-        self.thread = threading.Thread(target=self._run, name="status page", daemon=True)
-
-    def start(self) -> None:
-        self.thread.start()
-
-    def end(self) -> None:
-        """Stop listening; answers under way may go on for as long as the process does."""
-        self.end_writer.close()
-        if self.thread.ident is not None:
-            self.thread.join(PAGE_FRESH_S)
-        self.socket.close()
-        self.end_reader.close()
-
-    def _run(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            for sock in (self.socket, self.end_reader):
-                selector.register(sock, selectors.EVENT_READ)
-            while True:
-                ready = [key.fileobj for key, _ in selector.select(self._cut())]
-                if self.end_reader in ready:
-                    return
-                if ready:
-                    self._take()
-                    time.sleep(PAGE_PACE_S)
-
-    def _cut(self) -> Optional[float]:
-        """End connections that took too long; returns the seconds until the next may have, None while there is none."""
-        with self.lock:
-            now = time.monotonic()
-            for sock, (until, _) in self.open.items():
-                if until <= now:
-                    try:
-                        sock.shutdown(socket.SHUT_RDWR)     # its thread wakes up and ends
-                    except OSError:
-                        pass
-            return min((max(PAGE_FRESH_S, until - now) for until, _ in self.open.values()), default=None)
-
-    def _take(self) -> None:
+def bind(where: Endpoint, backlog: int) -> socket.socket:
+    """A listening socket.  Raises OSError with the address in it."""
+    with contextlib.ExitStack() as stack:
         try:
-            sock, where = self.socket.accept()
-        except BlockingIOError:
-            return
-        except OSError:                 # no descriptor left: not again at once
-            time.sleep(PAGE_FRESH_S)
-            return
-        with self.lock:
-            mine = sum(client == where[0] for _, client in self.open.values())
-            is_room = len(self.open) < PAGE_CONNECTIONS and mine < PAGE_CONNECTIONS_PER_CLIENT
-            if is_room:
-                self.open[sock] = (time.monotonic() + PAGE_TOTAL_S, str(where[0]))
-        if not is_room:
-            sock.close()
-            return
-        try:
-            self.process_request(sock, where)
-        except RuntimeError:            # no more threads
-            self.shutdown_request(sock)
-
-    def text(self, path: str, snapshot: Snapshot, make: Callable[[Snapshot], str]) -> str:
-        """Made once for each snapshot, however many ask."""
-        known = self.texts.get(path)
-        if known is None or known[0] is not snapshot:
-            known = self.texts[path] = (snapshot, make(snapshot))
-        return known[1]
-
-    def shutdown_request(self, request: Any) -> None:
-        try:
-            request.shutdown(socket.SHUT_WR)
-            request.settimeout(PAGE_FRESH_S)
-            request.recv(PAGE_REQUEST_MAX)      # what is left unread would reset the connection, and our answer with it
-        except OSError:
-            pass
-        with self.lock:                 # a descriptor that is used again must not be cut
-            self.open.pop(request, None)
-            request.close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):      # that is a client that has left
-            self.say(error)
-
-
-class PageHandler(HandlerBase):         # type: ignore[misc]
-    """One request, one answer, close.  GET and HEAD alone; the token for all but /healthz,
-    which monitors and load balancers ask and which tells no more than what is wrong."""
-    timeout = PAGE_TOTAL_S
-    default_request_version = "HTTP/1.0"    # what cannot be read gets an answer with a header, too
-
-    def version_string(self) -> str:
-        return "etrn_relay"
-
-    def handle(self) -> None:
-        """The request is read whole before it is parsed, so that its size is known."""
-        data = b""
-        while b"\r\n\r\n" not in data and b"\n\n" not in data and len(data) <= PAGE_REQUEST_MAX:
-            more = self.request.recv(PAGE_REQUEST_MAX)
-            if not more:
-                return                  # half a request
-            data += more
-        self.rfile = io.BytesIO(data)
-        self.requestline, self.request_version, self.command = "", "HTTP/1.0", ""
-        if len(data) > PAGE_REQUEST_MAX:
-            return self.reply(431, "The request is too long.\n")
-        self.raw_requestline = self.rfile.readline()
-        if self.parse_request():
-            self.answer()
-
-    def answer(self) -> None:
-        path = self.path.partition("?")[0]
-        if self.command not in ("GET", "HEAD"):
-            return self.reply(405, "Nothing can be changed here.\n", Allow="GET, HEAD")
-        if path == "/healthz":
-            return self.healthz()
-        if not self.is_allowed():
-            return self.reply(401, "A token is needed.\n", **{"WWW-Authenticate": 'Basic realm="etrn_relay", charset="UTF-8"'})
-        if path not in ("/", "/metrics", "/status.json"):
-            return self.reply(404, "There is /, /metrics, /healthz and /status.json.\n")
-        snapshot, stalled = self.server.window.look()
-        if snapshot is None or (stalled and path != "/"):
-            return self.reply(503, "loop stalled: no answer for %s\n" % format_duration(stalled))
-        if path == "/metrics":
-            return self.reply(200, self.server.text(path, snapshot, format_metrics), "text/plain; version=0.0.4")
-        if path == "/status.json":
-            text = json.dumps(public_status(snapshot.status), indent=1) + "\n"
-            return self.reply(200, text, "application/json")
-        if stalled:
-            text = format_page(snapshot, time.time(), stalled)
-        else:
-            text = self.server.text(path, snapshot, lambda snapshot: format_page(snapshot, snapshot.now.wall))
-        self.reply(200, text, "text/html", **{"Content-Security-Policy": page_policy()})
-
-    def healthz(self) -> None:
-        snapshot, stalled = self.server.window.look()
-        ills = ["loop stalled: no answer for %s" % format_duration(stalled)]
-        if snapshot is not None and not stalled:
-            ills = find_ills(snapshot)
-        self.reply(503 if ills else 200, "".join(ill + "\n" for ill in ills) or "ok\n")
-
-    def is_allowed(self) -> bool:
-        """The token as bearer, RFC 6750 2.1, or as basic-auth password of any user, RFC 7617."""
-        token = self.server.token.encode("utf-8")
-        scheme, _, given = self.headers.get("Authorization", "").strip().partition(" ")
-        data = given.strip().encode("latin-1", "replace")
-        if scheme.lower() == "basic":
-            try:
-                data = base64.b64decode(data, validate=True).partition(b":")[2]
-            except ValueError:
-                data = b""
-        elif scheme.lower() != "bearer":
-            data = b""
-        if not token or hmac.compare_digest(data, token):
-            return True
-        if scheme:                      # without one it is a browser that does not know yet
-            address = str(self.client_address[0])
-            self.server.say("refused: %s %s from %s: 401 wrong token" % (
-                self.command, printable(self.path, 100), format_peer(address[7:] if address.startswith("::ffff:") else address)))
-        return False
-
-    def reply(self, code: int, text: str, kind: str = "text/plain", **headers: str) -> None:
-        body = text.encode("utf-8", "backslashreplace")
-        self.send_response(code)
-        for name, value in {"Content-Type": kind + "; charset=utf-8", "Content-Length": str(len(body)),
-                            "Content-Security-Policy": PAGE_POLICY % "", "Cache-Control": "no-store",
-                            "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer",
-                            "Connection": "close", **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
-        """What http.server finds wrong with a request."""
-        self.reply(int(code), "The request is not understood.\n")
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """The log is for mail."""
-
-
-def is_loopback(host: str) -> bool:
-    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-
-
-def bind_page(where: Endpoint) -> socket.socket:
-    """Raises OSError.  `[::]` takes IPv4, too: there is one address only."""
-    sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if ":" in where.host:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(where.host != "::"))
-        sock.setblocking(False)
-        sock.bind((where.host, where.port))
-        sock.listen(PAGE_CONNECTIONS)
-    except OSError as error:
-        sock.close()
-        raise OSError(error.errno, "cannot listen on %s: %s" % (str(where), error.strerror or error)) from None
-    return sock
-
-
-class Server:
-    """The relay.  run() serves until stop(); a command without a running relay
-    uses the same loop without listeners, see run_offline()."""
-
-    def __init__(self, cfg: Config, spool: Spool, log: Log) -> None:
-        self.cfg = cfg
-        self.spool = spool
-        self.log = log
-        self.now = Now(time.monotonic(), time.time())
-        self.started: Optional[float] = None            # monotonic
-        self.started_at = self.now.wall
-        self.selector = selectors.DefaultSelector()
-        self.reports: Deque[Any] = collections.deque()
-        self.is_woken = False
-        self.wake_reader, self.wake_writer = socket.socketpair()
-        for sock in (self.wake_reader, self.wake_writer):
-            sock.setblocking(False)
-        self.selector.register(self.wake_reader, selectors.EVENT_READ, self._on_wake)
-        self.manager = Manager(cfg, spool, log, self.post, self.now)
-        self.manager.on_size_limit = self._set_size_limit
-        self.certificate: Optional[Certificate] = None
-        self.door = Door(cfg, 0)
-        self.listeners: Dict[Endpoint, socket.socket] = {}
-        self.odmr_listeners: Dict[Endpoint, socket.socket] = {}
-        self.resting: Set[socket.socket] = set()        # those not looked at, for want of descriptors
-        self.supervisor = Supervisor({})
-        self.passed: Dict[Endpoint, socket.socket] = {}     # listening sockets of a service manager
-        self.is_passed_all = False      # they serve, and `listen` is not bound
-        self.control: Optional[socket.socket] = None
-        self.connections: Set[Connection] = set()
-        self.decrypted: Set[Connection] = set()         # with octets left in their TLS layer
-        self.reversed: Set[Connection] = set()  # that couriers have, since an ATRN
-        self.controllers: Set[Controller] = set()
-        self.clients: Dict[str, int] = {}       # connections per network
-        self.most = cfg.max_connections
-        self.reserve = -1               # a descriptor to give away when there are no more
-        self.rate = Rate()
-        self.persistence = Persistence()
-        self.recipient_files: Dict[str, RecipientFile] = {}
-        self.logins: Dict[str, str] = {}        # username: password
-        self.is_sick = False
-        self.is_healing = False
-        self.stopping: Optional[float] = None   # monotonic, when told to stop
-        self.is_cut = False
-        self.signals: Deque[int] = collections.deque()
-        self.next_sweep = self.now.mono
-        self.next_file_check = self.now.mono + FILE_CHECK_S
-        self.page: Optional[PageServer] = None
-        self.page_at: Optional[Endpoint] = None         # as configured
-        self.window = Window(self.post)
-        self.history = History()
-        self.next_history = INF         # monotonic, when it may be written again; never without run()
-        self.is_news = False            # a primary's state has changed in this turn
-        self.acceptance = Histogram(ACCEPTANCE_BOUNDS)
-        self.queue_time = Histogram(QUEUE_BOUNDS)
-        self.manager.on_delivered = self.queue_time.observe
-        self.offline: Optional[Callable[[], bool]] = None       # a command's own loop: True when it is done
-        self._set_size_limit()
-
-    # -- from other threads and from signal handlers
-
-    def post(self, report: Any) -> None:
-        """Hand something to the loop."""
-        self.reports.append(report)
-        if not self.is_woken and not (isinstance(report, Outcome) and report.can_wait):
-            self.is_woken = True
-            try:
-                self.wake_writer.send(b"\0")
-            except OSError:
-                pass                    # full, so it will wake; or closed, so nobody is there
-
-    def stop(self) -> None:
-        self.post(signal.SIGTERM)
-
-    # -- opening
-
-    def adopt(self, sockets: Iterable[socket.socket]) -> None:
-        """Listening sockets of a service manager: each serves as the address of
-        `listen` or `odmr_listen` that it has.  When none has one, all of them
-        serve SMTP, and `listen` is not bound.  SIGHUP leaves them open."""
-        for sock in sockets:
-            where = Endpoint(*sock.getsockname()[:2])
-            self.passed[where] = sock
-            if where.host == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
-                self.passed.setdefault(Endpoint("0.0.0.0", where.port), sock)       # takes IPv4 clients, too
-        wanted = {self.passed[where] for where in self.cfg.listen + self.cfg.odmr_listen if where in self.passed}
-        self.is_passed_all = bool(self.passed) and not wanted
-        for where, sock in list(self.passed.items()):
-            if self.is_passed_all and sock not in self.listeners.values():
-                self.listeners[where] = self._serve_on(sock)
-            elif not self.is_passed_all and sock not in wanted:
-                if sock.fileno() >= 0:
-                    self.log.write("master", "the service manager passed %s, which is not in listen: closed" % str(where),
-                                   "warning")
-                self.passed.pop(where).close()
-
-    def listen(self) -> None:
-        """Bind what the configuration names.  Raises OSError with the address in
-        it.  A machine without IPv6 serves the default addresses all the same."""
-        default = KINDS["listen"](next(o.default for o in OPTIONS if o.name == "listen" and o.section == "relay"))
-        fresh: List[Tuple[Dict[Endpoint, socket.socket], Endpoint]] = []
-        for listeners, wanted in ((self.listeners, () if self.is_passed_all else self.cfg.listen),
-                                  (self.odmr_listeners, self.cfg.odmr_listen)):
-            for where in wanted:
-                if where in listeners or self.passed.get(where) in listeners.values():
-                    continue
-                try:
-                    listeners[where] = self._bind(where, listeners is self.odmr_listeners)
-                    fresh.append((listeners, where))
-                except OSError as error:
-                    if listeners is self.listeners and self.cfg.listen == default and ":" in where.host and listeners:
-                        self.log.write("master", "no IPv6 here: %s: %s" % (where, error.strerror), "warning")
-                        continue
-                    for its, one in fresh:          # all or none
-                        self._unlisten(its.pop(one))
-                    raise OSError(error.errno, "cannot listen on %s: %s" % (str(where), error.strerror)) from None
-        passed = self.passed.values()
-        for listeners, wanted in ((self.listeners, self.cfg.listen), (self.odmr_listeners, self.cfg.odmr_listen)):
-            for where in [where for where, sock in listeners.items() if where not in wanted and sock not in passed]:
-                self._unlisten(listeners.pop(where))
-        self.manager.listeners = self._bound(self.listeners) + self._bound(self.odmr_listeners)
-
-    @staticmethod
-    def _bound(listeners: Mapping[Endpoint, socket.socket]) -> Tuple[Endpoint, ...]:
-        return tuple(Endpoint(*sock.getsockname()[:2]) for sock in listeners.values())
-
-    def _bind(self, where: Endpoint, is_odmr: bool = False) -> socket.socket:
-        if where in self.passed:
-            return self._serve_on(self.passed[where], is_odmr)
-        sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
-        try:
+            family, address = socket_address(where.host, where.port)
+            sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # connections inherit it
-            if ":" in where.host:
+            if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.setblocking(False)
-            sock.bind((where.host, where.port))
-            sock.listen(LISTEN_BACKLOG)
-        except OSError:
-            sock.close()
-            raise
-        return self._serve_on(sock, is_odmr)
-
-    def _serve_on(self, sock: socket.socket, is_odmr: bool = False) -> socket.socket:
-        self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_accept(sock, is_odmr))
+            sock.bind(address)
+            sock.listen(backlog)
+        except OSError as error:
+            text = "cannot listen on %s: %s" % (str(where), error.strerror or error)
+            raise OSError(error.errno, text) from None
+        stack.pop_all()                 # it stays open
         return sock
 
-    def _unlisten(self, sock: socket.socket) -> None:
-        if sock in self.resting:
-            self.resting.discard(sock)
-        else:
-            self.selector.unregister(sock)
-        sock.close()
 
-    def load_logins(self) -> None:
-        """Who may authenticate: the files of passwords are read here, at the start and at SIGHUP.  Raises OSError."""
-        logins = {}
-        for cfg in self.cfg.domains.values():
-            if cfg.username and cfg.username not in logins:
-                logins[cfg.username] = read_secret(cfg.password)
-                if not logins[cfg.username]:
-                    raise OSError(0, "username = %s: the password is empty" % printable(cfg.username))
-            if cfg.primary in WAITS and not cfg.username:
-                self.log.write("master", "%s: primary = %s needs a username: without one its mail cannot leave" % (
-                    cfg.name, cfg.primary), "warning")
-        if any(cfg.primary == "atrn" for cfg in self.cfg.domains.values()) and not self.cfg.odmr_listen:
-            self.log.write("master", "primary = atrn needs odmr_listen: without it no mail can be collected", "warning")
-        self.logins = logins
+class Listener:
+    """A listening socket of the loop.  Out of descriptors it rests for a second, and does not spin."""
 
-    def open_page(self) -> None:
-        """Bind the status page's address, when it is a new one.  Raises OSError, and then an old one stays in use."""
-        where = self.cfg.status_listen
-        if self.page is not None and where == self.page_at:
-            self.page.token = self.cfg.status_token
-            return
-        page = None
-        if where is not None and http is None:
-            self.log.write("master", "this Python has no http.server module: there is no status page", "warning")
-        elif where is not None:
-            page = PageServer(bind_page(where), self.window, self.cfg.status_token, self._say_page)
-        old, self.page, self.page_at = self.page, page, where
-        if old is not None:
-            old.end()
-        if self.started is not None:
-            self._start_page()
+    def __init__(self, loop: Loop, sock: socket.socket, welcome: Callable[[socket.socket, str], None],
+                 log: Log) -> None:
+        self.loop, self.sock, self.welcome, self.log = loop, sock, welcome, log
+        self.is_watched = False
+        self.watch()
 
-    def _start_page(self) -> None:
-        """Threads come after root was given up."""
-        if self.page is None:
-            return
-        self.page.start()
-        where = Endpoint(*self.page.socket.getsockname()[:2])
-        self.log.write("master", "status page on http://%s/" % str(where))
-        if not self.cfg.status_token and not is_loopback(where.host):
-            self.log.write("master", "the status page has no token: whoever reaches %s reads it" % str(where), "warning")
+    def watch(self) -> None:
+        if not self.is_watched and self.sock.fileno() >= 0:
+            self.is_watched = True
+            self.loop.selector.register(self.sock, selectors.EVENT_READ, self._on_ready)
 
-    def _say_page(self, what: Any) -> None:
-        """From the page's threads."""
-        if isinstance(what, BaseException):
-            self.post([(self.log.bug, what)])
-        else:
-            self.post([(lambda text: self.log.write("http", text), what)])
+    def rest(self) -> None:
+        if self.is_watched:
+            self.is_watched = False
+            self.loop.selector.unregister(self.sock)
 
-    def load_recipients(self) -> None:
-        """The files that `recipients` names.  Raises OSError."""
-        self.recipient_files = {path: RecipientFile(path) for path in recipient_paths(self.cfg)}
-        for file in self.recipient_files.values():
-            if file.remark:
-                self.log.write("master", file.remark, "warning")
-
-    def _check_recipients(self) -> None:
-        """Now and then; read in a committer thread, and a file that cannot be read leaves what was known."""
-        if self.now.mono < self.next_file_check:
-            return
-        self.next_file_check = self.now.mono + FILE_CHECK_S
-        for file in self.recipient_files.values():
-            self.manager.committers.submit(Task(file.renew), functools.partial(self._on_recipients, file))
-
-    def _on_recipients(self, file: RecipientFile, result: Any) -> None:
-        if isinstance(result, Exception):
-            self.log.write("master", "%s: not read again: %s" % (file.path, printable(str(result))), "warning")
-        elif result is not None:
-            file.stamp, file.addresses, file.remark = result
-            self.log.write("master", "%s: %d recipients%s" % (
-                file.path, len(file.addresses), "; " + file.remark if file.remark else ""))
-
-    def load_certificate(self) -> Optional[Certificate]:
-        """Raises OSError when it is configured but of no use."""
-        if self.cfg.tls_certificate and ssl is None:
-            self.log.write("master", "this Python has no ssl module: STARTTLS is not offered", "warning")
-        elif self.cfg.tls_certificate:
-            try:
-                return Certificate(self.cfg.tls_certificate, self.cfg.tls_key)
-            except (OSError, ValueError) as error:
-                raise OSError(0, "certificate %s: %s" % (self.cfg.tls_certificate, error)) from None
-        return None
-
-    def _reload_certificate(self) -> Optional[Certificate]:
-        """At SIGHUP.  The same files, half renewed or now only root's to read, leave the old certificate in use."""
-        try:
-            return self.load_certificate()
-        except OSError as error:
-            if self.certificate is None or self.certificate.files != (self.cfg.tls_certificate, self.cfg.tls_key):
-                raise
-            self.log.write("master", "%s; the old one stays" % error.strerror, "warning")
-            return self.certificate
-
-    def set_certificate(self, certificate: Optional[Certificate]) -> None:
-        self.certificate = certificate
-        self.door.has_tls = certificate is not None
-        self._note_certificate()
-
-    def _note_certificate(self) -> None:
-        self.manager.certificate_end = (self.certificate.dates[1] if self.certificate else 0.0) or INF
-
-    def _renew_certificate(self, certificate: Optional[Certificate]) -> None:
-        """Before each handshake, and now and then; files that cannot be read leave the old one in use."""
-        remark = certificate.renew() if certificate is not None else ""
-        if remark:
-            self.log.write("master", remark, "warning" if "cannot" in remark else "info")
-            self._note_certificate()
-
-    def open_control(self) -> None:
-        """The socket commands come through; only the spool's owner may connect."""
-        path = os.path.join(self.spool.path, "control")
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self.spool.remove_control()
-            mask = os.umask(0o177)
-            try:
-                sock.bind(short_path(path, self.spool.directory))
-            finally:
-                os.umask(mask)
-            sock.listen(16)
-            sock.setblocking(False)
-        except OSError as error:
-            sock.close()
-            self.log.write("master", "no control socket, commands will not work: %s" % error, "warning")
-            return
-        self.control = sock
-        self.selector.register(sock, selectors.EVENT_READ, self._on_control)
-
-    # -- the loop
-
-    def run(self) -> None:
-        """Serve until told to stop.  listen() came before."""
-        self.started = self.now.mono
-        self._reserve_files()
-        self.open_control()
-        self.manager.load_state()
-        self.history.from_values(self.spool.load_state("history.json"), self.now.wall)
-        self.log.on_event = self._on_event
-        self.next_history = self.now.mono + HISTORY_SAVE_S
-        self._set_size_limit()
-        self.manager.load()
-        self.log.write("master", "started: version %s, process %d, listening on %s, spool %s" % (
-            __version__, os.getpid(), " ".join(map(str, self._bound(self.listeners))) + "".join(
-                ", ODMR on %s" % str(where) for where in self._bound(self.odmr_listeners)), printable(self.spool.path)))
-        self._start_page()
-        self.log.flush()
-        self.supervisor.tell("READY=1", "STATUS=" + self._state(), wait_s=NOTIFY_S)
-        self._loop()
-
-    def _state(self) -> str:
-        """For the service manager's own status."""
-        return "%d messages waiting, %d connections" % (self.manager.scheduler.messages()[0], len(self.connections))
-
-    def _loop(self) -> None:
-        while not self._is_over():
-            self._turn(self._pause())
-        self._close()
-
-    def _turn(self, pause: float) -> None:
-        """One round: wait, then read the clock once and do all there is."""
-        events = self.selector.select(pause)
-        self.now = Now(time.monotonic(), time.time())
-        self.manager.now = self.now
-        for key, mask in events:
-            self._guard(key.data, mask)
-        for connection in [one for one in self.decrypted if one.is_reading]:
-            self._guard(self._on_client, connection, selectors.EVENT_READ)
-        while self.signals:
-            self._guard(self._on_signal, self.signals.popleft())
-        self.is_woken = False           # before the reports are read: what comes later wakes again
-        while self.reports:
-            self._guard(self._on_report, self.reports.popleft())
-        self._guard(self.manager.tick, self.now)
-        for controller in [one for one in self.controllers if one.answers is not None]:
-            self._guard(self._answer, controller)
-        if self.now.mono >= self.next_sweep:
-            self.next_sweep = self.now.mono + SWEEP_S
-            self._guard(self._sweep)
-        if self.is_news:
-            self._guard(self._note_history)
-        if self.now.mono >= self.supervisor.next_ping:
-            self.supervisor.ping(self.now.mono, self._state())
-        self.log.flush()
-
-    def _guard(self, step: Callable[..., Any], *arguments: Any) -> None:
-        """A bug costs the step it is in, never the relay."""
-        try:
-            step(*arguments)
-        except Exception as error:
-            self.log.bug(error)
-
-    def _pause(self) -> float:
-        if self.reports or self.signals or any(one.is_reading for one in self.decrypted):
-            return 0.0
-        at = min(self.manager.wake(self.now), self.supervisor.next_ping)
-        if self.connections or self.is_sick:
-            at = min(at, self.next_sweep)
-        if self.stopping is not None:
-            at = min(at, self.now.mono + COMMAND_POLL_S)
-        if self.now.mono - self.manager.last_outcome < GATHERING_S:
-            at = min(at, self.now.mono + GATHER_S)
-        if any(one.answers is not None for one in self.controllers) or self.offline is not None:
-            at = min(at, self.now.mono + COMMAND_POLL_S)
-        return max(0.0, at - self.now.mono)
-
-    def _on_wake(self, mask: int) -> None:
-        try:
-            self.wake_reader.recv(4096)
-        except BlockingIOError:
-            pass
-
-    def _on_report(self, report: Any) -> None:
-        if isinstance(report, int):
-            self._on_signal(report)
-        elif isinstance(report, Window):
-            report.show(self.snapshot())
-        else:
-            self.manager.handle(report, self.now)
-
-    def _on_signal(self, number: int) -> None:
-        if number in (signal.SIGTERM, signal.SIGINT):
-            self._begin_stop()
-        elif number == signal.SIGHUP:
-            self.supervisor.tell("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic_ns() // 1000))
-            try:
-                self._reload()
-            finally:
-                self.supervisor.tell("READY=1")
-        elif number == signal.SIGUSR1:
-            self.log.write("flush", "signal: site=all, messages=%d" % self.manager.scheduler.messages()[0])
-            self.manager.flush("all")
-
-    def _reload(self) -> None:
-        """SIGHUP.  A configuration that cannot be used is refused, and the old one stays, whole."""
-        old, files, logins = self.cfg, self.recipient_files, self.logins
-        try:
-            self.log.reopen()           # after a rotation, whatever comes of the rest
-            cfg = read_config(old.file)
-            for name in ("spool", "user"):
-                if getattr(cfg, name) != getattr(old, name):
-                    self.log.write("master", "%s changes at the next start" % name, "warning")
-            self.cfg = cfg = dataclasses.replace(cfg, spool=old.spool, user=old.user)
-            certificate = self._reload_certificate()
-            self.load_recipients()
-            self.load_logins()
-            if cfg.log != old.log:
-                self.log.reopen(cfg.log)
-            self.listen()
-        except Exception as error:
-            self.cfg, self.recipient_files, self.logins = old, files, logins
-            if self.log.where != old.log:
-                with contextlib.suppress(OSError):
-                    self.log.reopen(old.log)
-            if not isinstance(error, (ConfigError, OSError)):
-                self.log.bug(error)
-            text = describe(error) if isinstance(error, OSError) else str(error)
-            self.log.write("master", "not reloaded, the old configuration stays: %s" % printable(text), "error")
-            return
-        try:
-            self.open_page()
-        except OSError as error:
-            self.log.write("master", "status page: %s; the old one stays" % error.strerror, "error")
-            self.cfg = cfg = dataclasses.replace(cfg, status_listen=old.status_listen, status_token=old.status_token)
-        self.log.level, self.log.host = LEVELS[cfg.log_level], short_name(cfg.hostname)
-        self.door = Door(cfg, 0)        # sessions under way keep the old one to their end
-        self.set_certificate(certificate)
-        self.manager.reconfigure(cfg)
-        self._set_size_limit()
-        self._reserve_files()
-        self.log.write("master", "configuration reread")
-
-    def _set_size_limit(self) -> None:
-        """SIZE: ours, or the smallest known of all primaries."""
-        known = [self.cfg.max_message_size] + [
-            site.size_limit for site in self.manager.scheduler.sites.values() if self.manager.scheduler.is_served(site.name)]
-        self.door.size_limit = min((limit for limit in known if limit), default=0)
-
-    def _reserve_files(self) -> None:
-        """As many descriptors as we may have, and one in reserve: without it, a
-        full table would leave a waiting client in the backlog and spin the loop."""
-        try:
-            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            reserved = RESERVED_FILES + (PAGE_CONNECTIONS if self.page is not None else 0)
-            wanted = 3 * self.cfg.max_connections + 2 * LINES_MAX + reserved   # each client may have a body and a sidecar open
-            if soft < wanted:
-                soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            self.most = min(self.cfg.max_connections, max(10, soft - reserved))
-        except (OSError, ValueError):
-            self.most = self.cfg.max_connections
-        self._keep_reserve()
-
-    # -- stopping
-
-    def _begin_stop(self) -> None:
-        if self.stopping is not None:
-            return
-        self.stopping = self.now.mono
-        self.log.write("master", "stopping")
-        self.supervisor.tell("STOPPING=1")
-        for listeners in (self.listeners, self.odmr_listeners):
-            for sock in listeners.values():
-                self._unlisten(sock)
-            listeners.clear()
-        for connection in list(self.connections):
-            if connection.session.is_idle:
-                self._shut(connection, self._going())
-        self.manager.stop()
-
-    def _going(self) -> Reply:
-        return Reply(421, "4.3.2", "%s Service shutting down" % self.cfg.hostname)
-
-    def _is_over(self) -> bool:
-        """Everything that was acknowledged is safe at any time; the waiting here
-        is for sessions in mid-message and for what is being sent."""
-        if self.offline is not None:
-            return self.offline()
-        if self.stopping is None:
-            return False
-        waited = self.now.mono - self.stopping
-        if waited > STOP_S / 2 and not self.is_cut:
-            self.is_cut = True
-            self.manager.cut()
-            for connection in list(self.connections):
-                if connection.session.waiting is None:
-                    self._shut(connection, self._going())
-        is_quiet = not (self.manager.couriers or self.manager.chains or self.reports) and all(
-            connection.is_closing and not connection.out for connection in self.connections)
-        return is_quiet or waited > STOP_S
-
-    def _close(self) -> None:
-        self.manager.save_state(lambda result: None)
-        if self.started is not None:
-            self._note_history(OFF)
-            self._save_history()
-        if not self.manager.committers.stop(STOP_DISK_S):
-            self.log.write("master", "the disk does not answer: left alone; what was not yet on it was not acknowledged", "error")
-        while self.reports:
-            self._guard(self._on_report, self.reports.popleft())
-        for connection in list(self.connections):
-            self._drop(connection)
-        for sock in [*(one.sock for one in self.controllers), self.wake_reader, self.wake_writer, *self.listeners.values(),
-                     *self.odmr_listeners.values()]:
-            sock.close()
-        if self.page is not None:
-            self.page.end()
-        if self.control is not None:
-            self.control.close()
-            self.spool.remove_control()
-        if self.reserve >= 0:
-            os.close(self.reserve)
-        self.selector.close()
-        if self.started is not None:
-            self.log.write("master", "stopped")
-        self.log.flush()
-
-    # -- what the status page shows
-
-    def snapshot(self) -> Snapshot:
-        """Cheap whatever waits: sums that are kept, and copies of short lists."""
-        status = collect_status(self.manager, self.crowd, self.started)
-        self._note_history()
-        return Snapshot(self.now, self.cfg.hostname, status, self.started_at, self.cfg.min_free_space, self.manager.load_error,
-                        self.certificate.dates if self.certificate else (0.0, 0.0),
-                        {name: self.history.copy(name) for name in status["domains"]}, self.history.latest(),
-                        self.acceptance.values(), self.queue_time.values())
-
-    def _on_event(self, service: str, text: str, level: str) -> None:
-        self.history.tell(service, text, level, self.now.wall)
-        self.is_news = self.is_news or service == "primary"
-
-    def _note_history(self, state: str = "") -> None:
-        """Where all domains are now; `state` OFF when we end."""
-        self.is_news = False
-        for name in self.cfg.domains:
-            if name[0] != ".":
-                self.manager.scheduler.site(name, self.now)
-        for site in self.manager.scheduler.sites.values():
-            if not site.cfg.is_notices:
-                self.history.note(site.name, len(site.entries), state or site.state.value, self.now.wall)
-
-    def _save_history(self) -> None:
-        self.next_history = self.now.mono + HISTORY_SAVE_S
-        values = self.history.to_values(self.manager.scheduler.sites, self.now.wall)
-
-        def saved(result: Any) -> None:
-            if isinstance(result, Exception):
-                self.log.write("master", "history.json cannot be written: %s" % printable(str(result)), "warning")
-        self.manager.committers.submit(Task(lambda spool: spool.save_history(values)), saved)
-
-    # -- SMTP clients
-
-    def _on_accept(self, listener: socket.socket, is_odmr: bool = False) -> None:
-        for _ in range(ACCEPTS_PER_TURN):
-            if not self._keep_reserve():
-                return self._listen_later(listener)
-            try:
-                sock, where = listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno not in ACCEPT_ERRORS:
-                    return              # gone again before we looked
-                if not self._turn_away(listener):
-                    return self._listen_later(listener)
-                continue
-            sock.setblocking(False)
-            self._welcome(sock, str(where[0]), is_odmr)
-
-    def _turn_away(self, listener: socket.socket) -> bool:
-        """No descriptor is left: the reserve is lent to tell one client so.
-        False when that did not work, because a thread was quicker to take it."""
-        os.close(self.reserve)
-        self.reserve = -1
-        try:
-            sock, _ = listener.accept()
-        except OSError:
-            return False
-        self._refuse(sock, "too many connections")
-        return True
-
-    def _keep_reserve(self) -> bool:
-        """Before a client is let in: it would have the last one, and nobody after
-        it could be told."""
-        if self.reserve < 0:
-            with contextlib.suppress(OSError):
-                self.reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        return self.reserve >= 0
-
-    def _listen_later(self, listener: socket.socket) -> None:
-        """Who waits at the listener cannot be taken: to look at it again at once would spin the loop."""
-        handler = self.selector.unregister(listener).data
-        self.resting.add(listener)
-        self.log.write("smtpd", "out of file descriptors: no new connection for %d s" % SWEEP_S, "warning")
-
-        def again() -> None:
-            if listener in self.resting:
-                self.resting.discard(listener)
-                self.selector.register(listener, selectors.EVENT_READ, handler)
-        self.manager.later(SWEEP_S, again)
-
-    def _refuse(self, sock: socket.socket, why: str) -> None:
-        try:
-            sock.setblocking(False)
-            sock.send(Reply(421, "4.7.0", "%s Error: %s" % (self.cfg.hostname, why)).wire())
-            sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-        sock.close()
+    def close(self) -> None:
+        self.rest()
+        self.sock.close()
 
     @property
-    def crowd(self) -> int:
-        """Clients connected, those among them that became servers."""
-        return len(self.connections) + len(self.reversed)
+    def endpoint(self) -> Endpoint:
+        return Endpoint(*self.sock.getsockname()[:2])
 
-    def _welcome(self, sock: socket.socket, address: str, is_odmr: bool = False) -> None:
-        if address.startswith("::ffff:") and "." in address:
-            address = address[7:]
-        self.manager.on_client(address)
+    def _on_ready(self, mask: int) -> None:
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                sock, where = self.sock.accept()
+            except OSError as error:    # nobody is left, or gone again before we looked
+                if error.errno in ACCEPT_ERRORS:
+                    text = "out of file descriptors: no new connection for %d s" % SWEEP_S
+                    self.log.write("smtpd", text, "warning")
+                    self.rest()
+                    self.loop.later(SWEEP_S, self.watch)
+                return
+            self.welcome(sock, str(where[0]) if where else "")
+            if not self.is_watched:
+                return
+
+
+class Names:
+    """The names of clients: of their PTR records, where they lead back to the address.  A flood of
+    clients is no flood of questions."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.known: Dict[str, Tuple[str, float]] = {}       # address: (name, monotonic until when)
+        self.waiting: Dict[str, List[Callable[[str], None]]] = {}
+
+    def look_up(self, address: str, resolver: Resolver, then: Callable[[str], None]) -> None:
+        """`then` gets the name, or "unknown"; at once, when it is known."""
+        name, until = self.known.get(address, ("", 0.0))
+        if until > self.loop.now.mono:
+            return then(name)
+        if address in self.waiting:
+            self.waiting[address].append(then)
+        elif len(self.waiting) >= NAMES_AT_ONCE:
+            then("unknown")
+        else:
+            self.waiting[address] = [then]
+            self.loop.in_thread(lambda: resolver.name_of(address), functools.partial(self._on_name, address))
+
+    def _on_name(self, address: str, result: Any) -> None:
+        name = "unknown" if isinstance(result, Exception) or not result else result
+        self.known.pop(address, None)   # to the end: the oldest goes first
+        self.known[address] = (name, self.loop.now.mono + NAME_KEPT_S)
+        if len(self.known) > NAMES_MAX:
+            del self.known[next(iter(self.known))]
+        for then in self.waiting.pop(address):
+            self.loop.guard(then, name)
+
+
+@dataclasses.dataclass(eq=False)
+class Draft:
+    """A message on its way to the spool."""
+    id: str
+    pending: bytearray                  # not asked of the spool yet
+    size: int
+    asked: int = 0                      # octets asked of it and not answered
+    is_whole: bool = False              # its commit was asked: it is the spool's from now on
+
+
+@dataclasses.dataclass(eq=False)
+class Client:
+    """One SMTP client: its stream, its session, and its message."""
+    session: Session
+    network: str
+    certificate: Optional[Certificate]
+    since: float                        # monotonic, of its coming
+    last: float                         # ... and of its last progress
+    data_since: float = 0.0
+    stream: Stream = dataclasses.field(init=False)
+    draft: Optional[Draft] = None
+    is_greeted: bool = False            # greet_pause is over
+    is_named: bool = False              # the DNS has told its name, or was asked for long enough
+    unnamed: Optional[Transaction] = None       # a MAIL that waits for that
+    is_ended: bool = False              # it sends no more
+    collects: Sequence[Destination] = ()        # what an ATRN just granted is for
+
+
+WAIT = object()                         # the answer to a question comes later
+
+
+class SmtpServer:
+    """The door: SMTP clients, what they may do, and their messages on the way to the spool."""
+
+    def __init__(self, server: "Server") -> None:
+        self.server, self.loop, self.queue, self.log = server, server.loop, server.queue, server.log
+        self.clients: Set[Client] = set()
+        self.networks: Dict[str, int] = {}      # connections per network
+        self.open = 0                           # sockets, those that end or became servers among them
+        self.names = Names(self.loop)
+        self.rate, self.greylist = Rate(), Greylist()
+
+    @property
+    def cfg(self) -> Config:
+        return self.server.cfg
+
+    # -- connections
+
+    def welcome(self, sock: socket.socket, address: str, is_odmr: bool = False) -> None:
+        self.queue.callers.on_client(address)
         network = "" if self.cfg.is_trusted(address) else client_network(address)
         most = self.cfg.max_connections_per_client
-        if self.crowd >= self.most or (network and most and self.clients.get(network, 0) >= most):
-            self.log.write("smtpd", "NOQUEUE: reject: CONNECT from %s: 421 4.7.0 too many connections" % format_peer(address))
-            return self._refuse(sock, "too many connections")
-        connection = Connection(sock, Session(self.door, address, is_odmr=is_odmr), network, self.now.mono, self.certificate)
-        self.connections.add(connection)
-        if network:
-            self.clients[network] = self.clients.get(network, 0) + 1
-        self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_client(connection, mask))
+        if self.open >= self.server.most or (network and most and self.networks.get(network, 0) >= most):
+            self.log.write("smtpd", "NOQUEUE: reject: CONNECT from %s: 421 4.7.0 too many connections"
+                           % format_peer(address))
+            with contextlib.suppress(OSError):
+                sock.setblocking(False)
+                sock.send(Reply(421, "4.7.0", "%s Error: too many connections" % self.cfg.hostname).wire())
+                sock.shutdown(socket.SHUT_WR)
+            return sock.close()
+        # RFC 2195 2
+        challenge = "<%s.%d@%s>" % (secrets.token_hex(12), self.loop.now.wall, self.cfg.hostname)
+        session = Session(self.server.door, address, challenge.encode("ascii"), is_odmr)
+        now = self.loop.now.mono
+        client = Client(session, network, self.server.certificate, now, now)
+        client.stream = Stream(self.loop, sock, lambda data: self._on_data(client, data),
+                               lambda why: self._on_end(client, why))
+        client.stream.on_closed = lambda: self._on_closed(client)
+        self.clients.add(client)
+        self.open += 1
+        self.networks[network] = self.networks.get(network, 0) + 1
         self.log.write("smtpd", "connect from %s" % format_peer(address), "debug")
+        self.names.look_up(address, self.server.resolver, lambda name: self._on_name(client, name))
         if self.cfg.greet_pause:
-            connection.is_greeted = False
-            return self.manager.later(self.cfg.greet_pause, lambda: self._greet(connection))
-        self._greet(connection)
+            self.loop.later(self.cfg.greet_pause, lambda: self._greet(client))
+        else:
+            self._greet(client)
 
-    def _greet(self, connection: Connection) -> None:
-        if connection in self.connections and not connection.is_closing:
-            connection.is_greeted = True
-            self._act(connection, connection.session.greet())
+    def _greet(self, client: Client) -> None:
+        if client in self.clients:
+            client.is_greeted = True
+            self._act(client, client.session.greet())
 
-    def _on_client(self, connection: Connection, mask: int) -> None:
+    def _on_name(self, client: Client, name: str) -> None:
+        """Also one that comes late: it is right for the next message."""
+        client.is_named, client.session.name = True, name
+        transaction, client.unnamed = client.unnamed, None
+        if transaction is not None:
+            with self._guard(client):
+                self._resume(client, self._judge_mail(client, transaction))
+
+    def _on_data(self, client: Client, data: bytes) -> None:
+        if not client.is_greeted:
+            reply = Reply(521, "5.5.1", "%s You speak before the banner" % self.cfg.hostname)
+            return self._act(client, client.session.shut(reply, "PREGREET"))
+        with self._guard(client):
+            actions = client.session.receive(data)
+            if actions or client.session.mode is not Mode.COMMAND:
+                # Progress is a command or data, not one more octet of a line
+                client.last = self.loop.now.mono
+            self._act(client, actions)
+
+    def _resume(self, client: Client, answer: Any) -> None:
+        if client.session.waiting is not None and client in self.clients:
+            client.last = self.loop.now.mono
+            with self._guard(client):
+                self._act(client, client.session.resume(answer))
+
+    @contextlib.contextmanager
+    def _guard(self, client: Client) -> Iterator[None]:
+        """A bug costs the session it is in."""
         try:
-            if connection.tls is Tls.HANDSHAKE:
-                return self._handshake(connection)
-            if mask & selectors.EVENT_WRITE:
-                self._send(connection)
-            if mask & selectors.EVENT_READ and connection in self.connections:
-                self._receive(connection)
+            yield
         except Exception as error:
             self.log.bug(error)
-            self._shut(connection, Reply(421, "4.3.0", "%s Internal error" % self.cfg.hostname))
+            self.shut(client, Reply(421, "4.3.0", "%s Internal error" % self.cfg.hostname))
 
-    def _handshake(self, connection: Connection) -> None:
-        """As far as it goes without waiting."""
-        try:
-            if connection.tls is Tls.ASKED:
-                self._wrap(connection)
-            assert isinstance(connection.sock, ssl.SSLSocket)
-            connection.sock.do_handshake()
-        except ssl.SSLWantReadError:
-            return self._watch(connection, True, False)
-        except ssl.SSLWantWriteError:
-            return self._watch(connection, False, True)
-        except (OSError, ValueError) as error:
-            self.log.write("smtpd", "TLS handshake failed from %s: %s" % (
-                format_peer(connection.session.address), printable(str(error), 200)))
-            return self._drop(connection)
-        connection.tls = Tls.READY
-        connection.last = self.now.mono
-        cipher = connection.sock.cipher()
-        agreed = (connection.sock.version() or "TLS", cipher[0] if cipher else "unknown")
-        self._act(connection, connection.session.resume(agreed))
+    def _on_end(self, client: Client, why: str) -> None:
+        """It sends no more; what it asked is answered all the same."""
+        client.is_ended = True
+        if client.stream.handshake is not None:
+            self.log.write("smtpd", "%s from %s" % (why or "TLS handshake failed", client.session.peer))
+        if why or client.session.waiting is None:
+            self._discard(client)
+            self._leave(client)
 
-    def _wrap(self, connection: Connection) -> None:
-        """Our 220 has gone out in the clear.  Raises OSError when the client has left."""
-        certificate = connection.certificate
-        assert certificate is not None
-        connection.tls = Tls.HANDSHAKE
-        self._watch(connection, False, False)
-        self._renew_certificate(certificate)
-        connection.sock = certificate.context.wrap_socket(connection.sock, server_side=True, do_handshake_on_connect=False)
+    def _leave(self, client: Client) -> None:
+        self.clients.discard(client)
+        client.stream.finish(linger=False)
 
-    def _receive(self, connection: Connection) -> None:
-        """Not all that a TLS record held need be read at once.  The selector does
-        not see what stays in the TLS layer, so that _turn() comes back for it."""
-        self.decrypted.discard(connection)
-        try:
-            is_talking = connection.session.mode is Mode.COMMAND
-            data = connection.sock.recv(COMMAND_OCTETS if is_talking else min(RECEIVE_OCTETS, self._share()))
-            if connection.tls is Tls.READY and connection.sock.pending():       # type: ignore[attr-defined]
-                self.decrypted.add(connection)
-        except WANTS:
-            return
-        except OSError:
-            return self._drop(connection)
-        if not data:
-            connection.is_ended = True
-            return self._look(connection)
-        if connection.is_closing:
-            return                      # lingering: thrown away, so that our last reply is not lost to a reset
-        if not connection.is_greeted:
-            reply = Reply(521, "5.5.1", "%s You speak before the banner" % self.cfg.hostname)
-            connection.session.note_reject("PREGREET", reply, "")
-            return self._act(connection, connection.session.shut(reply))
-        actions = connection.session.receive(data)
-        if actions or connection.session.mode is not Mode.COMMAND:
-            connection.last = self.now.mono     # progress is a command or data, not one more octet of a line
-        self._act(connection, actions)
+    def _on_closed(self, client: Client) -> None:
+        self._discard(client)
+        self.clients.discard(client)
+        self.open -= 1
+        self.networks[client.network] -= 1
+        if not self.networks[client.network]:
+            del self.networks[client.network]
+        self.log.write("smtpd", "disconnect from %s" % client.session.peer, "debug")
 
-    def _act(self, connection: Connection, actions: List[Action]) -> None:
+    def shut(self, client: Client, reply: Reply) -> None:
+        """End a session from our side."""
+        if client in self.clients:
+            self._discard(client)
+            client.session.waiting = None
+            if client.stream.handshake is not None:
+                return client.stream.close()
+            self._act(client, client.session.shut(reply))
+
+    def _act(self, client: Client, actions: List[Action]) -> None:
         """Carry out what the session wants, in its order."""
-        todo = collections.deque(actions)
+        todo, out = collections.deque(actions), []
         while todo:
             action = todo.popleft()
             if isinstance(action, Send):
-                connection.out += action.data
+                out.append(action.data)
             elif isinstance(action, Body):
-                self._keep(connection, action)
+                self._keep(client, action)
             elif isinstance(action, Discard):
-                self._discard(connection)
+                self._discard(client)
             elif isinstance(action, Note):
                 self.log.write("smtpd", action.text)
             elif isinstance(action, Close):
-                connection.is_closing = True
-                connection.is_ended = connection.is_ended or action.at_once
+                self.clients.discard(client)
+                client.stream.send(b"".join(out))
+                return client.stream.finish(linger=not action.at_once)
             elif isinstance(action, Reverse):
-                self._reverse(connection, action.early)
+                client.stream.send(b"".join(out))
+                return self._reverse(client, action.early)
             else:
-                answer = self._ask(connection, action)
+                answer = self._ask(client, action)
                 if answer is not WAIT:
-                    todo.extendleft(reversed(connection.session.resume(answer)))
-        self._send(connection)
+                    todo.extendleft(reversed(client.session.resume(answer)))
+                elif action.what == "starttls":
+                    client.stream.out += b"".join(out)
+                    return client.stream.secure(lambda: self._context(client), lambda: self._on_tls(client))
+        if out:
+            client.stream.send(b"".join(out))
+        self._look(client)
 
-    def _send(self, connection: Connection) -> None:
-        if connection.out:
-            try:
-                sent = connection.sock.send(connection.out)
-                del connection.out[:sent]
-                if sent:
-                    connection.last = self.now.mono
-            except WANTS:
-                pass
-            except OSError:
-                return self._drop(connection)
-        self._look(connection)
+    def _look(self, client: Client) -> None:
+        """Read on, or wait for the disk or the client."""
+        session, draft, stream = client.session, client.draft, client.stream
+        if client.is_ended and session.waiting is None and client in self.clients:
+            return self._leave(client)
+        # Some hundreds of commands are carried out at a time, so that no flood of them holds others up
+        stream.piece = RECEIVE_OCTETS // 16 if session.mode is Mode.COMMAND else RECEIVE_OCTETS
+        unwritten = draft.asked + len(draft.pending) if draft is not None else 0
+        is_behind = len(stream.out) >= OUTPUT_MAX or len(session.buffer) >= RECEIVE_OCTETS
+        is_behind = is_behind or unwritten >= self._share()
+        if is_behind != stream.is_paused:
+            stream.pause(is_behind)
+        if len(stream.out) >= OUTPUT_MAX:
+            stream.on_sent = lambda: self._look(client)
 
-    def _look(self, connection: Connection) -> None:
-        """Close what is over, and tell the selector what else to look for."""
-        if connection not in self.connections or connection.tls is Tls.HANDSHAKE:
-            return
-        session = connection.session
-        if connection.tls is Tls.ASKED:         # nothing is read before the handshake
-            if connection.out:
-                return self._watch(connection, False, True)
-            return self._handshake(connection)
-        if not connection.out and session.waiting is None and (connection.is_ended or connection.is_closing):
-            if connection.tls is Tls.READY:
-                self._end_tls(connection)
-            if connection.is_ended:
-                return self._drop(connection)
-            try:
-                connection.sock.shutdown(socket.SHUT_WR)
-            except OSError:
-                return self._drop(connection)
-        draft = connection.draft
-        reading = not connection.is_ended and len(connection.out) < OUTPUT_MAX and len(session.buffer) < RECEIVE_OCTETS and (
-            draft is None or draft.pending < self._share())
-        self._watch(connection, reading, bool(connection.out))
+    def _context(self, client: Client) -> "ssl.SSLContext":
+        assert client.certificate is not None
+        client.certificate.renew(self.log)
+        return client.certificate.context
 
-    @staticmethod
-    def _end_tls(connection: Connection) -> None:
-        """Our close_notify is sent; theirs is not waited for."""
-        connection.tls = Tls.NONE
+    def _on_tls(self, client: Client) -> None:
+        sock = client.stream.sock
+        assert isinstance(sock, ssl.SSLSocket)
+        cipher = sock.cipher()
+        self._resume(client, (sock.version() or "TLS", cipher[0] if cipher else "unknown"))
+
+    def _reverse(self, client: Client, early: bytes) -> None:
+        """ATRN: the client is a server from now on, once it has our 250."""
+        session, stream, came = client.session, client.stream, bytearray(early)
+        self.clients.discard(client)
         try:
-            connection.sock.unwrap()    # type: ignore[attr-defined]
-        except (OSError, ValueError):
-            pass
+            host, port = parse_domain(session.helo), int(stream.sock.getpeername()[1])
+        except (ValueError, OSError):
+            host, port = session.address, 0
 
-    def _watch(self, connection: Connection, reading: bool, writing: bool) -> None:
-        """Have the selector look for this, and nothing else."""
-        if (reading, writing) == (connection.is_reading, connection.is_writing):
-            return
-        was = connection.is_reading or connection.is_writing
-        connection.is_reading, connection.is_writing = reading, writing
-        mask = selectors.EVENT_READ * reading | selectors.EVENT_WRITE * writing
-        handler = lambda mask: self._on_client(connection, mask)        # noqa: E731
-        if mask and was:
-            self.selector.modify(connection.sock, mask, handler)
-        elif mask:
-            self.selector.register(connection.sock, mask, handler)
-        else:
-            self.selector.unregister(connection.sock)
-
-    def _shut(self, connection: Connection, reply: Reply) -> None:
-        """End a session from our side."""
-        if not connection.is_closing:
-            self._discard(connection)
-            connection.session.waiting = None
-            self._act(connection, connection.session.shut(reply))
-
-    def _drop(self, connection: Connection) -> None:
-        if connection not in self.connections:
-            return
-        self.connections.discard(connection)
-        self.decrypted.discard(connection)
-        self._discard(connection)
-        self._watch(connection, False, False)
-        connection.sock.close()
-        self._uncount(connection)
-
-    def _uncount(self, connection: Connection) -> None:
-        if connection.network:
-            self.clients[connection.network] -= 1
-            if not self.clients[connection.network]:
-                del self.clients[connection.network]
-        self.log.write("smtpd", "disconnect from %s" % format_peer(connection.session.address), "debug")
-
-    def _reverse(self, connection: Connection, early: bytes) -> None:
-        """ATRN: the socket leaves the loop, with what is still to be said to it,
-        before a courier's thread gets it.  Nothing is left in a TLS layer: see _receive()."""
-        session = connection.session
-        self._watch(connection, False, False)
-        self.connections.discard(connection)
-        self.decrypted.discard(connection)
-        self.reversed.add(connection)
-        try:
-            port = int(connection.sock.getpeername()[1])
-        except OSError:
-            port = 0                    # gone already, as the courier will find
-        try:
-            host = parse_domain(session.helo)
-        except ValueError:
-            host = session.address
-        unsaid, connection.out = bytes(connection.out), bytearray()
-
-        def over() -> None:
-            self.reversed.discard(connection)
-            self._uncount(connection)
-        self.manager.turn_around(connection.collects, Hop(host, session.address, port), connection.sock, unsaid, early, over)
+        def turn() -> None:
+            self.queue.deliveries.turn_around(client.collects, Hop(host, session.address, port),
+                                              stream.detach(), bytes(came), stream.on_closed)
+        stream.on_data, stream.on_sent = came.extend, turn
+        stream.send(b"")
 
     # -- questions of a session
 
-    def _ask(self, connection: Connection, question: Ask) -> Any:
-        if question.what == "mail":
-            return self._may_mail(connection, question.value)
-        if question.what == "rcpt":
-            return self._may_rcpt(connection, question.value)
-        if question.what == "starttls":
-            connection.tls = Tls.ASKED
-            return WAIT
-        if question.what == "etrn":
-            session = connection.session
-            return answer_etrn(self.manager, question.value, session.address, session.name, session.username)
-        if question.what == "challenge":        # RFC 2195 2
-            return ("<%s.%d@%s>" % (secrets.token_hex(12), self.now.wall, self.cfg.hostname)).encode("ascii")
-        if question.what == "login":
-            return self._judge_login(connection, question.value)
-        if question.what == "atrn":
-            session = connection.session
-            reply, connection.collects = answer_atrn(self.manager, session.username, question.value, session.address,
-                                                     session.name, session.tls is not None)
+    def _ask(self, client: Client, question: Ask) -> Any:
+        session, what, value = client.session, question.what, question.value
+        if what == "mail":
+            return self._may_mail(client, value)
+        if what == "rcpt":
+            return self._may_rcpt(client, value)
+        if what == "etrn":
+            return answer_etrn(self.queue, value, session.address, session.name, session.username)
+        if what == "login":
+            return self._judge_login(client, value)
+        if what == "atrn":
+            reply, client.collects = answer_atrn(self.queue, session.username, value, session.address,
+                                                 session.name, session.tls is not None)
             return reply
-        return self._commit(connection, question.value)
+        return self._commit(client, value) if what == "commit" else WAIT
 
-    def _judge_login(self, connection: Connection, login: Login) -> Any:
+    def _judge_login(self, client: Client, login: Login) -> Any:
         """None when it is right.  A name that nobody has takes as long as a wrong password."""
-        session, password = connection.session, self.logins.get(login.username)
+        password = self.server.logins.get(login.username)
         try:
             is_right = login.is_right(secrets.token_hex(16) if password is None else password)
         except ValueError as error:
@@ -9975,328 +7637,193 @@ class Server:
             return Reply(454, "4.7.0", "Temporary authentication failure")
         if is_right and password is not None:
             return None
-
-        def refuse() -> None:
-            if session.waiting is not None and connection in self.connections and not connection.is_closing:
-                self._act(connection, session.resume(Reply(535, "5.7.8", "authentication failed")))
-        self.manager.later(LOGIN_FAILED_S, refuse)
+        reply = Reply(535, "5.7.8", "authentication failed")
+        self.loop.later(LOGIN_FAILED_S, lambda: self._resume(client, reply))
         return WAIT
 
-    def _may_mail(self, connection: Connection, transaction: Transaction) -> Optional[Reply]:
-        if self.stopping is not None:
-            return self._going()
+    def _may_mail(self, client: Client, transaction: Transaction) -> Any:
+        left = client.since + NAME_WAIT_S - self.loop.now.mono
+        if client.is_named or left <= 0:
+            return self._judge_mail(client, transaction)
+
+        def give_up() -> None:
+            if not client.is_named:
+                self._on_name(client, "unknown")
+        client.unnamed = transaction    # its client's name will stand in our Received field
+        self.loop.later(left, give_up)
+        return WAIT
+
+    def _judge_mail(self, client: Client, transaction: Transaction) -> Optional[Reply]:
         most = self.cfg.max_message_rate
-        if most and connection.network and self.rate.is_over(connection.network, most, self.now):
+        if self.server.stopping is not None:
+            return self.server.going()
+        if most and client.network and self.rate.is_over(client.network, most, self.loop.now):
             return Reply(450, "4.7.1", "Too many messages a minute from your address")
-        if self.spool.sick:
+        if self.queue.spool.sick:
             return disk_reply(None)
-        if self.manager.free_space() < self.cfg.min_free_space + transaction.size:
+        if self.server.free() < self.cfg.min_free_space + transaction.size:
             return Reply(452, "4.3.1", "Insufficient system storage")
         return None
 
-    def _may_rcpt(self, connection: Connection, recipient: Recipient) -> Any:
+    def _may_rcpt(self, client: Client, recipient: Recipient) -> Any:
         """None, a refusal, or WAIT while the primary is asked."""
-        session, address, domain = connection.session, recipient.address, recipient.path.domain
-        assert session.transaction is not None
-        site = self.manager.scheduler.site(domain, self.now)
-        cfg = site.cfg
-        if self._is_full(domain, session.transaction.size):
-            return queue_full(domain)
-        is_postmaster = recipient.path.local.lower() == "postmaster"
-        known: Optional[bool] = True
-        if isinstance(cfg.recipients, frozenset) or cfg.recipients.startswith("file:"):
-            if isinstance(cfg.recipients, str):
-                known = address.lower() in self.recipient_files[cfg.recipients[5:]].addresses
-            else:
-                known = address.lower() in cfg.recipients
-        elif cfg.recipients == "verify":
-            known = self.manager.memory.knows(address, self.now.wall)
-        if is_postmaster:
+        transaction, address, now = client.session.transaction, recipient.address, self.loop.now
+        assert transaction is not None
+        one = self.queue.destinations.get(recipient.path.domain, now)
+        if exceeds_queue(one, transaction.size):
+            return queue_full(one.name)
+        if one.size_limit and transaction.size > one.size_limit - RECEIVED_OCTETS:
+            return too_big(one.size_limit - RECEIVED_OCTETS)
+        if recipient.path.local.lower() == "postmaster":
             return None                 # RFC 5321 4.5.1
-        if known is False:
-            return no_such_user(address)
-        must_ask = known is None or (cfg.while_up == "defer" and not site.is_known_up(self.now))
-        if not must_ask or not site.may_ask(self.now):
-            return self._judge_rcpt(session, site, address, known)
+        known = self._is_known(one, recipient)
+        must_ask = known is None or (
+            known is True and one.cfg.while_up == "defer" and not one.is_known_up(now))
+        if not must_ask or not one.may_ask(now):
+            return self._judge_rcpt(client, one, address, known)
 
         def on_word(word: str, text: str) -> None:
-            if session.waiting is not None and connection in self.connections and not connection.is_closing:
-                verdict = known if known is not None else {"good": True, "bad": False}.get(word)
-                self._act(connection, session.resume(self._judge_rcpt(session, site, address, verdict, text)))
-        self.manager.ask(site, address if known is None else "", on_word)
+            words: Dict[str, Union[bool, str]] = {"good": True, "bad": False, "doubted": "doubted"}
+            verdict = words.get(word) if known is None else known
+            if client.session.transaction is transaction:
+                self._resume(client, self._judge_rcpt(client, one, address, verdict, text))
+        self.queue.deliveries.ask(one, address if known is None else "", on_word)
         return WAIT
 
-    def _is_full(self, domain: str, octets: int) -> bool:
-        site = self.manager.scheduler.site(domain, self.now)
-        return site.cfg.max_queue_size is not None and site.octets + octets > site.cfg.max_queue_size
+    def _is_known(self, one: Destination, recipient: Recipient) -> Union[bool, str, None]:
+        """By list or memory.  None: the primary is to be asked; "doubted": its word is not believed now."""
+        listed, now = one.cfg.recipients, self.loop.now.wall
+        if listed == "any":
+            return True
+        if listed == "verify":
+            known = self.queue.recipients.knows(recipient.address, now)
+            return "doubted" if known is False and self.queue.recipients.is_doubted(one.name, now) else known
+        if isinstance(listed, str):
+            listed = self.server.recipient_files[listed[5:]].addresses
+        return is_listed(recipient.path, listed) if listed else "doubted"
 
-    def _judge_rcpt(self, session: Session, site: Site, address: str, known: Optional[bool], text: str = "") -> Optional[Reply]:
+    def _judge_rcpt(self, client: Client, one: Destination, address: str, known: Union[bool, str, None],
+                    text: str = "") -> Optional[Reply]:
         """With all there is to know: None in `known` means that nobody can say now."""
+        transaction = client.session.transaction
+        assert transaction is not None
         if known is False:
             return no_such_user(address, text)
-        if known is None and site.cfg.unknown_recipients == "defer":
+        if known == "doubted" or (known is None and one.cfg.unknown_recipients == "defer"):
             return Reply(450, "4.1.1", "<%s>: Recipient cannot be verified now" % address)
-        if site.cfg.while_up == "defer" and site.is_known_up(self.now):
-            assert session.transaction is not None
-            if not self.persistence.is_taken(session.address, session.transaction.sender, address, self.now.wall):
-                return Reply(450, "4.3.2", "<%s>: The primary mail server is up, use that" % address)
+        if one.cfg.while_up == "defer" and one.is_known_up(self.loop.now) and not self.greylist.is_taken(
+                client.session.address, transaction.sender, address, self.loop.now):
+            return Reply(450, "4.3.2", "<%s>: The primary mail server is up, use that" % address)
         return None
 
     # -- the message on its way to the spool
 
-    def _draft(self, connection: Connection, transaction: Transaction) -> Draft:
-        if connection.draft is None:
-            session = connection.session
-            id = self.manager.ids.new()
-            connection.draft = Draft(id, format_received(session, transaction, id, self.now.wall))
-            self.log.write("smtpd", "%s: client=%s" % (id, format_peer(session.address, session.name)))
-        return connection.draft
+    def _draft(self, client: Client, transaction: Transaction) -> Draft:
+        if client.draft is None:
+            id = self.queue.ids.new()
+            wall, recipients = self.loop.now.wall, transaction.recipients
+            head = format_received(client.session, transaction, id, wall, recipients)
+            client.draft = Draft(id, bytearray(head), len(head))
+            self.log.write("smtpd", "%s: client=%s" % (id, client.session.peer))
+        return client.draft
 
-    def _keep(self, connection: Connection, body: Body) -> None:
-        draft = self._draft(connection, body.transaction)
-        if draft.error is None:
-            draft.blocks.append(body.data)
-            draft.pending += len(body.data)
-            self._spill(connection, draft)
+    def _keep(self, client: Client, body: Body) -> None:
+        draft = self._draft(client, body.transaction)
+        draft.pending += body.data
+        draft.size += len(body.data)
+        if len(draft.pending) >= min(SPILL_OCTETS, self._share()):
+            data = bytes(draft.pending)
+            draft.asked += len(data)
+            draft.pending.clear()
+
+            def written(_: Any) -> None:        # an error is the commit's to tell
+                draft.asked -= len(data)
+                if client.draft is draft and client in self.clients:
+                    self._look(client)
+            self.queue.spool.ask(written, "append", draft.id, data)
 
     def _share(self) -> int:
         """Octets of a body that one client may have in memory."""
-        return max(UNWRITTEN_LEAST, min(UNWRITTEN_MAX, UNWRITTEN_TOTAL // max(1, len(self.connections))))
+        return max(UNWRITTEN_LEAST, min(UNWRITTEN_MAX, UNWRITTEN_TOTAL // max(1, len(self.clients))))
 
-    def _spill(self, connection: Connection, draft: Draft) -> None:
-        """Hand a large part of a body to a committer, one part at a time."""
-        if draft.pending < min(SPILL_OCTETS, self._share()) or draft.busy:
-            return
-        blocks = draft.take()
-        draft.busy = True
+    def _discard(self, client: Client) -> None:
+        draft, client.draft = client.draft, None
+        if draft is not None and not draft.is_whole:
+            self.queue.spool.ask(lambda _: None, "discard", draft.id)
 
-        def written(result: Any) -> None:
-            draft.busy = False
-            if isinstance(result, Exception) and draft.error is None:
-                draft.error = OSError(errno.EIO, str(result))
-            if connection.draft is not draft:
-                return self._burn(draft)
-            if draft.error is not None:
-                draft.take()
-            if connection.commit is not None:
-                transaction, connection.commit = connection.commit, None
-                self._submit(connection, draft, transaction)
-            else:
-                self._spill(connection, draft)
-            self._look(connection)
-        self.manager.committers.submit(Task(lambda spool: spool.append(draft, blocks)), written)
+    def _commit(self, client: Client, transaction: Transaction) -> Any:
+        """The end of the data is here: 250 waits until all of it is on stable storage, a pair for each
+        domain."""
+        session, now = client.session, self.loop.now
+        domains: Dict[str, Dict[str, Recipient]] = {}
+        for recipient in transaction.recipients:        # a recipient named twice gets it once
+            domains.setdefault(recipient.path.domain, {}).setdefault(recipient.address, recipient)
+        ones = [self.queue.destinations.get(domain, now) for domain in domains]
+        draft, limit = self._draft(client, transaction), max(one.size_limit or INF for one in ones)
+        full = [one.name for one in ones if exceeds_queue(one, transaction.octets)]
+        if full or draft.size > limit:          # SIZE was not declared, or too small
+            self._discard(client)
+            return queue_full(full[0]) if full else too_big(int(limit) - RECEIVED_OCTETS)
+        came_from = {name: getattr(session, name) for name in ("address", "helo", "tls", "name")}
+        sidecars: List[Dict[str, Any]] = []
+        for domain, people in domains.items():
+            id = self.queue.ids.new() if sidecars else draft.id
+            lifetime = self.queue.destinations.config_of(domain).lifetime
+            sidecars.append(make_sidecar(
+                id, "mail", domain, transaction.sender,
+                [(one.address, one.notify, one.orcpt) for one in people.values()], now.wall,
+                now.wall + lifetime, came_from, transaction.body, transaction.smtputf8,
+                transaction.ret, transaction.envid))
+        data, draft.is_whole = bytes(draft.pending), True
+        draft.pending.clear()
 
-    def _discard(self, connection: Connection) -> None:
-        draft, connection.draft, connection.commit = connection.draft, None, None
-        if draft is not None and not draft.busy:
-            self._burn(draft)
-
-    def _burn(self, draft: Draft) -> None:
-        if draft.fd >= 0:
-            self.manager.committers.submit(Task(lambda spool: spool.discard(draft)), lambda result: None)
-
-    def _commit(self, connection: Connection, transaction: Transaction) -> Any:
-        for domain in {one.path.domain for one in transaction.recipients}:
-            if self._is_full(domain, transaction.octets):       # SIZE was not declared, or too small
-                self._discard(connection)
-                return queue_full(domain)
-        draft = self._draft(connection, transaction)
-        draft.ended = self.now.mono
-        if draft.busy:
-            connection.commit = transaction
-        else:
-            self._submit(connection, draft, transaction)
+        def committed(error: Any) -> None:
+            with self._guard(client):
+                self._on_committed(client, draft, sidecars, error)
+        self.queue.spool.ask(committed, "commit", draft.id, data, sidecars)
         return WAIT
 
-    def _submit(self, connection: Connection, draft: Draft, transaction: Transaction) -> None:
-        """The end of the data is here: 250 waits until all of it is on stable storage."""
-        session = connection.session
-        recipients: Dict[str, Tuple[str, str, str, str, Time]] = {}
-        for one in transaction.recipients:      # a recipient named twice gets it once
-            expires = self.now.wall + self.manager.scheduler.config_of(one.path.domain).lifetime
-            recipients.setdefault(one.address, (one.address, one.path.domain, one.notify, one.orcpt, expires))
-        sidecar = make_sidecar(
-            draft.id, "mail", transaction.sender, recipients.values(), self.now.wall,
-            {"address": session.address, "helo": session.helo, "tls": session.tls},
-            transaction.body, transaction.smtputf8, transaction.ret, transaction.envid)
-        draft.busy = True
-
-        def committed(error: Optional[Exception]) -> None:
-            if error is None:
-                self.manager.accept(sidecar, is_undecided=True)
-                return self.manager.cut_through(sidecar, answer)
-            self.log.write("smtpd", "%s: cannot be kept: %s" % (draft.id, printable(str(error))), "error")
-            answer(disk_reply(error if isinstance(error, OSError) else None))
-
+    def _on_committed(self, client: Client, draft: Draft, sidecars: List[Dict[str, Any]], error: Any) -> None:
         def answer(refusal: Optional[Reply]) -> None:
-            if refusal is None:
-                self.acceptance.observe(self.now.mono - draft.ended)
-            if connection.draft is draft:       # else the client has left; the message is queued all the same
-                connection.draft = None
-                connection.last = self.now.mono
-                self._act(connection, session.resume(refusal or Reply(250, "2.0.0", "Ok: queued as %s" % draft.id)))
-        self.manager.commit(draft, draft.take(), sidecar, committed)
+            if client.draft is draft:           # else the client has left; the message is queued all the same
+                client.draft = None
+                self._resume(client, refusal or Reply(250, "2.0.0", "Ok: queued as %s" % draft.id))
+        if error is not None:
+            self.log.write("smtpd", "%s: cannot be kept: %s" % (draft.id, printable(str(error))), "error")
+            return answer(disk_reply(error if isinstance(error, OSError) else None))
+        for sidecar in sidecars[1:]:
+            self.log.write("smtpd", "%s: client=%s" % (sidecar["id"], client.session.peer))
+        is_single = len(sidecars) == 1
+        taken = [self.queue.accept(sidecar, draft.size, is_single) for sidecar in sidecars]
+        if is_single:
+            return self.queue.cut_through(taken[0], draft.id, answer)
+        answer(None)
 
     # -- once a second
 
-    def _sweep(self) -> None:
-        self._check_spool()
-        self._check_recipients()
-        if self.started is not None:
-            self._note_history()
-            if self.history.is_dirty and self.now.mono >= self.next_history:
-                self._save_history()
-        self._renew_certificate(self.certificate)
-        limit = self.cfg.command_timeout
-        if self.crowd > self.most * STRESS_SHARE:
+    def sweep(self) -> None:
+        limit, now = self.cfg.command_timeout, self.loop.now.mono
+        if self.open > self.server.most * STRESS_SHARE:
             limit = min(limit, STRESS_TIMEOUT_S)
-        for connection in list(self.connections):
-            session = connection.session
-            idle = self.now.mono - connection.last
-            if connection.is_closing:
-                if idle > LINGER_S:
-                    self._drop(connection)
-                continue
+        for client in list(self.clients):
+            session, stream = client.session, client.stream
+            idle = now - max(client.last, stream.moved if stream.out else 0.0)
             in_data = session.mode in (Mode.DATA, Mode.CHUNK)
-            if not in_data:
-                connection.data_since = 0.0
-            elif not connection.data_since:
-                connection.data_since = self.now.mono
-            if connection.tls in (Tls.ASKED, Tls.HANDSHAKE):
+            client.data_since = (client.data_since or now) if in_data else 0.0
+            if stream.handshake is not None:
                 if idle > min(limit, HANDSHAKE_S):
-                    self._drop(connection)
-                continue
-            if session.waiting is not None:
-                continue                # it is our turn
-            came = session.transaction.received if session.transaction is not None else 0
-            took = self.now.mono - connection.data_since if connection.data_since else 0.0
-            slow = took > limit and came < took * DATA_RATE_MIN
-            if idle > limit or slow:
-                self.log.write("smtpd", "timeout after %s from %s" % (
-                    "DATA" if in_data else session.stage.name, format_peer(session.address, session.name)))
-                self._shut(connection, Reply(421, "4.4.2", "%s Error: timeout exceeded" % self.cfg.hostname))
-
-    def _check_spool(self) -> None:
-        """A sick spool is tried with a probe file until it is well."""
-        if bool(self.spool.sick) != self.is_sick:
-            self.is_sick = bool(self.spool.sick)
-            if self.is_sick:
-                self.log.write("master", "the spool is sick: %s; no new mail is taken, delivery goes on" % self.spool.sick,
-                               "error")
-            else:
-                self.log.write("master", "the spool is well again")
-        if not self.is_sick or self.is_healing:
-            return
-        self.is_healing = True
-
-        def healed(result: Any) -> None:
-            def again() -> None:
-                self.is_healing = False
-            self.manager.later(RETRY_DISK_S if result is not True else 0.0, again)
-        self.manager.committers.submit(Task(lambda spool: spool.heal()), healed)
-
-    # -- commands
-
-    def _on_control(self, mask: int) -> None:
-        assert self.control is not None
-        try:
-            sock, _ = self.control.accept()
-        except OSError as error:
-            if error.errno in ACCEPT_ERRORS:
-                if self.reserve < 0:
-                    self._listen_later(self.control)
-                else:                   # for whoever finds out why, rather than for one more client
-                    os.close(self.reserve)
-                    self.reserve = -1
-            return
-        sock.setblocking(False)
-        controller = Controller(sock)
-        self.controllers.add(controller)
-        self.selector.register(sock, selectors.EVENT_READ, lambda mask: self._on_controller(controller, mask))
-
-    def _on_controller(self, controller: Controller, mask: int) -> None:
-        if mask & selectors.EVENT_WRITE:
-            return self._answer(controller)
-        try:
-            data = controller.sock.recv(4096)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            data = b""
-        controller.data += data
-        if not data or len(controller.data) > 65536:
-            return self._end_controller(controller)
-        if controller.answers is None and b"\n" in controller.data:
-            try:
-                request = json.loads(controller.data)
-                controller.answers = self.command(request if isinstance(request, dict) else {})
-            except (ValueError, RecursionError):
-                return self._end_controller(controller)
-            self._answer(controller)
-
-    def command(self, request: Mapping[str, Any]) -> Answers:
-        return run_command(self.manager, request, self.crowd, self.started)
-
-    def _answer(self, controller: Controller) -> None:
-        """Let a command go on as far as it can, and send what it says."""
-        is_waiting = False
-        while controller.answers is not None and len(controller.out) < OUTPUT_MAX and not is_waiting:
-            answer = next(controller.answers, {})
-            is_waiting = answer is None
-            if answer:
-                controller.out += json.dumps(answer, separators=(",", ":")).encode("ascii") + b"\n"
-            if answer is not None and (not answer or "exit" in answer):
-                controller.answers = None
-        try:
-            if controller.out:
-                del controller.out[:controller.sock.send(controller.out)]
-        except (BlockingIOError, InterruptedError):
-            pass
-        except OSError:
-            return self._end_controller(controller)
-        if controller.answers is None and not controller.out:
-            return self._end_controller(controller)
-        goes_on = bool(controller.out) or not is_waiting        # as soon as the client has room for it
-        self.selector.modify(controller.sock, selectors.EVENT_READ | selectors.EVENT_WRITE * goes_on,
-                             lambda mask: self._on_controller(controller, mask))
-
-    def _end_controller(self, controller: Controller) -> None:
-        if controller in self.controllers:
-            self.controllers.discard(controller)
-            self.selector.unregister(controller.sock)
-            controller.sock.close()
-            if controller.answers is not None:
-                controller.answers.close()      # type: ignore[attr-defined]
-
-    # -- without a running relay
-
-    def run_offline(self, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
-        """A command on a spool that no relay holds; the caller has its lock.
-        Connections are made for --flush alone, to the sites it means."""
-        flushed = self.manager.is_offline = request.get("command") == "flush"
-        self.manager.load_state()
-        self.manager.load()
-        self.manager.may_connect = lambda site: flushed and bool(self.manager.watches) and any(
-            site.name == name for watch in self.manager.watches for name, _ in watch.left)
-        answers = self.command(request)
-        last: Dict[str, Any] = {}
-        while "exit" not in last:
-            answer = next(answers)
-            if answer is not None:
-                last = answer
-                yield answer
-            else:
-                self._turn(min(self._pause(), COMMAND_POLL_S))
-        if flushed:
-            self.manager.keep_attempts()
-        self.manager.stop()
-        end = self.now.mono + STOP_S
-        while (self.manager.couriers or self.manager.chains) and self.now.mono < end:
-            self._turn(COMMAND_POLL_S)
-        self._close()
+                    stream.close()
+            elif session.waiting is None:       # else it is our turn
+                came = session.transaction.received if session.transaction is not None else 0
+                took = now - client.data_since if in_data else 0.0
+                if idle > limit or (took > limit and came < took * DATA_RATE_MIN):
+                    self.log.write("smtpd", "timeout after %s from %s" % (
+                        "DATA" if in_data else session.stage.name, session.peer))
+                    self.shut(client, Reply(421, "4.4.2", "%s Error: timeout exceeded" % self.cfg.hostname))
 
 
-WAIT = object()                 # the answer to a question comes later
+def exceeds_queue(one: Destination, octets: int) -> bool:
+    return one.cfg.max_queue_size is not None and one.octets + octets > one.cfg.max_queue_size
 
 
 def queue_full(domain: str) -> Reply:
@@ -10307,6 +7834,514 @@ def no_such_user(address: str, text: str = "") -> Reply:
     """`text`: the primary's own words, when it was asked just now."""
     return Reply(550, "5.1.1", "<%s>: Recipient address rejected: User unknown%s" % (
         address, " (%s)" % printable(text, REPLY_PART_MAX) if text else ""))
+
+
+class HttpServer:
+    """The status page: one request, one answer, close.  GET and HEAD alone; the token for all but
+    /healthz, which monitors ask and which tells no more than what is wrong.  Who comes when many do
+    waits in the backlog."""
+
+    def __init__(self, server: "Server", where: Endpoint) -> None:
+        """Raises OSError."""
+        self.server, self.where = server, where
+        self.listener = Listener(server.loop, bind(where, LISTEN_BACKLOG), self._welcome, server.log)
+        self.open = 0
+        self.texts: Dict[str, Tuple[float, str]] = {}       # path: (monotonic, as last made)
+        self.makers: Dict[str, Tuple[Callable[[Facts], str], str]] = {
+            "/": (format_page, "text/html"), "/metrics": (format_metrics, "text/plain; version=0.0.4"),
+            "/status.json": (lambda facts: json.dumps(public_status(facts.status), indent=1) + "\n",
+                             "application/json"),
+            "/healthz": (lambda facts: "\n".join(find_ills(facts) or ["ok"]) + "\n", "text/plain")}
+
+    def _welcome(self, sock: socket.socket, address: str) -> None:
+        request = bytearray()
+
+        def on_data(data: bytes) -> None:
+            request.extend(data)
+            if b"\r\n\r\n" in request or b"\n\n" in request or len(request) > PAGE_REQUEST_MAX:
+                stream.on_data = lambda data: None
+                stream.send(self._answer(bytes(request), address))
+                stream.finish()
+
+        def on_closed() -> None:
+            self.open -= 1
+            self.listener.watch()
+        stream = Stream(self.server.loop, sock, on_data, lambda why: stream.close())
+        stream.on_closed = on_closed
+        self.open += 1
+        if self.open >= PAGE_CONNECTIONS:
+            self.listener.rest()
+        self.server.loop.later(PAGE_TOTAL_S, stream.close)
+
+    def _answer(self, request: bytes, address: str) -> bytes:
+        head, *lines = request.decode("latin-1").splitlines() or [""]
+        words = head.split()
+        if len(request) > PAGE_REQUEST_MAX:
+            return format_http(431, "The request is too long.\n")
+        if len(words) != 3 or not words[2].startswith("HTTP/"):
+            return format_http(400, "The request is not understood.\n")
+        method, target, version = words
+        path = target.partition("?")[0]
+        if not version.startswith("HTTP/1."):       # RFC 9110 2.5
+            return format_http(505, "HTTP/1.1 is spoken here.\n")
+        if method not in ("GET", "HEAD"):
+            return format_http(405, "Nothing can be changed here.\n", extra=["Allow: GET, HEAD"])
+        given = next((line[14:].strip() for line in lines if line.lower().startswith("authorization:")), "")
+        if path != "/healthz" and not self._is_allowed(given):
+            if given:                   # without one it is a browser that does not know yet
+                self.server.log.write("http", "refused: %s %s from %s: 401 wrong token" % (
+                    method, printable(target, 100), format_peer(address)))
+            return format_http(401, "A token is needed.\n",
+                               extra=['WWW-Authenticate: Basic realm="etrn_relay", charset="UTF-8"'])
+        if path not in self.makers:
+            return format_http(404, "There is /, /metrics, /healthz and /status.json.\n")
+        make, kind = self.makers[path]
+        made, text = self.texts.get(path, (-INF, ""))
+        if self.server.loop.now.mono - made >= PAGE_FRESH_S:        # made once, however many ask
+            text = make(self.server.facts())
+            self.texts[path] = (self.server.loop.now.mono, text)
+        code = 503 if path == "/healthz" and text != "ok\n" else 200
+        return format_http(code, text, kind, page_policy() if path == "/" else PAGE_POLICY,
+                           is_head=method == "HEAD")
+
+    def _is_allowed(self, given: str) -> bool:
+        """The token as bearer, RFC 6750 2.1, or as basic-auth password of any user, RFC 7617."""
+        token = self.server.cfg.status_token.encode("utf-8")
+        scheme, _, value = given.partition(" ")
+        data = value.strip().encode("latin-1") if scheme.lower() in ("basic", "bearer") else b""
+        if scheme.lower() == "basic":
+            try:
+                data = base64.b64decode(data, validate=True).partition(b":")[2]
+            except ValueError:
+                data = b""
+        return not token or hmac.compare_digest(data, token)
+
+
+def format_http(code: int, text: str, kind: str = "text/plain", policy: str = PAGE_POLICY,
+                extra: Sequence[str] = (), is_head: bool = False) -> bytes:
+    body = text.encode("utf-8", "backslashreplace")
+    lines = ["HTTP/1.0 %d %s" % (code, http.client.responses[code]),
+             "Content-Type: %s; charset=utf-8" % kind, "Content-Length: %d" % len(body),
+             "Content-Security-Policy: %s" % policy, "Cache-Control: no-store",
+             "X-Content-Type-Options: nosniff", "X-Frame-Options: DENY", "Referrer-Policy: no-referrer",
+             "Connection: close", *extra]
+    return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + (b"" if is_head else body)
+
+
+class ControlServer:
+    """The socket that commands come through; only the spool's owner may connect."""
+
+    def __init__(self, server: "Server") -> None:
+        self.server = server
+        self.listener: Optional[Listener] = None
+        self.problem = ""               # told once
+
+    def open(self) -> None:
+        """Also again, when somebody has deleted the file."""
+        spool, problem = self.server.spool, ""
+        path = short_path(os.path.join(spool.path, "control"), spool.root)
+        if self.listener is not None and os.path.exists(path):
+            return
+        self.close()
+        sock, mask = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), os.umask(0o177)
+        try:
+            if not os.path.samestat(os.stat(spool.path), os.fstat(spool.root)):
+                raise OSError(errno.ESTALE, "another directory is at the spool's path")
+            spool.remove_control()
+            sock.bind(path)
+            sock.listen(16)
+            sock.setblocking(False)
+            self.listener = Listener(self.server.loop, sock, self._welcome, self.server.log)
+        except OSError as error:
+            sock.close()
+            problem = "no control socket, commands will not work: %s" % printable(str(error))
+        os.umask(mask)
+        if problem and problem != self.problem:
+            self.server.log.write("master", problem, "warning")
+        self.problem = problem
+
+    def close(self) -> None:
+        if self.listener is not None:
+            self.listener.close()
+            self.listener = None
+            self.server.spool.remove_control()
+
+    def _welcome(self, sock: socket.socket, _: str) -> None:
+        data = bytearray()
+        answers: Optional[Answers] = None
+
+        def on_data(more: bytes) -> None:
+            nonlocal answers
+            data.extend(more)
+            if answers is None and b"\n" in data:
+                try:
+                    request = json.loads(data)
+                    answers = self.server.command(request if isinstance(request, dict) else {})
+                except (ValueError, RecursionError):
+                    return stream.close()
+                go_on()
+            elif len(data) > 65536:
+                stream.close()
+
+        def go_on() -> None:
+            """As far as the command can go now, and its reader keeps up."""
+            while answers is not None and not stream.is_closing:
+                try:
+                    answer = next(answers)
+                except Exception as error:
+                    self.server.log.bug(error)
+                    return stream.close()       # its command says so, and does not wait for ever
+                if answer is None:
+                    return self.server.loop.later(COMMAND_POLL_S, go_on)
+                stream.send(json.dumps(answer, separators=(",", ":")).encode("ascii") + b"\n")
+                if "exit" in answer:
+                    return stream.finish()
+                if len(stream.out) >= OUTPUT_MAX:
+                    stream.on_sent = go_on
+                    return
+        stream = Stream(self.server.loop, sock, on_data, lambda why: stream.close())
+        stream.on_closed = lambda: answers.close() if answers is not None else None
+
+
+class Server:
+    """The relay.  run() serves until stop(); a command where no relay runs uses the same without
+    listeners."""
+
+    def __init__(self, cfg: Config, spool: Spool, log: Log) -> None:
+        self.cfg, self.spool, self.log = cfg, spool, log
+        self.loop = Loop(log.bug)
+        self.queue = Queue(cfg, SpoolThreads(spool, self.loop), self.loop, log)
+        self.resolver = Resolver(cfg.nameservers)
+        self.certificate: Optional[Certificate] = None
+        self.door = Door(cfg)
+        self.smtp = SmtpServer(self)
+        self.control = ControlServer(self)
+        self.http: Optional[HttpServer] = None
+        self.listeners: Dict[Tuple[bool, Endpoint], Listener] = {}      # (for ATRN, as configured)
+        self.supervisor = Supervisor({})
+        self.started: Optional[float] = None            # monotonic
+        self.started_at = self.loop.now.wall
+        self.stopping: Optional[float] = None           # monotonic, when told to stop
+        self.most = cfg.max_connections
+        self.recipient_files: Dict[str, RecipientFile] = {}
+        self.logins: Dict[str, str] = {}                # username: password
+        self.history = History()
+        self.is_sick = False                            # as the log was told of the spool
+        self.free_octets, self.free_until = 0, -INF
+
+    # -- opening
+
+    def listen(self) -> None:
+        """Bind what the configuration names, all or nothing; close what it does not name any more.  A
+        machine without IPv6 serves the default addresses all the same.  Raises OSError with the address
+        in it."""
+        wanted = [(False, where) for where in self.cfg.listen]
+        wanted += [(True, where) for where in self.cfg.odmr_listen]
+        with contextlib.ExitStack() as stack:
+            fresh: List[Tuple[Tuple[bool, Endpoint], socket.socket]] = []
+            for key in wanted:
+                is_odmr, where = key
+                try:
+                    if key not in self.listeners:
+                        fresh.append((key, stack.enter_context(bind(where, LISTEN_BACKLOG))))
+                except OSError as error:
+                    is_spare = where.host == "::" and (is_odmr, where._replace(host="0.0.0.0")) in wanted
+                    if not is_spare or error.errno == errno.EADDRINUSE:
+                        raise
+                    self.log.write("master", "no IPv6 here: %s" % error.strerror, "warning")
+            stack.pop_all()
+        for key in [key for key in self.listeners if key not in wanted]:
+            self.listeners.pop(key).close()
+        for key, sock in fresh:
+            welcome = functools.partial(self.smtp.welcome, is_odmr=key[0])
+            self.listeners[key] = Listener(self.loop, sock, welcome, self.log)
+        self.queue.listeners = tuple(one.endpoint for one in self.listeners.values())
+
+    def open_page(self) -> None:
+        """Raises OSError, and then an old page stays in use."""
+        where, old = self.cfg.status_listen, self.http
+        if where != (old.where if old is not None else None):
+            self.http = HttpServer(self, where) if where is not None else None
+            if old is not None:
+                old.listener.close()
+            if self.http is not None:
+                self.log.write("master", "status page on http://%s/" % str(self.http.listener.endpoint))
+
+    def read_files(self, cfg: Config) -> Tuple[Dict[str, RecipientFile], Dict[str, str]]:
+        """Lists of recipients, and who may authenticate.  Raises OSError."""
+        known = {path: file.addresses for path, file in self.recipient_files.items()}
+        files = {path: RecipientFile(path, known.get(path, frozenset())) for path in recipient_paths(cfg)}
+        logins = {one.username: read_secret(one.password) for one in cfg.domains.values() if one.username}
+        for username, password in logins.items():
+            if not password:
+                raise OSError(0, "username = %s: the password is empty" % printable(username))
+        read_secret(cfg.bounces_password)       # at each login, too; a wrong path is said now
+        for file in files.values():
+            if file.level == "warning":
+                self.log.write("master", file.remark, file.level)
+        return files, logins
+
+    def load_certificate(self, cfg: Config) -> Optional[Certificate]:
+        """Raises OSError when it is configured but of no use."""
+        if cfg.tls_certificate and ssl is None:
+            self.log.write("master", "this Python has no ssl module: STARTTLS is not offered", "warning")
+        elif cfg.tls_certificate:
+            try:
+                return Certificate(cfg.tls_certificate, cfg.tls_key)
+            except (OSError, ValueError) as error:
+                raise OSError(0, "certificate %s: %s" % (cfg.tls_certificate, error)) from None
+        return None
+
+    def set_certificate(self, certificate: Optional[Certificate]) -> None:
+        self.certificate, self.door.has_tls = certificate, certificate is not None
+
+    def reserve_files(self) -> None:
+        """As many descriptors as we may have."""
+        reserved = RESERVED_FILES + OUTBOUND_MAX + (PAGE_CONNECTIONS if self.http is not None else 0)
+        self.most = self.cfg.max_connections
+        with contextlib.suppress(OSError, ValueError):
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            # Each client may have a body and a sidecar open
+            wanted = 3 * self.cfg.max_connections + reserved
+            if soft < wanted:
+                soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            self.most = min(self.cfg.max_connections, max(10, soft - reserved))
+
+    # -- running
+
+    def start(self) -> None:
+        """Take up what the spool knows.  Also for a command's own run."""
+        self.queue.corrupt = self.spool.count_corrupt()
+        self.queue.state.load(self.spool.load_state("state.json"), self.spool.load_state("recipients.json"))
+        self.loop.later(SWEEP_S, self._sweep)
+
+    def run(self) -> None:
+        """Serve until told to stop.  listen() came before."""
+        self.started, self.queue.is_serving = self.loop.now.mono, True
+        self.reserve_files()
+        self.control.open()
+        self.history.from_values(self.spool.load_state("history.json"))
+        self.start()
+        self.loop.later(STATE_SAVE_S, self._save_state)
+        self.loop.later(HISTORY_SAVE_S, self._save_history)
+        self.queue.loader.load()
+        smtp, odmr = (" ".join(str(one.endpoint) for key, one in self.listeners.items() if key[0] is is_odmr)
+                      for is_odmr in (False, True))
+        self.log.write("master", "started: version %s, process %d, listening on %s%s, spool %s" % (
+            __version__, os.getpid(), smtp, ", ODMR on " + odmr if odmr else "", printable(self.spool.path)))
+        self.log.flush()
+        self.supervisor.tell("READY=1", "STATUS=" + self._say_state(), wait_s=NOTIFY_S)
+        if self.supervisor.interval_s:
+            self._ping()
+        while not self._is_over():
+            self.loop.turn()
+            self.log.flush()
+        self.close()
+
+    def _say_state(self) -> str:
+        return "%d messages waiting, %d connections" % (self.queue.destinations.sums()[0], self.smtp.open)
+
+    def _ping(self) -> None:
+        """From the loop: when that hangs, the manager hears nothing and starts us anew."""
+        self.supervisor.tell("WATCHDOG=1", "STATUS=" + self._say_state())
+        self.loop.later(self.supervisor.interval_s, self._ping)
+
+    def free(self) -> int:
+        if self.loop.now.mono >= self.free_until:
+            self.free_octets, self.free_until = self.spool.free(), self.loop.now.mono + SPACE_CHECK_S
+        return self.free_octets
+
+    def status(self) -> Dict[str, Any]:
+        return collect_status(self.queue, self.smtp.open, self.started, self.free())
+
+    def facts(self) -> Facts:
+        """For the status page."""
+        self._note_history()
+        dates = self.certificate.dates if self.certificate else (0.0, 0.0)
+        return Facts(self.loop.now, self.cfg.hostname, self.status(), self.started_at,
+                     self.cfg.min_free_space, self.queue.loader.error, dates, self.history, self.log.notable)
+
+    def command(self, request: Mapping[str, Any]) -> Answers:
+        if request.get("command") == "status":
+            while self.queue.loader.is_busy and self.started is None:
+                yield None
+            yield dict(self.status(), exit=EX_OK)
+        else:
+            yield from run_command(self.queue, request)
+
+    def _sweep(self) -> None:
+        """Once a second."""
+        self.loop.later(SWEEP_S, self._sweep)
+        self.queue.sweep()
+        if self.started is None:
+            return
+        self.smtp.sweep()
+        if self.queue.spool.sick and not self.is_sick:
+            self.is_sick = True
+            self.log.write("master", "the spool is sick: %s; no new mail is taken, delivery goes on"
+                           % self.queue.spool.sick, "error")
+            self._heal()
+        for file in self.recipient_files.values():
+            if file.is_changed():
+                self.loop.in_thread(functools.partial(read_recipients, file.path),
+                                    functools.partial(self._on_recipients, file))
+        self.control.open()
+        if self.certificate is not None:
+            self.certificate.renew(self.log)
+        self.queue.alerts.sweep(self.free(), self.certificate.dates[1] if self.certificate else 0.0)
+        self._note_history()
+
+    def _heal(self) -> None:
+        self.queue.spool.ask(self._on_healed, "heal")
+
+    def _on_healed(self, result: Any) -> None:
+        """A sick spool is tried with a probe file until that survives."""
+        if result is True:
+            self.queue.spool.sick, self.is_sick = "", False
+            self.log.write("master", "the spool is well again")
+        else:
+            self.loop.later(RETRY_DISK_S, self._heal)
+
+    def _on_recipients(self, file: RecipientFile, result: Any) -> None:
+        file.take(result)
+        self.log.write("master", file.remark, file.level)
+
+    def _note_history(self, state: str = "") -> None:
+        for one in self.queue.destinations.all.values():
+            if not one.cfg.is_notices:
+                self.history.note(one.name, len(one.entries), state or one.state.value, self.loop.now.wall)
+
+    def _save_history(self) -> None:
+        self.loop.later(HISTORY_SAVE_S, self._save_history)
+        values = self.history.to_values(self.loop.now.wall)
+        self.queue.spool.ask(self.queue.log_failure, "save", "history.json", values)
+
+    def _save_state(self) -> None:
+        self.loop.later(STATE_SAVE_S, self._save_state)
+        if self.queue.is_dirty or self.queue.recipients.is_dirty:
+            self.queue.state.save()
+
+    # -- signals
+
+    def on_signal(self, number: int) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self.begin_stop()
+        elif number == signal.SIGHUP:
+            self.supervisor.tell("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic_ns() // 1000))
+            self._reload()
+            self.supervisor.tell("READY=1")
+        elif number == signal.SIGUSR1:
+            self.log.write("flush", "signal: site=all, messages=%d" % self.queue.destinations.sums()[0])
+            self.queue.probe_all()
+
+    def _reload(self) -> None:
+        """SIGHUP.  Everything new is built first; what cannot be used is refused, and the old stays,
+        whole."""
+        old, old_log = self.cfg, self.log.where
+        try:
+            self.log.reopen()           # after a rotation, whatever comes of the rest
+            cfg = read_config(old.file)
+            if (cfg.spool, cfg.user) != (old.spool, old.user):
+                self.log.write("master", "spool and user change at the next start", "warning")
+            cfg = dataclasses.replace(cfg, spool=old.spool, user=old.user)
+            files, logins = self.read_files(cfg)
+            try:
+                certificate = self.load_certificate(cfg)
+            except OSError as error:    # half renewed, or now only root's to read
+                if self.certificate is None or self.certificate.files != (cfg.tls_certificate, cfg.tls_key):
+                    raise
+                self.log.write("master", "%s; the old one stays" % error.strerror, "warning")
+                certificate = self.certificate
+            if cfg.log != old.log:
+                self.log.reopen(cfg.log)
+            self.cfg = cfg
+            self.listen()
+        except (ConfigError, OSError) as error:
+            self.cfg = old
+            if self.log.where != old_log:
+                self.log.reopen(old_log)
+            text = printable(describe(error) if isinstance(error, OSError) else str(error))
+            return self.log.write("master", "not reloaded, the old configuration stays: " + text, "error")
+        self.recipient_files, self.logins = files, logins
+        try:
+            self.open_page()
+        except OSError as error:
+            self.log.write("master", "status page: %s; the old one stays" % error.strerror, "error")
+            self.cfg = cfg = dataclasses.replace(cfg, status_listen=old.status_listen,
+                                                 status_token=old.status_token)
+        self.log.level, self.log.host = LEVELS[cfg.log_level], short_name(cfg.hostname)
+        self.door = Door(cfg)           # sessions under way keep the old one to their end
+        self.set_certificate(certificate)
+        self.resolver = Resolver(cfg.nameservers)
+        self.queue.reconfigure(cfg)
+        self.reserve_files()
+        self.control.open()
+        self.log.write("master", "configuration reread")
+
+    # -- stopping
+
+    def begin_stop(self) -> None:
+        if self.stopping is None:
+            self.stopping = self.loop.now.mono
+            self.log.write("master", "stopping")
+            self.supervisor.tell("STOPPING=1")
+            for listener in self.listeners.values():
+                listener.close()
+            self.listeners.clear()
+            for client in list(self.smtp.clients):
+                if client.session.is_idle:
+                    self.smtp.shut(client, self.going())
+            self.queue.stop()
+            self.loop.later(STOP_S / 2, self._cut)
+            self.loop.later(STOP_S, lambda: None)       # so that the loop wakes
+
+    def going(self) -> Reply:
+        return Reply(421, "4.3.2", "%s Service shutting down" % self.cfg.hostname)
+
+    def _cut(self) -> None:
+        self.queue.deliveries.cut()
+        for client in list(self.smtp.clients):
+            if client.session.waiting is None:
+                self.smtp.shut(client, self.going())
+
+    def _is_over(self) -> bool:
+        """Everything that was acknowledged is safe at any time; the waiting here is for sessions in
+        mid-message and for what is being sent."""
+        if self.stopping is None:
+            return False
+        is_quiet = not (self.queue.deliveries.all() or self.queue.recorder.waiting or self.smtp.clients)
+        return is_quiet or self.loop.now.mono - self.stopping >= STOP_S
+
+    def close(self, may_write: bool = True) -> None:
+        """The spool brings what it was asked to its end, unless the disk does nothing at all."""
+        spool, began = self.queue.spool, time.monotonic()
+        self.queue.is_stopping = True
+        self.queue.deliveries.cut()
+        if may_write:
+            self.queue.keep_attempts()
+            self.queue.state.save()
+        if self.started is not None:
+            self._note_history("off")
+            self._save_history()
+        while spool.unanswered and time.monotonic() - max(began, spool.answered) < STOP_DISK_S:
+            self.loop.turn(STOP_POLL_S)
+        if spool.unanswered:
+            text = "the disk does not answer: left alone; what was not yet on it was not acknowledged"
+            self.log.write("master", text, "error")
+        for client in list(self.smtp.clients):
+            client.stream.close()
+        self.control.close()
+        if self.http is not None:
+            self.http.listener.close()
+        self.loop.close()
+        if self.started is not None:
+            self.log.write("master", "stopped")
+        self.log.flush()
+
+
+def is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
 
 
 def short_path(path: str, directory: int) -> str:
@@ -10329,14 +8364,13 @@ def read_config(file: str) -> Config:
 
 
 def fully_qualified_name() -> str:
-    """The machine's own; this may ask the DNS and wait for it, so that only those ask who have no `hostname`."""
+    """The machine's own.  This may ask the DNS and wait for it: only who has no `hostname` asks."""
     try:
         return parse_domain(socket.getfqdn())
     except ValueError:
         return "localhost"
 
-
-# == 16. MAIN ==================================================================
+# == 17. MAIN ==================================================================
 # Arguments, commands, signals, exit status.
 
 class Usage(Exception):
@@ -10344,13 +8378,15 @@ class Usage(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Exit status 64 instead of argparse's 2, and our own help page."""
+    """Exit status 64 instead of argparse's 2."""
 
     def error(self, message: str) -> Any:
         raise Usage(message)
 
-    def format_help(self) -> str:
-        return (__doc__ or "").partition("\nQUEUE\n")[0].rstrip() + "\n"
+
+ENDINGS = {"hold": "held", "release": "released", "delete": "deleted", "bounce": "returned to their senders"}
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE,
+               errno.ENOMEM)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -10362,93 +8398,69 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_mutually_exclusive_group()
     for name in ("check", "demo", "status"):
         commands.add_argument("--" + name, action="store_true")
-    commands.add_argument("--probe", metavar="DOMAIN")
     commands.add_argument("--print-unit", choices=sorted(UNITS))
     commands.add_argument("--queue", nargs="?", const="all", metavar="DOMAIN")
-    commands.add_argument("--show", metavar="ID")
-    commands.add_argument("--export", metavar="DOMAIN")
-    commands.add_argument("--flush", metavar="DOMAIN|@DOMAIN|all")
-    for name in ENDINGS:
-        commands.add_argument("--" + name, metavar="ID|DOMAIN|all")
+    for name in ("probe", "show", "export", "flush", *ENDINGS):
+        commands.add_argument("--" + name, metavar="ID|DOMAIN")
     given = parser.parse_args(argv)
     for name, value in vars(given).items():
         if value == "":                 # of an unset variable in a script; it must not start a relay
             raise Usage("argument --%s: is empty" % name)
-    if given.no_wait and not given.flush:
-        raise Usage("--no-wait goes with --flush")
-    if given.raw and not given.show:
-        raise Usage("--raw goes with --show")
-    if given.yes and not (given.delete or given.bounce):
-        raise Usage("--yes goes with --delete or --bounce")
-    if given.json and not (given.check or given.status or given.queue or given.show or given.flush or given.probe):
-        raise Usage("--json goes with --check, --flush, --probe, --queue, --show or --status")
+    for option, goes_with in (("no_wait", ["flush"]), ("raw", ["show"]), ("yes", ["delete", "bounce"]),
+                              ("json", ["check", "flush", "probe", "queue", "show", "status"])):
+        if getattr(given, option) and not any(getattr(given, name) for name in goes_with):
+            names = ", ".join("--" + name for name in goes_with)
+            raise Usage("--%s goes with %s" % (option.replace("_", "-"), names))
     return given
-
-
-ENDINGS = {"hold": "held", "release": "released", "delete": "deleted", "bounce": "returned to their senders"}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status."""
     try:
-        given = parse_arguments(sys.argv[1:] if argv is None else argv)
-    except Usage as error:
-        print("etrn_relay.py: %s\nTry --help." % error, file=sys.stderr)
-        return EX_USAGE
-    try:
-        if given.help:
-            print(Parser().format_help(), end="")
-            return EX_OK
-        if given.version:
-            print("etrn_relay %s" % __version__)
-            return EX_OK
-        if given.demo:
-            return Demo(print).play()
-        if given.print_unit:
-            print(format_unit(given.print_unit, find_config(given.config)), end="")
-            return EX_OK
-        return run_given(given, open_config(given.config))
+        return run_given(parse_arguments(sys.argv[1:] if argv is None else argv))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EX_CONFIG
     except Usage as error:
-        print("etrn_relay.py: %s" % error, file=sys.stderr)
-        return EX_USAGE
+        return complain("%s\nTry --help." % error, EX_USAGE)
     except SpoolBusy as error:
-        print("etrn_relay.py: %s" % error, file=sys.stderr)
-        return EX_TEMPFAIL
+        return complain(str(error), EX_TEMPFAIL)
     except BrokenPipeError:             # the reader of our output has left
-        sys.stderr.close()
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return EX_OK
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except OSError as error:
-        print("etrn_relay.py: %s" % describe(error), file=sys.stderr)
-        return EX_TEMPFAIL if error.errno in DISK_ERRORS else EX_CONFIG
+        return complain(describe(error), EX_TEMPFAIL if error.errno in DISK_ERRORS else EX_CONFIG)
 
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+def complain(text: str, code: int) -> int:
+    print("etrn_relay.py: %s" % text, file=sys.stderr)
+    return code
 
 
-def find_config(given: Optional[str]) -> str:
-    """--config, $ETRN_RELAY_CONFIG, ./etrn.conf, /etc/etrn.conf."""
-    if given or os.environ.get("ETRN_RELAY_CONFIG"):
-        return given or os.environ["ETRN_RELAY_CONFIG"]
-    return "etrn.conf" if os.path.exists("etrn.conf") else "/etc/etrn.conf"
+def say(text: str, end: str = "\n") -> None:
+    """What standard output cannot encode is printed escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
 
 
-def open_config(given: Optional[str]) -> Config:
-    """Raises ConfigError and OSError; where no file was named and none is there, one that helps."""
-    try:
-        return read_config(find_config(given))
-    except FileNotFoundError:
-        if given or os.environ.get("ETRN_RELAY_CONFIG"):
-            raise
-        raise OSError(0, "no configuration: neither ./etrn.conf nor /etc/etrn.conf exists; "
-                      "name one with --config, or see --demo") from None
+def run_given(given: argparse.Namespace) -> int:
+    if given.demo:
+        return play_demo()
+    if given.help:
+        say((__doc__ or "").partition("\nQUEUE\n")[0].rstrip())
+    elif given.version:
+        say("etrn_relay %s" % __version__)
+    elif given.print_unit:
+        say(format_unit(given.print_unit, find_config(given.config)), end="")
+    else:
+        return run_command_line(given, open_config(given.config))
+    return EX_OK
 
 
-def run_given(given: argparse.Namespace, cfg: Config) -> int:
+def run_command_line(given: argparse.Namespace, cfg: Config) -> int:
     if given.check:
         return check(cfg, given.json)
     if given.probe:
@@ -10469,6 +8481,23 @@ def run_given(given: argparse.Namespace, cfg: Config) -> int:
     return serve(cfg)
 
 
+def find_config(given: Optional[str]) -> str:
+    """--config, $ETRN_RELAY_CONFIG, ./etrn.conf, /etc/etrn.conf."""
+    named = given or os.environ.get("ETRN_RELAY_CONFIG")
+    return named or ("etrn.conf" if os.path.exists("etrn.conf") else "/etc/etrn.conf")
+
+
+def open_config(given: Optional[str]) -> Config:
+    """Raises ConfigError and OSError; where no file was named and none is there, one that helps."""
+    try:
+        return read_config(find_config(given))
+    except FileNotFoundError:
+        if given or os.environ.get("ETRN_RELAY_CONFIG"):
+            raise
+        raise OSError(0, "no configuration: neither ./etrn.conf nor /etc/etrn.conf exists; "
+                      "name one with --config, or see --demo") from None
+
+
 def parse_what(text: str) -> str:
     """all, an ID in upper case, a domain, or @domain.  Raises Usage."""
     if text.lower() == "all" or _ID.fullmatch(text.upper()):
@@ -10480,22 +8509,21 @@ def parse_what(text: str) -> str:
 
 
 class Account:
-    """The `user` option.  The spool and the log are opened as that user, ports
-    are bound and the TLS key is read as root, and then root is given up for good."""
+    """The `user` option.  The spool and the log are opened as that user, ports are bound and the TLS
+    key is read as root, and then root is given up for good."""
 
     def __init__(self, name: str) -> None:
         """Raises OSError when it cannot work."""
         self.name = name
-        if not name:
-            return
-        try:
-            found = pwd.getpwnam(name)
-        except KeyError:
-            raise OSError(0, "user = %s: there is no such account" % name) from None
-        self.uid, self.gid, self.home = found.pw_uid, found.pw_gid, found.pw_dir
-        if os.geteuid() not in (0, self.uid):
-            raise OSError(0, "user = %s: only root can become another account" % name)
-        self.name = name if os.geteuid() == 0 and self.uid != 0 else ""
+        if name:
+            try:
+                found = pwd.getpwnam(name)
+            except KeyError:
+                raise OSError(0, "user = %s: there is no such account" % name) from None
+            self.uid, self.gid = found.pw_uid, found.pw_gid
+            if os.geteuid() not in (0, self.uid):
+                raise OSError(0, "user = %s: only root can become another account" % name)
+            self.name = name if os.geteuid() == 0 and self.uid != 0 else ""
 
     def assume(self, spool: str) -> None:
         """For the opening of spool and log; a spool that does not exist yet is made for the account."""
@@ -10506,7 +8534,8 @@ class Account:
             os.initgroups(self.name, self.gid)
             os.setegid(self.gid)
             os.seteuid(self.uid)
-            if not os.access(spool, os.R_OK | os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            if not os.access(spool, os.R_OK | os.W_OK | os.X_OK,
+                             effective_ids=os.access in os.supports_effective_ids):
                 raise OSError(0, "user = %s: that account cannot write the spool %s" % (self.name, spool))
 
     def resume_root(self) -> None:
@@ -10521,70 +8550,29 @@ class Account:
             os.setuid(self.uid)
 
 
-LEAN_START = """\
-import sys
-sys.path[:] = [folder for folder in sys.path if folder]     # not from the current folder, as -c would
-import importlib.machinery, importlib.util
-loader = importlib.machinery.SourceFileLoader("etrn_relay", sys.argv.pop(1))
-module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-sys.modules[loader.name] = module
-loader.exec_module(module)
-sys.exit(module.main())"""
-
-
-def start_lean() -> None:
-    """CPython from 3.9 on keeps the syntax tree of its main script for the life
-    of the process: 17 MB, more than the relay itself.  So the same process
-    starts once more, with this file as a module.  On failure it goes on as it is."""
-    if __name__ == "__main__" and sys.version_info >= (3, 9) and sys.executable:
-        flags: List[str] = getattr(subprocess, "_args_from_interpreter_flags", list)()      # no public function tells them
-        try:
-            os.execv(sys.executable, [sys.executable, *flags, "-B", "-c", LEAN_START, os.path.abspath(__file__), *sys.argv[1:]])
-        except OSError:
-            pass
-
-
 def serve(cfg: Config) -> int:
     """Run the relay in the foreground."""
     for number in (signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)       # until there is something to reread; it outlives the new start
-    start_lean()
-    supervisor = Supervisor(os.environ)
-    account = Account(cfg.user)
+        signal.signal(number, signal.SIG_IGN)       # until there is something to reread
+    supervisor, account, spool = Supervisor(os.environ), Account(cfg.user), Spool(cfg.spool)
     account.assume(cfg.spool)
-    spool = Spool(cfg.spool)
-    spool.open()
-    release_memory()
-    gc.freeze()                         # the collector leaves alone what is there now, so that it stays shared with the clerk
-    clerk: Optional[Clerk] = None
-    problem = ""
-    try:
-        clerk = Clerk(spool, account.become)    # before there is a thread, or a file that it should not have
-    except OSError as error:
-        problem = describe(error)
-    log = Log(cfg.log, cfg.log_level, cfg.hostname)
-    server = Server(cfg, spool, log)
-    server.manager.committers.clerk = clerk
-    if problem:
-        log.write("master", "no process to write the spool: %s; the relay writes itself" % problem, "warning")
+    spool.open(LOCK_WAIT_S)
+    server = Server(cfg, spool, Log(cfg.log, cfg.log_level, cfg.hostname))
     server.supervisor = supervisor
-    server.load_recipients()
-    server.load_logins()
-    read_secret(cfg.bounces_password)       # at each login, too; a wrong path is said now
+    server.recipient_files, server.logins = server.read_files(cfg)
     account.resume_root()
-    server.set_certificate(server.load_certificate())
+    server.set_certificate(server.load_certificate(cfg))
     try:
-        server.adopt(supervisor.sockets())
         server.listen()
         server.open_page()
     except OSError as error:
         hint = "  (ports below 1024 need root)" if error.errno == errno.EACCES else ""
-        print("etrn_relay.py: %s%s" % (describe(error), hint), file=sys.stderr)
-        return EX_TEMPFAIL if error.errno == errno.EADDRINUSE else EX_CONFIG
+        is_passing = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+        return complain(describe(error) + hint, EX_TEMPFAIL if is_passing else EX_CONFIG)
     account.become()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: server.signals.append(number))
-    signal.set_wakeup_fd(server.wake_writer.fileno(), warn_on_full_buffer=False)
+        signal.signal(number, lambda number, frame: server.loop.post(server.on_signal, number))
+    signal.set_wakeup_fd(server.loop.writer.fileno(), warn_on_full_buffer=False)
     release_memory()
     try:
         server.run()
@@ -10594,27 +8582,56 @@ def serve(cfg: Config) -> int:
     return EX_OK
 
 
+def release_memory() -> None:
+    """glibc keeps what compiling this file took; a small machine has better use for it."""
+    gc.collect()
+    gc.freeze()
+    with contextlib.suppress(AttributeError, OSError, TypeError):       # no ctypes, or no such function
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 # -- commands
 
-def ask_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
-    """The answers to a command: of the running relay, or, where none runs, of
-    the spool itself under its lock.  The last one has "exit"."""
+def connect_control(cfg: Config) -> Optional[socket.socket]:
+    """To the running relay; None where none runs.  Raises PermissionError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     directory = -1
     try:
         directory = os.open(cfg.spool, os.O_RDONLY | os.O_CLOEXEC)
         sock.connect(short_path(os.path.join(cfg.spool, "control"), directory))
-        sock.sendall(json.dumps(request).encode("ascii") + b"\n")
+        return sock
+    except OSError as error:
+        sock.close()
+        if isinstance(error, PermissionError):
+            raise
+        return None
+    finally:
+        close_quietly(directory)
+
+
+def is_running(cfg: Config) -> bool:
+    try:
+        sock = connect_control(cfg)
+    except PermissionError:
+        return True
+    if sock is not None:
+        sock.close()
+    return sock is not None
+
+
+def ask_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
+    """The answers to a command.  Where no relay runs, one without listeners gives them, for as long as
+    that takes.  The last one has "exit"."""
+    try:
+        sock = connect_control(cfg)
     except PermissionError as error:
         yield {"error": "may not talk to the relay: %s" % describe(error), "exit": EX_UNAVAILABLE}
         return
-    except OSError:
-        yield from ask_spool(cfg, request)
+    if sock is None:
+        yield from ask_own_relay(cfg, request)
         return
-    finally:
-        if directory >= 0:
-            os.close(directory)
     with sock, sock.makefile("rb") as lines:
+        sock.sendall(json.dumps(request).encode("ascii") + b"\n")
         for line in lines:
             answer = json.loads(line)
             yield answer
@@ -10623,39 +8640,50 @@ def ask_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str, Any
     yield {"error": "the relay broke off", "exit": EX_UNAVAILABLE}
 
 
-def ask_spool(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
-    """Where no relay runs.  A spool that does not exist yet is an empty one."""
+def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
+    """A spool that does not exist yet is an empty one.  Who only reads shares the lock with others who do."""
     if not os.path.isdir(cfg.spool):
         with tempfile.TemporaryDirectory(prefix="etrn-empty-") as folder:
-            yield from ask_spool(dataclasses.replace(cfg, spool=folder, user=""), request)
+            yield from ask_own_relay(dataclasses.replace(cfg, spool=folder, user=""), request)
         return
-    account = Account(cfg.user)
+    command, what = request["command"], str(request.get("what", "all"))
+    account, spool, only_reads = Account(cfg.user), Spool(cfg.spool), command in ("status", "list")
     account.assume(cfg.spool)           # what root would write there the relay could not read
-    spool = Spool(cfg.spool)
     try:
-        spool.open()
+        if only_reads:
+            spool.lock()
+        else:
+            spool.open(0.0, False)
         log = Log(cfg.log, "warning" if cfg.log == "stderr" else cfg.log_level, cfg.hostname)
-        yield from Server(cfg, spool, log).run_offline(request)
+        server = Server(cfg, spool, log)
+        queue = server.queue
+        queue.spool.may_write = not only_reads
+        server.start()
+        queue.loader.load([what] if _ID.fullmatch(what) else None)      # one message is read alone
+        # Nothing is sent, but for --flush: when all is read and counted
+        queue.is_stopping, queue.only = True, what
+        for answer in server.command(request):
+            if answer is not None:
+                yield answer
+            else:
+                server.loop.turn(COMMAND_POLL_S)
+                log.flush()
+                queue.is_stopping = queue.loader.is_busy or command != "flush"
+        if command == "flush":
+            queue.sweep()               # what was tried often enough now goes back to its sender in this run
+        server.close(not only_reads)
     finally:
         spool.close()
         account.resume_root()
 
 
-def say_error(answer: Mapping[str, Any], as_json: bool = False) -> int:
-    if answer.get("error"):
-        print("etrn_relay.py: %s" % answer["error"], file=sys.stderr)
-    return int(answer["exit"])
-
-
-def last_answer(cfg: Config, request: Mapping[str, Any]) -> Dict[str, Any]:
-    return list(ask_relay(cfg, request))[-1]
+def say_error(answer: Mapping[str, Any]) -> int:
+    return complain(answer["error"], answer["exit"]) if answer.get("error") else int(answer["exit"])
 
 
 def find_style() -> Style:
-    """As wide as the terminal, and coloured on one; not with NO_COLOR (no-color.org) or TERM=dumb."""
-    if not sys.stdout.isatty():
-        return PLAIN
-    return Style(shutil.get_terminal_size().columns, not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
+    """Coloured on a terminal; not with NO_COLOR (no-color.org) or TERM=dumb."""
+    return Style(sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
 
 
 def print_json(value: Any) -> None:
@@ -10663,130 +8691,113 @@ def print_json(value: Any) -> None:
 
 
 def show_status(cfg: Config, as_json: bool) -> int:
-    answer = last_answer(cfg, {"command": "status"})
+    *_, answer = ask_relay(cfg, {"command": "status"})
     code = say_error(answer)
-    if "spool" in answer:
-        del answer["exit"]
-        if as_json:
-            print_json(public_status(answer))
-        else:
-            print(format_status(answer, time.time(), find_style()), end="")
+    if code == EX_OK and as_json:
+        print_json(public_status(answer))
+    elif code == EX_OK:
+        say(format_status(answer, time.time(), find_style()), end="")
     return code
 
 
 def show_queue(cfg: Config, what: str, as_json: bool) -> int:
-    gc.disable()                        # a hundred thousand rows and no cycle among them
-    try:
-        return _show_queue(cfg, what, as_json)
-    finally:
-        gc.enable()
-
-
-def _show_queue(cfg: Config, what: str, as_json: bool) -> int:
-    rows: List[Dict[str, Any]] = []
-    spool = Spool(cfg.spool)
-    answer: Dict[str, Any] = {}
-    for answer in ask_relay(cfg, {"command": "list", "what": what}):
-        for id, state, due, expires, failures in answer.get("rows", ()):
-            try:
-                rows += queue_rows(spool.peek_sidecar(id), answer, state, due, expires, failures)
-            except (Corrupt, OSError, KeyError, TypeError):
-                continue                # delivered since, or somebody's own work
-    code = say_error(answer)
-    if code == EX_OK:
-        rows.sort(key=operator.itemgetter("received", "id"))
-        if as_json:
-            print_json(rows)
-        else:
-            print(format_queue(rows, time.time(), find_style()), end="")
+    rows, code = read_rows(cfg, what)
+    rows.sort(key=lambda row: (row["received"], row["id"]))
+    if code == EX_OK and as_json:
+        print_json(rows)
+    elif code == EX_OK:
+        say(format_queue(rows, time.time(), find_style()), end="")
     return code
 
 
-def queue_rows(sidecar: Mapping[str, Any], site: Mapping[str, Any], state: str, due: Optional[Time], expires: Time,
-               failures: int) -> Iterator[Dict[str, Any]]:
-    """A message as --queue lists it: the sidecar, and what the relay knows since.  Attempts
-    to reach a primary that is down are counted there, not written to each sidecar."""
-    name, error, is_all = site["site"], site["error"], site["notices"]
-    mine = [one for one in sidecar["recipients"] if one["state"] == QUEUED and (is_all or one["domain"] == name)]
-    if mine:
-        yield {"id": sidecar["id"], "domain": mine[0]["domain"], "state": state, "sender": sidecar["sender"],
-               "size": sidecar["size"], "received": sidecar["received"], "expires": expires, "next_attempt": due,
-               "client": sidecar["client"], "recipients": [
-                   {"address": one["address"], "attempts": one["attempts"] + failures,
-                    "last_response": error if error and (failures or not one["last_response"]) else one["last_response"]}
-                   for one in mine]}
+def read_rows(cfg: Config, what: str) -> Tuple[List[Dict[str, Any]], int]:
+    """The contract's rows: what the sidecars say, and what the relay knows since they were written."""
+    rows: List[Dict[str, Any]] = []
+    answer: Dict[str, Any] = {}
+    gc.disable()                        # a hundred thousand rows and no cycle among them
+    with contextlib.closing(Spool(cfg.spool)) as spool:
+        for answer in ask_relay(cfg, {"command": "list", "what": what}):
+            if "rows" in answer and spool.root < 0:
+                spool.root = os.open(cfg.spool, os.O_RDONLY | os.O_CLOEXEC)
+            for id, state, due, expires, failures in answer.get("rows", ()):
+                with contextlib.suppress(Corrupt, NotOurs, OSError, KeyError, TypeError):   # delivered since
+                    sidecar = spool.peek_sidecar(id)
+                    rows.append(make_row(sidecar, state, due, expires, failures, answer["error_of"]))
+    gc.enable()
+    return rows, say_error(answer)
+
+
+def make_row(sidecar: Mapping[str, Any], state: str, due: Optional[Time], expires: Time, failures: int,
+             error: str) -> Dict[str, Any]:
+    """Attempts to reach a primary that is down are not in the sidecars."""
+    recipients = []
+    for one in sidecar["recipients"]:
+        if one["state"] == QUEUED:
+            last = error if error and (failures or not one["last_response"]) else one["last_response"]
+            recipients.append({"address": one["address"], "attempts": one["attempts"] + failures,
+                               "last_response": last})
+    return {**{key: sidecar[key] for key in ("id", "domain", "sender", "size", "received")},
+            "state": state, "expires": expires, "next_attempt": due,
+            "client": {key: sidecar["client"][key] for key in ("address", "helo", "tls")},
+            "recipients": recipients}
 
 
 def show_message(cfg: Config, id: str, as_json: bool, raw: bool) -> int:
-    spool = Spool(cfg.spool)
-    try:
-        if not _ID.fullmatch(id):
-            raise Corrupt("no queue ID looks like this")
-        sidecar = spool.read_sidecar(id)
-        if raw:
-            message = spool.read_message(id, sidecar)
-            for block in message.blocks():
-                sys.stdout.buffer.write(block)
-            message.close()
-            sys.stdout.buffer.flush()
-        else:
-            sidecar = with_news(cfg, sidecar)
-            header = spool.read_header(id)
-            if as_json:
-                print_json(dict(sidecar, header=header.decode("utf-8", "replace")))
-            else:
-                print(format_envelope(sidecar, header, time.time(), find_style()), end="")
-    except Corrupt as error:
-        why = str(error) if _ID.fullmatch(id) and spool.has_sidecar(id) else "no such message"
-        print("etrn_relay.py: %s: %s" % (printable(id, 40), why), file=sys.stderr)
-        return EX_MISSING
+    with contextlib.closing(Spool(cfg.spool)) as spool:
+        found: Any = FileNotFoundError()
+        if _ID.fullmatch(id) and os.path.isdir(cfg.spool):
+            spool.root = os.open(cfg.spool, os.O_RDONLY | os.O_CLOEXEC)
+            found = spool.look([id], "whole" if raw else "header", sys.maxsize)[0]
+        if isinstance(found, (Corrupt, NotOurs, FileNotFoundError)):
+            why = found if spool.root >= 0 and spool._has(id + ".json") else "no such message"
+            return complain("%s: %s" % (printable(id, 40), why), EX_MISSING)
+    if isinstance(found, Exception):
+        raise found
+    sidecar, data = found
+    if raw:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return EX_OK
+    news = {one["address"]: one for row in (read_rows(cfg, id)[0] if is_running(cfg) else [])
+            for one in row["recipients"]}
+    sidecar["recipients"] = [dict(one, **news.get(one["address"], {})) for one in sidecar["recipients"]]
+    if as_json:
+        print_json(dict(sidecar, header=data.decode("utf-8", "replace")))
+    else:
+        say(format_envelope(sidecar, data, time.time(), find_style()), end="")
     return EX_OK
-
-
-def with_news(cfg: Config, sidecar: Dict[str, Any]) -> Dict[str, Any]:
-    """The sidecar, with what the running relay knows since: attempts that failed
-    before a recipient was named, and their error, as --queue counts them."""
-    if not is_running(cfg):
-        return sidecar
-    news: Dict[str, Dict[str, Any]] = {}
-    for answer in ask_relay(cfg, {"command": "list", "what": sidecar["id"]}):
-        for _, state, due, expires, failures in answer.get("rows", ()):
-            for row in queue_rows(sidecar, answer, state, due, expires, failures):
-                news.update((one["address"], one) for one in row["recipients"])
-    return dict(sidecar, recipients=[
-        dict(one, **news.get(one["address"], {})) if one["state"] == QUEUED else one for one in sidecar["recipients"]])
 
 
 def export(cfg: Config, what: str) -> int:
     """The queued messages of a domain as mbox on standard output; they stay queued."""
-    def is_meant(domain: str) -> bool:
-        return what in (domain, "all") or (what[:1] == "@" and is_below(domain, what[1:]))
-    spool = Spool(cfg.spool)
-    count, left_out = 0, False
-    for id in sorted(spool.names()) if os.path.isdir(cfg.spool) else []:
-        try:
-            sidecar = spool.read_sidecar(id)
-            if not any(one["state"] == QUEUED and is_meant(one["domain"]) for one in sidecar["recipients"]):
-                continue
-            message = spool.read_message(id, sidecar)
-            text = format_mbox(sidecar, b"".join(message.blocks()), is_meant)
-            message.close()
-        except (Corrupt, OSError) as error:
-            if spool.has_sidecar(id):
-                print("etrn_relay.py: %s: left out: %s" % (id, error), file=sys.stderr)
-                left_out = True
-            continue
-        sys.stdout.buffer.write(text)   # what fails here ends the command: who trusts the file may delete the queue
-        count += 1
+    count, code = 0, EX_OK
+    with contextlib.closing(Spool(cfg.spool)) as spool:
+        if os.path.isdir(cfg.spool):
+            spool.root = os.open(cfg.spool, os.O_RDONLY | os.O_CLOEXEC)
+        for id in spool.list()[0] if spool.root >= 0 else []:
+            try:
+                for sidecar in spool._read_parts(id):       # of version 0.1: it may have several domains
+                    domain, people = sidecar["domain"], sidecar["recipients"]
+                    is_meant = what in (domain, "all", id) or (what[:1] == "@" and is_below(domain, what[1:]))
+                    if is_meant and any(one["state"] == QUEUED for one in people):
+                        body = spool._verify(id, sidecar, sidecar["size"])
+                        sys.stdout.buffer.write(format_mbox(sidecar, body))
+                        count += 1
+            except (Corrupt, NotOurs) as error:
+                if spool._has(id + ".json"):
+                    code = complain("%s: left out: %s" % (id, error), EX_TEMPFAIL)
     sys.stdout.buffer.flush()
-    if not count and what != "all" and not Scheduler(cfg).serves(what):
-        print("etrn_relay.py: %s: no such domain here" % what, file=sys.stderr)
-        return EX_MISSING
-    return EX_TEMPFAIL if left_out else EX_OK
+    if not count and what != "all" and not Destinations(cfg).serves(what):
+        return complain("%s: no such domain here" % what, EX_MISSING)
+    return code
 
 
 def flush(cfg: Config, what: str, wait: bool, as_json: bool) -> int:
+    """Without a running relay this one delivers, and so must wait."""
     is_terminal = sys.stdout.isatty() and not as_json
+    if not wait and not is_running(cfg):
+        complain("no relay runs: this command delivers, and waits for it", EX_OK)
+        wait = True
     answer: Dict[str, Any] = {}
     for answer in ask_relay(cfg, {"command": "flush", "what": what, "wait": wait}):
         if is_terminal and "left" in answer:
@@ -10797,7 +8808,7 @@ def flush(cfg: Config, what: str, wait: bool, as_json: bool) -> int:
     if as_json:
         print_json({key: value for key, value in answer.items() if key != "exit"})
     elif "queued" in answer:
-        print("%s: %s" % (what, format_flush(answer, wait)))
+        say("%s: %s" % (what, format_flush(answer, wait)))
     return code
 
 
@@ -10807,1055 +8818,415 @@ def format_flush(answer: Mapping[str, Any], waited: bool) -> str:
         return "nothing is queued" + held
     if not waited:
         return "delivery of %s started%s" % (plural(answer["queued"], "message"), held)
+    reason = ": " + printable(answer["reason"]) if answer["waiting"] and answer["reason"] else ""
     return "%d delivered, %d returned, %d still waiting%s%s" % (
-        answer["delivered"], answer["bounced"] + answer["expired"], answer["waiting"], held,
-        ": " + printable(answer["reason"]) if answer["waiting"] and answer["reason"] else "")
+        answer["delivered"], answer["bounced"] + answer["expired"], answer["waiting"], held, reason)
 
 
 def change_queue(cfg: Config, command: str, what: str, yes: bool) -> int:
     """--hold, --release, --delete, --bounce."""
     if what == "all" and command in ("delete", "bounce") and not yes:
-        question, reply = "Really %s all queued mail? [y/N] " % command, ""
-        if sys.stdin is not None and sys.stdin.isatty():
-            print(question, end="", flush=True)
-            reply = sys.stdin.readline()
-        elif sys.stdin is not None:     # a script that answers, or nobody
-            reply = sys.stdin.readline()
-            if not reply:
-                raise Usage("--%s all needs --yes" % command)
-            print(question + reply.strip())
+        is_terminal = sys.stdin is not None and sys.stdin.isatty()
+        if is_terminal:
+            print("Really %s all queued mail? [y/N] " % command, end="", flush=True)
+        reply = sys.stdin.readline() if sys.stdin is not None else ""
+        if not reply and not is_terminal:
+            raise Usage("--%s all needs --yes" % command)
         if reply.strip().lower() not in ("y", "yes"):
             print("Nothing was done.")
             return EX_OK
-    answer = last_answer(cfg, {"command": command, "what": what})
+    *_, answer = ask_relay(cfg, {"command": command, "what": what})
     code = say_error(answer)
     if "count" in answer:
         busy = "; %d left alone, in delivery at this moment" % answer["busy"] if answer.get("busy") else ""
-        print("%s: %s %s%s" % (what, plural(answer["count"], "message"), ENDINGS[command], busy))
+        say("%s: %s %s%s" % (what, plural(answer["count"], "message"), ENDINGS[command], busy))
     return code
-
 
 # -- --probe
 
-def in_time(seconds: float, tasks: Sequence[Callable[[], Any]]) -> List[Any]:
-    """What the tasks return, run beside each other.  In its place, the exception
-    of one that failed; of one that did not end in time, a TimeoutError, and its
-    thread is left to its own deadlines."""
-    results: List[Any] = [TimeoutError("no answer within %d s" % seconds) for _ in tasks]
-    todo: "queue.SimpleQueue[Tuple[int, Callable[[], Any]]]" = queue.SimpleQueue()
-    for pair in enumerate(tasks):
-        todo.put(pair)
+def know_all(cfg: Config, names: Sequence[str]) -> Tuple[Server, List[Plan]]:
+    """A relay that knows what the last one learnt, and does nothing; and the ways to primaries."""
+    server = Server(cfg, Spool(cfg.spool), Log("stderr", "error", cfg.hostname))
+    server.queue.listeners = cfg.listen + cfg.odmr_listen
+    with contextlib.closing(server.spool), contextlib.suppress(OSError):
+        server.spool.root = os.open(cfg.spool, os.O_RDONLY | os.O_CLOEXEC)
+        server.queue.state.load(server.spool.load_state("state.json"), {})
+    known, now = server.queue.destinations, server.loop.now
+    return server, [server.queue.deliveries.plan(known.get(name, now)) for name in names]
 
-    def work() -> None:
-        while True:
-            try:
-                number, task = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                results[number] = task()
-            except Exception as error:
-                results[number] = error
+
+def in_time(server: Server, seconds: float, calls: Sequence[Callable[[], Any]]) -> List[Any]:
+    """The results of calls that wait beside each other; of one that failed, its exception."""
+    results: Dict[int, Any] = {}
+    for number, call in enumerate(calls):
+        server.loop.in_thread(call, functools.partial(results.setdefault, number))
     end = time.monotonic() + seconds
-    threads = [threading.Thread(target=work, daemon=True) for _ in tasks[:CHECK_THREADS]]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, end - time.monotonic()))
-    return list(results)
-
-
-class Remembering(Resolver):
-    """Asks nothing twice, so that a route can be explained in the terms it was found in."""
-
-    def __init__(self, nameservers: Union[str, Tuple[Endpoint, ...]]) -> None:
-        super().__init__(nameservers)
-        self.known: Dict[Tuple[str, int], Any] = {}
-
-    def _once(self, key: Tuple[str, int], ask: Callable[[], List[Any]]) -> List[Any]:
-        if key not in self.known:
-            try:
-                self.known[key] = ask()
-            except DnsError as error:
-                self.known[key] = error
-        if isinstance(self.known[key], DnsError):
-            raise self.known[key]
-        return list(self.known[key])
-
-    def query(self, name: str, kind: int, seconds: Optional[float] = None) -> List[Any]:
-        return self._once((name, kind), lambda: super(Remembering, self).query(name, kind, seconds))
-
-    def addresses(self, host: str) -> List[str]:
-        return self._once((host, 0), lambda: super(Remembering, self).addresses(host))
-
-
-def explain_route(plan: Plan) -> Dict[str, Any]:
-    """The hosts a delivery would try, and why it would not try the others."""
-    hops: List[Hop] = []
-    found: Dict[str, Any] = {"hops": hops, "records": [], "warning": None, "error": None}
-    try:
-        route, warning = find_route(plan)
-        hops += route
-        found["warning"] = warning or None
-    except PeerError as error:
-        found["error"] = str(error)
-    if plan.primary == "mx":
-        try:
-            named = [(preference, host, SMTP_PORT) for preference, host in sorted(plan.resolver.query(plan.site, MX))]
-        except DnsError:
-            named = []
-    else:
-        named = [(None, where.host, where.port) for where in plan.primary if isinstance(where, Endpoint)]
-    cut = min((preference for preference, host, _ in named if host == plan.hostname and preference is not None), default=65536)
-    is_looped = False
-    for preference, host, port in named:
-        why, addresses = "", []
-        try:
-            addresses = plan.resolver.addresses(host) if host else []
-        except DnsError as error:
-            why = str(error)
-        if not host:
-            why = "a null MX: the domain says that it takes no mail"
-        elif any(hop.host == host for hop in hops):
-            why = ""
-        elif host == plan.hostname:
-            why = "this host itself"
-        elif (preference or 0) >= cut:
-            why = "no better than this host"
-        elif any(is_own(Hop(host, address, port), plan.listeners) for address in addresses):
-            why, is_looped = "it leads back to this relay", True
-        elif is_looped:
-            why = "behind a host that leads back to this relay"
-        found["records"].append({"preference": preference, "host": host, "addresses": addresses, "why_not": why or None})
-    return found
-
-
-class ProbeClient(Client):
-    """Keeps what it was told, and ends as a whole when its time is over."""
-
-    def __init__(self, hostname: str, until: float) -> None:
-        super().__init__(hostname)
-        self.until = until              # monotonic
-        self.replies: List[str] = []
-
-    def wait(self, seconds: float) -> None:
-        super().wait(min(seconds, PROBE_REPLY_S, self.until - time.monotonic()))
-
-    def getreply(self) -> Tuple[int, bytes]:
-        code, text = super().getreply()
-        self.replies.append(reply_text(code, text))
-        return code, text
-
-
-class Visit:
-    """One host of a route, talked to as a delivery would, but nothing is sent.
-    Whatever `tls` says, its certificate is looked at."""
-
-    def __init__(self, plan: Plan, hop: Hop, until: float, recipient: str = "") -> None:
-        self.plan = plan
-        self.hop = hop
-        self.until = until              # monotonic
-        self.recipient = recipient      # empty: whom the host would take mail for is not asked
-        self.clients: List[ProbeClient] = []
-        self.found: Dict[str, Any] = {
-            "host": hop.host, "address": hop.address, "port": hop.port, "connect_seconds": None, "greeting": None,
-            "extensions": {}, "size": None, "tls": None, "mail": None, "rcpt": None, "takes_mail": False, "error": None}
-
-    def run(self) -> Dict[str, Any]:
-        try:
-            self._walk()
-        except (PeerError, smtplib.SMTPException, OSError, ValueError) as error:
-            self.found["error"] = printable(str(error))
-        for client in self.clients:
-            client.close()
-        return self.found
-
-    def _open(self) -> ProbeClient:
-        client = ProbeClient(self.plan.hostname, self.until)
-        self.clients.append(client)
-        began = time.monotonic()
-        try:
-            sock = socket.create_connection((self.hop.address, self.hop.port), max(0.01, min(PROBE_REPLY_S, self.until - began)))
-        except OSError as error:
-            raise PeerError("connect to %s: %s" % (str(self.hop), error.strerror or error)) from None
-        if self.found["connect_seconds"] is None:
-            self.found["connect_seconds"] = round(time.monotonic() - began, 4)
-        try:
-            client.open(self.hop, sock)
-        finally:
-            self.found["greeting"] = self.found["greeting"] or (client.replies[0] if client.replies else None)
-        client.hello()
-        self._note_extensions(client)
-        return client
-
-    def _note_extensions(self, client: ProbeClient) -> None:
-        """What TLS changes is added to what was offered in the clear."""
-        offered = {name.upper(): text.strip() for name, text in client.esmtp_features.items()}
-        self.found["extensions"].update(offered)
-        if re.fullmatch(r"[0-9]{1,20}", offered.get("SIZE", "")):
-            self.found["size"] = int(offered["SIZE"])
-
-    def _walk(self) -> None:
-        policy = self.plan.cfg.tls
-        client = self._open()
-        is_offered = "starttls" in client.esmtp_features and ssl is not None
-        if is_offered:
-            client = self._look_at_tls(client)
-        tls = self.found["tls"] or {}
-        if not tls.get("protocol"):
-            if policy not in ("none", "may"):
-                raise PeerError(tls.get("error") or "%s does not offer STARTTLS, and tls = %s" % (
-                    self.hop.host, policy.partition(":")[0]))
-        elif policy == "none":
-            self._leave(client)
-            client = self._open()
-        elif policy == "verify" and not tls["verified"]:
-            raise PeerError(tls["error"])
-        else:
-            client.check_pin(policy)
-        self.found["takes_mail"] = bool(self.recipient) and self._ask(client)
-        self._leave(client)
-
-    def _look_at_tls(self, client: ProbeClient) -> ProbeClient:
-        """First as strictly as can be, then as most servers do; each failure costs the
-        connection.  Returns one that is greeted: in TLS, or in the clear where that fails."""
-        tls: Dict[str, Any] = {"protocol": None, "cipher": None, "verified": False, "error": None, "subject": None,
-                               "issuer": None, "names": [], "not_before": None, "not_after": None, "sha256": None}
-        self.found["tls"] = tls
-        for policy in ("verify", "require"):
-            try:
-                client.secure(policy)
-            except TlsError as error:
-                tls["error"] = tls["error"] or re.sub(r" \(_ssl\.c:\d+\)", "", str(error))
-                client = self._open()
-                continue
-            assert isinstance(client.sock, ssl.SSLSocket)
-            self._note_extensions(client)
-            der, cipher = client.sock.getpeercert(binary_form=True) or b"", client.sock.cipher()
-            tls.update(protocol=client.sock.version(), cipher=cipher[0] if cipher else None, verified=policy == "verify",
-                       sha256=hashlib.sha256(der).hexdigest())
-            try:
-                facts = parse_certificate(der)
-                tls.update(subject=facts.subject, issuer=facts.issuer, names=list(facts.names), not_before=facts.since,
-                           not_after=facts.until)
-            except ValueError:
-                pass                    # the handshake took it; only its description is missing
-            break
-        return client
-
-    def _ask(self, client: ProbeClient) -> bool:
-        lines = {"mail": "MAIL FROM:<>", "rcpt": "RCPT TO:<%s>" % self.recipient}
-        for name, line in lines.items():
-            client.write(line.encode("ascii") + b"\r\n", PROBE_REPLY_S)
-            client.wait(COMMAND_S)
-            code, _ = client.getreply()
-            self.found[name] = client.replies[-1]
-            if code // 100 != 2:
-                return False
-        return True
-
-    @staticmethod
-    def _leave(client: ProbeClient) -> None:
-        try:
-            client.wait(2.0)
-            client.docmd("RSET")
-            client.docmd("QUIT")
-        except (PeerError, smtplib.SMTPException, OSError):
-            pass                        # everything of interest was said before
-
-
-def remembered_route(cfg: Config, name: str, one: DomainConfig) -> Tuple[Hop, ...]:
-    """The route that worked last, as the relay wrote it down."""
-    known = Spool(cfg.spool).load_state().get("sites", {})
-    return tuple(parse_known_route(known.get(name), one.primary)) if isinstance(known, dict) else ()
-
-
-def probe_plan(cfg: Config, name: str, one: DomainConfig, resolver: Resolver) -> Plan:
-    listeners = tuple(cfg.listen) + tuple(cfg.odmr_listen)
-    return Plan(name, one, one.primary, cfg.hostname, resolver, listeners, remembered_route(cfg, name, one))
+    while len(results) < len(calls) and time.monotonic() < end:
+        server.loop.turn(max(0.0, end - time.monotonic()))
+    return [results.get(number, TimeoutError("no answer in time")) for number in range(len(calls))]
 
 
 def probe(cfg: Config, what: str, as_json: bool) -> int:
-    """Walk a domain's route as a mail admin would.  Nothing is sent, and no lock is needed."""
-    try:
-        name = parse_domain(what)
-    except ValueError:
-        raise Usage("'%s' is not a domain" % printable(what, 100)) from None
-    one = cfg.domain(name)
-    if one is None:
-        if as_json:
-            print_json({"domain": name, "served": False})
+    """The route of a domain, and what each host on it answers.  Nothing is sent."""
+    name = parse_what(what)
+    if cfg.domain(name) is None:
         print("etrn_relay.py: %s: no such domain here" % name, file=sys.stderr)
         return EX_MISSING
-    found = walk_route(cfg, name, one)
+    server, [plan] = know_all(cfg, [name])
+    route, = in_time(server, PROBE_ROUTE_S, [lambda: find_route(plan)])
+    hops, problem = ([], str(route)) if isinstance(route, Exception) else route
+    hosts = [dict(hop._asdict(), mail=None, takes_mail=False, error=None) for hop in hops]
+    visits = [functools.partial(visit, plan, hop, host) for hop, host in zip(hops, hosts)]
+    for host, late in zip(hosts, in_time(server, PROBE_HOSTS_S, visits)):
+        host["error"] = host["error"] or late and str(late)
+    found = {"domain": name, "primary": format_primary(plan.primary), "error": problem or None}
     if as_json:
-        print_json(found)
-    else:
-        print(format_probe(found), end="")
-    if any(host["takes_mail"] for host in found["hosts"]):
+        print_json(dict(found, hosts=hosts))
+    for values in () if as_json else (found, *hosts):
+        texts = {key: ", ".join(one) if isinstance(one, tuple) else one for key, one in values.items()}
+        say("".join("%s: %s\n" % (key, printable(str(one))) for key, one in texts.items() if one is not None))
+    if any(host["takes_mail"] for host in hosts):
         return EX_OK
-    return EX_TEMPFAIL if any(host["mail"] for host in found["hosts"]) else EX_UNAVAILABLE
+    return EX_TEMPFAIL if any(host["mail"] for host in hosts) else EX_UNAVAILABLE
 
 
-def walk_route(cfg: Config, name: str, one: DomainConfig) -> Dict[str, Any]:
-    """The route, then all its hosts beside each other."""
-    primary = one.primary if isinstance(one.primary, str) else [str(where) for where in one.primary]
-    found: Dict[str, Any] = {"domain": name, "served": True, "primary": primary, "tls_policy": one.tls.partition(":")[0],
-                             "records": [], "warning": None, "error": None, "hosts": []}
-    if primary in ("atrn", "etrn"):
-        found["error"] = "mail waits until its server asks for it; there is no host to probe"
-        return found
-    plan = probe_plan(cfg, name, one, Remembering(cfg.nameservers))
-    route = in_time(PROBE_ROUTE_S, [lambda: explain_route(plan)])[0]
-    if isinstance(route, TimeoutError):
-        route = {"hops": [], "error": "DNS: %s" % route}
-    elif isinstance(route, Exception):
-        raise route                     # a bug: nothing else comes out of there
-    hops = route.pop("hops")
-    found.update(route)
-    until = time.monotonic() + PROBE_HOSTS_S
-    visits = [Visit(plan, hop, until, "postmaster@" + name) for hop in hops]
-    for visit, result in zip(visits, in_time(PROBE_HOSTS_S, [visit.run for visit in visits])):
-        found["hosts"].append(dict(visit.found, error=str(result)) if isinstance(result, Exception) else result)
-    return found
-
-
-def format_day(at: Optional[Time]) -> str:
+def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
+    """As a delivery does it, up to RCPT.  Of a host that hangs, `found` has what came before."""
     try:
-        return time.strftime("%Y-%m-%d", time.gmtime(at)) if at is not None else "?"
-    except (OverflowError, ValueError, OSError):
-        return "beyond this machine's calendar"
-
-
-def format_probe(found: Mapping[str, Any]) -> str:
-    """For people; what comes from outside was through printable(), or goes through it here."""
-    primary = found["primary"] if isinstance(found["primary"], str) else ", ".join(found["primary"])
-    lines = ["%s: primary = %s, tls = %s" % (found["domain"], primary, found["tls_policy"])]
-    for record in found["records"]:
-        rank = "%5s " % record["preference"] if record["preference"] is not None else "  "
-        lines.append("%s%s  %s%s" % (rank, printable(record["host"]) or ".", ", ".join(record["addresses"]) or "no address",
-                                     "  (not used: %s)" % printable(record["why_not"]) if record["why_not"] else ""))
-    lines += ["  %s: %s" % (name, printable(found[name])) for name in ("warning", "error") if found[name]]
-    for host in found["hosts"]:
-        lines += ["", str(Hop(printable(host["host"]), host["address"], host["port"]))]
-        lines += ["  " + line for line in _probe_lines(host, found["domain"])]
-    return "\n".join(lines) + "\n"
-
-
-def _probe_lines(host: Mapping[str, Any], domain: str) -> Iterator[str]:
-    if host["connect_seconds"] is not None:
-        yield "connected in %.0f ms" % (host["connect_seconds"] * 1000)
-    if host["greeting"]:
-        yield "greeting: %s" % host["greeting"]
-    if host["extensions"]:
-        yield "EHLO: %s" % printable(", ".join(" ".join(filter(None, pair)) for pair in sorted(host["extensions"].items())))
-    if host["size"]:
-        yield "SIZE: messages up to %s" % format_size(host["size"])
-    tls = host["tls"]
-    if tls and tls["protocol"]:
-        yield "TLS: %s, %s" % (tls["protocol"], tls["cipher"])
-        yield "certificate: %s; for %s; by %s; %s to %s" % (
-            printable(tls["subject"] or "no subject"), printable(", ".join(tls["names"]) or "no name"),
-            printable(tls["issuer"] or "?"), format_day(tls["not_before"]), format_day(tls["not_after"]))
-        yield "certificate: sha256:%s" % tls["sha256"]
-        yield "certificate: %s" % ("verified for %s" % printable(host["host"]) if tls["verified"] else
-                                   "not verified: %s" % printable(tls["error"]))
-    elif host["extensions"]:
-        yield "TLS: %s" % (printable(tls["error"]) if tls else "not offered")
-    for name, command in (("mail", "MAIL FROM:<>"), ("rcpt", "RCPT TO:<postmaster@%s>" % domain)):
-        if host[name]:
-            yield "%s: %s" % (command, host[name])
-    yield host["error"] or ("it would take mail" if host["takes_mail"] else "it would not take mail now")
+        sock = socket.create_connection((hop.address, hop.port), PROBE_REPLY_S)
+        client, problem = greet(plan, hop, sock, plan.cfg.tls)
+        if client is None:
+            raise PeerError(problem)
+        with contextlib.closing(client):
+            found.update(greeting=client.greeting, extensions=tuple(
+                ("%s %s" % one).strip().upper() for one in client.esmtp_features.items()))
+            if ssl is not None and isinstance(client.sock, ssl.SSLSocket):
+                der = client.sock.getpeercert(True) or b""
+                found.update(tls=client.sock.version(), sha256=hashlib.sha256(der).hexdigest())
+                facts = peer_certificate_facts(der)
+                if facts is not None:
+                    found.update(names=facts.names, until=format_date(int(facts.until)))
+            for key, command in (("mail", "MAIL FROM:<>"), ("rcpt", "RCPT TO:<postmaster@%s>" % plan.name)):
+                code, text = client.ask(command, "", PROBE_REPLY_S)
+                found[key], found["takes_mail"] = reply_text(code, text), code // 100 == 2 and key == "rcpt"
+                if code // 100 != 2:
+                    break
+            with contextlib.suppress(PeerError, OSError):       # everything of interest was said before
+                client.ask("QUIT", "", PROBE_REPLY_S)
+    except (PeerError, OSError, ValueError) as error:
+        found["error"] = describe(error) if isinstance(error, OSError) else str(error)
 
 
 # -- --check
 
-class Finding(NamedTuple):
-    level: str                  # ok, warning or error
-    what: str
-    text: str
-
-
-VOLATILE = {"tmpfs": "is lost at a power cut", "ramfs": "is lost at a power cut", "vfat": "renames are not atomic",
-            "exfat": "renames are not atomic", "msdos": "renames are not atomic", "nfs": "errors may show too late",
-            "nfs4": "errors may show too late", "cifs": "errors may show too late"}
+Finding = Tuple[str, str, str]          # ok, warning or error; what it is about; text
 
 
 def check(cfg: Config, as_json: bool) -> int:
-    """Look at configuration, DNS, ports and spool; say what is wrong.  Nothing is changed."""
-    findings = check_config(cfg) + check_spool(cfg) + check_ports(cfg) + check_certificate(cfg)
-    until = time.monotonic() + CHECK_S
+    """Look at configuration, spool, ports, certificate and DNS; say what is wrong.  Nothing is changed."""
+    found: List[Finding] = [("ok", "config", "%s: %s" % (cfg.file, plural(len(cfg.domains), "domain")))]
+    for part in (check_config, check_spool, check_ports):
+        try:
+            found.extend(part(cfg))
+        except (OSError, ValueError) as error:
+            text = describe(error) if isinstance(error, OSError) else str(error)
+            found.append(("error", part.__name__[6:], text))
     names = [name for name in cfg.domains if name[0] != "."]
-    tasks: List[Callable[[], List[Finding]]] = [functools.partial(check_hostname, cfg, Resolver(cfg.nameservers))]
-    tasks += [functools.partial(check_domain, cfg, cfg.domains[name], Remembering(cfg.nameservers), until) for name in names]
-    for name, result in zip(["hostname", *names], in_time(CHECK_S, tasks)):
-        findings += [Finding("warning", name, str(result))] if isinstance(result, Exception) else result
+    server, plans = know_all(cfg, names)
+    calls: List[Callable[[], List[Finding]]] = [functools.partial(check_domain, cfg, plan) for plan in plans]
+    calls.append(lambda: [("ok", "hostname", ", ".join(server.resolver.addresses(cfg.hostname)))])
+    for name, result in zip([*names, "hostname"], in_time(server, CHECK_S, calls)):
+        found += [("warning", name, str(result))] if isinstance(result, Exception) else result
     if as_json:
-        print_json([finding._asdict() for finding in findings])
+        print_json([dict(zip(("level", "what", "text"), one)) for one in found])
     else:
-        for finding in findings:
-            print("%-8s %s: %s" % (finding.level, finding.what, printable(finding.text)))
-    return EX_CONFIG if any(finding.level == "error" for finding in findings) else EX_OK
+        say("\n".join("%-8s %s: %s" % (level, what, printable(text)) for level, what, text in found))
+    return EX_CONFIG if any(level == "error" for level, _, _ in found) else EX_OK
 
 
-def check_config(cfg: Config) -> List[Finding]:
-    out = [Finding("ok", "config", "%s: %d domains" % (cfg.file, len(cfg.domains)))]
-    if not cfg.domains:
-        out.append(Finding("warning", "config", "no domain is served: all mail will be refused"))
-    for option, address in (("[alerts] mail", cfg.alerts_mail), ("[bounces] postmaster", cfg.bounces_postmaster)):
-        domain = address.rpartition("@")[2].lower()
-        if address and cfg.domain(domain) is not None:
-            out.append(Finding("warning", "config", "%s = %s: this relay serves %s, so that what it has to tell would wait for "
-                               "the very primary that is down" % (option, address, domain)))
-    try:
-        command = shlex.split(cfg.alerts_command)[:1]
-        if command and shutil.which(command[0]) is None:
-            out.append(Finding("error", "config", "[alerts] command: there is no program %s" % command[0]))
-    except ValueError as error:
-        out.append(Finding("error", "config", "[alerts] command: %s" % error))
-    if cfg.log == "syslog" and (syslog is None or not os.path.exists("/dev/log")):
-        out.append(Finding("warning", "config", "log = syslog, but there is %s: nothing will be logged" % (
-            "no /dev/log" if syslog else "no syslog module")))
-    try:
-        read_secret(cfg.bounces_password)
-    except OSError as error:
-        out.append(Finding("error", "config", "[bounces] password cannot be read: %s" % describe(error)))
-    for path in recipient_paths(cfg):
-        try:
-            remark = RecipientFile(path).remark
-            out += [Finding("warning", "config", remark)] if remark else []
-        except OSError as error:
-            out.append(Finding("error", "config", "recipients = file:%s: %s" % (path, error.strerror)))
-    if time.time() < os.path.getmtime(__file__) - 86400.0:
-        out.append(Finding("warning", "clock", "it is %s here: before this program was written" % format_day(time.time())))
-    return out
+def check_config(cfg: Config) -> Iterator[Finding]:
+    if cfg.tls_certificate and ssl is not None:
+        Certificate(cfg.tls_certificate, cfg.tls_key)       # or an error for check() to tell
+    if cfg.status_listen and not cfg.status_token and not is_loopback(cfg.status_listen.host):
+        yield "warning", "config", "whoever reaches %s reads the page: set a token" % str(cfg.status_listen)
+    secrets = (cfg.status_token, cfg.bounces_password, *(one.password for one in cfg.domains.values()))
+    for path in sorted({one[5:] if one.startswith("file:") else cfg.file for one in secrets if one}):
+        if os.path.exists(path) and os.stat(path).st_mode & 0o004:
+            yield "warning", "config", "%s holds a secret, and everybody may read it: chmod o-r" % path
 
 
-def check_spool(cfg: Config) -> List[Finding]:
-    out: List[Finding] = []
-    folder = cfg.spool
-    while not os.path.isdir(folder) and folder != os.path.dirname(folder):
+def check_spool(cfg: Config) -> Iterator[Finding]:
+    """As the relay's account sees it: as that it opens spool, log, lists and passwords."""
+    folder, account = cfg.spool, Account(cfg.user)
+    while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
+    is_new, kind, free = folder != cfg.spool, file_system(folder), shutil.disk_usage(folder).free
+    if is_new and os.path.lexists(cfg.spool):
+        yield "error", "spool", "%s is not a directory" % cfg.spool
+    if kind in ("overlay", "tmpfs"):
+        yield "warning", "spool", "%s is on %s: gone with its container or a power cut" % (cfg.spool, kind)
+    text = "%s: %s free, refuses below %s" % (cfg.spool, format_size(free), format_size(cfg.min_free_space))
+    yield "error" if free < cfg.min_free_space else "ok", "spool", text
     try:
-        account = Account(cfg.user)
-        who = cfg.user or "this account"
-        if folder == cfg.spool:         # else root makes it, and gives it to the account
-            out += [Finding("error", "spool", "%s cannot write %s" % (who, path))
-                    for path in denied(account, [(folder, os.R_OK | os.W_OK | os.X_OK)])]
-        if account.name:                # root may read and write everything, but is given up before these are
-            needed = recipient_paths(cfg) + secret_paths(cfg)
-            out += [Finding("error", "user", "%s cannot read %s" % (who, path))
-                    for path in denied(account, [(path, os.R_OK) for path in needed])]
-            reread = filter(None, (cfg.file, cfg.tls_certificate, cfg.tls_key))
-            out += [Finding("warning", "user", "%s cannot read %s: SIGHUP and renewals will fail" % (who, path))
-                    for path in denied(account, [(path, os.R_OK) for path in reread])]
+        with contextlib.suppress(OSError):      # what it may not do is told below
+            account.assume(folder)
+        paths = [] if is_new and account.name else [folder]     # root makes a new spool
+        parts = [os.path.join(cfg.spool, name) for name in ("lock", "incoming", "corrupt")]
+        paths += filter(os.path.exists, parts)
         if cfg.log not in ("stderr", "syslog"):
-            place = cfg.log if os.path.exists(cfg.log) else os.path.dirname(cfg.log)
-            if os.path.isdir(cfg.log) or denied(account, [(place, os.W_OK)]):
-                out.append(Finding("error", "log", "%s cannot write %s" % (who, cfg.log)))
-        if os.path.lexists(cfg.spool) and folder != cfg.spool:
-            out.append(Finding("error", "spool", "%s is not a directory" % cfg.spool))
-        elif folder != cfg.spool and not os.access(folder, os.W_OK | os.X_OK):
-            out.append(Finding("error", "spool", "%s cannot be written" % folder))
-    except OSError as error:
-        out.append(Finding("error", "user", describe(error)))
-    kind = file_system(folder)
-    if kind in VOLATILE:
-        out.append(Finding("warning", "spool", "%s is on %s: mail there %s" % (cfg.spool, kind, VOLATILE[kind])))
-    free = Spool(folder).free()
-    level = "error" if free < cfg.min_free_space else "warning" if free < 2 * cfg.min_free_space else "ok"
-    out.append(Finding(level, "spool", "%s: %s free%s" % (
-        cfg.spool, format_size(free), ", mail is refused below %s" % format_size(cfg.min_free_space) if level != "ok" else "")))
-    return out
-
-
-def denied(account: Account, wanted: Sequence[Tuple[str, int]]) -> List[str]:
-    """Paths that the account may not use so: asked in a child that has become it."""
-    if not account.name:
-        return [path for path, mode in wanted if not os.access(path, mode)]
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.initgroups(account.name, account.gid)
-            account.become()
-            os.write(writer, bytes(os.access(path, mode) for path, mode in wanted))
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as answers:
-        allowed = answers.read().ljust(len(wanted), b"\0")
-    os.waitpid(child, 0)
-    return [path for (path, _), may in zip(wanted, allowed) if not may]
+            paths.append(cfg.log if os.path.isfile(cfg.log) else os.path.dirname(cfg.log))
+        for path in paths:
+            if not os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+                yield "error", "spool", "%s cannot write %s" % (cfg.user or "this account", path)
+        for path in recipient_paths(cfg):
+            for number, line in read_recipients(path)[1]:
+                yield "warning", "config", "%s:%d: not an address: %s" % (path, number, line)
+        for password in (cfg.bounces_password, *(one.password for one in cfg.domains.values())):
+            read_secret(password)               # or an error for check() to tell
+    finally:
+        account.resume_root()
 
 
 def file_system(folder: str) -> str:
-    """The type of the file system a folder is on, where /proc tells."""
-    best, kind = "", ""
-    try:
-        with open("/proc/mounts", encoding="utf-8", errors="replace") as mounts:
-            for line in mounts:
-                _, point, its, *_ = line.split()
-                point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), point)     # a blank is \040
-                if (os.path.realpath(folder) + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best):
-                    best, kind = point, its
-    except (OSError, ValueError):
-        pass
-    return kind
-
-
-def check_ports(cfg: Config) -> List[Finding]:
-    out = []
-    for where in [*cfg.listen, *cfg.odmr_listen, *filter(None, [cfg.status_listen])]:
-        sock = socket.socket(socket.AF_INET6 if ":" in where.host else socket.AF_INET, socket.SOCK_STREAM)
-        with sock:
-            try:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if ":" in where.host:
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                sock.bind((where.host, where.port))
-                sock.listen(1)
-                out.append(Finding("ok", "port", "%s is free" % str(where)))
-            except OSError as error:
-                ours = error.errno == errno.EADDRINUSE and is_running(cfg)
-                hint = "; ports below 1024 need root or a service manager" if error.errno == errno.EACCES else ""
-                out.append(Finding("ok" if ours else "error", "port", "%s: %s%s" % (
-                    where, "in use by the running relay" if ours else error.strerror, hint)))
-    return out
-
-
-def is_running(cfg: Config) -> bool:
-    directory = -1
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        try:
-            directory = os.open(cfg.spool, os.O_RDONLY | os.O_CLOEXEC)
-            sock.connect(short_path(os.path.join(cfg.spool, "control"), directory))
-            return True
-        except OSError:
-            return False
-        finally:
-            if directory >= 0:
-                os.close(directory)
-
-
-def check_certificate(cfg: Config) -> List[Finding]:
-    if not cfg.tls_certificate:
-        return [Finding("ok", "tls", "no certificate: STARTTLS is not offered")]
-    if ssl is None:
-        return [Finding("warning", "tls", "this Python has no ssl module: STARTTLS is not offered")]
-    try:
-        Certificate(cfg.tls_certificate, cfg.tls_key)
-        with open(cfg.tls_certificate, "rb") as file:
-            facts = parse_pem(file.read())
-    except (OSError, ValueError) as error:
-        return [Finding("error", "tls", "%s: %s" % (cfg.tls_certificate, error))]
-    left = facts.until - time.time()
-    level, text = "ok", "for %s, until %s" % (", ".join(facts.names), format_day(facts.until))
-    if left < 0:
-        level, text = "error", "expired on %s" % format_day(facts.until)
-    elif left < CERTIFICATE_WARNING_S:
-        level, text = "warning", "expires in %s" % format_duration(left)
-    elif facts.since > time.time():
-        level, text = "warning", "is not valid before %s" % format_day(facts.since)
-    out = [Finding(level, "tls", "%s: %s" % (cfg.tls_certificate, text))]
-    if not facts.is_for(cfg.hostname):
-        out.append(Finding("warning", "tls", "%s: not for %s, but for %s" % (
-            cfg.tls_certificate, cfg.hostname, ", ".join(facts.names) or "no name")))
-    return out
-
-
-def check_hostname(cfg: Config, resolver: Resolver) -> List[Finding]:
-    """Its name must lead here and, as many receivers of notices insist, its address back to the name."""
-    name = cfg.hostname
-    if name.split(".")[-1] in ("localhost", "localdomain", "local") or "." not in name:
-        return [Finding("warning", "hostname", "%s is no name that others know this host by: set hostname" % name)]
-    try:
-        addresses = resolver.addresses(name)
-    except DnsError as error:
-        return [Finding("warning", "hostname", str(error))]
-    if not addresses:
-        return [Finding("warning", "hostname", "%s has no address" % name)]
-    out = [Finding("ok", "hostname", "%s: %s%s" % (name, ", ".join(addresses), "" if any(map(is_local, addresses)) else
-                                                   ", none of them of this machine: it is behind a NAT, or the name is wrong"))]
-    for address in addresses:
-        if ipaddress.ip_address(address).is_global:
-            try:
-                names = resolver.query(ipaddress.ip_address(address).reverse_pointer, PTR)
-            except DnsError:
-                names = []
-            what = "is called " + ", ".join(names) if names else "has no name: many servers refuse notices from there"
-            out.append(Finding("ok" if name in names else "warning", "hostname", "%s %s" % (address, what)))
-    return out
-
-
-def check_domain(cfg: Config, one: DomainConfig, resolver: Resolver, until: float) -> List[Finding]:
-    """The MX records must name this host, and a better one; the primary must be found, and should answer."""
-    out = []
-    try:
-        records: List[Tuple[int, str]] = resolver.query(one.name, MX)
-        ours = [preference for preference, host in records if host == cfg.hostname]
-        best = min(records, default=(0, ""))[0]
-        if not ours:
-            out.append(Finding("warning", one.name, "its MX records do not name %s: no mail will come here" % cfg.hostname))
-        elif min(ours) <= best:
-            out.append(Finding("warning", one.name, "its MX records name no better host than %s" % cfg.hostname))
-        else:
-            out.append(Finding("ok", one.name, "MX: %s" % ", ".join("%d %s" % record for record in sorted(records))))
-    except DnsError as error:
-        out.append(Finding("warning", one.name, str(error)))
-    try:
-        if one.username and not read_secret(one.password):
-            out.append(Finding("error", one.name, "the password of %s is empty" % one.username))
-    except OSError as error:
-        out.append(Finding("error", one.name, "the password of %s cannot be read: %s" % (one.username, describe(error))))
-    if one.primary in WAITS:
-        return out + check_collected(cfg, one)
-    plan = probe_plan(cfg, one.name, one, resolver)
-    try:
-        hops, warning = find_route(plan)
-        out.append(Finding("warning" if warning else "ok", one.name, "primary: %s%s" % (
-            ", ".join(map(str, hops)), " (%s)" % warning if warning else "")))
-    except PeerError as error:
-        return [*out, Finding("error", one.name, str(error))]
-    visit: Dict[str, Any] = {"error": "no answer"}
-    for hop in hops:
-        visit = Visit(plan, hop, until, "").run()
-        if not visit["error"]:
-            return [*out, Finding("ok", one.name, "%s answers in %.0f ms%s" % (
-                str(hop), visit["connect_seconds"] * 1000, _size_note(cfg, visit["size"])))]
-    return [*out, Finding("warning", one.name, "its primary does not answer now: %s" % visit["error"])]
-
-
-def _size_note(cfg: Config, size: Optional[int]) -> str:
-    if size and (not cfg.max_message_size or size < cfg.max_message_size):
-        return "; it takes messages up to %s, which is then what this relay announces (max_message_size = %s)" % (
-            format_size(size), format_size(cfg.max_message_size) if cfg.max_message_size else "0")
+    """The type of the file system a folder is on, where /proc tells; proc(5)."""
+    device = os.stat(folder).st_dev
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", errors="replace") as lines:
+        for words in map(str.split, lines):
+            if words[2] == "%d:%d" % (os.major(device), os.minor(device)):
+                return words[words.index("-") + 1]
     return ""
 
 
-# -- --print-unit
-
-class Service(NamedTuple):
-    """What a unit needs to know."""
-    command: Tuple[str, ...]
-    config: str
-    spool: str
-    log: str                    # a file, stderr or syslog
-    user: str
-    ports: Tuple[int, ...]
-    files: int                  # descriptors
-    remark: str
+def check_ports(cfg: Config) -> Iterator[Finding]:
+    wanted = [*cfg.listen, *cfg.odmr_listen, *filter(None, [cfg.status_listen])]
+    with contextlib.ExitStack() as stack:       # all at once: one may be in the way of another
+        for where in () if is_running(cfg) else wanted:
+            try:
+                stack.enter_context(bind(where, 1))
+            except OSError as error:
+                is_spare = where.host == "::" and error.errno != errno.EADDRINUSE       # no IPv6 here
+                yield "warning" if is_spare else "error", "port", describe(error)
 
 
-def find_service(config: str) -> Service:
-    """From the configuration, or as it would be without one.  Raises ConfigError and Usage."""
-    config = os.path.abspath(config)
-    command = (sys.executable or "/usr/bin/python3", os.path.abspath(__file__), "--config", config)
+def check_domain(cfg: Config, plan: Plan) -> List[Finding]:
+    """Its MX records must name this host, and a better one.  Its primary must be found, and should answer."""
+    out: List[Finding] = []
     try:
-        cfg: Optional[Config] = read_config(config)
-    except OSError as error:
-        cfg, remark = None, "%s: %s.  Set  spool = %s  in it" % (config, error.strerror, STATE_SPOOL)
-    if cfg is None:
-        service = Service(command, config, STATE_SPOOL, "stderr", "", (SMTP_PORT,), 65536, remark)
-    else:
-        ports = tuple(where.port for where in [*cfg.listen, *cfg.odmr_listen, *filter(None, [cfg.status_listen])])
-        service = Service(command, config, cfg.spool, cfg.log, cfg.user, ports, max(65536, 3 * cfg.max_connections), "")
-    for path in (*command, service.spool, service.log):
-        if not path.isprintable():
-            raise Usage("%r cannot be named in a unit" % path)
-    return service
-
-
-STATE_SPOOL = "/var/lib/etrn_relay"
-
-
-def quote_systemd(text: str, is_command: bool = False) -> str:
-    """A word of systemd.unit(5), where % starts a specifier; in a command, $ starts a variable."""
-    text = text.replace("%", "%%").replace("$", "$$" if is_command else "$")
-    if not text or re.search(r"[^\w/.:@+=,%$-]", text):
-        return '"%s"' % text.replace("\\", "\\\\").replace('"', '\\"')
-    return text
-
-
-SYSTEMD = """\
-# etrn_relay.service, for /etc/systemd/system.  Then:
-#   systemctl daemon-reload && systemctl enable --now etrn_relay
-# With  log = syslog  the journal's lines have no second time stamp.
-%(remark)s[Unit]
-Description=etrn_relay, a backup mail exchanger
-Wants=network-online.target
-After=network-online.target nss-lookup.target
-
-[Service]
-Type=notify
-ExecStart=%(command)s
-ExecReload=/bin/sh -c "kill -HUP ${MAINPID}"
-WatchdogSec=60
-Restart=on-failure
-RestartSec=5
-# A wrong command line or configuration does not get better.
-RestartPreventExitStatus=64 78
-TimeoutStopSec=15
-LimitNOFILE=%(files)d
-
-%(account)s
-CapabilityBoundingSet=%(capabilities)s
-AmbientCapabilities=%(capabilities)s
-NoNewPrivileges=yes
-UMask=0077
-ProtectSystem=strict
-%(writable)sProtectHome=%(home)s
-PrivateTmp=%(tmp)s
-PrivateDevices=yes
-ProtectClock=yes
-ProtectControlGroups=yes
-ProtectHostname=yes
-ProtectKernelLogs=yes
-ProtectKernelModules=yes
-ProtectKernelTunables=yes
-ProtectProc=invisible
-RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-RemoveIPC=yes
-LockPersonality=yes
-MemoryDenyWriteExecute=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged
-SystemCallErrorNumber=EPERM
-
-[Install]
-WantedBy=multi-user.target
-
-# Sockets may be passed instead, and no capability is needed then: as etrn_relay.socket,
-#   [Socket]
-#   ListenStream=0.0.0.0:25
-#   ListenStream=[::]:25
-#   BindIPv6Only=ipv6-only
-#   [Install]
-#   WantedBy=sockets.target
-"""
-
-
-def format_systemd(service: Service) -> str:
-    """Where the spool is below /var/lib, systemd makes it, for an account that exists while the service runs."""
-    account, writable = [], []
-    if is_inside(service.spool, "/var/lib"):
-        account.append("User=%s" % service.user if service.user else "DynamicUser=yes")
-        account.append("StateDirectory=%s" % quote_systemd(os.path.relpath(service.spool, "/var/lib")))
-        account.append("StateDirectoryMode=0700")
-        account.append("# That account must be able to read the configuration, and the files that it names.")
-    else:
-        account.append("User=%s" % service.user if service.user else
-                       "# For an account of its own, set  user,  or  spool = %s.\nUser=root" % STATE_SPOOL)
-        account.append("ExecStartPre=+%s" % " ".join(quote_systemd(word, True) for word in [
-            shutil.which("install") or "/usr/bin/install", "-d", "-m", "0700", "-o", service.user or "root", service.spool]))
-        writable.append(service.spool)
-    if service.log.startswith("/"):
-        writable.append(os.path.dirname(service.log))
-    paths = [*service.command, service.spool, service.log]
-    return SYSTEMD % {
-        "remark": "# %s.\n" % service.remark if service.remark else "", "files": service.files, "account": "\n".join(account),
-        "command": " ".join(quote_systemd(word, True) for word in service.command),
-        "capabilities": "CAP_NET_BIND_SERVICE" if any(0 < port < 1024 for port in service.ports) else "",
-        "writable": "ReadWritePaths=%s\n" % " ".join(map(quote_systemd, writable)) if writable else "",
-        # what a unit hides cannot be run from there
-        "home": "read-only" if any(is_inside(path, "/home", "/root", "/run/user") for path in paths) else "yes",
-        "tmp": "no" if any(is_inside(path, "/tmp", "/var/tmp") for path in paths) else "yes"}
-
-
-def is_inside(path: str, *folders: str) -> bool:
-    return any(path.startswith(folder + "/") for folder in folders)
-
-
-OPENRC = """\
-#!/sbin/openrc-run
-# /etc/init.d/etrn_relay, executable.  Then:  rc-update add etrn_relay && rc-service etrn_relay start
-# It starts as root and becomes the account that  user  in the configuration names.
-%(remark)s
-name="etrn_relay"
-description="A backup mail exchanger"
-supervisor=supervise-daemon
-# Both are evaluated once more, hence quoted twice.
-command=%(program)s
-command_args=%(arguments)s
-umask=077
-no_new_privs=yes
-respawn_delay=5
-respawn_max=0
-rc_ulimit="-n %(files)d"
-%(error_log)sextra_started_commands="reload"
-
-depend() {
-	need net
-	use dns logger
-	after firewall
-}
-
-start_pre() {
-	checkpath -d -m 0700%(owner)s %(spool)s
-}
-
-reload() {
-	ebegin "Rereading the configuration of etrn_relay"
-	supervise-daemon "$RC_SVCNAME" --signal HUP
-	eend $?
-}
-"""
-
-
-def format_openrc(service: Service) -> str:
-    words = [shlex.quote(word) for word in service.command]
-    return OPENRC % {
-        "remark": "# %s.\n" % service.remark if service.remark else "", "files": service.files,
-        "program": shlex.quote(words[0]), "arguments": shlex.quote(" ".join(words[1:])),
-        "owner": " -o " + shlex.quote(service.user) if service.user else "", "spool": shlex.quote(service.spool),
-        "error_log": "error_log=/var/log/etrn_relay.log\n" if service.log == "stderr" else ""}
-
-
-PROCD = """\
-#!/bin/sh /etc/rc.common
-# /etc/init.d/etrn_relay, executable.  Then:  service etrn_relay enable && service etrn_relay start
-# It starts as root and becomes the account that  user  in the configuration names.
-# /var is in memory on most routers: the spool belongs on a disk or stick.
-%(remark)s
-USE_PROCD=1
-START=95
-STOP=10
-
-start_service() {
-	procd_open_instance
-	procd_set_param command %(command)s
-	procd_set_param file %(config)s
-	procd_set_param respawn 3600 5 0
-	procd_set_param limits nofile="%(files)d %(files)d"
-	procd_set_param no_new_privs 1
-	procd_set_param reload_signal HUP
-	procd_set_param stderr 1
-	procd_set_param term_timeout 10
-	procd_close_instance
-}
-"""
-
-
-def format_procd(service: Service) -> str:
-    remark = service.remark.replace(STATE_SPOOL, "/mnt/usb/etrn_relay")
-    return PROCD % {"remark": "# %s.\n" % remark if remark else "", "files": service.files,
-                    "command": " ".join(map(shlex.quote, service.command)), "config": shlex.quote(service.config)}
-
-
-LAUNCHD = """\
-<?xml version="1.0" encoding="UTF-8"?>
-<!DOCTYPE plist PUBLIC "-//Apple//DTD PLIST 1.0//EN" "http://www.apple.com/DTDs/PropertyList-1.0.dtd">
-<!-- /Library/LaunchDaemons/etrn_relay.plist.  Then: launchctl bootstrap system that file.
-     It starts as root and becomes the account that  user  in the configuration names.%(remark)s -->
-<plist version="1.0">
-<dict>
-	<key>Label</key><string>etrn_relay</string>
-	<key>ProgramArguments</key>
-	<array>
-%(command)s
-	</array>
-	<key>RunAtLoad</key><true/>
-	<key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
-	<key>ThrottleInterval</key><integer>10</integer>
-	<key>ExitTimeOut</key><integer>15</integer>
-	<key>Umask</key><integer>63</integer>
-	<key>SoftResourceLimits</key><dict><key>NumberOfFiles</key><integer>%(files)d</integer></dict>
-	<key>HardResourceLimits</key><dict><key>NumberOfFiles</key><integer>%(files)d</integer></dict>
-	<key>StandardErrorPath</key><string>%(error)s</string>
-</dict>
-</plist>
-"""
-
-
-def format_launchd(service: Service) -> str:
-    def escape(text: str) -> str:
-        return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    remark = service.remark.replace("-", "\u2010") if "--" in service.remark else service.remark    # XML comments forbid it
-    return LAUNCHD % {
-        "remark": "\n     %s." % remark if remark else "", "files": service.files,
-        "command": "\n".join("\t\t<string>%s</string>" % escape(word) for word in service.command),
-        "error": "/var/log/etrn_relay.log" if service.log == "stderr" else "/dev/null"}
-
-
-UNITS: Dict[str, Callable[[Service], str]] = {
-    "systemd": format_systemd, "openrc": format_openrc, "procd": format_procd, "launchd": format_launchd}
-
-
-def format_unit(kind: str, config: str) -> str:
-    return UNITS[kind](find_service(config))
-
-
-def check_collected(cfg: Config, one: DomainConfig) -> List[Finding]:
-    """primary = atrn or etrn: whether anybody can come for the mail."""
-    if not one.username:
-        return [Finding("error", one.name, "primary = %s needs a username: without one its mail cannot leave" % one.primary)]
-    if one.primary == "atrn" and not cfg.odmr_listen:
-        return [Finding("error", one.name, "primary = atrn needs odmr_listen: without it no mail can be collected")]
-    if one.primary == "etrn" and one.etrn == "none":
-        return [Finding("error", one.name, "primary = etrn, but etrn = none: nobody may tell where the primary is")]
-    home = known_homes(Spool(cfg.spool).load_state(), cfg).get(one.name)
-    if home:
-        return [Finding("ok", one.name, "primary: at %s since an authenticated ETRN of %s" % (home, one.username))]
-    return [Finding("ok", one.name, "primary: mail %s of %s" % (WAITS[str(one.primary)], one.username))]
+        records: List[Tuple[int, str]] = sorted(plan.resolver.query(plan.name, MX))
+        text = "MX: " + ", ".join("%d %s" % record for record in records)
+        if not any(host == cfg.hostname and preference > records[0][0] for preference, host in records):
+            text += "; %s should be among them, behind a better host" % cfg.hostname
+        out.append(("warning" if ";" in text else "ok", plan.name, text))
+    except DnsError as error:
+        out.append(("warning", plan.name, str(error)))
+    if plan.primary in WAITS:
+        may_come = cfg.odmr_listen if plan.primary == "atrn" else plan.cfg.etrn != "none"
+        text = "mail %s; that needs username, and odmr_listen or etrn" % WAITS[str(plan.primary)]
+        return [*out, ("ok" if may_come and plan.cfg.username else "error", plan.name, text)]
+    client, problem, hops, warning = dial(plan)
+    if client is not None:
+        client.close()
+    level = "error" if not hops else "warning" if problem or warning else "ok"
+    text = "primary: %s; %s" % (", ".join(map(str, hops)) or "none", warning or problem or "it answers")
+    return [*out, (level, plan.name, text)]
 
 
 # -- --demo
 
-class DemoHandler(socketserver.StreamRequestHandler):
-    """As much of an SMTP server as a demonstration of a primary needs."""
-
-    def handle(self) -> None:
-        self.say("220 mail.example.com the primary is back")
-        for line in self.rfile:
-            verb = line[:4].upper()
-            if verb == b"EHLO":
-                self.say("250-mail.example.com\r\n250 PIPELINING")
-            elif verb == b"DATA":
-                self.say("354 go on")
-                message = b"".join(iter(self.rfile.readline, b".\r\n"))
-                self.server.messages.append(message)        # type: ignore[attr-defined]
-                self.say("250 2.0.0 taken")
-            else:
-                self.say("221 bye" if verb == b"QUIT" else "250 ok")
-
-    def say(self, text: str) -> None:
-        self.wfile.write(text.encode("ascii") + b"\r\n")
-
-
-class DemoPrimary(socketserver.ThreadingTCPServer):
-    allow_reuse_address = True
-    daemon_threads = True
-
-    def __init__(self, port: int) -> None:
-        self.messages: List[bytes] = []
-        self.open: List[socket.socket] = []
-        super().__init__(("127.0.0.1", port), DemoHandler)
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self.open.append(request)
-        super().process_request(request, client_address)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection cut by close()."""
-
-    def close(self) -> None:
-        """As abruptly as a power cut."""
-        self.shutdown()
-        self.server_close()
-        for sock in self.open:
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass                    # it had ended before
-
-
 DEMO_CONFIG = """\
 [relay]
-hostname = backup.example.net
-listen = 127.0.0.1:0
-log = relay.log
-min_free_space = 0
+hostname = %(name)s.example.net
+listen = 127.0.0.1:%(port)d
+spool = %(name)s
+log = %(name)s.log
 [domain example.com]
-primary = 127.0.0.1:%d
-probe_interval = 1s
+primary = %(primary)s
 """
-DEMO_WAIT_S = 8.0               # for each step; the whole demonstration takes under 20 seconds
 
 
-class Demo:
-    """A whole outage with real SMTP on loopback, in a temporary spool of which nothing remains."""
+def start_demo(stack: contextlib.ExitStack, folder: str, **values: Any) -> Config:
+    cfg = parse_config(DEMO_CONFIG % values, os.path.join(folder, "etrn.conf"))
+    spool = stack.enter_context(contextlib.closing(Spool(cfg.spool)))
+    spool.open()
+    server = Server(cfg, spool, Log(cfg.log, cfg.log_level, cfg.hostname))
+    server.listen()
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    stack.callback(thread.join)
+    stack.callback(server.loop.post, server.begin_stop)
+    return cfg
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say_line = say
-        self.began = time.monotonic()
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]       # where the primary will be
 
-    def say(self, text: str) -> None:
-        first, *rest = text.rstrip("\n").split("\n")
-        self.say_line("%5.1f s  %s" % (time.monotonic() - self.began, first))
-        for line in rest:
-            self.say_line(("         %s" % line).rstrip())
-
-    def play(self) -> int:
-        with tempfile.TemporaryDirectory(prefix="etrn-demo-") as folder:
-            cfg = parse_config(DEMO_CONFIG % self.port, os.path.join(folder, "demo.conf"))
-            spool = Spool(cfg.spool)
-            spool.open()
-            server = Server(cfg, spool, Log(cfg.log, cfg.log_level, cfg.hostname))
-            server.listen()
-            relay = threading.Thread(target=server.run, name="relay")
-            relay.start()
-            try:
-                return self._play(cfg, server.manager.listeners[0])
-            finally:
-                server.stop()
-                relay.join()
-                spool.close()
-
-    def _play(self, cfg: Config, relay: Endpoint) -> int:
-        self.say_line("One outage of a mail server, played with real SMTP on this machine's loopback address;\n"
-                      "mail and log are in a temporary folder that is removed at the end.\n")
-        self.say("The relay is up on %s, as backup MX for example.com." % str(relay))
-        self.say("The primary is down: nothing answers on 127.0.0.1:%d.  Five messages come in:" % self.port)
-        for number in range(1, 6):
-            self.say("  sender%d@example.org: %s" % (number, self.send(relay, number)))
-        self.wait(lambda: self.status(cfg)["primary"] == "down")
-        rows: List[Dict[str, Any]] = []
-        for answer in ask_relay(cfg, {"command": "list", "what": "all"}):
-            for id, state, due, expires, failures in answer.get("rows", ()):
-                rows += queue_rows(Spool(cfg.spool).read_sidecar(id), answer, state, due, expires, failures)
-        rows.sort(key=lambda row: str(row["id"]))
-        self.say("They are safe on disk.  --queue shows:\n" + format_queue(rows, time.time()))
-        self.say("The primary comes back.  Nobody tells the relay.")
-        since = time.monotonic()
-        primary = DemoPrimary(self.port)
-        back = self.wait(lambda: len(primary.messages) == 5)
-        self.say("The primary has %d of 5 messages, %.1f s after its return." % (len(primary.messages), time.monotonic() - since))
-        primary.close()
-        self.say("The primary goes down again, and one more message comes in:")
-        self.say("  sender6@example.org: %s" % self.send(relay, 6))
-        self.wait(lambda: self.status(cfg)["primary"] == "down")
-        self.say("The primary comes back and asks for its mail:")
-        primary = DemoPrimary(self.port)
-        with smtplib.SMTP(relay.host, relay.port, "mail.example.com", DEMO_WAIT_S) as client:
+def play_demo() -> int:
+    """An outage with real SMTP on loopback, in a temporary folder.  Another relay plays the primary."""
+    with tempfile.TemporaryDirectory(prefix="etrn-demo-") as folder, contextlib.ExitStack() as stack:
+        with bind(Endpoint("127.0.0.1", 0), 1) as one, bind(Endpoint("127.0.0.1", 0), 1) as other:
+            port, away = one.getsockname()[1], other.getsockname()[1]
+        cfg = start_demo(stack, folder, name="backup", port=port, primary="127.0.0.1:%d" % away)
+        say("A backup MX for example.com is up on 127.0.0.1:%d.  The primary is down." % port)
+        with smtplib.SMTP("127.0.0.1", port, "sender.example.org") as client:
+            for number in range(5):
+                client.sendmail("sender%d@example.org" % number, "user@example.com", "Subject: hi\n\n")
+        say("Five messages came in, and are safe on disk.  --queue shows:\n")
+        show_queue(cfg, "all", False)
+        primary = start_demo(stack, folder, name="mail", port=away, primary="atrn")
+        say("\nThe primary is back.  The relay would find out, but it asks for its mail:")
+        with smtplib.SMTP("127.0.0.1", port, "mail.example.com") as client:
             client.ehlo()
             code, text = client.docmd("ETRN", "example.com")
-            self.say("  ETRN example.com\n  %d %s" % (code, text.decode("ascii")))
-        asked = self.wait(lambda: len(primary.messages) == 1)
-        self.say("The primary has it." if asked else "The primary did not get it.")
-        done = back and asked and self.wait(lambda: not self.status(cfg)["queued"])     # its answer may be under way
-        primary.close()
-        self.say("The queue is empty.  Nothing was lost." if done else "Something went wrong.")
-        self.say_line("\nNext, with a configuration to try out and to edit:  etrn_relay.py --config etrn.conf.sample")
-        return EX_OK if done else EX_TEMPFAIL
-
-    def send(self, relay: Endpoint, number: int) -> str:
-        with smtplib.SMTP(relay.host, relay.port, "sender.example.org", DEMO_WAIT_S) as client:
-            client.ehlo()
-            client.docmd("MAIL", "FROM:<sender%d@example.org>" % number)
-            client.docmd("RCPT", "TO:<user@example.com>")
-            code, text = client.data(b"Subject: message %d\r\n\r\nHello.\r\n" % number)
-        return "%d %s" % (code, text.decode("ascii"))
-
-    @staticmethod
-    def status(cfg: Config) -> Dict[str, Any]:
-        one: Dict[str, Any] = last_answer(cfg, {"command": "status"})["domains"]["example.com"]
-        return one
-
-    @staticmethod
-    def wait(is_so: Callable[[], bool]) -> bool:
+        say("ETRN example.com\n%d %s" % (code, text.decode("ascii")))
         end = time.monotonic() + DEMO_WAIT_S
-        while not is_so() and time.monotonic() < end:
-            time.sleep(0.05)
-        return is_so()
+        while read_rows(cfg, "all")[0] and time.monotonic() < end:
+            time.sleep(DEMO_POLL_S)
+        is_well = len(read_rows(primary, "all")[0]) == 5
+    say("The primary has them all.  Nothing was lost." if is_well else "Mail is still waiting.")
+    return EX_OK if is_well else EX_TEMPFAIL
+
+
+# -- --print-unit
+
+SCRIPT = os.path.abspath(__file__)     # Python forgets it before run_main() begins
+UNITS = {"systemd": """\
+# etrn_relay.service, for /etc/systemd/system.  Then:
+#   systemctl daemon-reload && systemctl enable --now etrn_relay
+[Unit]
+Description=etrn_relay, a backup mail exchanger
+Wants=network-online.target
+After=network-online.target nss-lookup.target
+RequiresMountsFor=%(folders)s
+
+[Service]
+Type=notify
+ExecStart=%(systemd)s
+ExecReload=/bin/sh -c "kill -HUP ${MAINPID}"
+WatchdogSec=60
+Restart=on-failure
+RestartSec=5
+RestartPreventExitStatus=78 64
+LimitNOFILE=%(files)d
+%(account)s
+StateDirectory=%(state)s
+StateDirectoryMode=0700
+ReadWritePaths=%(folders)s
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE
+AmbientCapabilities=CAP_NET_BIND_SERVICE
+UMask=0077
+ProtectSystem=strict
+ProtectHome=read-only
+PrivateTmp=yes
+%(hardening)s
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+""", "openrc": """\
+#!/sbin/openrc-run
+# /etc/init.d/etrn_relay, executable.  Then:  rc-update add etrn_relay && rc-service etrn_relay start
+supervisor=supervise-daemon
+command=%(program)s
+command_args=%(arguments)s
+umask=077
+respawn_max=0
+rc_ulimit="-n %(files)d"
+error_log=/var/log/etrn_relay.log
+extra_started_commands=reload
+depend() { need net localmount; use dns logger; }
+reload() { supervise-daemon "$RC_SVCNAME" --signal HUP; }
+""", "procd": """\
+#!/bin/sh /etc/rc.common
+# /etc/init.d/etrn_relay, executable.  Then:  service etrn_relay enable && service etrn_relay start
+USE_PROCD=1
+START=95
+start_service() {
+	procd_open_instance
+	procd_set_param command %(shell)s
+	procd_set_param respawn 3600 5 0
+	procd_set_param limits nofile="%(files)d %(files)d"
+	procd_set_param reload_signal HUP
+	procd_set_param stderr 1
+	procd_close_instance
+}
+""", "launchd": """\
+<?xml version="1.0" encoding="UTF-8"?>
+<!-- /Library/LaunchDaemons/etrn_relay.plist.  Then: launchctl bootstrap system that file -->
+<plist version="1.0"><dict>
+<key>Label</key><string>etrn_relay</string>
+<key>ProgramArguments</key><array>%(strings)s</array>
+<key>KeepAlive</key><dict><key>SuccessfulExit</key><false/></dict>
+<key>StandardErrorPath</key><string>/var/log/etrn_relay.log</string>
+</dict></plist>
+"""}
+HARDENING = ("NoNewPrivileges", "PrivateDevices", "ProtectControlGroups", "ProtectKernelTunables",
+             "RestrictNamespaces", "RestrictSUIDSGID", "LockPersonality", "MemoryDenyWriteExecute")
+
+
+def format_unit(kind: str, config: str) -> str:
+    """From the configuration, or as it would be without one.  Raises ConfigError and Usage."""
+    config = os.path.abspath(config)
+    try:
+        cfg = read_config(config)
+    except OSError as error:            # on a router, /var is in memory
+        spool = "/mnt/usb/etrn_relay" if kind == "procd" else "/var/lib/etrn_relay"
+        cfg = parse_config("[relay]\nspool = %s\n" % spool, config)
+        print("%s: %s.  Set  spool = %s  in it." % (config, error.strerror, spool), file=sys.stderr)
+    words = [sys.executable or "/usr/bin/python3", SCRIPT, "--config", config]
+    for path in (*words, cfg.spool, cfg.log):
+        if not path.isprintable():
+            raise Usage("%r cannot be written in a unit: give it another name" % path)
+    # The service manager makes a spool below /var/lib, if no colon is in it: that means something in
+    # StateDirectory.  It makes none elsewhere: that would be on the wrong disk while its own is not mounted.
+    is_state = cfg.spool.startswith("/var/lib/") and ":" not in cfg.spool
+    folders = [] if is_state else [cfg.spool]
+    folders += [os.path.dirname(cfg.log)] if cfg.log.startswith("/") else []
+    return UNITS[kind] % {
+        "files": max(65536, 3 * cfg.max_connections), "folders": " ".join(map(quote_systemd, folders)),
+        "account": "User=" + cfg.user if cfg.user else "DynamicUser=yes" if is_state else "User=root",
+        "state": quote_systemd(os.path.relpath(cfg.spool, "/var/lib")) if is_state else "",
+        "systemd": " ".join(quote_systemd(word).replace("$", "$$") for word in words),
+        "shell": " ".join(map(shlex.quote, words)), "program": shlex.quote(shlex.quote(words[0])),
+        "arguments": shlex.quote(" ".join(map(shlex.quote, words[1:]))),    # OpenRC evaluates it once more
+        "strings": "".join("<string>%s</string>" % html.escape(word, False) for word in words),
+        "hardening": "\n".join(word + "=yes" for word in HARDENING)}
+
+
+def quote_systemd(text: str) -> str:
+    """A word of systemd.unit(5), where % starts a specifier."""
+    text = text.replace("%", "%%")
+    is_plain = re.fullmatch(r"[\w/.:@+=,%$-]+", text)
+    return text if is_plain else '"%s"' % text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def hold_standard_files() -> None:
+    """What was closed by who started us (`>&-`, rc.local, cron) becomes /dev/null: else the next file
+    or socket would have its number, and be written to."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)      # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, closefd=False))
+
+
+def run_main() -> None:
+    """Ends the process: what it runs in has no other way to tell the exit status."""
+    status = 1
+    try:
+        status = main()
+    except BaseException:
+        traceback.print_exc()
+    for file in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            file.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    hold_standard_files()
+    # CPython keeps the syntax tree of its main script until that has ended: 15 MB, half of what the
+    # relay needs.  So the script ends, and the relay runs in what is called then.  3.12 allows no
+    # threads there, 3.8 keeps no tree.
+    at_end = getattr(threading, "_register_atexit", None) if sys.version_info[:2] != (3, 12) else None
+    (at_end or (lambda call: call()))(run_main)
