@@ -7720,6 +7720,7 @@ class SmtpServer:
 
     def _draft(self, client: Client, transaction: Transaction) -> Draft:
         if client.draft is None:
+            client.data_since = 0.0         # each message has its own time
             id = self.queue.ids.new()
             wall, recipients = self.loop.now.wall, transaction.recipients
             head = format_received(client.session, transaction, id, wall, recipients)
