@@ -8817,8 +8817,10 @@ class Outage(Relays):
             self.addCleanup(process.kill)
             wait(lambda: log.seek(0) or "started: " in log.read(), "the relay")
             if "glibc" in platform.libc_ver()[0]:       # which can be asked to give back what is free
+                # 3.12 alone keeps the file's syntax tree to the end
+                limit_mb = 45 if sys.version_info[:2] == (3, 12) else 25
                 with open("/proc/%d/smaps_rollup" % process.pid, encoding="ascii") as file:
-                    self.assertLess(int(re.findall(r"(?m)^Pss: +(\d+) kB", file.read())[0]), 25 << 10)
+                    self.assertLess(int(re.findall(r"(?m)^Pss: +(\d+) kB", file.read())[0]), limit_mb << 10)
                 done = subprocess.run([sys.executable, "-c", measure, *command, "--queue"], cwd=self.folder,
                                       stdout=subprocess.PIPE, check=True)
                 # 40 MB is the goal: Python reads the whole file first, which takes a file of 330 KB
