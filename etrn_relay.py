@@ -3358,7 +3358,8 @@ class Destination(EntryQueue):
 
     def wanted(self, now: Now, answering: int, hanging: int, others: int = 0) -> bool:
         """Whether to dial now.  `answering`: greeted connections; `hanging`: those whose answer is
-        late; `others`: questions and messages read ahead, which wait beside what is READY."""
+        late (while the primary is not up: late since then); `others`: questions and messages read
+        ahead, which wait beside what is READY."""
         self._wake(now)
         waiting = self.count[State.READY] + others
         if self.waits_for or self.is_collecting or not waiting or now.mono < self.next_try:
@@ -5711,9 +5712,12 @@ class Deliveries:
                 connection.leave()
         for connection in list(traffic.connections):
             self._feed(connection)
-        late = sum(connection.is_late for connection in traffic.connections)
+        late = [connection for connection in traffic.connections if connection.is_late]
+        answering = len(traffic.connections) - len(late)
         others = len(traffic.questions) + len(traffic.fetched)
-        while one.wanted(now, len(traffic.connections) - late, late, others) and self._may_dial(one):
+        # What hangs since the primary was up does not keep us from trying it now that it is not
+        hanging = sum(one.state is Primary.UP or connection.waits_since >= one.since for connection in late)
+        while one.wanted(now, answering, hanging, others) and self._may_dial(one):
             self._dial(one, traffic)
         at = one.wake(now, others)
         if at is not None and at < traffic.alarm:
