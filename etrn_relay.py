@@ -160,6 +160,8 @@ except (ImportError, MemoryError):      # the latter where no memory may be made
     ctypes = None               # type: ignore[assignment]
 
 __version__ = "0.2-dev"
+
+
 # == 2. LIMITS =================================================================
 # Every number that is not an option, with its unit and its reason.
 
@@ -287,6 +289,8 @@ NOTICE_FULL_MAX = 1 << 20       # octets; a larger original is returned as heade
 PROBE_ROUTE_S, PROBE_HOSTS_S = 12.0, 16.0       # --probe: for the DNS, and for all hosts side by side
 PROBE_REPLY_S, CHECK_S = 10.0, 25.0     # for one reply, and for all that --check asks of others
 DEMO_WAIT_S = 8.0               # for each step; the whole demonstration takes under 20 seconds
+
+
 # == 3. GRAMMAR ================================================================
 # Replies, domains, addresses, parameters, and how numbers and foreign text are shown.  Pure; uses
 # 2 LIMITS.  All that is sent on is built of what these functions return: it is what was judged.
@@ -534,6 +538,8 @@ def format_peer(address: str, name: str = "unknown") -> str:
 def format_delay(seconds: float) -> str:
     """As Postfix logs it: two digits of a short one, whole seconds of a long one, never an exponent."""
     return "%.2g" % seconds if 0.001 <= seconds < 10 else "%d" % seconds
+
+
 # == 4. CONFIG =================================================================
 # Text in, a frozen Config or a ConfigError with file and line out.  Opens no file, so --check
 # and SIGHUP judge the same way.  Uses 2 LIMITS and 3 GRAMMAR.  Each option is one field of
@@ -833,6 +839,7 @@ def _list_options(kind: Any, home: str) -> Iterator[Tuple[Tuple[str, str], Optio
 
 OPTIONS = dict([*_list_options(Config, "relay"), *_list_options(DomainConfig, "domain")])
 
+
 def parse_config(text: str, file: str, fqdn: str = "localhost") -> Config:
     """`fqdn` is the machine's name, the default of `hostname`.  Raises ConfigError at the first fault."""
     parser = _Parser(file)
@@ -999,6 +1006,8 @@ def format_sample() -> str:
         last, value = section, SAMPLE_VALUES.get((section, name))
         out.append("%s = %s" % (name, value) if value else "#%s = %s" % (name, row.default or "none"))
     return "\n".join(out) + "\n"
+
+
 # == 5. LOG ====================================================================
 # The only writer to stderr, syslog or the log file, used by the loop alone, so the lines of
 # one message keep their order.  Keeps the last notable lines for the status page.  Uses 2
@@ -1024,6 +1033,7 @@ class Log:
         self.where, self.level, self.host = where, LEVELS[level], short_name(hostname)
         self.pid, self.service = os.getpid(), ""        # whose tag the next line to syslog gets
         self.lines: List[str] = []
+        self.second, self.stamp = -1, ""        # of the last line
         self.file: Optional[TextIO] = None
         self.kept: Dict[str, Deque[Tuple[Time, str, str, str]]] = {}    # by service: none crowds out another
         self.reopen()
@@ -1056,8 +1066,10 @@ class Log:
             return
         text = "%s: %s" % (level, text) if level in ("warning", "error") else text
         if self.where != "syslog":
-            stamp = time.strftime("%b %e %H:%M:%S", time.localtime(now))
-            self.lines.append("%s %s etrn_relay/%s[%d]: %s\n" % (stamp, self.host, service, self.pid, text))
+            if int(now) != self.second:
+                self.second, self.stamp = int(now), time.strftime("%b %e %H:%M:%S", time.localtime(now))
+            self.lines.append("%s %s etrn_relay/%s[%d]: %s\n" % (
+                self.stamp, self.host, service, self.pid, text))
             return
         if service != self.service:
             self.service = service
@@ -1077,6 +1089,8 @@ class Log:
             with contextlib.suppress(OSError, ValueError):      # a full log disk or a closed terminal
                 target.write("".join(lines))                    # must not stop the mail
                 target.flush()
+
+
 # == 6. LOOP ===================================================================
 # The only select().  Owns sockets, timers and short-lived threads, and nothing of
 # the mail.  Three rules hold in the whole file: state is touched in the loop
@@ -1348,6 +1362,7 @@ class Stream:
             else:
                 self.loop.selector.register(self.sock, mask, self._ready)
             self.mask = mask
+
 
 # == 7. SPOOL ==================================================================
 # Owns every file below the spool directory; nothing else here opens one.  Runs in
@@ -2992,6 +3007,8 @@ def format_received(session: Session, transaction: Transaction, id: str, now: Ti
     return ("Received: from %s (%s [%s])%s\r\n\tby %s (etrn_relay) with %s id %s%s;\r\n\t%s\r\n" % (
         helo, name, address, using, session.cfg.hostname, protocol, id, named, format_date(int(now))
     )).encode("ascii", "replace")
+
+
 # == 9. SCHEDULE ===============================================================
 # When is a message due, how many connections may a primary have, what is its
 # state.  Pure: time is an argument, nothing is sent or read here.
@@ -3824,6 +3841,8 @@ class Destinations:
         every = self.all.values()
         return (sum(len(one.entries) for one in every), sum(one.octets for one in every),
                 sum(one.count[State.HELD] for one in every))
+
+
 # == 10. DNS ===================================================================
 # Packets built and parsed (pure), then a short resolver that sends them and
 # waits, so it runs in threads.  Uses 2 LIMITS, 3 GRAMMAR, and Endpoint of 4.
@@ -4050,6 +4069,8 @@ def _exchange(server: Endpoint, name: str, kind: int, end: float, is_stream: boo
             if not block:
                 break
     raise DnsError("no whole answer came")
+
+
 # == 11. DSN ===================================================================
 # Verdicts in, the octets of a delivery status notification out: RFC 3461 to
 # 3464, 3834, 6533.  Pure; uses 2 LIMITS, 3 GRAMMAR, and Verdict of 9.  Foreign
@@ -4223,6 +4244,8 @@ def _explain(hostname: str, sidecar: Mapping[str, Any], action: str, told: Told,
     whose = "This notice was made by %s, a backup mail server of the addressee's domain."
     out += ["", *_wrap(whose % hostname)]
     return "".join(line + "\r\n" for line in out).encode("utf-8")
+
+
 # == 12. DELIVERY ==============================================================
 # The way to a primary and the talk with it.  dial() finds the route, connects,
 # and does with smtplib what comes before the mail, in a thread.  After that the
@@ -4695,7 +4718,9 @@ class CommandGroup(NamedTuple):
     rest: Optional[Rest] = None
 
 
-Exchange = Generator[CommandGroup, List[Tuple[int, bytes]], None]
+Said = Tuple[int, bytes]                # a reply: code and text
+Exchange = Generator[CommandGroup, List[Said], None]
+ExchangeForReply = Generator[CommandGroup, List[Said], Said]
 
 
 class Course:
@@ -4801,26 +4826,30 @@ class Connection:
         self.due = self.loop.now.mono + seconds
 
     def _pump(self) -> None:
+        """All that may be said now, in one piece."""
+        out: List[bytes] = []
+        rest = None
         for course in self.courses:
             while course.unsent and not self.is_pulling and (self.is_pipelining or not self.awaited):
-                data, rest = course.unsent.popleft(), course.group.rest
-                self.stream.send(data)
+                out.append(course.unsent.popleft())
                 course.awaited += 1
                 self.awaited += 1
                 if self.awaited == 1:
                     self.waits_since = self.loop.now.mono
                 if not course.unsent:
+                    rest = course.group.rest
                     course.has_body = course.has_body or course.group.is_last or rest is not None
-                    if rest is not None:
-                        self._pull(rest, data[-2:])
-                self._expect()
+                    self.is_pulling = rest is not None
             if course.unsent or not course.group.is_last or self.is_pulling:
-                return
+                break
+        if out:
+            self._expect()
+            self.stream.send(b"".join(out))
+            if rest is not None:
+                self._pull(rest, out[-1][-2:])
 
     def _pull(self, rest: Rest, held: bytes) -> None:
         """A large body's next block, when the one before is out.  `held`: what came just before it."""
-        self.is_pulling = True
-
         def on_block(block: Any) -> None:
             if self.is_over:
                 return
@@ -4935,116 +4964,154 @@ def deliver(connection: Connection, sidecar: Dict[str, Any], people: List[Dict[s
             then: Callable[[List[Verdict]], None]) -> Exchange:
     """One transaction.  `then` gets a verdict for each recipient that was answered, or none when it was
     not tried.  Recipients without a verdict go in the next transaction, at once."""
-    verdicts: List[Verdict] = []
-    accepted: List[Dict[str, Any]] = []
-    replies: List[Tuple[int, bytes]] = []
-    host, is_told = connection.hop.host, "dsn" in connection.features
+    delivery = Delivery(connection, sidecar, people, body)
+    try:
+        yield from delivery.run()
+    except PeerError as error:
+        delivery.on_lost(error)
+    then(delivery.verdicts)
 
-    def give(recipients: Iterable[Dict[str, Any]], code: int, text: bytes,
-             is_good: Optional[bool] = None) -> None:
-        kind, status = {2: "sent", 5: "refused"}.get(code // 100, "deferred"), reply_status(code, text)
-        status = "4.5.0" if status[0] == "3" else status
-        verdicts.extend(Verdict(one["address"], kind, status, reply_text(code, text), host, is_good, is_told)
-                        for one in recipients)
 
-    def sort(replies: Sequence[Tuple[int, bytes]]) -> None:
+class Delivery:
+    """What one message was answered: MAIL and RCPT, then the end of its data."""
+
+    def __init__(self, connection: Connection, sidecar: Dict[str, Any], people: List[Dict[str, Any]],
+                 body: bytes) -> None:
+        self.connection, self.sidecar, self.people, self.body = connection, sidecar, people, body
+        self.rest = Rest(sidecar["id"], len(body), sidecar["size"], not connection.is_chunking)
+        self.is_whole = self.rest.offset >= self.rest.size
+        self.verdicts: List[Verdict] = []
+        self.accepted: List[Dict[str, Any]] = []        # recipients
+        self.replies: List[Said] = []                   # to the envelope
+
+    def run(self) -> Exchange:
+        connection = self.connection
+        if connection.destination.cfg.xclient:
+            yield from introduce(connection, self.sidecar)
+        is_utf8 = needs_utf8(self.sidecar, self.body)
+        status, problem = self.find_obstacle(is_utf8)
+        if problem:
+            self.verdicts = [Verdict(one["address"], "deferred", status, problem, remote="")
+                             for one in self.people]
+            return
+        commands = envelope(connection.features, self.sidecar, self.people, is_utf8)
+        if connection.is_chunking:
+            code, text = yield from self.send_chunk(commands)
+            self.sort(self.replies)
+        else:
+            code, text = yield from self.send_envelope(commands)
+            self.sort(self.replies)
+            code, text = yield from self.send_data(code, text)
+        if self.accepted and code in OUT_OF_STEP:
+            raise out_of_step(connection, "DATA", code, text)
+        self.give(self.accepted, code, text, True)
+        connection.answered += bool(self.verdicts)
+        connection.taken += any(verdict.kind == "sent" for verdict in self.verdicts)
+
+    def find_obstacle(self, is_utf8: bool) -> Tuple[str, str]:
+        """What this peer cannot have, status and text; its notice will say why in the end."""
+        limit, size = self.connection.destination.size_limit, self.sidecar["size"]
+        if limit and size > limit:
+            return "5.3.4", "message of %d octets exceeds the primary's limit of %d" % (size, limit)
+        if is_utf8 and "smtputf8" not in self.connection.features:
+            return "5.6.7", "the primary does not offer SMTPUTF8, which this message needs"
+        return "", ""
+
+    def send_chunk(self, commands: List[bytes]) -> ExchangeForReply:
+        """RFC 3030.  The RSET shows that the verdict was not some other command's."""
+        commands = [*commands, b"BDAT %d LAST\r\n" % self.rest.size + self.body]
+        groups = [CommandGroup(commands + [b"RSET\r\n"], is_last=True)] if self.is_whole else [
+            CommandGroup(commands, rest=self.rest), CommandGroup([b"RSET\r\n"], is_last=True)]
+        try:
+            for group in groups:
+                self.replies += yield group
+        except PeerError as error:      # it ended behind the verdict: that speaks against no verdict
+            self.replies += error.replies
+            error.replies = []
+            if len(self.replies) < len(commands) or self.replies[len(commands) - 1][0] == 421:
+                raise
+            self.replies[len(commands):] = [(250, b"")]
+        *self.replies, said, (sync, words) = self.replies
+        if sync != 250:
+            raise out_of_step(self.connection, "RSET", sync, words)
+        return said
+
+    def send_envelope(self, commands: List[bytes]) -> ExchangeForReply:
+        """With the question for the data, and its answer.  Without PIPELINING each command waits for the
+        reply before it: none is said in vain."""
+        if self.connection.is_pipelining:
+            *self.replies, said = yield CommandGroup(commands + [b"DATA\r\n"])
+            return said
+        self.replies = yield CommandGroup(commands[:1])
+        if self.replies[0][0] // 100 == 2:
+            self.replies += yield CommandGroup(commands[1:])
+        if not any(code // 100 == 2 for code, _ in self.replies[1:]):
+            return 503, b""             # nobody was accepted: DATA is not said
+        said, = yield CommandGroup([b"DATA\r\n"])
+        return said
+
+    def send_data(self, code: int, text: bytes) -> ExchangeForReply:
+        """As DATA's answer allows.  Returns the answer that counts."""
+        if code == 354 and self.accepted:
+            data = stuff(b"\r\n", self.body) + (b".\r\n" if self.is_whole else b"")
+            said, = yield CommandGroup([data], END_OF_DATA_S, True, None if self.is_whole else self.rest)
+            return said
+        if code == 354:                 # to nobody, too, the data must have an end: RFC 2920 3.1
+            yield CommandGroup([b".\r\n", b"RSET\r\n"], END_OF_DATA_S, True)
+        elif code // 100 == 2 and self.accepted:        # nothing was sent, so nothing can have been taken
+            self.connection.is_leaving = True           # the 354 may still come
+            return 451, b"4.5.0 unexpected reply to DATA: %d %s" % (code, text)
+        else:
+            yield CommandGroup([b"RSET\r\n"], is_last=True)
+        return code, text
+
+    def sort(self, replies: Sequence[Said]) -> None:
         """What MAIL and RCPT were answered, as far as they were."""
         mail, words = replies[0] if replies else (421, b"")
         if mail == 421:
             return
-        if mail // 100 == 4 and connection.taken:
-            connection.is_leaving = True        # a limit of the connection (OpenSMTPD: 100 messages)
+        if mail // 100 == 4 and self.connection.taken:
+            self.connection.is_leaving = True       # a limit of the connection (OpenSMTPD: 100 messages)
         elif mail in OUT_OF_STEP:
-            raise out_of_step(connection, "MAIL", mail, words)
+            raise out_of_step(self.connection, "MAIL", mail, words)
         elif mail // 100 != 2:
-            give(people, mail, words)
+            self.give(self.people, mail, words)
         put_off = []
-        for one, (code, text) in zip(people, replies[1:] if mail // 100 == 2 else []):
+        for one, (code, text) in zip(self.people, replies[1:] if mail // 100 == 2 else []):
             if code in OUT_OF_STEP:
-                raise out_of_step(connection, "RCPT", code, text)
+                raise out_of_step(self.connection, "RCPT", code, text)
             if code == 552 and reply_status(code, text) in ("5.0.0", "5.5.3"):      # RFC 5321 4.5.3.1.10
                 code, text = 452, b"4.5.3 too many recipients: 552 " + text
             if code // 100 == 2:
-                accepted.append(one)
+                self.accepted.append(one)
             elif code in (451, 452):
                 put_off.append((one, code, text))
             elif code != 421:
-                give([one], code, text, False if is_no_such_user(code, text) else None)
-        for one, code, text in put_off if not accepted else ():    # else a limit of the transaction
-            give([one], code, text)
+                self.give([one], code, text, False if is_no_such_user(code, text) else None)
+        for one, code, text in put_off if not self.accepted else ():    # else a limit of the transaction
+            self.give([one], code, text)
 
-    try:
-        if connection.destination.cfg.xclient:
-            yield from introduce(connection, sidecar)
-        # 1. What this peer cannot have; its notice will say why in the end.
-        limit, is_utf8, problem = connection.destination.size_limit, needs_utf8(sidecar, body), ("", "")
-        if limit and sidecar["size"] > limit:
-            problem = "5.3.4", "message of %d octets exceeds the primary's limit of %d" % (
-                sidecar["size"], limit)
-        elif is_utf8 and "smtputf8" not in connection.features:
-            problem = "5.6.7", "the primary does not offer SMTPUTF8, which this message needs"
-        if problem[0]:
-            return then([Verdict(one["address"], "deferred", *problem, remote="") for one in people])
-        # 2. The envelope, and the body or the question for it.
-        commands = envelope(connection.features, sidecar, people, is_utf8)
-        rest = Rest(sidecar["id"], len(body), sidecar["size"], not connection.is_chunking)
-        is_whole = rest.offset >= rest.size
-        if connection.is_chunking:      # RSET shows that the verdict was not some other command's
-            commands.append(b"BDAT %d LAST\r\n" % rest.size + body)
-            groups = [CommandGroup(commands + [b"RSET\r\n"], is_last=True)] if is_whole else [
-                CommandGroup(commands, rest=rest), CommandGroup([b"RSET\r\n"], is_last=True)]
-            try:
-                for group in groups:
-                    replies += yield group
-            except PeerError as error:  # it ended behind the verdict: that speaks against no verdict
-                replies += error.replies
-                error.replies = []
-                if len(replies) < len(commands) or replies[len(commands) - 1][0] == 421:
-                    raise
-                replies[len(commands):] = [(250, b"")]
-            *replies, (code, text), (sync, words) = replies
-            if sync != 250:
-                raise out_of_step(connection, "RSET", sync, words)
-        elif connection.is_pipelining:
-            *replies, (code, text) = yield CommandGroup(commands + [b"DATA\r\n"])
-        else:                           # each command waits for the reply before it: none is said in vain
-            replies = yield CommandGroup(commands[:1])
-            if replies[0][0] // 100 == 2:
-                replies += yield CommandGroup(commands[1:])
-            code, text = 503, b""
-            if any(reply[0] // 100 == 2 for reply in replies[1:]):
-                (code, text), = yield CommandGroup([b"DATA\r\n"])
-        sort(replies)
-        # 3. What DATA's answer allows.
-        if connection.is_chunking:
-            pass
-        elif code == 354 and accepted:
-            data = stuff(b"\r\n", body) + (b".\r\n" if is_whole else b"")
-            (code, text), = yield CommandGroup([data], END_OF_DATA_S, True, None if is_whole else rest)
-        elif code == 354:               # to nobody, too, the data must have an end: RFC 2920 3.1
-            yield CommandGroup([b".\r\n", b"RSET\r\n"], END_OF_DATA_S, True)
-        elif code // 100 == 2 and accepted:     # nothing was sent yet, so nothing can have been taken
-            code, text = 451, b"4.5.0 unexpected reply to DATA: %d %s" % (code, text)
-            connection.is_leaving = True        # the 354 may still come
-        else:
-            yield CommandGroup([b"RSET\r\n"], is_last=True)
-        # 4. The verdict on the message.
-        if accepted and code in OUT_OF_STEP:
-            raise out_of_step(connection, "DATA", code, text)
-        give(accepted, code, text, True)
-        connection.answered += bool(verdicts)
-        connection.taken += any(verdict.kind == "sent" for verdict in verdicts)
-    except PeerError as error:
-        if not (verdicts or accepted):  # what it said before it hung up stays said
+    def give(self, people: Iterable[Dict[str, Any]], code: int, text: bytes,
+             is_good: Optional[bool] = None) -> None:
+        kind, status = {2: "sent", 5: "refused"}.get(code // 100, "deferred"), reply_status(code, text)
+        status = "4.5.0" if status[0] == "3" else status
+        host, is_told = self.connection.hop.host, "dsn" in self.connection.features
+        words = reply_text(code, text)
+        self.verdicts += [Verdict(one["address"], kind, status, words, host, is_good, is_told)
+                          for one in people]
+
+    def on_lost(self, error: PeerError) -> None:
+        """What it said before it hung up stays said."""
+        if not (self.verdicts or self.accepted):
             with contextlib.suppress(PeerError):
-                sort([*replies, *error.replies])
-        if connection.is_astray:
-            verdicts.clear()            # whose they were is not known
-        connection.answered += any(verdict.remote for verdict in verdicts)
-        known = {verdict.address for verdict in verdicts}
-        verdicts += [Verdict(one["address"], "deferred", "4.4.2", str(error), "", one in accepted or None)
-                     for one in people if one["address"] not in known and str(error)]
-    then(verdicts)
+                self.sort([*self.replies, *error.replies])
+        if self.connection.is_astray:
+            self.verdicts.clear()       # whose they were is not known
+        self.connection.answered += any(verdict.remote for verdict in self.verdicts)
+        known = {verdict.address for verdict in self.verdicts}
+        self.verdicts += [
+            Verdict(one["address"], "deferred", "4.4.2", str(error), "", one in self.accepted or None)
+            for one in self.people if one["address"] not in known and str(error)]
 
 
 def out_of_step(connection: Connection, command: str, code: int, text: bytes) -> PeerError:
@@ -5138,6 +5205,8 @@ def verify(connection: Connection, address: str, then: Callable[[str, str], None
         word = "good" if code // 100 == 2 else "bad" if is_no_such_user(code, text) else "silent"
     connection.answered += 1
     then(word, reply_text(code, text))
+
+
 # == 13. QUEUE =================================================================
 # What becomes of queued mail.  Runs in the loop and never waits: disk work is asked
 # of the spool, dialling of threads, and their answers come back here.
@@ -8374,6 +8443,7 @@ def fully_qualified_name() -> str:
         return parse_domain(socket.getfqdn())
     except ValueError:
         return "localhost"
+
 
 # == 17. MAIN ==================================================================
 # Arguments, commands, signals, exit status.
