@@ -8,9 +8,9 @@ Nothing but the standard library, loopback and temporary folders is used, and
 every port is one the system gave.  The last line says `N passed, N failed,
 N skipped`; the exit status is 0 when none failed.
 
-CONTENTS  1 HARNESS  2 GRAMMAR  3 CONFIG  4 SESSION  5 SMUGGLING  6 SCHEDULE
-          7 DNS  8 DSN  9 SPOOL  10 DELIVERY  11 RELAY  12 COMMANDS  13 LAYERS
-          14 PROOF  15 BENCH
+CONTENTS  1 HARNESS  2 GRAMMAR  3 CONFIG  4 SESSION  5 SMUGGLING  6 SPOOL
+          7 PROOF  8 SCHEDULE  9 DELIVERY  10 DNS  11 DSN  12 RELAY  13 COMMANDS
+          14 LAYERS  15 BENCH
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ import functools
 import hashlib
 import heapq
 import hmac
-import html.parser
+import html
 import http.client
 import importlib.util
 import io
@@ -62,11 +62,6 @@ import unittest
 import warnings
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 from unittest import mock
-
-try:
-    import ssl
-except ImportError:             # the tests that need it are skipped
-    ssl = None                  # type: ignore[assignment]
 
 import etrn_relay as etrn
 
@@ -216,8 +211,8 @@ class Primary:
 
     def _serve(self, sock: socket.socket) -> None:
         try:
-            with sock, sock.makefile("rb") as self.lines:
-                self._talk(sock, self.lines)
+            with sock, sock.makefile("rb") as lines:
+                self._talk(sock, lines)
         except (OSError, ValueError):
             pass                        # cut by the script, by stop() or by the client
 
@@ -249,9 +244,6 @@ class Primary:
             raise OSError
         return data[:1].decode("latin-1")
 
-    def on_hello(self, sock: socket.socket) -> None:
-        """EHLO was answered."""
-
     def on_data(self, sock: socket.socket, data: bytes) -> None:
         """A whole message is here; its answer comes next."""
 
@@ -268,7 +260,6 @@ class Primary:
                 self._say(sock, verb, argument, "\n".join(
                     ["250-primary.example"] + ["250-" + one for one in self.extensions[:-1]]
                     + ["250 " + (self.extensions or ["HELP"])[-1]]))
-                self.on_hello(sock)
             elif verb == "MAIL":
                 if sender is not None:
                     sock.sendall(b"503 5.5.1 nested MAIL\r\n")
@@ -324,12 +315,11 @@ def wire_name(name: str) -> bytes:
 
 def record(owner: str, kind: int, data: Any) -> bytes:
     """One resource record; data as etrn_relay shows it, an alias as text."""
-    if kind in (etrn.A, etrn.AAAA):
-        data = socket.inet_pton(socket.AF_INET6 if kind == etrn.AAAA else socket.AF_INET, data)
-    elif kind == etrn.MX:
-        data = struct.pack("!H", data[0]) + wire_name(data[1])
-    elif not isinstance(data, bytes):
-        data = wire_name(data)
+    if not isinstance(data, bytes):
+        if kind in (etrn.A, etrn.AAAA):
+            data = socket.inet_pton(socket.AF_INET6 if kind == etrn.AAAA else socket.AF_INET, data)
+        else:
+            data = struct.pack("!H", data[0]) + wire_name(data[1]) if kind == etrn.MX else wire_name(data)
     return wire_name(owner) + struct.pack("!HHIH", kind, 1, 60, len(data)) + data
 
 
@@ -491,7 +481,6 @@ COMMAND = [sys.executable, "-c", STARTER, "{}"]     # as a script would be, with
 
 class Relay:
     """etrn_relay.py as a process, in a folder of its own.  start() may follow kill() or stop()."""
-    prefix: Sequence[str] = ()          # of its command line
 
     def __init__(self, folder: str, primary: str, relay: str = "", domain: str = "", bounces: str = "",
                  smarthost: str = "mx", **limits: float) -> None:
@@ -512,16 +501,16 @@ class Relay:
             file.write(CONFIG % self.values)
 
     def start(self) -> "Relay":
-        process = subprocess.Popen([*self.prefix, sys.executable, "-c", STARTER, json.dumps(self.limits),
+        process = subprocess.Popen([sys.executable, "-c", STARTER, json.dumps(self.limits),
                                     "--config", self.file],
                                    stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
         self.process, since = process, len(self.log)
-        self.reader = threading.Thread(target=self._read, args=(process, since), daemon=True)
+        self.reader = threading.Thread(target=self._read, args=(process,), daemon=True)
         self.reader.start()
         self.port = int(self.logged(r"started: .*listening on 127\.0\.0\.1:(\d+)", since).group(1))
         return self
 
-    def _read(self, process: "subprocess.Popen[bytes]", _: int) -> None:
+    def _read(self, process: "subprocess.Popen[bytes]") -> None:
         assert process.stderr is not None
         with process.stderr as lines:
             for line in lines:
@@ -827,7 +816,8 @@ class Grammar(unittest.TestCase):
                 (etrn.format_size, 1024, "1.0K"), (etrn.format_size, 20480, "20K"),
                 (etrn.format_size, 52428800, "50M"), (etrn.format_size, 1 << 31, "2.0G"),
                 (etrn.format_delay, 0.25, "0.25"), (etrn.format_delay, 123.4, "123"),
-                (etrn.format_delay, 1e-9, "0")]):
+                (etrn.format_delay, 1e-9, "0"), (etrn.format_delay, 0.0123, "0.012"),
+                (etrn.format_delay, 9.99, "10"), (etrn.format_delay, 604800, "604800")]):
             self.assertEqual(show(value), text)
 
     def test_names_match_whole_or_on_a_dot_boundary(self) -> None:
@@ -897,7 +887,7 @@ class AddressesOfTheWorld(unittest.TestCase):
                 "<u@a\u2024b.example>", "a@b.example<c@d.example>", "<a@b.example>\0", "a\r@b.example",
                 "a\n@b.example"]):
             with self.assertRaises(etrn.Refuse) as caught:
-                path, rest = etrn.parse_path(text, "5.1.3")
+                _, rest = etrn.parse_path(text, "5.1.3")
                 etrn.parse_parameters(rest)
             self.assertEqual(caught.exception.reply.code, 501)
 
@@ -912,7 +902,7 @@ class AddressesOfTheWorld(unittest.TestCase):
                 ("faß.test", "xn--fa-hia.test"), ("ς.example", "xn--3xa.example"),
                 ("ΟΔΟΣ.example", "xn--pxavbq.example"),     # no final sigma, though lower() makes one
                 ("نامه\u200cای.com", "xn--mgba3gch31f060k.com"),
-                ("e\u0301ß.example", etrn.parse_domain("éß.example"))]):
+                ("e\u0301ß.example", "xn--zcat.example")]):
             self.assertEqual(etrn.parse_domain(text), name)
         for text in cases(self, ["\u200d.example", "ß b.example", "ß\u202e.example", "ß" * 63 + ".example",
                                  "ß\0.example"]):
@@ -925,6 +915,8 @@ class AddressesOfTheWorld(unittest.TestCase):
         for text in cases(self, ["SIZE=1\x0bX=1", "SIZE=1\x1fX=1", "SIZE\xa0=1"]):
             self.assertRaises(etrn.Refuse, etrn.parse_parameters, text)
 
+
+# == 3. CONFIG =================================================================
 
 class Configuration(Folder):
     def error(self, text: str) -> str:
@@ -1164,14 +1156,16 @@ class OptionTable(unittest.TestCase):
         found = {place: option.default.replace(", ", ",") for place, option in etrn.OPTIONS.items()}
         self.assertEqual(found, table)
 
-    def test_each_default_is_a_value_in_range_and_that_of_its_field(self) -> None:
+    def test_each_default_is_a_value_in_range(self) -> None:
         values = {**vars(etrn.DomainConfig("")), **vars(etrn.Config("f", etrn.DomainConfig("")))}
         for (section, name), option in cases(self, etrn.OPTIONS.items()):
             value = values[name if section in ("relay", "domain") else "%s_%s" % (section, name)]
-            is_path = option.default.startswith(option.paths)
-            self.assertEqual(value, option.default if is_path else option.parse(option.default)
-                             if option.default else option.none)
             self.assertTrue(type(value) not in (int, float) or option.low <= value <= option.high)
+        for name, value in cases(self, [
+                ("max_message_size", 50 << 20), ("lifetime", 604800), ("etrn", "any"), ("cutthrough", True),
+                ("listen", (("0.0.0.0", 25), ("::", 25))), ("xclient", False), ("delay_notice", 0),
+                ("max_queue_size", None), ("tls_certificate", ""), ("alerts_after", 300)]):
+            self.assertEqual(values[name], value)
 
     def test_etrn_conf_sample_is_what_the_table_makes_and_parses(self) -> None:
         with open(SAMPLE, encoding="utf-8") as file:
@@ -1494,7 +1488,7 @@ DATA = RCPT + "C: DATA S: 354\n"
 AGAIN = "C: MAIL FROM:<> S: 250 2.1.0\nC: RCPT TO:<u@ourdom.example> S: 250 2.1.5\n"
 LATER = etrn.Reply(451, "4.3.0", "later")
 
-# -- sessions; of these and the next, 55 are what other servers' suites have
+# -- sessions
 
 script("sessions that begin and end", "S: 220\nC: QUIT S: 221 close\nC: NOOP\nC: EHLO x",
        "S: 220 C: QUIT oops S: 221 close",                  # an argument is ignored, as Postfix does
@@ -1885,7 +1879,7 @@ class Sessions(unittest.TestCase):
             self.assertRegex(text, r"(?s)\AReceived: from \S+ \(%s \[192\.0\.2\.7\]\)\r\n"
                              r"\tby backup\.example\.net .*with %s id ABC123"
                              r"\r\n\tfor <u@ourdom\.example>;\r\n\t[^\r\n]+\r\n\Z" % (shown, protocol))
-            self.assertIsNotNone(email.utils.parsedate_to_datetime(text.rpartition(";")[2].strip()))
+            email.utils.parsedate_to_datetime(text.rpartition(";")[2].strip())      # or an error
 
     def test_our_received_field_names_a_lone_recipient_only(self) -> None:
         session, transaction = new_session(), etrn.Transaction("a@b.example")
@@ -2247,12 +2241,14 @@ class Fuzz(unittest.TestCase):
             for _ in range(200):
                 inner = "".join(chance.choice(letters) for _ in range(chance.randrange(1, 10)))
                 for text in (inner, "<%s>" % inner):
-                    with contextlib.suppress(etrn.Refuse):
+                    try:
                         path, rest = etrn.parse_path(text, "5.1.3")
-                        again, left = etrn.parse_path("<%s>" % str(path), "5.1.3")
-                        self.assertEqual((str(again), again.domain, left), (str(path), path.domain, ""))
-                        self.assertTrue(rest[:1] in ("", " ", "\t"))
-                        self.assertIsNone(re.search(r"[\x00-\x1f\x7f]", str(path)))
+                    except etrn.Refuse:
+                        continue
+                    again, left = etrn.parse_path("<%s>" % str(path), "5.1.3")
+                    self.assertEqual((str(again), again.domain, left), (str(path), path.domain, ""))
+                    self.assertIn(rest[:1], ("", " ", "\t"))
+                    self.assertNotRegex(str(path), r"[\x00-\x1f\x7f]")
 
     def test_any_packet_is_an_answer_or_an_error(self) -> None:
         name = "mail.example.org"
@@ -2272,9 +2268,9 @@ class Fuzz(unittest.TestCase):
                     self.assertLessEqual(len(answer.records), etrn.DNS_RECORDS_MAX)
 
     def test_hosts_that_are_no_names_are_errors_of_the_dns(self) -> None:
-        for host in cases(self, ["", "a b", "x" * 64 + ".example", "\xff.example", "a..b", "x" * 300,
+        for host in cases(self, ["", "a b", "x" * 64 + ".example", "\u202e.example", "a..b", "x" * 300,
                 "-a.example", "a\r\nb"]):
-            with self.assertRaises(etrn.DnsError):
+            with self.assertRaisesRegex(etrn.DnsError, "^not a host name: "):
                 etrn.Resolver((etrn.Endpoint("127.0.0.1", 9),)).addresses(host)
 
     def test_any_reply_is_a_code_or_an_error_however_it_is_cut(self) -> None:
@@ -2303,7 +2299,7 @@ class Fuzz(unittest.TestCase):
             self.assertEqual(read(data, chance.sample(range(len(data)), 3)), whole)
 
 
-# == 9. SPOOL ==================================================================
+# == 6. SPOOL ==================================================================
 # Each file operation stopped, failed and cut; what people do to a directory; what version 0.1 left in it.
 
 USER, OTHER = "user@" + DOMAIN, "other@" + DOMAIN
@@ -3181,14 +3177,14 @@ class SpoolWork(Folder):
             self.threads.spool = spool = opened(PowerCuts.SPOOL)
             quiet = ("open", "stat", "fstatvfs", "close")
             platter.fault = lambda number, name: name not in quiet and steps.append(name)
-            for act, expected in cases(self, [
-                    (lambda: self.work(*map(self.commit, ("ABCDE1", "ABCDE2", "ABCDE3"))),
+            for act, result, expected in cases(self, [
+                    (lambda: self.work(*map(self.commit, ("ABCDE1", "ABCDE2", "ABCDE3"))), [None] * 3,
                      ["write", "posix_fadvise"] * 6 + ["fsync"] * 6 + ["rename"] * 6 + ["fsync"]),
-                    (lambda: self.work(("remove", "ABCDE1"), ("remove", "ABCDE2")),
+                    (lambda: self.work(("remove", "ABCDE1"), ("remove", "ABCDE2")), [None] * 2,
                      ["rename"] * 2 + ["fsync"] + ["unlink"] * 4),
-                    (spool.heal, "mkdir mkdir unlink write fsync rename fsync unlink fsync".split())]):
+                    (spool.heal, True, "mkdir mkdir unlink write fsync rename fsync unlink fsync".split())]):
                 steps.clear()
-                self.assertIn(act(), ([None] * 3, [None] * 2, True))
+                self.assertEqual(act(), result)
                 self.assertEqual(steps, expected)
 
     def test_where_an_fsync_takes_long_many_are_under_way_at_once(self) -> None:
@@ -3367,7 +3363,7 @@ class Recording(Folder):
         self.assertEqual(sim.logged("cannot be recorded|bug"), 0)
 
 
-# == 14. PROOF =================================================================
+# == 7. PROOF ==================================================================
 # Whether the tests above would notice: each fsync of the spool deleted, orders swapped, checks dropped.
 
 # name :: text of the source => what to put there; SWAPPED: the line with that text and the one before it
@@ -3476,7 +3472,7 @@ class Mutations(unittest.TestCase):
         return result.wasSuccessful()
 
 
-# == 6. SCHEDULE ===============================================================
+# == 8. SCHEDULE ===============================================================
 
 class Clock:
     """Both clocks.  advance() moves them together."""
@@ -3619,7 +3615,7 @@ class Schedule(unittest.TestCase):
             self.assertEqual((len(one.route), one.size_limit), (1, 99999) if is_known else (0, 0))
 
 
-# == 10. DELIVERY ==============================================================
+# == 9. DELIVERY ===============================================================
 # One connection to a scripted primary, and what it reports of each recipient.
 
 ENDLESS = b"250-and another thing\r\n" * 5000
@@ -4443,7 +4439,7 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
                 before = len(sim.dials)
                 sim.tell(self, "+5s" if number < 20 else "etrn; +5s")
                 self.assertTrue(len(sim.puppets) <= 20 and (number <= 20 or len(sim.dials) > before))
-            sim.tell(self, "say .; etrn; +30s; taken = (1[0-9]|2[0-9]|3[0-9])")
+            sim.tell(self, "say .; etrn; +30s; taken = 30")
 
     def test_recipients_have_their_turns(self) -> None:
         """Put off behind accepted ones they go at once, with a 4xx of their own after its pause."""
@@ -4535,7 +4531,7 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
         sim = self.simulate()
         sim.extensions = ["DSN"]                # such a primary confirms by itself
         sim.put(("u@" + DOMAIN, "SUCCESS", ""))
-        sim.tell(self, "+60s; taken = 1; notices = ..")
+        sim.tell(self, r"+60s; taken = 1; notices = \[\]")
 
     def test_a_notice_nobody_takes_for_days_goes_to_the_postmaster_once_and_then_ends(self) -> None:
         for postmaster in cases(self, ["", "pm@home.example"]):
@@ -4636,8 +4632,6 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
             self.assertEqual((self.knows(sim, "u"), times), (known, 1 if known is None else 2))
 
 
-
-
 class Dialling(Folder):
     """dial(), on real sockets: whatever happens there says nothing about the mail."""
 
@@ -4668,14 +4662,15 @@ class Dialling(Folder):
                         *faults])]):
             primary = self.primary(**{stage: said}, **({"EHLO": "502 what?"} if stage == "HELO" else {}))
             primary.extensions = ["SIZE", "STARTTLS"] if stage == "STARTTLS" else ["SIZE"]
-            with shorten(COMMAND_S=0.2 if said is HANG else 20.0), mock.patch.object(
-                    etrn.Dialer.ask, "__defaults__", ("", 0.2 if said is HANG else 20.0)):
+            seconds = 20.0 if said is not HANG else 1.0 if is_there else 0.2    # then a second visit must do
+            with shorten(COMMAND_S=seconds), mock.patch.object(
+                    etrn.Dialer.ask, "__defaults__", ("", seconds)):
                 found = self.dial(primary, tls="may")           # TLS that does not come about: in the clear
             self.assertEqual(found.client is not None, is_there, found.error)
             if said == "220 Backup.Example.net hi":
                 self.assertIn("loops back", found.error)
             if is_there and stage == "STARTTLS":
-                self.assertIn("DATA" if primary.uses["EHLO"] < 1 else "starttls", found.client.esmtp_features)
+                self.assertIn("starttls", found.client.esmtp_features)
             primary.stop()
 
         def drip(_: str) -> object:
@@ -4721,9 +4716,8 @@ class Dialling(Folder):
             for sock in full:
                 sock.setblocking(False)
                 sock.connect_ex(dead[1:])
-            began = time.monotonic()
             hop, sock = next(etrn.connect_each([dead, good], etrn.Dial()))       # type: ignore[assignment]
-            self.assertEqual((hop, time.monotonic() - began < 10), (good, True))
+            self.assertEqual(hop, good)
             for one in [sock, *full]:
                 one.close()
 
@@ -4790,24 +4784,6 @@ class Hanging(Relays):
         relay.run("--flush", DOMAIN)
         wait(relay.is_empty, "an empty spool")
         self.assertEqual(len(primary.messages), 13)
-
-    def test_size_bounds_mail_for_its_primary_alone(self) -> None:
-        primary, other = self.primary().start(), self.primary().start()
-        primary.extensions, other.extensions = ["SIZE 100000"], ["SIZE 10"]
-        relay = self.relay(primary, domain="[domain other.example]\nprimary = " + other.address)
-        for one in (DOMAIN, "other.example"):
-            self.assertEqual(relay.send(recipients=["u@" + one])[:3], "250")
-        wait(lambda: primary.messages and other.messages, "both")
-        with relay.client() as wire:
-            for size, domain, code in cases(self,
-                                            [(99999, DOMAIN, "552 5.3.4"), (98000, DOMAIN, "250 2.1.5"),
-                                             (99999, "other.example", "250 2.1.5"),
-                                                   (9000000, "other.example", "250 2.1.5")]):
-                self.assertEqual(wire.say("RSET", "MAIL FROM:<a@b.example> SIZE=%d" % size,
-                                          "RCPT TO:<u@%s>" % domain)[:9], code)
-        data = b"x" * 99990 + b"\r\n"
-        self.assertEqual(relay.send(data)[:9], "552 5.3.4")
-        self.assertEqual(relay.send(data, recipients=["u@other.example"])[:3], "250")
 
 
 class RoutesOfRelays(Relays):
@@ -4928,18 +4904,11 @@ class Routes(unittest.TestCase):
             self.assertIn(warning, self.warning)
         for label in cases(self, [b"a\xffb", b"a b", b"\0\0\0", b"-a-"]):       # a name that does not resolve
             self.dns.zone["x.example", etrn.MX] = [b"\0\x0a\x03" + label + b"\0"]
-            with mock.patch.object(sys.modules[__name__], "record", lambda name, kind,
-                                   data: wire_name(name) + (
-                    struct.pack("!HHIH", kind, 1, 60, len(data)) + data)), \
-                    self.assertRaisesRegex(etrn.PeerError, "no such name|not a host name"):
+            with self.assertRaisesRegex(etrn.PeerError, "no such name|not a host name"):
                 self.route("x.example")
 
 
-# == 7. DNS ====================================================================
-
-def raw_record(owner: str, kind: int, data: bytes) -> bytes:
-    return wire_name(owner) + struct.pack("!HHIH", kind, 1, 60, len(data)) + data
-
+# == 10. DNS ===================================================================
 
 class Packets(unittest.TestCase):
     """Built by hand; nothing but DnsError may come of them."""
@@ -5010,8 +4979,8 @@ class Packets(unittest.TestCase):
                 (etrn.MX, b""), (etrn.MX, b"\0\1"), (etrn.MX, b"\0\1\5ab"),
                 (etrn.MX, b"\0\1" + pointer(0x3fff)),
                 (etrn.A, b"123"), (etrn.A, b"12345"), (etrn.AAAA, b"1234")]):
-            self.assertRaises(etrn.DnsError, self.records, kind, raw_record("a.example", kind, data))
-        runs_over = raw_record("a.example", etrn.MX, b"\0\1\1")
+            self.assertRaises(etrn.DnsError, self.records, kind, record("a.example", kind, data))
+        runs_over = record("a.example", etrn.MX, b"\0\1\1")
         self.assertRaises(etrn.DnsError, self.records, etrn.MX, runs_over,
                           record("a.example", etrn.MX, (9, "m.example")))
         packet = dns_answer(7, "a.example", etrn.MX)        # a count that lies
@@ -5139,8 +5108,9 @@ class NameserversOfTheWorld(NameserverCase):
                     lambda packet: packet[:2] + b"garbage",
                     lambda packet: packet[:6] + b"\xff\xff" + packet[8:])]]):
             first, began = self.dns(**broken), time.monotonic()
-            self.assertEqual(self.resolver(first, self.dns()).query("a.example", etrn.MX), self.MX)
-            self.assertLess(time.monotonic() - began, etrn.DNS_TRY_S / 2)
+            with shorten(DNS_TRY_S=2 * DEADLINE_S, DNS_TOTAL_S=4 * DEADLINE_S):
+                self.assertEqual(self.resolver(first, self.dns()).query("a.example", etrn.MX), self.MX)
+            self.assertLess(time.monotonic() - began, DEADLINE_S)
             self.assertEqual(len(first.asked), 1)
 
     def test_an_alias_alone_is_followed(self) -> None:
@@ -5194,7 +5164,7 @@ class NameserversOfTheWorld(NameserverCase):
         self.assertEqual(found, ["192.0.2.1", "fe80::1%" + interface])
 
 
-# == 8. DSN ====================================================================
+# == 11. DSN ===================================================================
 
 HOSTILE = ["550 5.1.1 x\r\nBcc: v@other.example\r\n\r\nhello", "550 \r\n--BOUND/backup.example.net--\r\n", "",
            "550 \x00\x1b[2J \u202e", "550 caf\xe9 \ud83d \U0001f600", "x" * 100000, "\U0001f600" * 400,
@@ -5368,7 +5338,7 @@ class Notices(unittest.TestCase):
         """They are our own or the system's, and would be forgotten when a text changes."""
         with open(SOURCE, encoding="utf-8") as file:
             source = file.read()
-        before, own, after = re.split(r"(?ms)^(# == \d+\. DSN =+$.*?)(?=^# == )", source)
+        before, _, after = re.split(r"(?ms)^(# == \d+\. DSN =+$.*?)(?=^# == )", source)
         spoken = before + after + "\n".join(map(os.strerror, errno.errorcode))
         patterns = [pattern for pattern, _, _ in etrn._MEANINGS if pattern[:1] not in ("^", "")]
         for phrase in cases(self, "|".join(patterns).split("|")):
@@ -5406,6 +5376,8 @@ class Notices(unittest.TestCase):
             self.assertEqual(encodings, ["8bit", None, None, "8bit"])
             self.assertTrue(b"To: <\xc3\xa9@sender.example>\r\n" in data and original.rstrip() in data)
 
+
+# == 12. RELAY =================================================================
 
 def read(sock: socket.socket) -> bytes:
     try:
@@ -5461,12 +5433,12 @@ class Life(Relays):
 
     def test_a_queue_survives_a_restart_and_its_pairs_a_journey_to_another_relay(self) -> None:
         primary, other = self.primary(), self.primary().start()
-        relay, second = self.relay(primary, STOP_DISK_S=0.3), self.relay(other)
+        relay, second = self.relay(primary, STOP_DISK_S=1.5), self.relay(other)
         for number in range(3):
             relay.send(sender="%d@x.example" % number)
         held = relay.queue()[0]["id"]
         self.assertEqual(relay.run("--hold", held)[0], 0)
-        time.sleep(0.4)                 # a disk that had nothing to do for so long still answers
+        time.sleep(1.6)                 # a disk that had nothing to do for so long still answers
         self.assertEqual((relay.end(), [line for line in relay.log if "disk" in line]), (0, []))
         for name in relay.files():
             shutil.copy2(os.path.join(relay.spool, name), second.spool)
@@ -5632,8 +5604,7 @@ class Wired(Relays):
         for options in cases(self, [{}, {"bare_newline": "reject"}, {"size_limit": 1000}]):
             lines = "max_message_size = %(size_limit)d\nbare_newline = %(bare_newline)s" % dict(
                 {"size_limit": 0, "bare_newline": "normalize"}, **options)
-            # What is heard of a connection that is cut by who has sent all of it is his own system's affair.
-            wanted = [sent for name, sent, its in SCRIPTS if its == options and " cut off" not in name
+            wanted = [sent for name, sent, its in SCRIPTS if its == options
                       and name != "without a limit any size is taken"]      # the disk's size is one
             self.assertGreater(len(wanted), 3)
             with Local(self.folder, lines, DIALOGUE_DOMAINS) as local:
@@ -5827,7 +5798,6 @@ class Etrn(Relays):
 
 # -- TLS
 
-@unittest.skipIf(ssl is None, "this Python has no ssl module")
 class Secured(Relays):
     """Tests with certificates: files one.pem, one.key, two.pem and two.key."""
 
@@ -5935,7 +5905,8 @@ class TlsClients(Secured):
     def test_a_handshake_that_fails_or_stalls_costs_its_own_session_alone(self) -> None:
         said = [b"SOMEFAILINGHANDSHAKE\r\n", b"\x16\x03\x01\x40\x00" + b"\0" * 50, b"\x16\x03", b"",
                 b"\x15\x03\x03\x00\x02\x02\x28", b"\x16\x03\x01\x02\x00\x01"]
-        with shorten(HANDSHAKE_S=0.3, SWEEP_S=0.05), self.local() as local, TlsWire(local.port) as good:
+        with shorten(SWEEP_S=0.05), self.local() as local, TlsWire(local.port) as good, \
+                shorten(HANDSHAKE_S=0.3):       # not for the good one, on a slow machine
             good.say("EHLO x")
             with contextlib.ExitStack() as stack:
                 others = [stack.enter_context(TlsWire(local.port, secure=False)) for _ in range(40)]
@@ -6115,17 +6086,19 @@ class TlsPrimaries(Secured):
 
 
 class Conversations(Secured):
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
     def test_a_primary_that_stops_reading_is_left_after_its_time(self) -> None:
         over = threading.Event()
         primary = SecurePrimary(self.path("one.pem"), RCPT=lambda argument: str(over.wait(DEADLINE_S)))
         self.addCleanup(primary.__exit__)
         self.addCleanup(over.set)
         primary.extensions = ["CHUNKING", "PIPELINING"]
-        relay = self.relay(primary.start(), domain="tls = require", BLOCK_S=0.5, SWEEP_S=0.1)
+        relay = self.relay(primary.start(), domain="tls = require", BLOCK_S=3.0, SWEEP_S=0.1)
         self.assertEqual(relay.send(b"y" * 8000000 + b"\r\n")[:3], "250")       # more than all buffers hold
+        wait(lambda: primary.uses["RCPT"], "the question")
         used = processor_s(relay)
         relay.logged("down: conversation with .* timed out")
-        self.assertLess(processor_s(relay) - used, 0.4, "it waits without turning")
+        self.assertLess(processor_s(relay) - used, 1.0, "it waits without turning")
         self.assertEqual(len(relay.files()), 2)
 
 
@@ -6143,6 +6116,7 @@ class Attacks(Relays):
             total += len(lines) - len(left)
         return total
 
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
     def test_a_flood_of_commands_is_served_a_little_at_a_time(self) -> None:
         relay, sample = self.relay(), b"BDAT 0\r\n" * 8000
         began = processor_s(relay)
@@ -6155,6 +6129,7 @@ class Attacks(Relays):
         self.assertEqual(relay.send()[:3], "250")
         self.assertLess(processor_s(relay) - used, sent * cost / 2)
 
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
     def test_clients_that_never_read_cost_little_and_are_cut_off(self) -> None:
         relay = self.relay(relay="command_timeout = 1s", LINGER_S=0.3)
         before = resident_mb(relay)
@@ -6163,6 +6138,7 @@ class Attacks(Relays):
         self.assertLess(resident_mb(relay) - before, 30)
         self.assertEqual(self.kept(relay), 6)
 
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
     def test_endless_lines_headers_and_data_take_no_memory(self) -> None:
         relay = self.relay(relay="max_message_size = 2M")
         relay.send()
@@ -6227,15 +6203,15 @@ class Attacks(Relays):
         self.assertIn(b"421 4.4.2", b"".join(map(read, idle)))
 
     def test_who_speaks_before_the_banner_is_turned_away(self) -> None:
-        relay = self.relay(relay="greet_pause = 1s")
-        began = time.monotonic()
+        relay = self.relay(relay="greet_pause = 60s")
         where = "127.0.0.1", relay.port
-        hasty, patient, gone = (socket.create_connection(where, DEADLINE_S) for _ in range(3))
-        with hasty, patient:
-            gone.close()
+        with socket.create_connection(where, DEADLINE_S) as hasty:      # which is less than the pause
+            socket.create_connection(where, DEADLINE_S).close()
             hasty.sendall(b"EHLO x\r\n")
             self.assertRegex(b"".join(iter(lambda: read(hasty), b"")), rb"\A521 5\.5\.1 [^\r]*\r\n\Z")
-            self.assertLess(time.monotonic() - began, 0.9)
+        self.reload(relay, "configuration reread", relay="greet_pause = 1s")
+        began = time.monotonic()
+        with socket.create_connection(where, DEADLINE_S) as patient:
             self.assertEqual(patient.recv(4), b"220 ")
             self.assertGreater(time.monotonic() - began, 0.9)
         relay.logged(r"NOQUEUE: reject: PREGREET from unknown\[127\.0\.0\.1\]: 521 5\.5\.1")
@@ -6409,14 +6385,12 @@ class Recipients(Relays):
         primary = self.primary(RCPT=lambda argument: "550 5.1.1 no" if gate.wait(DEADLINE_S) else None)
         relay = self.relay(primary.start(), domain=self.VERIFY + "[domain other.example]\n", CALL_AHEAD_S=0.6)
         with contextlib.ExitStack() as stack:
-            began = time.monotonic()
             clients = [stack.enter_context(relay.client()) for _ in range(5)]
             for client in clients:
                 client.raw(b"MAIL FROM:<>\r\nRCPT TO:<user@ourdom.example>\r\nNOOP\r\n")
             self.assertEqual(relay.send(recipients=["u@other.example"])[:3], "250")     # nobody else waits
             for client in clients:
                 self.assertEqual([client.reply()[:3] for _ in range(3)], ["250", "450", "250"])
-            self.assertLess(time.monotonic() - began, 5.0)
         gate.set()
         wait(lambda: self.rcpt(relay, "user") == [REFUSED], "the answer")
         self.assertEqual(sum("user@ourdom.example" in line for line in primary.log), 1)
@@ -7258,6 +7232,7 @@ class Alerting(Relays):
 class Signed(Relays):
     """What arrives is what was sent, octet for octet, behind our Received: other people's signatures hold."""
     DATA = b"\r\n".join([
+        b"DKIM-Signature: v=1; a=rsa-sha256; d=sender.example;\r\n\tbh=AAAA;\r\n b=BBBB",
         b"From:  A  <a@sender.example>", b"Subject: folded\r\n\tand   spaced", b"Received: x", b"", b".",
         b"..two", b" \t blanks \t", b"caf\xe9 \xff", b"x" * 900, b"", b"From me", b"", b"", b""])
 
@@ -7279,7 +7254,7 @@ class Signed(Relays):
             self.assertEqual(without_received(arrived), self.DATA)
 
 
-# == 12. COMMANDS ==============================================================
+# == 13. COMMANDS ==============================================================
 
 class Commands(Relays):
     def both(self, more: int = 0) -> Iterator[Relay]:
@@ -7753,7 +7728,7 @@ class PageOverHttp(Pages):
         self.assertIn("Disk short:", fetch(port)[2])
 
     def test_twenty_readers_at_once_wait_their_turn(self) -> None:
-        """Issue 13.21: none of them is reset."""
+        """None of them is reset."""
         port = self.serve(PAGE_CONNECTIONS=4)
         readers = [socket.create_connection(("127.0.0.1", port), DEADLINE_S) for _ in range(25)]
         for sock in readers:
@@ -8021,28 +7996,6 @@ class Units(Folder):
         self.assertEqual((read["ProgramArguments"], read["KeepAlive"]), (command, {"SuccessfulExit": False}))
 
 
-class TlsPrimary(Primary):
-    """A primary that takes STARTTLS."""
-
-    def __init__(self, files: Tuple[str, str], **script: Any) -> None:
-        super().__init__(**script)
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.context.load_cert_chain(*files)
-        self.script["greeting"] = b""
-
-    def _serve(self, sock: socket.socket) -> None:
-        with contextlib.suppress(OSError, ValueError), sock, sock.makefile("rb") as clear:
-            sock.sendall(b"220 primary.example ESMTP\r\n")
-            for line in clear:
-                if line.upper().startswith(b"STARTTLS"):
-                    sock.sendall(b"220 2.0.0 go on\r\n")
-                    inner = self.context.wrap_socket(sock, server_side=True)
-                    with inner, inner.makefile("rb") as lines:
-                        return self._talk(inner, lines)
-                is_hello = line.upper().startswith(b"EHLO")
-                sock.sendall(b"250-primary.example\r\n250 STARTTLS\r\n" if is_hello else b"250 ok\r\n")
-
-
 class Asking(Relays):
     def configured(self, primary: str = "127.0.0.1:9", dns: Optional[Dns] = None,
                    change: Tuple[str, str] = ("", ""), **options: Any) -> Relay:
@@ -8102,17 +8055,17 @@ class Probes(Asking):
             with shorten(PROBE_REPLY_S=0.3, PROBE_HOSTS_S=1.0):
                 began = time.monotonic()
                 code, host, _ = self.probe(primary.address)
-            self.assertLess(time.monotonic() - began, 10)
+            self.assertLess(time.monotonic() - began, DEADLINE_S)
             self.assertEqual((code, text in host["error"]), (status, True))
         with Dns({}, mangle=lambda packet: None) as dns, shorten(PROBE_ROUTE_S=0.2):
             began = time.monotonic()
             code, out, _ = self.configured("mx", dns).run("--probe", DOMAIN, "--json")
-            self.assertLess(time.monotonic() - began, 10)
+            self.assertLess(time.monotonic() - began, DEADLINE_S)
         self.assertEqual((code, json.loads(out)["hosts"], "no answer" in out), (69, [], True))
 
     def test_the_certificate_is_shown_and_the_policy_of_the_domain_holds(self) -> None:
         files = make_certificate(self, self.folder, "mx.primary.example")
-        primary = TlsPrimary(files)
+        primary = SecurePrimary(files[0])
         self.addCleanup(primary.__exit__)
         primary.start()
         with open(files[0], encoding="ascii") as file:
@@ -8240,7 +8193,6 @@ class Checks(Asking):
         self.assertEqual(os.geteuid(), 0)
 
     def test_what_cannot_start_or_tells_too_much_is_said(self) -> None:
-        """Issue 13, item 26."""
         free, port = shutil.disk_usage(self.folder).free, unused_port()
         for size, level in cases(self, [(free // 3, "ok"), (free * 2, "error")]):
             self.found(level, "/spool: ", change=("min_free_space = 0", "min_free_space = %d" % size))
@@ -8274,10 +8226,11 @@ class Checks(Asking):
     def test_it_ends_although_nobody_answers(self) -> None:
         done = threading.Event()
         self.addCleanup(done.set)
-        with shorten(CHECK_S=0.3), mock.patch.object(etrn.Resolver, "query", lambda *_: done.wait(10)):
+        hang = mock.patch.object(etrn.Resolver, "query", lambda *_: done.wait(2 * DEADLINE_S))
+        with shorten(CHECK_S=0.3), hang:
             began = time.monotonic()
             self.found("warning", "no answer in time")
-            self.assertLess(time.monotonic() - began, 9)
+            self.assertLess(time.monotonic() - began, DEADLINE_S)
 
 
 class Demonstration(Folder):
@@ -8338,7 +8291,7 @@ class Supervision(Relays):
                 relay = self.relay()
             self.assertEqual(wait(self.heard), ["READY=1", "STATUS=0 messages waiting, 0 connections"])
             for _ in range(3):
-                self.assertEqual(wait(lambda: self.heard("WATCHDOG=1"), seconds=5)[1][:7], "STATUS=")
+                self.assertEqual(wait(lambda: self.heard("WATCHDOG=1"))[1][:7], "STATUS=")
             relay.signal(signal.SIGHUP)
             self.assertRegex(wait(lambda: self.heard("RELOADING=1"))[1], r"^MONOTONIC_USEC=\d+$")
             wait(lambda: self.heard("READY=1"))
@@ -8525,10 +8478,6 @@ class LogReaders(Relays):
                          ["NOQUEUE: reject: RCPT", "NOQUEUE: reject: RCPT", "too many errors after READY"])
         self.assertEqual(len(re.findall(r"(?m)^\| +127\.0\.0\.1 ", text)), 3)
 
-    def test_delays_are_written_as_postfix_does(self) -> None:
-        for seconds, text in cases(self, [(0, "0"), (0.00001, "0"), (0.0123, "0.012"), (1.25, "1.2"),
-                                          (9.99, "10"), (12.7, "12"), (5432.1, "5432"), (604800, "604800")]):
-            self.assertEqual(etrn.format_delay(seconds), text)
 
 
 def program(name: str) -> str:
@@ -8952,7 +8901,7 @@ class Machines(Relays):
             0, DOMAIN + ": 1 delivered, 0 returned, 0 still waiting\n", 1, [], True))
 
 
-# == LAYERS ====================================================================
+# == 14. LAYERS ================================================================
 # The file's own rules, read from its source.
 
 class Layers(unittest.TestCase):
@@ -9106,7 +9055,7 @@ class Layers(unittest.TestCase):
     def test_the_oldest_python_promised_can_read_the_source(self) -> None:
         for path in cases(self, [SOURCE, os.path.abspath(__file__)]):
             with open(path, encoding="utf-8") as file:
-                self.assertIsNotNone(ast.parse(file.read(), feature_version=(3, 8)))
+                ast.parse(file.read(), feature_version=(3, 8))
 
     def test_importing_has_no_effect(self) -> None:
         code = ("import signal, sys, threading, os\n"
@@ -9217,7 +9166,8 @@ class Storms(Ledgers):
         relay = self.relay(primary.start(), relay=self.RELAY)
         deaths, samples, files = [], [], open_files(relay)      # type: List[str], List[float], int
         senders, end = Senders(relay, 0.01), time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end or ((len(deaths) < 2 or len(senders.ledger) <= 20)
+                                         and time.monotonic() < end + 3 * DEADLINE_S):
             time.sleep(chance.uniform(0.05, 0.6))       # the storm's own time: how long each calm lasts
             if relay_dies and chance.random() < 0.6:
                 deaths.append("relay")
@@ -9541,7 +9491,7 @@ class Soak(Played):
             self.hours(seed, 4.0)
 
 
-# == BENCH =====================================================================
+# == 15. BENCH =================================================================
 # `--bench`: how fast and how light, on this machine, without Postfix.  Nothing
 # here is a test: figures depend on the machine and on what else it does.
 
