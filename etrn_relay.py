@@ -881,7 +881,7 @@ class _Parser:
             if section in self.sections:
                 raise self.fault(line, "section [%s] is there twice" % section)
             if section not in SECTIONS and not section.startswith("domain "):
-                hint = _meant(name.lower(), SECTIONS + ("domain NAME",))
+                hint = _meant(name.lower(), dict.fromkeys([*SECTIONS, "domain NAME"], ""))
                 raise self.fault(line, "unknown section [%s]%s" % (name, hint))
             given = self.sections[section]
             for key, value in parser.items(header):
@@ -894,8 +894,9 @@ class _Parser:
         texts, line = [part.strip() for part, _, _ in parts], int(parts[0][2])
         row = OPTIONS.get((home, key))
         if row is None:
-            hint = _meant(key, [name for where, name in OPTIONS if where == home])
-            raise self.fault(line, "unknown option '%s'%s" % (key, hint))
+            elsewhere = {name: " in [%s]" % where for where, name in OPTIONS}
+            here = {name: "" for where, name in OPTIONS if where == home}
+            raise self.fault(line, "unknown option '%s'%s" % (key, _meant(key, {**elsewhere, **here})))
         if row.parse not in (str, parse_login):
             texts = [re.sub(r"(?:^|\s)[#;].*", "", text).strip() for text in texts]
         if len(parts) > 1 and not isinstance(row.parse, ListOf):
@@ -958,9 +959,10 @@ class _Parser:
         return dataclasses.replace(cfg, retry_interval=pause, max_retry_interval=pause)
 
 
-def _meant(word: str, known: Sequence[str]) -> str:
+def _meant(word: str, known: Mapping[str, str]) -> str:
+    """`known`: words, and what is said behind each."""
     near = difflib.get_close_matches(word, known, 1, 0.6)
-    return " (did you mean '%s'?)" % near[0] if near else ""
+    return " (did you mean '%s'%s?)" % (near[0], known[near[0]]) if near else ""
 
 
 def parse_recipients(text: str) -> Tuple[FrozenSet[str], List[Tuple[int, str]]]:
@@ -7053,7 +7055,7 @@ def find_ills(facts: Facts) -> List[str]:
         ills.append("spool sick: %s; new mail gets 451" % printable(spool["sick"]))
     if facts.load_error:
         ills.append("spool unreadable: %s" % printable(facts.load_error))
-    if spool["free"] < facts.min_free:
+    if spool["free"] < max(1, facts.min_free):
         ills.append("disk short: %s free, below min_free_space %s; new mail gets 452" % (
             format_size(spool["free"]), format_size(facts.min_free)))
     return ills
@@ -7273,10 +7275,13 @@ class Certificate:
     """What STARTTLS needs; read again when the files change on disk."""
 
     def __init__(self, certificate: str, key: str) -> None:
-        """Raises OSError, ssl.SSLError among them, or ValueError."""
+        """Raises OSError when they are of no use."""
         self.files = (certificate, key)
         self.stamp = stamp_of(*self.files)
-        self.context, self.dates = self._load()
+        try:
+            self.context, self.dates = self._load()
+        except (OSError, ValueError) as error:
+            raise OSError(0, "certificate %s: %s" % (certificate, error)) from None
 
     def _load(self) -> Tuple["ssl.SSLContext", Tuple[Time, Time]]:
         """Also begin and end, zero where they cannot be read."""
@@ -8160,10 +8165,7 @@ class Server:
         if cfg.tls_certificate and ssl is None:
             self.log.write("master", "this Python has no ssl module: STARTTLS is not offered", "warning")
         elif cfg.tls_certificate:
-            try:
-                return Certificate(cfg.tls_certificate, cfg.tls_key)
-            except (OSError, ValueError) as error:
-                raise OSError(0, "certificate %s: %s" % (cfg.tls_certificate, error)) from None
+            return Certificate(cfg.tls_certificate, cfg.tls_key)
         return None
 
     def set_certificate(self, certificate: Optional[Certificate]) -> None:
@@ -9041,7 +9043,7 @@ def check_spool(cfg: Config) -> Iterator[Finding]:
     if kind in ("overlay", "tmpfs"):
         yield "warning", "spool", "%s is on %s: gone with its container or a power cut" % (cfg.spool, kind)
     text = "%s: %s free, refuses below %s" % (cfg.spool, format_size(free), format_size(cfg.min_free_space))
-    yield "error" if free < cfg.min_free_space else "ok", "spool", text
+    yield "error" if free < max(1, cfg.min_free_space) else "ok", "spool", text
     try:
         with contextlib.suppress(OSError):      # what it may not do is told below
             account.assume(folder)
@@ -9053,6 +9055,10 @@ def check_spool(cfg: Config) -> Iterator[Finding]:
         for path in paths:
             if not os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
                 yield "error", "spool", "%s cannot write %s" % (cfg.user or "this account", path)
+        for path in filter(None, (cfg.tls_certificate, cfg.tls_key)):
+            if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+                yield "warning", "config", "%s cannot read %s when it is renewed" % (
+                    cfg.user or "this account", path)
         for path in recipient_paths(cfg):
             for number, line in read_recipients(path)[1]:
                 yield "warning", "config", "%s:%d: not an address: %s" % (path, number, line)

@@ -929,6 +929,8 @@ class Configuration(Folder):
                 ("[relay]\nrelay_domain = a.example",
                  "2: unknown option 'relay_domain' (did you mean 'domains'?)"),
                 ("[relay]\n\n# x\nhostnam = a", "4: unknown option 'hostnam' (did you mean 'hostname'?)"),
+                ("[domain a.example]\nmax_mesage_size = 1",
+                 "2: unknown option 'max_mesage_size' (did you mean 'max_message_size' in [relay]?)"),
                 ("[relay]\nzzz = 1", "2: unknown option 'zzz'"),
                 ("[relay]\nfile = x", "2: unknown option 'file'"),
                 ("[domain a.example]\nlisten = 25", "2: unknown option 'listen'"),
@@ -7569,6 +7571,7 @@ class Page(unittest.TestCase):
         for changes, reasons in cases(self, [
                 ({}, []), ({"spool": {"sick": "Input/output error"}}, ["spool sick: Input/output error"]),
                 ({"spool": {"free": 1000}}, ["disk short: 1000B free"]),
+                ({"spool": {"free": 0}, "min_free": 0}, ["disk short: 0B free"]),
                 ({"load_error": "EACCES"}, ["spool unreadable: EACCES"]),
                 ({"spool": {"sick": "x", "free": 0}}, ["spool sick", "disk short"])]):
             found = etrn.find_ills(facts(**changes))
@@ -8158,6 +8161,7 @@ class Checks(Asking):
                 ("warning", "users:2: not an address: nonsense", {"domain": "recipients = file:users"}),
                 ("error", "none: No such file", {"bounces": "username = u\npassword = file: none"}),
                 ("error", "none.pem", {"bounces": "[tls]\ncertificate = none.pem\nkey = none.key"}),
+                ("error", "/users: [SSL]", {"bounces": "[tls]\ncertificate = users\nkey = users"}),
                 ("error", "cannot write", {"relay": "log = none/relay.log"})]):
             self.found(level, text, **options)
         with open(os.path.join(self.folder, "spool"), "wb"):
@@ -8190,6 +8194,10 @@ class Checks(Asking):
                 ("nobody cannot write", {"relay": "log = secret"})]):
             options["relay"] = "user = nobody\n" + options.get("relay", "")
             self.found("error", text, **options)
+        with open(secret, "w", encoding="ascii") as file:
+            file.write(PEMS["one.key"] + PEMS["one.pem"])
+        self.found("warning", "nobody cannot read %s when it is renewed" % secret, relay="user = nobody",
+                   bounces="[tls]\ncertificate = %s\nkey = %s" % (secret, secret))
         self.assertEqual(os.geteuid(), 0)
 
     def test_what_cannot_start_or_tells_too_much_is_said(self) -> None:
