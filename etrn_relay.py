@@ -465,10 +465,15 @@ def parse_size(text: Optional[str]) -> int:
     return int(text or 0)
 
 
+def parse_address(text: str) -> Union[ipaddress.IPv4Address, ipaddress.IPv6Address]:
+    """Without its zone (`fe80::1%eth0`), which Python 3.8 does not know.  Raises ValueError."""
+    return ipaddress.ip_address(text.partition("%")[0])
+
+
 def is_address(text: Any) -> bool:
     """An IP address, perhaps with the zone of a link-local one."""
     try:
-        return bool(ipaddress.ip_address(text.partition("%")[0]))
+        return bool(parse_address(text))
     except (ValueError, AttributeError):
         return False
 
@@ -482,7 +487,7 @@ def client_network(address: str) -> str:
     """The addresses that count as one client: an IPv4 address, or an IPv6 /64."""
     if ":" not in address:
         return address
-    return ipaddress.IPv6Address(address.partition("%")[0]).packed[:8].hex()
+    return parse_address(address).packed[:8].hex()
 
 
 def greylist_network(address: str) -> str:
@@ -822,7 +827,7 @@ class Config:
 
 
 def is_within(address: str, networks: Sequence[Network]) -> bool:
-    return any(ipaddress.ip_address(address.partition("%")[0]) in network for network in networks)
+    return any(parse_address(address) in network for network in networks)
 
 
 SECTIONS = ("relay", "tls", "bounces", "status", "alerts", "defaults")
@@ -1104,6 +1109,9 @@ class Now(NamedTuple):
     mono: float
     wall: Time
 
+    def to_wall(self, mono: float) -> Time:
+        return self.wall + mono - self.mono
+
 
 class Loop:
     """Calls what is ready, one after the other.  Nothing it calls may wait."""
@@ -1193,7 +1201,7 @@ class Loop:
         self.writer.close()
 
 
-# A socket has nothing for us now
+# What a socket raises that cannot go on now: the selector tells when it can.
 WANTS: Tuple[Type[BaseException], ...] = (BlockingIOError, InterruptedError)
 if ssl is not None:
     WANTS += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -1279,7 +1287,7 @@ class Stream:
         with contextlib.suppress(OSError, ValueError):
             if ssl is not None and isinstance(self.sock, ssl.SSLSocket):
                 self.sock.unwrap()      # sends our close_notify; theirs is not waited for
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):      # SSLSocket's own would drop the TLS that still reads
             socket.socket.shutdown(self.sock, socket.SHUT_WR)
         if self.is_ended:
             self.close()
@@ -1368,7 +1376,8 @@ class Stream:
 
 # == 7. SPOOL ==================================================================
 # Owns every file below the spool directory; nothing else here opens one.  Runs in
-# the spool's two threads, never in the loop.  Uses 2 LIMITS, 3 GRAMMAR, 6 LOOP.
+# the spool's two threads; the loop itself calls free() and remove_control() alone.
+# Uses 2 LIMITS, 3 GRAMMAR, 6 LOOP.
 # Commit point: the rename of the sidecar in Spool._enter().
 #
 #   files in   SPOOL/       incoming/     what it is, and what a start does with it
@@ -1388,7 +1397,7 @@ FORMAT = 2                      # of the sidecar; 1 held several domains, and is
 QUEUED, DELIVERED, BOUNCED, EXPIRED, DELETED = "queued", "delivered", "bounced", "expired", "deleted"
 _ID = re.compile(r"[0-9A-F]{6,23}")     # a message of version 0.1 had 20 at most; its parts have 3 more
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SICK = (errno.EIO, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ESTALE) # the last three: unmounted
+_SICK = (errno.EIO, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ESTALE)    # the last three: unmounted
 _REFUSED = (errno.EACCES, errno.EPERM)
 
 
@@ -1397,8 +1406,7 @@ class Corrupt(Exception):
 
 
 class NotOurs(Exception):
-    """A pair that may not be read, or that a newer version wrote; its text says why.  It stays where it
-    is."""
+    """A pair that may not be read, or that a newer version wrote.  It stays; the text says why."""
 
 
 class SpoolBusy(Exception):
@@ -1412,7 +1420,6 @@ class Summary(NamedTuple):
     domain: str
     size: int
     received: Time
-    expires: Time
     attempts: int
     next_attempt: Time
     is_held: bool
@@ -1457,7 +1464,7 @@ class SpoolFolder:
 
     def lock(self, wait_s: float = 0.0, name: str = "") -> None:
         """With a name for the process: alone.  Without: beside others who only read."""
-        self.root = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.open_to_read()
         try:
             fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self.root)
         except OSError:
@@ -1485,6 +1492,10 @@ class SpoolFolder:
             if name:
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, name.encode("ascii"), 0)
+
+    def open_to_read(self) -> None:
+        """Without the lock, for a command that looks at the files beside the running relay."""
+        self.root = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
 
     def _is_read(self) -> bool:
         """Whether those who hold the lock only read; the process named in it is gone."""
@@ -1573,16 +1584,14 @@ class SpoolFolder:
             if error.errno == errno.ENOENT:
                 raise Corrupt("the %s is gone" % what) from None
             if error.errno in (errno.ELOOP, errno.ENXIO):
-                raise Corrupt("the %s is no file" % what) from None
+                raise Corrupt("the %s is not a file" % what) from None
             raise
         try:
-            is_file = stat.S_ISREG(os.fstat(fd).st_mode)
-        except OSError:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise Corrupt("the %s is not a file" % what)
+        except (OSError, Corrupt):
             os.close(fd)
             raise
-        if not is_file:
-            os.close(fd)
-            raise Corrupt("the %s is not a file" % what)
         return fd
 
     def _read_file(self, name: str, what: str, most: int) -> bytes:
@@ -1659,8 +1668,8 @@ class SpoolFolder:
                 if what == "whole" and sidecar["size"] <= most:
                     data = self._verify(id, sidecar, most)
                 elif what:
-                    data = self._read_file(id + ".eml", "body",
-                                           HEADER_SCAN_MAX).partition(b"\r\n\r\n")[0] + b"\r\n"
+                    top = self._read_file(id + ".eml", "body", HEADER_SCAN_MAX)
+                    data = top.partition(b"\r\n\r\n")[0] + b"\r\n"
                 out.append((sidecar, data))
             except (Corrupt, NotOurs, OSError) as error:
                 out.append(error)
@@ -1687,9 +1696,9 @@ class SpoolFolder:
         return sorted(ids, key=lambda id: (len(id), id)), alone
 
     def load(self, ids: Sequence[str], is_patient: bool = False) -> List[Union[List[Summary], Exception]]:
-        """What the loop needs of queued messages; of one of version 0.1 several parts, that convert()
-        makes. `is_patient`: a pair that makes no sense and changed a moment ago is being copied in:
-        BlockingIOError."""
+        """What the loop needs of queued messages; of one of version 0.1 the parts that convert() makes.
+        `is_patient`: BlockingIOError for a pair that makes no sense and changed a moment ago, because
+        it may still be being copied in."""
         out: List[Union[List[Summary], Exception]] = []
         for id in ids:
             try:
@@ -1856,7 +1865,7 @@ class Spool(SpoolFolder):
 
     def _sync(self, files: Sequence[Tuple[str, int]]) -> List[Tuple[str, Optional[OSError]]]:
         """A file whose fsync failed once is given up, never synced again: the kernel may call lost
-        pages clean. Where an fsync takes long, as on a card, many are under way at once."""
+        pages clean.  Where an fsync takes long, as on a card, many are under way at once."""
         times: List[float] = []
 
         def sync_one(file: Tuple[str, int]) -> Tuple[str, Optional[OSError]]:
@@ -2000,7 +2009,7 @@ class Spool(SpoolFolder):
         fresh = [part for part in parts[1:] if not self._has(part["id"] + ".json")]
         for part in fresh:
             self._write_part(id, part)
-        # One after the other: no power cut leaves a part that is there without its body
+        # Bodies first, durably: no power cut leaves a sidecar without its body.
         for kind in ("eml", "json"):
             with self._durable():
                 for part in fresh:
@@ -2195,9 +2204,8 @@ def summarize(sidecar: Mapping[str, Any]) -> Summary:
     people = waiting or sidecar["recipients"]
     return Summary(
         sidecar["id"], sidecar["kind"], sidecar["domain"], sidecar["size"], sidecar["received"],
-        min(one["expires"] for one in people), max(one["attempts"] for one in people),
-        min(one["next_attempt"] for one in people), sidecar["held"],
-        any(one.get("delayed") for one in people), not waiting)
+        max(one["attempts"] for one in people), min(one["next_attempt"] for one in people),
+        sidecar["held"], any(one.get("delayed") for one in people), not waiting)
 
 
 def make_sidecar(id: str, kind: str, domain: str, sender: str, recipients: Iterable[Tuple[str, str, str]],
@@ -2536,9 +2544,10 @@ def parse_response(mechanism: str, response: bytes, challenge: bytes) -> Login:
         identity, name, proof, *more = response.split(b"\0") + [b"", b""]
         name = name if len(more) == 2 and identity in (b"", name) else b""
     try:
-        return Login(mechanism, name.decode("utf-8") if len(name) <= LOGIN_MAX else "", challenge, proof)
+        username = name.decode("utf-8") if len(name) <= LOGIN_MAX else ""
     except UnicodeDecodeError:
-        return Login(mechanism, "", challenge, proof)
+        username = ""
+    return Login(mechanism, username, challenge, proof)
 
 
 # RFC 4648 4.  Python's decoder is not so strict, and differs between versions.
@@ -3006,20 +3015,31 @@ def format_received(session: Session, transaction: Transaction, id: str, now: Ti
     using = "\r\n\t(using %s with cipher %s)" % (session.tls, session.cipher) if session.tls else ""
     alone = recipients[0].address if len(recipients) == 1 else ""
     named = "\r\n\tfor <%s>" % alone if alone.isascii() and 0 < len(alone) < LINE_MAX else ""
-    return ("Received: from %s (%s [%s])%s\r\n\tby %s (etrn_relay) with %s id %s%s;\r\n\t%s\r\n" % (
-        helo, name, address, using, session.cfg.hostname, protocol, id, named, format_date(int(now))
-    )).encode("ascii", "replace")
+    field = "Received: from %s (%s [%s])%s\r\n\tby %s (etrn_relay) with %s id %s%s;\r\n\t%s\r\n" % (
+        helo, name, address, using, session.cfg.hostname, protocol, id, named, format_date(int(now)))
+    return field.encode("ascii", "replace")
 
 
 # == 9. SCHEDULE ===============================================================
 # When is a message due, how many connections may a primary have, what is its
-# state.  Pure: time is an argument, nothing is sent or read here.
+# state.  Pure: time is an argument, nothing is sent or read here.  Uses 2 LIMITS,
+# 3 GRAMMAR, 4 CONFIG, and Now of 6 LOOP.
 
 NOTICES, ALERTS = "notice:", "alert:"   # begin the names of destinations that are not domains of ours
 WAITS = {"atrn": "waits to be collected by the domain's own mail server (ATRN)",
          "etrn": "waits for the domain's own mail server to say where it is (authenticated ETRN)"}
 UNCOLLECTED = "the domain's own mail server did not come for it in time"
 COUNTERS = ("accepted", "delivered", "bounced", "deferred", "expired")
+
+
+def is_domain(name: str) -> bool:
+    """Not a destination of our own notices and alerts."""
+    return not name.startswith((NOTICES, ALERTS))
+
+
+def say_destination(name: str) -> str:
+    kind, _, domain = name.partition(":")
+    return name if is_domain(name) else "%ss to %s" % (kind, domain)
 
 
 class Hop(NamedTuple):
@@ -3283,6 +3303,7 @@ class Destination(EntryQueue):
         self.limit, self.taken = 1, 0   # connections allowed now, and messages taken since it was raised
         self.dialling = 0
         self.next_try = self.last_try = now.mono
+        self.last_urged = -INF          # when it was tried last because something asked for it
         self.is_urged = False           # a fresh connection is wanted, whatever hangs
         self.may_chunk = self.may_pipeline = True       # False: it answered out of step
         self.size_limit = 0             # its SIZE, 0 when it named none
@@ -3305,8 +3326,7 @@ class Destination(EntryQueue):
     @property
     def label(self) -> str:
         """For the log and for people."""
-        kind, _, domain = self.name.partition(":")
-        return "%ss to %s" % (kind, domain) if self.cfg.is_notices else self.name
+        return say_destination(self.name)
 
     def pause(self, answers: int, now: Now) -> float:
         """Seconds after the nth 4xx for one message, n from 1; RFC 5321 4.5.4.1.  Sooner after an outage:
@@ -3340,7 +3360,7 @@ class Destination(EntryQueue):
             for entry in seen:
                 self._put(entry, State.READY)
             self.tried.add(out[0].id)
-            self.last_try = now.mono            # a flood of ETRNs costs one canary a second
+            self.last_try = self.last_urged = now.mono
         self.sending.update(entry.id for entry in out)
         return out
 
@@ -3369,9 +3389,10 @@ class Destination(EntryQueue):
         return is_fresh
 
     def trigger(self, now: Now) -> None:
-        """Something says that the primary may be back.  A flood costs one try a second."""
+        """Something says that the primary may be back: at once, whenever the last probe was.  A flood
+        costs one try or canary a second."""
         self.is_urged = True
-        self.next_try = min(self.next_try, max(now.mono, self.last_try + TRIGGER_S))
+        self.next_try = min(self.next_try, max(now.mono, self.last_urged + TRIGGER_S))
 
     # -- when to connect
 
@@ -3383,16 +3404,16 @@ class Destination(EntryQueue):
         waiting = self.count[State.READY] + others
         if self.waits_for or self.is_collecting or not waiting or now.mono < self.next_try:
             return False
+        is_bearable = hanging <= max(self.cfg.connections, LATE_MAX)
         if self.state is Primary.UP and self.is_proven:
-            allowed = min(self.limit, self.cfg.connections)
-            return answering + self.dialling < allowed and waiting > self.dialling and (
-                hanging <= max(self.cfg.connections, LATE_MAX) or self.is_urged)
+            has_place = answering + self.dialling < min(self.limit, self.cfg.connections)
+            return has_place and waiting > self.dialling and (is_bearable or self.is_urged)
         if answering:
             return False
         if self.is_urged:               # ETRN and the like start a fresh connection, whatever hangs
             return True
         if self.state is Primary.UP:    # it greets, but answers to canaries are late
-            return not self.dialling and hanging <= max(self.cfg.connections, LATE_MAX)
+            return not self.dialling and is_bearable
         return self.dialling + hanging < HANGING_MAX
 
     def wake(self, now: Now, others: int = 0) -> Optional[float]:
@@ -3413,6 +3434,8 @@ class Destination(EntryQueue):
 
     def on_dial(self, now: Now) -> None:
         self.dialling += 1
+        if self.is_urged:
+            self.last_urged = now.mono
         self.last_try, self.is_urged = now.mono, False
         if not (self.state is Primary.UP and self.is_proven):
             self.next_try = now.mono + self._pause(now)
@@ -3599,7 +3622,7 @@ class Destination(EntryQueue):
 
     def to_values(self, now: Now) -> Dict[str, Any]:
         def in_wall(mono: float) -> Time:
-            return max(0.0, now.wall + mono - now.mono) if mono > -INF else 0.0
+            return max(0.0, now.to_wall(mono)) if mono > -INF else 0.0
         return {"primary": self.state.value, "since": in_wall(self.since),
                 "recovered": in_wall(self.recovered), "last_error": self.last_error,
                 "held": self.is_held, "size_limit": self.size_limit,
@@ -3619,7 +3642,7 @@ class Destination(EntryQueue):
         if known["route_of"] == format_primary(self.cfg.primary):       # else it is another server's
             route = [Hop(str(host), str(address), int(port)) for host, address, port in known["route"]]
             for hop in route:
-                ipaddress.ip_address(hop.address.partition("%")[0])
+                parse_address(hop.address)
             size_limit, self.route_seen = int(known["size_limit"]), float(known["route_seen"])
             self.route, self.size_limit = route, size_limit
         self.counters.update(counters)
@@ -3629,7 +3652,7 @@ class Destination(EntryQueue):
             self.last_error = printable(str(known["last_error"]))
 
 
-def format_primary(primary: Union[str, Tuple[Endpoint, ...]]) -> str:
+def format_primary(primary: Hosts) -> str:
     return primary if isinstance(primary, str) else ", ".join(map(str, primary))
 
 
@@ -3766,7 +3789,7 @@ class Destinations:
         one.home = self.homes.get(one.cfg.name, "") if one.cfg.primary == "etrn" else ""
 
     def config_of(self, name: str) -> DomainConfig:
-        if not name.startswith((NOTICES, ALERTS)):
+        if is_domain(name):
             return self.cfg.domain(name) or self.cfg.defaults
         route = self.cfg.bounces_route if name.startswith(NOTICES) else self.cfg.alerts_mail_route
         return dataclasses.replace(
@@ -3805,7 +3828,7 @@ class Destinations:
     def collected_by(self, username: str, domains: Sequence[str], now: Now) -> List[Destination]:
         """What ATRN is for: these domains, or all that are the customer's."""
         known = [name for name in [*self.cfg.domains, *self.all]
-                 if self.cfg.is_owned(name, username) and not name.startswith((".", NOTICES, ALERTS))]
+                 if self.cfg.is_owned(name, username) and name[0] != "." and is_domain(name)]
         return [self.get(name, now) for name in dict.fromkeys(domains or known)]
 
     def move(self, cfg: DomainConfig, address: str, now: Now) -> List[Destination]:
@@ -3959,7 +3982,7 @@ def socket_address(host: str, port: int) -> Tuple[int, Any]:
     return found[0][0], found[0][4]
 
 
-def read_resolv_conf(path: str) -> Tuple[Endpoint, ...]:
+def read_resolv_conf(path: str) -> Endpoints:
     """The nameservers of a resolv.conf; none is this host, as resolv.conf(5) says."""
     lines: List[List[str]] = []
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
@@ -4035,7 +4058,7 @@ class Resolver:
     def name_of(self, address: str) -> str:
         """The name of a client where it leads back to the address, else empty.
         Raises DnsError when that cannot be known now."""
-        bare = ipaddress.ip_address(address.partition("%")[0])
+        bare = parse_address(address)
         try:
             for name in self.query(bare.reverse_pointer, PTR, DNS_TRY_S)[:3]:
                 host = parse_domain(name)
@@ -4166,7 +4189,7 @@ def _status_part(hostname: str, sidecar: Mapping[str, Any], action: str, told: T
         kind, _, original = person["orcpt"].partition(";")
         if kind.lower() != "utf-8":     # this type has an encoding of its own, which stays
             original = decode_xtext(original)
-        # Words of our own have a type of our own, RFC 3464 2.3.6.  Folded, RFC 5322 2.2.3.
+        # Words of our own have a type of our own, RFC 3464 2.3.6.  The field is folded, RFC 5322 2.2.3.
         said = "smtp; " if re.match(r"[2-5]\d\d[ -]", verdict.response) else "X-etrn-relay; "
         said = verdict.response and said + _escape(verdict.response)
         groups.append([
@@ -4253,6 +4276,7 @@ def _explain(hostname: str, sidecar: Mapping[str, Any], action: str, told: Told,
 # and does with smtplib what comes before the mail, in a thread.  After that the
 # connection is the loop's, and each transaction is a generator, an exchange, that
 # yields command groups and is sent the replies.  Nothing goes behind a final dot.
+# Uses 2 LIMITS, 3 GRAMMAR, 4 CONFIG, 6 LOOP, 9 SCHEDULE, 10 DNS.
 
 class PeerError(Exception):
     """The connection is of no more use.  Always temporary for the mail."""
@@ -4268,7 +4292,8 @@ class TlsError(PeerError):
 
 
 class Dial:
-    """A dial() on its way.  Its sockets are the thread's; the loop may only shut them down."""
+    """A dial() on its way.  Its sockets are the thread's; the loop may only shut them down, and that
+    until TLS begins: a server that hangs behind it keeps the thread for COMMAND_S."""
     __slots__ = ("is_former", "sockets")
 
     def __init__(self) -> None:
@@ -4286,10 +4311,10 @@ class Plan(NamedTuple):
     """All that dial() needs to know; nothing in it changes."""
     name: str                           # of the destination
     cfg: DomainConfig
-    primary: Union[str, Tuple[Endpoint, ...]]
+    primary: Hosts
     hostname: str
     resolver: Resolver
-    listeners: Tuple[Endpoint, ...]     # ours, as bound
+    listeners: Endpoints                # ours, as bound
     last_route: Tuple[Hop, ...]         # used when the DNS fails
     login: Optional[Tuple[str, str]] = None     # at a smarthost
     mine: Optional[Dial] = None         # for the loop to cut
@@ -4353,8 +4378,8 @@ def find_mx_route(plan: Plan) -> List[Hop]:
     domain = plan.name.partition(":")[2]
     hops = ([Hop(domain, parse_literal(domain), SMTP_PORT)] if domain.startswith("[")
             else find_mx_hops(plan, domain))
-    hops = [hop for hop in hops if ipaddress.ip_address(hop.address).is_global
-            and not is_own(hop, plan.listeners)]
+    hops = [hop for hop in hops
+            if parse_address(hop.address).is_global and not is_own(hop, plan.listeners)]
     if not hops:
         raise PeerError("mail for %s has no route to a public address" % domain)
     return hops
@@ -4763,7 +4788,7 @@ class Connection:
 
     def __init__(self, destination: Destination, client: Dialer, loop: Loop, read_block: Callable[..., None],
                  on_room: Callable[[Connection], None],
-                 on_end: Callable[[Connection, str, bool], None]) -> None:
+                 on_end: Callable[[Connection, str], None]) -> None:
         assert client.sock is not None
         self.destination, self.hop, self.hostname = destination, client.hop, client.local_hostname
         self.features, self.replies = client.esmtp_features, client.replies
@@ -4817,7 +4842,7 @@ class Connection:
             self.is_over = True
             self.stream.send(b"QUIT\r\n")
             self.stream.finish()
-            self.on_end(self, "", False)
+            self.on_end(self, "")
 
     def cut(self) -> None:
         self._on_lost("conversation with %s was cut" % self.hop.host)
@@ -4925,7 +4950,7 @@ class Connection:
             with contextlib.suppress(StopIteration):
                 course.exchange.throw(problem)
         self.stream.close()
-        self.on_end(self, error, closing)
+        self.on_end(self, error)
 
     def sweep(self) -> bool:
         """Once a second: deadlines, and who has nothing to say any more.  True when its answer is late
@@ -5211,7 +5236,7 @@ def verify(connection: Connection, address: str, then: Callable[[str, str], None
 
 # == 13. QUEUE =================================================================
 # What becomes of queued mail.  Runs in the loop and never waits: disk work is asked
-# of the spool, dialling of threads, and their answers come back here.
+# of the spool, dialling of threads, and their answers come back here.  Uses all before.
 #   Queue       owns the messages from their 250 to their end: age, cut-through, commands
 #   Loader      reads the spool at the start and at SIGHUP
 #   Deliveries  owns the connections to primaries: how many there are, what each is given
@@ -5260,12 +5285,10 @@ class Queue:
         self.loader, self.deliveries = Loader(self), Deliveries(self)
         self.judgement, self.recorder = Judgement(self), Recorder(self)
         self.state, self.callers, self.alerts = StateFile(self), Callers(self), Alerts(self)
-        self.listeners: Tuple[Endpoint, ...] = ()
+        self.listeners: Endpoints = ()
         self.watches: List[Watch] = []
-        # Cut-through: clients that wait, by ID
-        self.waiters: Dict[str, Callable[[Optional[Reply]], None]] = {}
-        # By ID, the recipients of messages not yet logged as deferred
-        self.fresh: Dict[str, Tuple[str, ...]] = {}
+        self.waiters: Dict[str, Callable[[Optional[Reply]], None]] = {}     # by ID: clients in cut-through
+        self.fresh: Dict[str, Tuple[str, ...]] = {}     # by ID: recipients not yet logged as deferred
         self.corrupt = 0                # messages in corrupt/
         self.is_stopping = self.is_dirty = False
         self.is_serving = False         # else a command's own run, without listeners
@@ -5416,7 +5439,7 @@ class Queue:
             text = {Primary.DOWN: "up after %s" % lasted,
                     Primary.REJECTING: "up%s after rejecting for %s" % (how, lasted)}.get(change.was, "up")
         elif change.now is Primary.REJECTING:
-            since = self.now.wall + one.recovered - self.now.mono if one.recovered > -INF else 0.0
+            since = self.now.to_wall(one.recovered) if one.recovered > -INF else 0.0
             self.recipients.forget_bad(one.name, since)
             self.deliveries.on_rejecting(one)
             self.on_away(one, one.last_error)
@@ -5463,8 +5486,8 @@ class Queue:
                 self.end(one, entry, "expired", "4.4.7", UNCOLLECTED if one.waits_for else one.last_error)
             for entry in delayed:
                 self._tell_delay(one, entry)
-            if not (one.entries or one.is_held or one.is_collecting or one.name in self.cfg.domains) and (
-                    self.deliveries.forget(one)):
+            is_needed = one.entries or one.is_held or one.is_collecting or one.name in self.cfg.domains
+            if not is_needed and self.deliveries.forget(one):
                 del self.destinations.all[one.name]     # of a notice, or a subdomain somebody wrote to once
                 self.callers.note(one, ())
 
@@ -5516,11 +5539,12 @@ class Queue:
         new, error = one.attempts(entry) - entry.attempts, one.trouble
         people = {person["address"]: person for person in sidecar["recipients"] if person["state"] == QUEUED}
         for person in people.values():
+            person["expires"] = max(0.0, self.now.to_wall(entry.deadline))
             if error and (new or not person["last_response"]) and person["last_status"][:1] != "5":
                 person.update(last_status="4.4.1", last_response=error, last_remote="")
             if new:
                 person.update(attempts=person["attempts"] + new,
-                              last_attempt=self.now.wall + one.last_try - self.now.mono)
+                              last_attempt=self.now.to_wall(one.last_try))
         return people
 
     def _look_at_clock(self) -> None:
@@ -5752,7 +5776,7 @@ class Deliveries:
         self.starved: Dict[str, None] = {}      # who could not dial because too many did, in that order
         self.is_stalled = False         # connections got nothing, because the disk lags behind
         self.asked: Dict[Tuple[str, str], Question] = {}
-        # ATRN: no greeting yet, since when
+        # Turned around by ATRN, but its server has not greeted yet: for whom, socket, since when (monotonic).
         self.arriving: List[Tuple[Sequence[Destination], socket.socket, float]] = []
 
     def of(self, one: Destination) -> Traffic:
@@ -5773,20 +5797,22 @@ class Deliveries:
     def attend(self, one: Destination) -> None:
         """Give its connections what they have room for, dial where one more is wanted, be back in time."""
         known, only = self.queue.destinations, self.queue.only
-        if self.queue.is_stopping or known.all.get(one.name) is not one or (    # a timer outlives its mail
-                only not in ("", "all") and one not in known.matching(only)):
+        is_known = known.all.get(one.name) is one       # else it is gone, and this was its timer
+        is_meant = only in ("", "all") or one in known.matching(only)
+        if self.queue.is_stopping or not is_known or not is_meant:
             return
         now, traffic = self.loop.now, self.of(one)
         if one.is_proven:               # the connections allowed may have been halved
-            for connection in [other for other in traffic.connections if not (
-                    other.is_late or other.is_leaving or other.collects)][max(1, one.limit):]:
+            active = [connection for connection in traffic.connections
+                      if not (connection.is_late or connection.is_leaving or connection.collects)]
+            for connection in active[max(1, one.limit):]:
                 connection.leave()
         for connection in list(traffic.connections):
             self._feed(connection)
         late = [connection for connection in traffic.connections if connection.is_late]
         answering = len(traffic.connections) - len(late)
         others = len(traffic.questions) + len(traffic.fetched)
-        # What hangs since the primary was up does not keep us from trying it now that it is not
+        # Now that the primary is not up: what hangs since before that must not keep us from trying.
         hanging = sum(one.state is Primary.UP or connection.waits_since >= one.since for connection in late)
         while one.wanted(now, answering, hanging, others) and self._may_dial(one):
             self._dial(one, traffic)
@@ -5815,8 +5841,7 @@ class Deliveries:
             elif traffic.fetched and not self._must_wait():
                 self._say_message(connection, *traffic.fetched.popleft())
                 self._fetch(one, traffic)
-            elif not connection.collects or (
-                    connection.courses or traffic.is_fetching or self.is_stalled):
+            elif not connection.collects or connection.courses or traffic.is_fetching or self.is_stalled:
                 break
             elif connection.left:       # ATRN: the next domain's turn
                 traffic.connections.remove(connection)
@@ -5844,9 +5869,8 @@ class Deliveries:
 
     def _fetch(self, one: Destination, traffic: Traffic) -> None:
         """Have the next messages read, so that connections need not wait for the disk."""
-        if traffic.is_fetching or len(traffic.fetched) > FETCH_LOW or all(
-                connection.is_late or connection.is_leaving for connection in traffic.connections) or (
-                self._must_wait()):
+        has_taker = any(not (other.is_late or other.is_leaving) for other in traffic.connections)
+        if traffic.is_fetching or len(traffic.fetched) > FETCH_LOW or not has_taker or self._must_wait():
             return
         entries = one.take(FETCH_MOST, self.loop.now)
         if entries:
@@ -5895,8 +5919,8 @@ class Deliveries:
     def _may_dial(self, one: Destination) -> bool:
         """Dead servers hold a thread for long, and senders' servers are many: neither may take the last."""
         is_first = one.state is not Primary.DOWN and not one.cfg.is_notices
-        if self.dialling < (DIALS_MAX if is_first else DIALS_MAX - DIALS_RESERVED) and (
-                sum(len(traffic.connections) for traffic in self.traffic.values()) < OUTBOUND_MAX):
+        most = DIALS_MAX if is_first else DIALS_MAX - DIALS_RESERVED
+        if self.dialling < most and len(self.all()) < OUTBOUND_MAX:
             return True
         self.starved[one.name] = None
         return False
@@ -5945,7 +5969,7 @@ class Deliveries:
         one.dialling -= 1
         self.queue.callers.note(one, [hop.address for hop in result.hops])
         if result.warning and result.warning != one.last_error:
-            self.log.write("primary", "%s: %s" % (one.label, result.warning), "warning")
+            self.log.write("primary", "%s: %s" % (one.label, printable(result.warning)), "warning")
         if result.client is not None:
             one.route, one.route_seen = list(result.hops), self.loop.now.wall
             self._open(one, result.client)
@@ -5957,9 +5981,9 @@ class Deliveries:
         self.attend(one)
 
     def _open(self, one: Destination, client: Dialer) -> Connection:
-        size = client.esmtp_features.get("size", "").strip()
-        # RFC 1870; less is nonsense
-        one.size_limit = int(size) if size.isdigit() and SIZE_LEAST <= int(size) < TIME_MAX else 0
+        size = client.esmtp_features.get("size", "").strip()        # RFC 1870 3; it may be anything
+        limit = int(size) if re.fullmatch(r"[0-9]{1,18}", size) else 0
+        one.size_limit = limit if limit >= SIZE_LEAST else 0
         connection = Connection(one, client, self.loop, self.spool.ask, self._feed, self._on_end)
         if not connection.is_over:
             self.of(one).connections.append(connection)
@@ -5976,7 +6000,7 @@ class Deliveries:
             self._answer(questions.popleft(), "down", error)
         self.queue.on_away(one, error)
 
-    def _on_end(self, connection: Connection, error: str, closing: bool) -> None:
+    def _on_end(self, connection: Connection, error: str) -> None:
         one = connection.destination
         traffic = self.of(one)
         if connection in traffic.connections:
@@ -5993,8 +6017,9 @@ class Deliveries:
                 one.is_proven = False   # the next one is a canary again
         if connection.answered > REFUSED_ROW:
             one.hang_ups = 0            # it had its fill of this connection; the next one may come soon
-        if error and (connection.answered or traffic.connections or any(
-                question.is_again for question in traffic.questions)):
+        is_there = connection.answered or traffic.connections or any(
+            question.is_again for question in traffic.questions)
+        if error and is_there:
             if one.on_hang_up(self.loop.now) and not connection.taken:
                 self.log.write("primary", "%s: it hangs up after it has answered: %s" % (one.label, error),
                                "warning")
@@ -6022,7 +6047,7 @@ class Deliveries:
                 connection.is_former = True
                 traffic.connections.remove(connection)
                 connection.leave()
-                # An answer that is under way saves a second copy
+                # Not cut at once: an answer that is under way saves a second copy.
                 self.loop.later(PART_S if is_gone else END_OF_DATA_S, connection.cut)
             self.attend(one)
 
@@ -6115,8 +6140,8 @@ class Deliveries:
         address need not be asked again."""
         question = self.asked.get((one.name, address))
         if question is None:
-            if address and (one.name, STRANGER) not in self.asked and (
-                    self.queue.recipients.takes_all(one.name, self.loop.now.wall) is None):
+            takes_all = self.queue.recipients.takes_all(one.name, self.loop.now.wall)
+            if address and takes_all is None and (one.name, STRANGER) not in self.asked:
                 self._put_question(one, STRANGER, "%s@%s" % (secrets.token_hex(8), one.name))
             question = self._put_question(one, address, address)
         waiting = question.waiting
@@ -6234,8 +6259,9 @@ class Judgement:
         known = {verdict.address for verdict in judged}
         left = [person["address"] for person in due if person["address"] not in known]
         wants_report = any("SUCCESS" in person["notify"] for person in sidecar["recipients"])
-        if all(verdict.kind == "sent" and (verdict.is_told or not wants_report) for verdict in judged) and (
-                all(one["state"] != QUEUED or one["address"] in known for one in sidecar["recipients"])):
+        is_taken = all(verdict.kind == "sent" and (verdict.is_told or not wants_report) for verdict in judged)
+        if is_taken and all(person["state"] != QUEUED or person["address"] in known
+                            for person in sidecar["recipients"]):
             return queue.recorder.remove(entry.id, lambda: queue.leave(one, entry, "delivered"))
         # Not all of it is done: when is it tried again?
         attempts = one.count_attempt(entry, not left)
@@ -6249,7 +6275,7 @@ class Judgement:
             since = person["refused_since"]
             if verdict.kind == "deferred" and verdict.status[0] == "5" and verdict.remote:
                 since = min(since or now.wall, now.wall)
-                if one.recovered > -INF and since < now.wall + one.recovered - now.mono:
+                if since < now.to_wall(one.recovered):
                     since = now.wall    # what it said before it was itself again does not count
             people[verdict.address] = {
                 "state": {"sent": DELIVERED, "bounced": BOUNCED}.get(verdict.kind, QUEUED),
@@ -6276,8 +6302,9 @@ class Judgement:
                               not_written if len(deferred) == len(judged) else None)
 
 
-# Kind of a verdict: the notice that tells of it.  Notice: the word of NOTIFY that asks for it, and its name
+# By the kind of a verdict: the action of the notice that tells of it, RFC 3464 2.3.3.
 ACTIONS = {"bounced": "failed", "expired": "failed", "sent": "relayed", "delayed": "delayed"}
+# By action: the word of NOTIFY that asks for the notice, and what the log calls it.
 NOTICE_NAMES = {"failed": ("FAILURE", "non-delivery notification"),
                 "delayed": ("DELAY", "delay notification"),
                 "relayed": ("SUCCESS", "delivery status notification")}
@@ -6335,10 +6362,9 @@ class Recorder:
         """Change the sidecar's recipients, by address, and tell senders of what was judged.  `then`
         gets whether the message has left the spool.  `otherwise`: a deferral that cannot be written
         costs only knowledge; it is called with the error instead."""
-        # A failure that cannot be told to a sender is told to [bounces] postmaster, once
         wanted = wanted_notices(sidecar, judged)
         target = sidecar["sender"] if "@" in sidecar["sender"] else ""      # not <postmaster> alone
-        if not target and wanted:
+        if not target and wanted:       # a failure without a sender is told to [bounces] postmaster, once
             wanted = {action: its for action, its in wanted.items() if action == "failed"}
             target = "" if sidecar["kind"] == "alert" else self.queue.cfg.bounces_postmaster
             if wanted and (not target or any(one.address == target for one in wanted["failed"])):
@@ -6352,8 +6378,8 @@ class Recorder:
 
         def looked(found: Any) -> None:
             if isinstance(found, OSError):
-                return self.loop.later(RETRY_DISK_S, lambda: self.record(id, sidecar, judged, people, then,
-                                                                         otherwise))
+                again = functools.partial(self.record, id, sidecar, judged, people, then, otherwise)
+                return self.loop.later(RETRY_DISK_S, again)
             original = found[1] if isinstance(found, tuple) else b""
             notices = [self._make_notice(told, target, action, its, original, is_full and bool(original))
                        for action, its in wanted.items()]
@@ -6378,7 +6404,7 @@ class Recorder:
                     self.queue.leave(one, one.entries[id], "deleted")
                 if not is_gone(done):
                     self.queue.set_aside(id, done)
-                # A try before this one may have brought them there
+                # A try before this one may have made the notices durable: then they are queued now.
                 return self.queue.loader.load([own for own, _, _ in notices])
             for _, data, its in notices:
                 self.queue.accept(its, len(data))
@@ -6442,7 +6468,7 @@ class StateFile:
                 queue.destinations.homes[name] = address
         for name, values in known.items() if isinstance(known, dict) else ():
             with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError, OverflowError):
-                # An order, and no knowledge: it holds whatever the rest is
+                # A hold is an operator's order.  It stands even where the rest makes no sense.
                 is_held = values["held"] is True
                 if not is_held and queue.cfg.domain(name) is None:
                     continue
@@ -6477,8 +6503,8 @@ class Callers:
 
     def may_know(self, address: str, meant: Iterable[Destination]) -> bool:
         """Whether a client may be told how much waits: one of ours, or the primary itself."""
-        return self.queue.cfg.is_trusted(address) or all(address in self.hosts.get(one.name, ())
-                                                         for one in meant)
+        is_primary = all(address in self.hosts.get(one.name, ()) for one in meant)
+        return is_primary or self.queue.cfg.is_trusted(address)
 
 
 Tell = Callable[[Config, Mapping[str, Any]], str]       # returns what went wrong
@@ -6507,8 +6533,8 @@ class Alerts:
             waiting, left = "%d messages waiting" % len(one.entries), one.next_deadline() - now.mono
             if one.cfg.is_notices:
                 continue
-            if one.state is Primary.DOWN and self.told.get(one.name) != "down" and (
-                    now.mono - one.since >= cfg.alerts_after):
+            has_lasted = one.state is Primary.DOWN and now.mono - one.since >= cfg.alerts_after
+            if has_lasted and self.told.get(one.name) != "down":
                 self.tell("down", one, "down: %s, %s" % (one.last_error, waiting))
             if left < min(ALERT_EXPIRY_S, one.cfg.lifetime / 2):
                 self.once_a_day("expiring", one, "mail will be returned to its senders in %s, %s" % (
@@ -6523,7 +6549,7 @@ class Alerts:
 
     def once_a_day(self, event: str, one: Optional[Destination], text: str) -> None:
         key = "%s %s" % (event, one.name if one else "")
-        if self.queue.now.wall - self.daily.get(key, 0.0) >= 86400.0:
+        if self.queue.now.wall - self.daily.get(key, 0.0) >= DAY_S:
             self.daily[key] = self.queue.now.wall
             about = one.label + ": " if one else ""
             self.queue.log.write("primary" if one else "master", about + printable(text), "warning")
@@ -6607,7 +6633,8 @@ def post_alert(cfg: Config, alert: Mapping[str, Any]) -> str:
 # == 14. CONTROL ===============================================================
 # What others may ask of the queue: ETRN and ATRN from the network, commands from
 # the control socket.  A command is a generator of JSON objects; None in between
-# means "nothing to say now, come back later"; the last one has "exit".
+# means "nothing to say now, come back later"; the last one has "exit".  Uses 9 SCHEDULE
+# and 13 QUEUE.
 
 def answer_etrn(queue: Queue, what: str, address: str, name: str, username: str = "") -> Reply:
     """RFC 1985 5.3: one line, never 251.  `username`: of a client that authenticated for these domains."""
@@ -6712,7 +6739,7 @@ def collect_status(queue: Queue, connections: int, started: Optional[float], fre
 
 
 def to_wall(mono: float, now: Now) -> Time:
-    return round(now.wall + mono - now.mono, 3)
+    return round(now.to_wall(mono), 3)
 
 
 def run_command(queue: Queue, request: Mapping[str, Any]) -> Answers:
@@ -6885,16 +6912,6 @@ def say_moment(at: Time) -> str:
     return time.strftime("%e %b %Y, %H:%M:%S", time.localtime(at))
 
 
-def is_domain(name: str) -> bool:
-    """Not a destination of our own notices and alerts."""
-    return not name.startswith((NOTICES, ALERTS))
-
-
-def say_destination(name: str) -> str:
-    kind, _, domain = printable(name).partition(":")
-    return kind if is_domain(name) else "%ss to %s" % (kind, domain) if domain else "our %ss" % kind
-
-
 def public_status(status: Mapping[str, Any]) -> Dict[str, Any]:
     """--status --json and /status.json: the keys that scripts were promised, and no others."""
     keys = ("primary", "since", "queued", "bytes", "oldest", *COUNTERS, "last_error", "next_probe")
@@ -6918,7 +6935,7 @@ def format_status(status: Mapping[str, Any], now: Time, style: Style = PLAIN) ->
     rows = [("DOMAIN", "PRIMARY", "SINCE", "QUEUED", "SIZE", "OLDEST", "NEXT TRY", *map(str.upper, COUNTERS))]
     remarks = ""
     for key, one in status["domains"].items():
-        name = say_destination(key)
+        name = printable(say_destination(key))
         rows.append((
             name, one["primary"] + (" (held)" if one["held"] else ""), say_age(one["since"], now),
             str(one["queued"]), format_size(one["bytes"]), say_age(one["oldest"], now),
@@ -6946,7 +6963,7 @@ def format_queue(rows: Sequence[Mapping[str, Any]], now: Time, style: Style = PL
                 responses.setdefault(row["domain"], one["last_response"])
     size, held = sum(row["size"] for row in rows), sum(row["state"] == "held" for row in rows)
     lines = ["%s, %s, %d held" % (plural(len(rows), "message"), format_size(size), held)]
-    lines += ["%s: %s" % (say_destination(name), printable(text)) for name, text in responses.items()]
+    lines += ["%s: %s" % (printable(name), printable(text)) for name, text in responses.items()]
     return format_table(out, (1, 2), style) + "\n" + "\n".join(lines) + "\n"
 
 
@@ -7232,7 +7249,7 @@ def _format_chart(columns: Sequence[Tuple[int, str]], now: Time) -> str:
 
 # == 16. SERVER ================================================================
 # The relay: SMTP clients, the status page, the control socket, certificate and
-# lists, reload and stop.  All of it runs in the loop.
+# lists, reload and stop.  All of it runs in the loop.  Uses all before.
 
 def stamp_of(*paths: str) -> Tuple[Any, ...]:
     """Another one when a file has changed, or can no longer be looked at."""
@@ -7392,6 +7409,12 @@ def bind(where: Endpoint, backlog: int) -> socket.socket:
         return sock
 
 
+def is_spare(where: Endpoint, wanted: Sequence[Endpoint], error: OSError) -> bool:
+    """The IPv6 half of "all addresses", which a machine without IPv6 can do without."""
+    return (where.host == "::" and where._replace(host="0.0.0.0") in wanted
+            and error.errno != errno.EADDRINUSE)
+
+
 class Listener:
     """A listening socket of the loop.  Out of descriptors it rests for a second, and does not spin."""
 
@@ -7499,7 +7522,7 @@ WAIT = object()                         # the answer to a question comes later
 
 
 class SmtpServer:
-    """The door: SMTP clients, what they may do, and their messages on the way to the spool."""
+    """SMTP clients, what they may do, and their messages on the way to the spool."""
 
     def __init__(self, server: "Server") -> None:
         self.server, self.loop, self.queue, self.log = server, server.loop, server.queue, server.log
@@ -7527,7 +7550,7 @@ class SmtpServer:
                 sock.send(Reply(421, "4.7.0", "%s Error: too many connections" % self.cfg.hostname).wire())
                 sock.shutdown(socket.SHUT_WR)
             return sock.close()
-        # RFC 2195 2
+        # For CRAM-MD5: no two sessions have the same, RFC 2195 2.
         challenge = "<%s.%d@%s>" % (secrets.token_hex(12), self.loop.now.wall, self.cfg.hostname)
         session = Session(self.server.door, address, challenge.encode("ascii"), is_odmr)
         now = self.loop.now.mono
@@ -7565,7 +7588,7 @@ class SmtpServer:
         with self._guard(client):
             actions = client.session.receive(data)
             if actions or client.session.mode is not Mode.COMMAND:
-                # Progress is a command or data, not one more octet of a line
+                # A whole command or data is progress; one more octet of a line is not.
                 client.last = self.loop.now.mono
             self._act(client, actions)
 
@@ -8119,13 +8142,12 @@ class Server:
         with contextlib.ExitStack() as stack:
             fresh: List[Tuple[Tuple[bool, Endpoint], socket.socket]] = []
             for key in wanted:
-                is_odmr, where = key
+                where = key[1]
                 try:
                     if key not in self.listeners:
                         fresh.append((key, stack.enter_context(bind(where, LISTEN_BACKLOG))))
                 except OSError as error:
-                    is_spare = where.host == "::" and (is_odmr, where._replace(host="0.0.0.0")) in wanted
-                    if not is_spare or error.errno == errno.EADDRINUSE:
+                    if not is_spare(where, [*self.cfg.listen, *self.cfg.odmr_listen], error):
                         raise
                     self.log.write("master", "no IPv6 here: %s" % error.strerror, "warning")
             stack.pop_all()
@@ -8416,10 +8438,6 @@ class Server:
         self.log.flush()
 
 
-def is_loopback(host: str) -> bool:
-    return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-
-
 def short_path(path: str, directory: int) -> str:
     """A Unix socket's path has about a hundred octets; a longer one goes by the open directory."""
     if len(os.fsencode(path)) < 100:
@@ -8448,7 +8466,7 @@ def fully_qualified_name() -> str:
 
 
 # == 17. MAIN ==================================================================
-# Arguments, commands, signals, exit status.
+# Arguments, commands, signals, exit status.  Uses all before.
 
 class Usage(Exception):
     """Something is wrong with the command line."""
@@ -8462,8 +8480,7 @@ class Parser(argparse.ArgumentParser):
 
 
 ENDINGS = {"hold": "held", "release": "released", "delete": "deleted", "bounce": "returned to their senders"}
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE,
-               errno.ENOMEM)
+PASSING_ERRORS = (*_FULL, errno.EIO, errno.EROFS, *ACCEPT_ERRORS)       # no fault of the configuration
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -8509,7 +8526,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except OSError as error:
-        return complain(describe(error), EX_TEMPFAIL if error.errno in DISK_ERRORS else EX_CONFIG)
+        return complain(describe(error), EX_TEMPFAIL if error.errno in PASSING_ERRORS else EX_CONFIG)
 
 
 def complain(text: str, code: int) -> int:
@@ -8737,7 +8754,7 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
         queue.spool.may_write = not only_reads
         server.start()
         queue.loader.load([what] if _ID.fullmatch(what) else None)      # one message is read alone
-        # Nothing is sent, but for --flush: when all is read and counted
+        # "Stopping" means that nothing is sent.  Below, --flush ends that when the spool has been read.
         queue.is_stopping, queue.only = True, what
         for answer in server.command(request):
             if answer is not None:
@@ -8795,7 +8812,7 @@ def read_rows(cfg: Config, what: str) -> Tuple[List[Dict[str, Any]], int]:
     with contextlib.closing(Spool(cfg.spool)) as spool:
         for answer in ask_relay(cfg, {"command": "list", "what": what}):
             if "rows" in answer and spool.root < 0:
-                spool.root = os.open(cfg.spool, os.O_RDONLY | os.O_CLOEXEC)
+                spool.open_to_read()
             for id, state, due, expires, failures in answer.get("rows", ()):
                 with contextlib.suppress(Corrupt, NotOurs, OSError, KeyError, TypeError):   # delivered since
                     sidecar = spool.peek_sidecar(id)
@@ -8823,7 +8840,7 @@ def show_message(cfg: Config, id: str, as_json: bool, raw: bool) -> int:
     with contextlib.closing(Spool(cfg.spool)) as spool:
         found: Any = FileNotFoundError()
         if _ID.fullmatch(id) and os.path.isdir(cfg.spool):
-            spool.root = os.open(cfg.spool, os.O_RDONLY | os.O_CLOEXEC)
+            spool.open_to_read()
             found = spool.look([id], "whole" if raw else "header", sys.maxsize)[0]
         if isinstance(found, (Corrupt, NotOurs, FileNotFoundError)):
             why = found if spool.root >= 0 and spool._has(id + ".json") else "no such message"
@@ -8850,7 +8867,7 @@ def export(cfg: Config, what: str) -> int:
     count, code = 0, EX_OK
     with contextlib.closing(Spool(cfg.spool)) as spool:
         if os.path.isdir(cfg.spool):
-            spool.root = os.open(cfg.spool, os.O_RDONLY | os.O_CLOEXEC)
+            spool.open_to_read()
         for id in spool.list()[0] if spool.root >= 0 else []:
             try:
                 for sidecar in spool._read_parts(id):       # of version 0.1: it may have several domains
@@ -8926,7 +8943,7 @@ def know_all(cfg: Config, names: Sequence[str]) -> Tuple[Server, List[Plan]]:
     server = Server(cfg, Spool(cfg.spool), Log("stderr", "error", cfg.hostname))
     server.queue.listeners = cfg.listen + cfg.odmr_listen
     with contextlib.closing(server.spool), contextlib.suppress(OSError):
-        server.spool.root = os.open(cfg.spool, os.O_RDONLY | os.O_CLOEXEC)
+        server.spool.open_to_read()
         server.queue.state.load(server.spool.load_state("state.json"), {})
     known, now = server.queue.destinations, server.loop.now
     return server, [server.queue.deliveries.plan(known.get(name, now)) for name in names]
@@ -8947,8 +8964,7 @@ def probe(cfg: Config, what: str, as_json: bool) -> int:
     """The route of a domain, and what each host on it answers.  Nothing is sent."""
     name = parse_what(what)
     if cfg.domain(name) is None:
-        print("etrn_relay.py: %s: no such domain here" % name, file=sys.stderr)
-        return EX_MISSING
+        return complain("%s: no such domain here" % name, EX_MISSING)
     server, [plan] = know_all(cfg, [name])
     route, = in_time(server, PROBE_ROUTE_S, [lambda: find_route(plan)])
     hops, problem = ([], str(route)) if isinstance(route, Exception) else route
@@ -9024,10 +9040,10 @@ def check(cfg: Config, as_json: bool) -> int:
 def check_config(cfg: Config) -> Iterator[Finding]:
     if cfg.tls_certificate and ssl is not None:
         Certificate(cfg.tls_certificate, cfg.tls_key)       # or an error for check() to tell
-    if cfg.status_listen and not cfg.status_token and not is_loopback(cfg.status_listen.host):
+    if cfg.status_listen and not cfg.status_token and not parse_address(cfg.status_listen.host).is_loopback:
         yield "warning", "config", "whoever reaches %s reads the page: set a token" % str(cfg.status_listen)
-    secrets = (cfg.status_token, cfg.bounces_password, *(one.password for one in cfg.domains.values()))
-    for path in sorted({one[5:] if one.startswith("file:") else cfg.file for one in secrets if one}):
+    hidden = (cfg.status_token, cfg.bounces_password, *(one.password for one in cfg.domains.values()))
+    for path in sorted({one[5:] if one.startswith("file:") else cfg.file for one in hidden if one}):
         if os.path.exists(path) and os.stat(path).st_mode & 0o004:
             yield "warning", "config", "%s holds a secret, and everybody may read it: chmod o-r" % path
 
@@ -9085,8 +9101,8 @@ def check_ports(cfg: Config) -> Iterator[Finding]:
             try:
                 stack.enter_context(bind(where, 1))
             except OSError as error:
-                is_spare = where.host == "::" and error.errno != errno.EADDRINUSE       # no IPv6 here
-                yield "warning" if is_spare else "error", "port", describe(error)
+                level = "warning" if is_spare(where, wanted, error) else "error"
+                yield level, "port", describe(error)
 
 
 def check_domain(cfg: Config, plan: Plan) -> List[Finding]:
@@ -9248,7 +9264,8 @@ def format_unit(kind: str, config: str) -> str:
     config = os.path.abspath(config)
     try:
         cfg = read_config(config)
-    except OSError as error:            # on a router, /var is in memory
+    except OSError as error:
+        # On a router (procd) /var is in memory.
         spool = "/mnt/usb/etrn_relay" if kind == "procd" else "/var/lib/etrn_relay"
         cfg = parse_config("[relay]\nspool = %s\n" % spool, config)
         print("%s: %s.  Set  spool = %s  in it." % (config, error.strerror, spool), file=sys.stderr)

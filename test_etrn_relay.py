@@ -3504,6 +3504,20 @@ class Schedule(unittest.TestCase):
         one.state = etrn.Primary[state]
         return one
 
+    def test_who_asks_has_a_try_at_once_whenever_the_last_probe_was_but_one_a_second(self) -> None:
+        one, clock = self.begin("", "DOWN"), self.clock
+        for seconds, is_asked, is_tried in cases(self, [
+                (0, False, True), (0.1, False, False), (0.1, True, True), (0.1, True, False),
+                (etrn.TRIGGER_S, True, True)]):
+            now = clock.advance(seconds)
+            if is_asked:
+                one.flush(now)
+            self.assertEqual(one.wanted(now, 0, 0), is_tried)
+            if is_tried:
+                one.on_dial(now)
+                one.dialling = 0
+                one.on(etrn.Event.AWAY, now)
+
     STATES = {      # the state after each event: HEARD TAKEN AWAY REFUSES PARDONED LEFT
         "UNKNOWN": "UP UNKNOWN DOWN REJECTING UNKNOWN UNKNOWN", "UP": "UP UP DOWN REJECTING UP UNKNOWN",
         "DOWN": "UP DOWN DOWN DOWN DOWN UNKNOWN", "REJECTING": "REJECTING UP DOWN REJECTING UP UNKNOWN"}
@@ -3834,8 +3848,7 @@ class Delivery(Played):
             if not (left or connection.courses):
                 connection.leave()
         connection = self.connection = etrn.Connection(
-            one, greeted(primary, primary.extensions), loop, ask, feed, lambda _, error,
-            closing: ends.append(error))
+            one, greeted(primary, primary.extensions), loop, ask, feed, lambda _, error: ends.append(error))
         self.puppet, way = connection.stream, (connection.is_pipelining, connection.is_chunking)
         loop.post(feed, connection)
         while not ends:
@@ -4442,6 +4455,12 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
                 sim.tell(self, "+5s" if number < 20 else "etrn; +5s")
                 self.assertTrue(len(sim.puppets) <= 20 and (number <= 20 or len(sim.dials) > before))
             sim.tell(self, "say .; etrn; +30s; taken = 30")
+
+    def test_what_the_dns_says_stays_in_its_line_of_the_log(self) -> None:
+        sim = self.simulate()
+        dial = sim.dial
+        sim.dial = lambda plan: dial(plan)._replace(warning="no such name: x\nJan  1 forged")  # type: ignore
+        sim.tell(self, r"put u; +10s; taken = 1; logged no such name: x\\x0aJan = 1")
 
     def test_recipients_have_their_turns(self) -> None:
         """Put off behind accepted ones they go at once, with a 4xx of their own after its pause."""
@@ -6425,6 +6444,7 @@ class Announced(Relays):
         primaries = {name: self.primary().start() for name in sizes}
         for name, extension in sizes.items():
             primaries[name].extensions = [extension]
+        primaries["silent"].script["EHLO"] = b"250-primary.example\r\n250 SIZE 1\xb2\r\n"      # no number
         addresses = [(name, primaries[name].address) for name in sizes]
         domains = "".join("[domain %s.example]\nprimary = %s\n" % one for one in addresses)
         relay = self.relay(relay="max_message_size = 20M", domain=domains)
