@@ -184,6 +184,7 @@ OVERSIZE_FACTOR = 2             # who sends more than this times the limit is cu
 # -- the loop
 THREADS_MAX = 64                # for dials, names, alerts: what waits for others
 RECEIVE_OCTETS = 65536          # read from one peer at a time, so that none holds the others up
+COMMANDS_OCTETS = 4096          # ... of commands, which cost more
 OUTPUT_MAX = 65536              # octets of replies left unread before we stop reading from a client
 SPILL_OCTETS = 131072           # of a body in memory before they are given to the spool
 UNWRITTEN_MAX, UNWRITTEN_TOTAL = 524288, 33554432       # octets of one body, of all; then clients wait
@@ -812,7 +813,7 @@ class Config:
         """Where `<postmaster>` goes."""
         return next((name for name in self.domains if name[0] != "."), "")
 
-    @property
+    @functools.cached_property
     def has_logins(self) -> bool:
         """Whether anybody could pass AUTH, so that it is worth offering."""
         return any(cfg.username for cfg in self.domains.values())
@@ -1274,8 +1275,9 @@ class Stream:
             self.is_closing = True
             self.on_data = lambda data: None
             self.on_sent = self._say_end if linger and not self.is_ended else self.close
-            self.loop.later(LINGER_S, self._expire)
             self._push()
+            if not self.is_closed:
+                self.loop.later(LINGER_S, self._expire)
 
     def _expire(self) -> None:
         if self.out and self.loop.now.mono - self.moved < LINGER_S:
@@ -1446,11 +1448,15 @@ class SpoolFolder:
         self.root = self.lock_fd = -1
         self.identity = (0, 0)          # of the directory: device and inode
 
-    def open(self, wait_s: float = 0.0, is_relay: bool = True) -> None:
-        """Create what is missing, take the lock, remove what was never acknowledged.  `wait_s`: for a
-        command that holds the lock; a relay is not waited for.  Raises SpoolBusy or OSError."""
+    def open(self, is_relay: bool = True) -> None:
+        """Create what is missing, take the lock, remove what was never acknowledged.  Raises SpoolBusy or
+        OSError."""
         os.makedirs(self.path, 0o700, exist_ok=True)
-        self.lock(wait_s, "%d\n" % os.getpid() if is_relay else "%d command\n" % os.getpid())
+        self.open_to_read()
+        self.lock_fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self.root)
+        self._lock("%d\n" % os.getpid() if is_relay else "%d command\n" % os.getpid())
+        found = os.fstat(self.root)
+        self.identity = found.st_dev, found.st_ino
         with self._durable():
             for folder in ("incoming", "corrupt"):
                 self._make_folder(folder)
@@ -1462,49 +1468,27 @@ class SpoolFolder:
             finally:
                 os.close(fd)
 
-    def lock(self, wait_s: float = 0.0, name: str = "") -> None:
-        """With a name for the process: alone.  Without: beside others who only read."""
-        self.open_to_read()
-        try:
-            fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self.root)
-        except OSError:
-            self.close()
-            raise
-        self.lock_fd = fd
-        found = os.fstat(self.root)
-        self.identity = found.st_dev, found.st_ino
-        end = time.monotonic() + wait_s
+    def _lock(self, name: str) -> None:
+        """A command ends soon and is waited for.  A relay, whose name is a bare number, is not."""
+        end = time.monotonic() + LOCK_WAIT_S
         while True:
             try:
-                fcntl.flock(fd, (fcntl.LOCK_EX if name else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                fcntl.flock(self.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
-                holder = os.pread(fd, 40, 0).decode("ascii", "replace").strip()
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    self.close()
                     raise
-                if holder.isdigit() and not self._is_read() or time.monotonic() >= end:
-                    self.close()
-                    name = printable(holder) or "unknown"
-                    raise SpoolBusy("%s is in use by process %s" % (self.path, name)) from None
+            holder = os.pread(self.lock_fd, 40, 0).decode("ascii", "replace").strip()
+            if holder.isdigit() or time.monotonic() >= end:
+                raise SpoolBusy("%s is in use by process %s" % (self.path, printable(holder) or "unknown"))
             time.sleep(LOCK_POLL_S)
         with contextlib.suppress(OSError):      # a full disk must not keep queued mail from leaving
-            if name:
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, name.encode("ascii"), 0)
+            os.ftruncate(self.lock_fd, 0)
+            os.pwrite(self.lock_fd, name.encode("ascii"), 0)
 
     def open_to_read(self) -> None:
         """Without the lock, for a command that looks at the files beside the running relay."""
         self.root = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def _is_read(self) -> bool:
-        """Whether those who hold the lock only read; the process named in it is gone."""
-        try:
-            fcntl.flock(self.lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        fcntl.flock(self.lock_fd, fcntl.LOCK_UN)
-        return True
 
     def close(self) -> None:
         for fd in (self.lock_fd, self.root):
@@ -1515,18 +1499,18 @@ class SpoolFolder:
         """States S1, S2, S3 and S5: nothing in them was acknowledged, or all of it is finished.
         done/ is where version 0.1 left finished files."""
         for folder in ("incoming", "done"):
-            for name in sorted(os.listdir(os.path.join(self.path, folder))) if self._has(folder) else []:
+            for name in sorted(os.listdir(os.path.join(self.path, folder))) if self.has(folder) else []:
                 id, _, kind = name.partition(".")
                 if not _ID.fullmatch(id) or kind not in ("eml", "json", "new"):
                     continue            # not ours; people keep odd things everywhere
                 with contextlib.suppress(OSError):      # a folder of that name, or a disk at fault
-                    if kind == "json" and not self._has(id + ".json"):
+                    if kind == "json" and not self.has(id + ".json"):
                         self._unlink(id + ".eml")
                     self._unlink("%s/%s" % (folder, name))
         with contextlib.suppress(OSError):
             os.rmdir("done", dir_fd=self.root)
 
-    def _has(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
         """Raises OSError when the disk does not say."""
         try:
             os.lstat(name, dir_fd=self.root)
@@ -1601,12 +1585,12 @@ class SpoolFolder:
         finally:
             os.close(fd)
 
-    def _read_parts(self, id: str) -> List[Dict[str, Any]]:
+    def read_parts(self, id: str) -> List[Dict[str, Any]]:
         return parse_sidecar(self._read_file(id + ".json", "sidecar", SIDECAR_MAX), id)
 
     def read_sidecar(self, id: str) -> Dict[str, Any]:
         """Raises Corrupt, NotOurs, or OSError when the disk is at fault."""
-        return self._read_parts(id)[0]
+        return self.read_parts(id)[0]
 
     def peek_sidecar(self, id: str) -> Dict[str, Any]:
         """For lists of what the relay has checked before: as it stands, and quickly.  Raises Corrupt,
@@ -1618,22 +1602,21 @@ class SpoolFolder:
 
     def read(self, ids: Sequence[str]) -> List[Union[Tuple[Dict[str, Any], bytes], Exception]]:
         """For delivery: sidecars and bodies, verified by their SHA-256; of a large body the first
-        BLOCK_OCTETS, and block() has the rest.  Fewer than asked, but one, where they have more than
-        READ_OCTETS together."""
+        BLOCK_OCTETS, and block() has the rest.  Fewer than asked where these have READ_OCTETS together."""
         out: List[Union[Tuple[Dict[str, Any], bytes], Exception]] = []
         octets = 0
         for id in ids:
             try:
                 sidecar = self.read_sidecar(id)
+                out.append((sidecar, self.verify(id, sidecar, BLOCK_OCTETS)))
                 octets += min(sidecar["size"], BLOCK_OCTETS)
-                if out and octets > READ_OCTETS:
-                    break
-                out.append((sidecar, self._verify(id, sidecar, BLOCK_OCTETS)))
             except (Corrupt, NotOurs, OSError) as error:
                 out.append(error)
+            if octets >= READ_OCTETS:
+                break
         return out
 
-    def _verify(self, id: str, sidecar: Mapping[str, Any], most: int) -> bytes:
+    def verify(self, id: str, sidecar: Mapping[str, Any], most: int) -> bytes:
         """The first `most` octets of a body, all of which was read."""
         fd = self._open(id + ".eml", "body")
         try:
@@ -1657,23 +1640,16 @@ class SpoolFolder:
         finally:
             os.close(fd)
 
-    def look(self, ids: Sequence[str], what: str = "",
-             most: int = 0) -> List[Union[Tuple[Dict[str, Any], bytes], Exception]]:
-        """For people and notices: sidecars, and of each message nothing, its "header", or up to `most` octets
-        of it, verified ("whole")."""
-        out: List[Union[Tuple[Dict[str, Any], bytes], Exception]] = []
-        for id in ids:
-            try:
-                sidecar, data = self.read_sidecar(id), b""
-                if what == "whole" and sidecar["size"] <= most:
-                    data = self._verify(id, sidecar, most)
-                elif what:
-                    top = self._read_file(id + ".eml", "body", HEADER_SCAN_MAX)
-                    data = top.partition(b"\r\n\r\n")[0] + b"\r\n"
-                out.append((sidecar, data))
-            except (Corrupt, NotOurs, OSError) as error:
-                out.append(error)
-        return out
+    def look(self, id: str, what: str = "") -> Tuple[Dict[str, Any], bytes]:
+        """For people and notices: a sidecar, and of the message nothing, its "header", or all of it,
+        verified ("whole").  Raises Corrupt, NotOurs, OSError."""
+        sidecar, data = self.read_sidecar(id), b""
+        if what == "whole":
+            data = self.verify(id, sidecar, sidecar["size"])
+        elif what == "header":
+            top = self._read_file(id + ".eml", "body", HEADER_SCAN_MAX)
+            data = top.partition(b"\r\n\r\n")[0] + b"\r\n"
+        return sidecar, data
 
     def list(self) -> Tuple[List[str], List[str]]:
         """IDs with a sidecar, oldest first, and those of bodies that have stood alone for an hour."""
@@ -1689,7 +1665,7 @@ class SpoolFolder:
                         with contextlib.suppress(OSError):      # just committed, or just removed
                             found = entry.stat(follow_symlinks=False)
                             changed = max(found.st_mtime, found.st_ctime)   # cp -p and rsync set mtime back
-                            if not self._has(id + ".json") and time.time() - changed > ORPHAN_S:
+                            if not self.has(id + ".json") and time.time() - changed > ORPHAN_S:
                                 alone.append(id)
         finally:
             close_quietly(fd)
@@ -1702,7 +1678,7 @@ class SpoolFolder:
         out: List[Union[List[Summary], Exception]] = []
         for id in ids:
             try:
-                parts = self._read_parts(id)
+                parts = self.read_parts(id)
                 fd = self._open(id + ".eml", "body")
                 try:
                     size = os.fstat(fd).st_size
@@ -1767,7 +1743,6 @@ class Spool(SpoolFolder):
         try:
             if body.error is None:
                 if body.fd < 0:
-                    self._check_path()
                     body.fd = self._create("incoming/%s.eml" % id)
                 write_all(body.fd, data)
                 body.digest.update(data)
@@ -1789,16 +1764,31 @@ class Spool(SpoolFolder):
         """Make messages durable together.  Each is an ID, the rest of its body, and its sidecars without size
         and SHA-256: one for each destination, the first with that ID.  Returns for each None, when it is
         on stable storage, or the error, when nothing of it remains."""
+        try:
+            self._check_path()
+        except OSError as error:
+            for id, _, _ in batch:
+                self.discard(id)
+            return [error] * len(batch)
         errors: Dict[str, Optional[OSError]] = {}
-        files: List[Tuple[str, int]] = []
+        fds: List[int] = []
+        owners: List[str] = []          # of these
         # 1. Write all, then sync all: one fsync commits the journal for the others, too.
         for id, rest, sidecars in batch:
+            problem, body = self.append(id, rest), self.bodies.pop(id)
+            fds += [body.fd] if body.fd >= 0 else []
             try:
-                files += [(id, fd) for fd in self._write_parts(id, rest, sidecars)]
+                if problem is not None:
+                    raise problem
+                start_writing(body.fd)
+                for sidecar in sidecars:
+                    whole = dict(sidecar, size=body.size, sha256=body.digest.hexdigest())
+                    self._stage("incoming/%s.eml" % id, whole, fds)
                 errors[id] = None
             except OSError as error:
                 errors[id] = error
-        for id, problem in self._sync(files):
+            owners += [id] * (len(fds) - len(owners))
+        for id, problem in zip(owners, self._sync(fds)):
             errors[id] = errors[id] or problem
         # 2. Rename all, then sync the directory once.
         ready = [one for one in batch if errors[one[0]] is None]
@@ -1816,70 +1806,50 @@ class Spool(SpoolFolder):
                 (self._withdraw if id in entered else self.discard)(sidecar["id"])
         return [errors[id] for id, _, _ in batch]
 
-    def _write_parts(self, id: str, rest: bytes, sidecars: Sequence[Dict[str, Any]]) -> List[int]:
-        """State S2, not synced: the body and a sidecar for each destination.  The open files, or
-        OSError and none."""
-        self.append(id, rest)
-        body = self.bodies.pop(id)
-        fds = [body.fd] if body.fd >= 0 else []
-        try:
-            if body.error is not None:
-                raise body.error
-            start_writing(body.fd)
-            for sidecar in sidecars:
-                own = sidecar["id"]
-                if own != id:
-                    fds += self._link("incoming/%s.eml" % id, "incoming/%s.eml" % own)
-                if self._has(own + ".json") or self._has(own + ".eml"):
-                    raise FileExistsError(errno.EEXIST, "queue ID in use", own)
-                fds.append(self._create("incoming/%s.json" % own))
-                whole = dict(sidecar, size=body.size, sha256=body.digest.hexdigest())
-                write_all(fds[-1], format_sidecar(whole))
-                start_writing(fds[-1])
-            return fds
-        except OSError:
-            for fd in fds:
-                close_quietly(fd)
-            raise
+    def _stage(self, body: str, sidecar: Mapping[str, Any], fds: List[int]) -> None:
+        """State S2, not synced.  `body`: the file that has it.  What must be synced is open in `fds`, after
+        an error, too.  Raises OSError."""
+        id, target = sidecar["id"], "incoming/%s.eml" % sidecar["id"]
+        if self.has(id + ".json") or self.has(id + ".eml"):
+            raise FileExistsError(errno.EEXIST, "queue ID in use", id)
+        if body != target:
+            self._link(body, target, fds)
+        fds.append(self._create("incoming/%s.json" % id))
+        write_all(fds[-1], format_sidecar(sidecar))
+        start_writing(fds[-1])
 
-    def _link(self, name: str, target: str) -> List[int]:
-        """A second name for a body; a copy, and its open file, where links do not exist."""
+    def _link(self, name: str, target: str, fds: List[int]) -> None:
+        """A second name for a body; a copy where links do not exist."""
         try:
-            os.link(name, target, src_dir_fd=self.root, dst_dir_fd=self.root)
-            return []
+            return os.link(name, target, src_dir_fd=self.root, dst_dir_fd=self.root)
         except OSError as error:
             if error.errno in _FULL + (errno.EIO, errno.EROFS, errno.ENOENT):
                 raise
-        copy = self._create(target)
+        fds.append(self._create(target))
+        source = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.root)
         try:
-            source = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.root)
-            try:
-                for block in iter(lambda: os.read(source, BLOCK_OCTETS), b""):
-                    write_all(copy, block)
-            finally:
-                close_quietly(source)
-        except OSError:
-            close_quietly(copy)
-            raise
-        return [copy]
+            for block in iter(lambda: os.read(source, BLOCK_OCTETS), b""):
+                write_all(fds[-1], block)
+        finally:
+            close_quietly(source)
 
-    def _sync(self, files: Sequence[Tuple[str, int]]) -> List[Tuple[str, Optional[OSError]]]:
-        """A file whose fsync failed once is given up, never synced again: the kernel may call lost
-        pages clean.  Where an fsync takes long, as on a card, many are under way at once."""
+    def _sync(self, fds: Sequence[int]) -> List[Optional[OSError]]:
+        """Also closes them.  A file whose fsync failed once is given up, never synced again: the kernel may
+        call lost pages clean.  Where an fsync takes long, as on a card, many are under way at once."""
         times: List[float] = []
 
-        def sync_one(file: Tuple[str, int]) -> Tuple[str, Optional[OSError]]:
+        def sync_one(fd: int) -> Optional[OSError]:
             began = time.monotonic()
             try:
                 try:
-                    os.fsync(file[1])
+                    os.fsync(fd)
                 finally:
-                    os.close(file[1])   # NFS reports a full disk here
+                    os.close(fd)        # NFS reports a full disk here
             except OSError as error:
-                return file[0], error
+                return error
             times.append(time.monotonic() - began)
-            return file[0], None
-        results = beside(sync_one, files) if self.fsync_s > FAST_FSYNC_S else list(map(sync_one, files))
+            return None
+        results = beside(sync_one, fds) if self.fsync_s > FAST_FSYNC_S else list(map(sync_one, fds))
         self.fsync_s = min(times, default=0.0)
         return results
 
@@ -1898,7 +1868,7 @@ class Spool(SpoolFolder):
         with contextlib.suppress(OSError):
             self._rename(id + ".json", "incoming/%s.json" % id)
         with contextlib.suppress(OSError):
-            if not self._has(id + ".json"):     # else both stay: a second copy, but whole
+            if not self.has(id + ".json"):     # else both stay: a second copy, but whole
                 self._unlink(id + ".eml")
         self.discard(id)
 
@@ -1913,11 +1883,11 @@ class Spool(SpoolFolder):
         try:
             sidecar = self.read_sidecar(id)
         except Corrupt:
-            if not self._has("incoming/%s.json" % id) or self.remove([id])[0] is not None:
+            if not self.has("incoming/%s.json" % id) or self.remove([id])[0] is not None:
                 raise
             return True                 # finished by a try before this one, all but the fsync
         for own, data, its in notices:
-            error = self.commit([(own, data, [its])])[0] if not self._has(own + ".json") else None
+            error = self.commit([(own, data, [its])])[0] if not self.has(own + ".json") else None
             if error is not None:       # what an attempt before this one brought there stays there
                 raise error
         sidecar.update(changes)
@@ -1995,7 +1965,7 @@ class Spool(SpoolFolder):
         with self._durable(), self._durable("corrupt"):
             for kind in (".json", ".eml"):
                 target = "corrupt/%s%s" % (id, kind)
-                if self._has(target):
+                if self.has(target):
                     target = "corrupt/%s-%s%s" % (id, secrets.token_hex(4), kind)
                 with contextlib.suppress(FileNotFoundError):
                     self._rename(id + kind, target)
@@ -2005,10 +1975,18 @@ class Spool(SpoolFolder):
     def convert(self, id: str) -> List[Summary]:
         """A sidecar of version 0.1 becomes one for each of its domains.  The first keeps the ID, and
         changes last: until then another try finds what is there already."""
-        parts = self._read_parts(id)
-        fresh = [part for part in parts[1:] if not self._has(part["id"] + ".json")]
-        for part in fresh:
-            self._write_part(id, part)
+        parts = self.read_parts(id)
+        fresh = [part for part in parts[1:] if not self.has(part["id"] + ".json")]
+        fds: List[int] = []
+        try:
+            for part in fresh:
+                self.discard(part["id"])
+                self._unlink(part["id"] + ".eml")       # of a try before: no rename replaces a link to itself
+                self._stage(id + ".eml", part, fds)
+        finally:
+            problems = list(filter(None, self._sync(fds)))
+        if problems:
+            raise problems[0]
         # Bodies first, durably: no power cut leaves a sidecar without its body.
         for kind in ("eml", "json"):
             with self._durable():
@@ -2016,23 +1994,6 @@ class Spool(SpoolFolder):
                     self._rename("incoming/%s.%s" % (part["id"], kind), "%s.%s" % (part["id"], kind))
         self._replace(id + ".json", "incoming/%s.new" % id, format_sidecar(parts[0]))
         return [summarize(part) for part in parts]
-
-    def _write_part(self, id: str, part: Dict[str, Any]) -> None:
-        """State S2, synced."""
-        own, fds = part["id"], []
-        self.discard(own)
-        self._unlink(own + ".eml")      # of a try before: a rename to it would do nothing, rename(2)
-        try:
-            fds += self._link(id + ".eml", "incoming/%s.eml" % own)
-            fds.append(self._create("incoming/%s.json" % own))
-            write_all(fds[-1], format_sidecar(part))
-        except OSError:
-            for fd in fds:
-                close_quietly(fd)
-            raise
-        for _, error in self._sync([(own, fd) for fd in fds]):
-            if error is not None:
-                raise error
 
     # -- the rest
 
@@ -2042,15 +2003,7 @@ class Spool(SpoolFolder):
             self._check_path()
             for folder in ("incoming", "corrupt"):
                 self._make_folder(folder)
-            self._unlink("incoming/probe")
-            fd = self._create("incoming/probe")
-            try:
-                write_all(fd, b"probe\n" * 1000)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            with self._durable():
-                self._rename("incoming/probe", "probe")
+            self._replace("probe", "incoming/probe", b"probe\n" * 1000)
             with self._durable():
                 self._unlink("probe")
         except OSError:
@@ -2239,7 +2192,6 @@ class SpoolThreads:
     def __init__(self, spool: Spool, loop: Loop) -> None:
         self.spool, self.loop = spool, loop
         self.sick = ""                  # why no new mail is taken, or empty
-        self.may_write = True           # False for a command that only reads: it shares the lock with others
         self.unanswered = 0
         self.answered = loop.now.mono   # monotonic, of the last answer
         self.writes: "queue.SimpleQueue[Any]" = queue.SimpleQueue()
@@ -2249,8 +2201,6 @@ class SpoolThreads:
 
     def ask(self, then: Callable[[Any], None], what: str, *values: Any) -> None:
         """`then` gets what the method `what` of Spool returns, or its exception, in the loop."""
-        if what not in self.READS and not self.may_write:
-            return                      # what is wrong with the spool is the relay's to mend
         self.unanswered += 1
         (self.reads if what in self.READS else self.writes).put((then, what, values))
 
@@ -2790,7 +2740,8 @@ class Session:
                 if self.mode is Mode.CLOSED:
                     return
             handler, legal = COMMANDS[verb]
-            demand(self.stage in legal, *self._out_of_order())
+            if self.stage not in legal:
+                raise Refuse(*self._out_of_order())
             self._go_on(handler(self, argument.decode("utf-8")))
         except UnicodeDecodeError:
             self.fail(Reply(501, "5.5.4", "Not UTF-8"))
@@ -5699,7 +5650,7 @@ class Loader:
         self.spool.ask(loaded, "load", ids, self.loads > 1)
 
     def _take(self, id: str, is_split: bool, found: Any) -> None:
-        if isinstance(found, list) and (is_split or len(found) == 1 or not self.spool.may_write):
+        if isinstance(found, list) and (is_split or len(found) == 1):
             for part in found:
                 self.queue.admit(part)
         elif isinstance(found, list):   # of version 0.1, about several domains: it is split durably first
@@ -6325,8 +6276,7 @@ class Recorder:
 
     def look(self, id: str, what: str, then: Callable[[Any], None]) -> None:
         """`then` gets (sidecar, nothing or header or whole message), or an exception."""
-        self.queue.spool.ask(lambda found: then(found[0] if isinstance(found, list) else found), "look",
-                             [id], what, NOTICE_FULL_MAX)
+        self.queue.spool.ask(then, "look", id, what)
 
     def _ask(self, then: Callable[[Any], None], what: str, id: str, *values: Any,
              otherwise: Optional[Callable[[str], None]] = None) -> None:
@@ -7555,8 +7505,8 @@ class SmtpServer:
         session = Session(self.server.door, address, challenge.encode("ascii"), is_odmr)
         now = self.loop.now.mono
         client = Client(session, network, self.server.certificate, now, now)
-        client.stream = Stream(self.loop, sock, lambda data: self._on_data(client, data),
-                               lambda why: self._on_end(client, why))
+        client.stream = Stream(self.loop, sock, functools.partial(self._guard, client, self._on_data),
+                               functools.partial(self._on_end, client))
         client.stream.on_closed = lambda: self._on_closed(client)
         self.clients.add(client)
         self.open += 1
@@ -7578,31 +7528,26 @@ class SmtpServer:
         client.is_named, client.session.name = True, name
         transaction, client.unnamed = client.unnamed, None
         if transaction is not None:
-            with self._guard(client):
-                self._resume(client, self._judge_mail(client, transaction))
+            self._guard(client, lambda client: self._resume(client, self._judge_mail(client, transaction)))
 
     def _on_data(self, client: Client, data: bytes) -> None:
         if not client.is_greeted:
             reply = Reply(521, "5.5.1", "%s You speak before the banner" % self.cfg.hostname)
             return self._act(client, client.session.shut(reply, "PREGREET"))
-        with self._guard(client):
-            actions = client.session.receive(data)
-            if actions or client.session.mode is not Mode.COMMAND:
-                # A whole command or data is progress; one more octet of a line is not.
-                client.last = self.loop.now.mono
-            self._act(client, actions)
+        actions = client.session.receive(data)
+        if actions or client.session.mode is not Mode.COMMAND:
+            client.last = self.loop.now.mono    # one more octet of a command line is no progress
+        self._act(client, actions)
 
     def _resume(self, client: Client, answer: Any) -> None:
         if client.session.waiting is not None and client in self.clients:
             client.last = self.loop.now.mono
-            with self._guard(client):
-                self._act(client, client.session.resume(answer))
+            self._guard(client, lambda client: self._act(client, client.session.resume(answer)))
 
-    @contextlib.contextmanager
-    def _guard(self, client: Client) -> Iterator[None]:
+    def _guard(self, client: Client, call: Callable[..., None], *values: Any) -> None:
         """A bug costs the session it is in."""
         try:
-            yield
+            call(client, *values)
         except Exception as error:
             self.log.bug(error)
             self.shut(client, Reply(421, "4.3.0", "%s Internal error" % self.cfg.hostname))
@@ -7674,11 +7619,10 @@ class SmtpServer:
         session, draft, stream = client.session, client.draft, client.stream
         if client.is_ended and session.waiting is None and client in self.clients:
             return self._leave(client)
-        # Some hundreds of commands are carried out at a time, so that no flood of them holds others up
-        stream.piece = RECEIVE_OCTETS // 16 if session.mode is Mode.COMMAND else RECEIVE_OCTETS
-        unwritten = draft.asked + len(draft.pending) if draft is not None else 0
-        is_behind = len(stream.out) >= OUTPUT_MAX or len(session.buffer) >= RECEIVE_OCTETS
-        is_behind = is_behind or unwritten >= self._share()
+        # Some hundreds of commands are carried out at a time, so that no flood of them holds others up.
+        stream.piece = COMMANDS_OCTETS if session.mode is Mode.COMMAND else RECEIVE_OCTETS
+        is_behind = len(stream.out) >= OUTPUT_MAX or len(session.buffer) >= RECEIVE_OCTETS or (
+            draft is not None and draft.asked + len(draft.pending) >= self._share())
         if is_behind != stream.is_paused:
             stream.pause(is_behind)
         if len(stream.out) >= OUTPUT_MAX:
@@ -7878,11 +7822,8 @@ class SmtpServer:
                 transaction.ret, transaction.envid))
         data, draft.is_whole = bytes(draft.pending), True
         draft.pending.clear()
-
-        def committed(error: Any) -> None:
-            with self._guard(client):
-                self._on_committed(client, draft, sidecars, error)
-        self.queue.spool.ask(committed, "commit", draft.id, data, sidecars)
+        then = functools.partial(self._guard, client, self._on_committed, draft, sidecars)
+        self.queue.spool.ask(then, "commit", draft.id, data, sidecars)
         return WAIT
 
     def _on_committed(self, client: Client, draft: Draft, sidecars: List[Dict[str, Any]], error: Any) -> None:
@@ -8411,14 +8352,13 @@ class Server:
         is_quiet = not (self.queue.deliveries.all() or self.queue.recorder.waiting or self.smtp.clients)
         return is_quiet or self.loop.now.mono - self.stopping >= STOP_S
 
-    def close(self, may_write: bool = True) -> None:
+    def close(self) -> None:
         """The spool brings what it was asked to its end, unless the disk does nothing at all."""
         spool, began = self.queue.spool, time.monotonic()
         self.queue.is_stopping = True
         self.queue.deliveries.cut()
-        if may_write:
-            self.queue.keep_attempts()
-            self.queue.state.save()
+        self.queue.keep_attempts()
+        self.queue.state.save()
         if self.started is not None:
             self._note_history("off")
             self._save_history()
@@ -8650,7 +8590,7 @@ def serve(cfg: Config) -> int:
         signal.signal(number, signal.SIG_IGN)       # until there is something to reread
     supervisor, account, spool = Supervisor(os.environ), Account(cfg.user), Spool(cfg.spool)
     account.assume(cfg.spool)
-    spool.open(LOCK_WAIT_S)
+    spool.open()
     server = Server(cfg, spool, Log(cfg.log, cfg.log_level, cfg.hostname))
     server.supervisor = supervisor
     server.recipient_files, server.logins = server.read_files(cfg)
@@ -8735,23 +8675,19 @@ def ask_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str, Any
 
 
 def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
-    """A spool that does not exist yet is an empty one.  Who only reads shares the lock with others who do."""
+    """A spool that does not exist yet is an empty one."""
     if not os.path.isdir(cfg.spool):
         with tempfile.TemporaryDirectory(prefix="etrn-empty-") as folder:
             yield from ask_own_relay(dataclasses.replace(cfg, spool=folder, user=""), request)
         return
     command, what = request["command"], str(request.get("what", "all"))
-    account, spool, only_reads = Account(cfg.user), Spool(cfg.spool), command in ("status", "list")
+    account, spool = Account(cfg.user), Spool(cfg.spool)
     account.assume(cfg.spool)           # what root would write there the relay could not read
     try:
-        if only_reads:
-            spool.lock()
-        else:
-            spool.open(0.0, False)
+        spool.open(is_relay=False)
         log = Log(cfg.log, "warning" if cfg.log == "stderr" else cfg.log_level, cfg.hostname)
         server = Server(cfg, spool, log)
         queue = server.queue
-        queue.spool.may_write = not only_reads
         server.start()
         queue.loader.load([what] if _ID.fullmatch(what) else None)      # one message is read alone
         # "Stopping" means that nothing is sent.  Below, --flush ends that when the spool has been read.
@@ -8765,7 +8701,7 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
                 queue.is_stopping = queue.loader.is_busy or command != "flush"
         if command == "flush":
             queue.sweep()               # what was tried often enough now goes back to its sender in this run
-        server.close(not only_reads)
+        server.close()
     finally:
         spool.close()
         account.resume_root()
@@ -8838,16 +8774,14 @@ def make_row(sidecar: Mapping[str, Any], state: str, due: Optional[Time], expire
 
 def show_message(cfg: Config, id: str, as_json: bool, raw: bool) -> int:
     with contextlib.closing(Spool(cfg.spool)) as spool:
-        found: Any = FileNotFoundError()
-        if _ID.fullmatch(id) and os.path.isdir(cfg.spool):
+        try:
             spool.open_to_read()
-            found = spool.look([id], "whole" if raw else "header", sys.maxsize)[0]
-        if isinstance(found, (Corrupt, NotOurs, FileNotFoundError)):
-            why = found if spool.root >= 0 and spool._has(id + ".json") else "no such message"
+            if not (_ID.fullmatch(id) and spool.has(id + ".json")):
+                raise Corrupt("no such message")
+            sidecar, data = spool.look(id, "whole" if raw else "header")
+        except (Corrupt, NotOurs, FileNotFoundError) as error:
+            why = "no such message" if isinstance(error, FileNotFoundError) else error
             return complain("%s: %s" % (printable(id, 40), why), EX_MISSING)
-    if isinstance(found, Exception):
-        raise found
-    sidecar, data = found
     if raw:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
@@ -8870,15 +8804,15 @@ def export(cfg: Config, what: str) -> int:
             spool.open_to_read()
         for id in spool.list()[0] if spool.root >= 0 else []:
             try:
-                for sidecar in spool._read_parts(id):       # of version 0.1: it may have several domains
+                for sidecar in spool.read_parts(id):       # of version 0.1: it may have several domains
                     domain, people = sidecar["domain"], sidecar["recipients"]
                     is_meant = what in (domain, "all", id) or (what[:1] == "@" and is_below(domain, what[1:]))
                     if is_meant and any(one["state"] == QUEUED for one in people):
-                        body = spool._verify(id, sidecar, sidecar["size"])
+                        body = spool.verify(id, sidecar, sidecar["size"])
                         sys.stdout.buffer.write(format_mbox(sidecar, body))
                         count += 1
             except (Corrupt, NotOurs) as error:
-                if spool._has(id + ".json"):
+                if spool.has(id + ".json"):
                     code = complain("%s: left out: %s" % (id, error), EX_TEMPFAIL)
     sys.stdout.buffer.flush()
     if not count and what != "all" and not Destinations(cfg).serves(what):
