@@ -2192,6 +2192,7 @@ class SpoolThreads:
     def __init__(self, spool: Spool, loop: Loop) -> None:
         self.spool, self.loop = spool, loop
         self.sick = ""                  # why no new mail is taken, or empty
+        self.may_write = True           # False for a command that only reads
         self.unanswered = 0
         self.answered = loop.now.mono   # monotonic, of the last answer
         self.writes: "queue.SimpleQueue[Any]" = queue.SimpleQueue()
@@ -2201,6 +2202,8 @@ class SpoolThreads:
 
     def ask(self, then: Callable[[Any], None], what: str, *values: Any) -> None:
         """`then` gets what the method `what` of Spool returns, or its exception, in the loop."""
+        if what not in self.READS and not self.may_write:
+            return                      # what is wrong with the spool is the relay's to mend
         self.unanswered += 1
         (self.reads if what in self.READS else self.writes).put((then, what, values))
 
@@ -5650,7 +5653,7 @@ class Loader:
         self.spool.ask(loaded, "load", ids, self.loads > 1)
 
     def _take(self, id: str, is_split: bool, found: Any) -> None:
-        if isinstance(found, list) and (is_split or len(found) == 1):
+        if isinstance(found, list) and (is_split or len(found) == 1 or not self.spool.may_write):
             for part in found:
                 self.queue.admit(part)
         elif isinstance(found, list):   # of version 0.1, about several domains: it is split durably first
@@ -8688,6 +8691,7 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
         log = Log(cfg.log, "warning" if cfg.log == "stderr" else cfg.log_level, cfg.hostname)
         server = Server(cfg, spool, log)
         queue = server.queue
+        queue.spool.may_write = command not in ("status", "list")
         server.start()
         queue.loader.load([what] if _ID.fullmatch(what) else None)      # one message is read alone
         # "Stopping" means that nothing is sent.  Below, --flush ends that when the spool has been read.

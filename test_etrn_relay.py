@@ -7394,7 +7394,8 @@ class Commands(Relays):
 
         def tree() -> Dict[str, Any]:
             found = {os.path.join(where, name): os.lstat(os.path.join(where, name))
-                     for where, folders, names in os.walk(relay.spool) for name in folders + names}
+                     for where, folders, names in os.walk(relay.spool) for name in folders + names
+                     if name != "lock"}
             return {name: (one.st_ino, one.st_size, one.st_ctime) for name, one in found.items()}
         before = tree()
         for line in cases(self, ["--status", "--queue", "--show " + good, "--export " + good]):
@@ -8290,7 +8291,8 @@ def idle_server(test: Folder, text: str = "", domain: str = "") -> Iterator[etrn
     try:
         yield server
     finally:
-        server.close(False)
+        server.queue.spool.may_write = False
+        server.close()
         spool.close()
 
 
