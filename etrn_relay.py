@@ -207,7 +207,7 @@ NAMES_AT_ONCE, NAMES_MAX = 10, 5000     # questions for names under way, and nam
 
 # -- the spool
 BATCH_MAX = 64                  # messages made durable together
-BESIDE_MAX, FAST_FSYNC_S = 64, 0.0005   # fsyncs beside each other where one takes longer than this
+FAST_FSYNC_S = 0.0005           # where an fsync takes longer, those of a batch go beside each other
 BLOCK_OCTETS, READ_OCTETS = 262144, 4194304     # read at once of a file, and ahead for a destination
 LOCK_WAIT_S = 30.0              # a relay waits so long for a command that holds the spool
 ORPHAN_S, COPY_S = 3600.0, 5.0          # a lone half, or a pair that makes no sense, may be being copied
@@ -1429,15 +1429,13 @@ class Summary(NamedTuple):
     is_finished: bool           # no recipient is left; a crash came before its removal
 
 
+@dataclasses.dataclass
 class Incoming:
     """A message that is being received."""
-    __slots__ = ("fd", "digest", "size", "error")
-
-    def __init__(self) -> None:
-        self.fd = -1
-        self.digest = hashlib.sha256()
-        self.size = 0
-        self.error: Optional[OSError] = None
+    fd: int = -1
+    size: int = 0
+    digest: Any = dataclasses.field(default_factory=hashlib.sha256)
+    error: Optional[OSError] = None
 
 
 class SpoolFolder:
@@ -1557,9 +1555,9 @@ class SpoolFolder:
         finally:
             close_quietly(fd)
 
-    def _open(self, name: str, what: str) -> int:
-        """A queued file for reading.  Raises Corrupt when it is gone, NotOurs when it may not be read, and
-        OSError when the disk is at fault."""
+    def _open(self, name: str, what: str) -> Tuple[int, int]:
+        """A queued file for reading, and its size.  Raises Corrupt when it is gone, NotOurs when it may not
+        be read, and OSError when the disk is at fault."""
         try:                            # O_NONBLOCK: a FIFO would wait
             fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self.root)
         except OSError as error:
@@ -1571,17 +1569,18 @@ class SpoolFolder:
                 raise Corrupt("the %s is not a file" % what) from None
             raise
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
                 raise Corrupt("the %s is not a file" % what)
         except (OSError, Corrupt):
             os.close(fd)
             raise
-        return fd
+        return fd, found.st_size
 
     def _read_file(self, name: str, what: str, most: int) -> bytes:
-        fd = self._open(name, what)
+        fd, size = self._open(name, what)
         try:
-            return read_up_to(fd, most)
+            return b"".join(blocks_of(fd, min(size, most)))
         finally:
             os.close(fd)
 
@@ -1618,12 +1617,11 @@ class SpoolFolder:
 
     def verify(self, id: str, sidecar: Mapping[str, Any], most: int) -> bytes:
         """The first `most` octets of a body, all of which was read."""
-        fd = self._open(id + ".eml", "body")
+        digest, kept = hashlib.sha256(), b""
+        fd, size = self._open(id + ".eml", "body")
         try:
-            digest, size, kept = hashlib.sha256(), 0, b""
-            for block in iter(lambda: os.read(fd, BLOCK_OCTETS), b""):
+            for block in blocks_of(fd, size):
                 digest.update(block)
-                size += len(block)
                 if len(kept) < most:
                     kept = kept + block if kept else block
         finally:
@@ -1634,7 +1632,7 @@ class SpoolFolder:
 
     def block(self, id: str, offset: int) -> bytes:
         """A part of a large body; empty at its end."""
-        fd = self._open(id + ".eml", "body")
+        fd, _ = self._open(id + ".eml", "body")
         try:
             return os.pread(fd, BLOCK_OCTETS, offset)
         finally:
@@ -1679,11 +1677,8 @@ class SpoolFolder:
         for id in ids:
             try:
                 parts = self.read_parts(id)
-                fd = self._open(id + ".eml", "body")
-                try:
-                    size = os.fstat(fd).st_size
-                finally:
-                    os.close(fd)
+                fd, size = self._open(id + ".eml", "body")
+                os.close(fd)
                 if size != parts[0]["size"]:
                     raise Corrupt("the body has %d octets, not %d" % (size, parts[0]["size"]))
                 out.append([summarize(part) for part in parts])
@@ -1828,7 +1823,7 @@ class Spool(SpoolFolder):
         fds.append(self._create(target))
         source = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.root)
         try:
-            for block in iter(lambda: os.read(source, BLOCK_OCTETS), b""):
+            for block in blocks_of(source, os.fstat(source).st_size):
                 write_all(fds[-1], block)
         finally:
             close_quietly(source)
@@ -2042,37 +2037,33 @@ def start_writing(fd: int) -> None:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_up_to(fd: int, most: int) -> bytes:
-    """The file, or its first `most` octets; a short read is not its end on every file system."""
-    blocks, left = [], most
-    while left > 0:
-        block = os.read(fd, min(left, BLOCK_OCTETS))
+def blocks_of(fd: int, size: int) -> Iterator[bytes]:
+    """The first `size` octets of a file; a short read is not its end on every file system."""
+    while size > 0:
+        block = os.read(fd, min(size, BLOCK_OCTETS))
         if not block:
             break
-        blocks.append(block)
-        left -= len(block)
-    return b"".join(blocks)
+        size -= len(block)
+        yield block
 
 
 def beside(call: Callable[[Any], Any], items: Sequence[Any]) -> List[Any]:
     """The results of calls that wait beside each other, each in a thread of its own."""
-    results: List[Any] = [None] * len(items)
-    todo = collections.deque(enumerate(items))
+    results: Dict[int, Any] = {}
 
-    def work() -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                number, item = todo.popleft()
-                results[number] = call(item)
-    threads = [threading.Thread(target=work, name="fsync", daemon=True) for _ in items[1:BESIDE_MAX]]
+    def work(number: int, item: Any) -> None:
+        results[number] = call(item)
+    threads = []
+    for pair in enumerate(items):
+        threads.append(threading.Thread(target=work, args=pair, name="fsync", daemon=True))
+        try:
+            threads[-1].start()
+        except RuntimeError:            # the system has no more
+            threads.pop()
+            work(*pair)
     for thread in threads:
-        with contextlib.suppress(RuntimeError):     # no more threads: those there are do it
-            thread.start()
-    work()
-    for thread in threads:
-        if thread.ident is not None:
-            thread.join()
-    return results
+        thread.join()
+    return [results[number] for number in range(len(items))]
 
 
 def shift_times(sidecar: Dict[str, Any], seconds: float) -> None:

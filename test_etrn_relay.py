@@ -4133,6 +4133,7 @@ class Delivery(Played):
 
 class PuppetSpool(etrn.SpoolThreads):
     """Without its threads."""
+    may_write = True
 
     def __init__(self, spool: etrn.Spool, loop: PuppetLoop) -> None:
         self.spool, self.loop, self.sick, self.unanswered, self.answered = spool, loop, "", 0, 0.0
