@@ -216,7 +216,6 @@ RETRY_DISK_S, RETRY_READ_S = 5.0, 300.0         # after a failed write; the long
 FLUSH_LOOK_S = 1.0              # a --flush that waits looks so often for what was held meanwhile
 LOAD_BATCH, END_BATCH, LIST_BATCH = 200, 500, 1000      # messages loaded, ended or listed in one go
 STATE_SAVE_S, HISTORY_SAVE_S = 60.0, 3600.0     # changes are saved no more often: flash wears out
-SPACE_CHECK_S = 1.0             # free space is asked of the file system at most so often
 
 # -- towards the primary
 SMTP_PORT, SMTPS_PORT, ODMR_PORT = 25, 465, 366         # RFC 5321 4.5.4.2, RFC 8314 7.3, RFC 2645 5
@@ -272,7 +271,7 @@ ROUTE_HOSTS_MAX = 20            # addresses tried for one primary
 
 # -- the status page
 PAGE_CONNECTIONS = 32           # at once; who comes then waits in the backlog
-PAGE_REQUEST_MAX = 16384        # octets of a request; browsers send under 2,000
+REQUEST_MAX = 16384             # octets of a request, or of a command; browsers send under 2,000
 PAGE_TOTAL_S = 10.0             # for a whole request and its answer
 PAGE_FRESH_S, PAGE_REFRESH_S = 0.2, 15  # an answer serves all who ask so long; the page reloads itself
 PAGE_DOMAINS_MAX = 100          # shown with all there is; those in trouble come first
@@ -7251,13 +7250,24 @@ def _format_chart(columns: Sequence[Tuple[int, str]], now: Time) -> str:
 # The relay: SMTP clients, the status page, the control socket, certificate and
 # lists, reload and stop.  All of it runs in the loop.  Uses all before.
 
-def stamp_of(*paths: str) -> Tuple[Any, ...]:
-    """Another one when a file has changed, or can no longer be looked at."""
-    try:
-        return tuple((found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
-                     for found in map(os.stat, paths))
-    except OSError as error:
-        return (str(error),)
+class WatchedFiles:
+    """Read again when they change on disk.  What cannot be used leaves what was read before in use, and
+    is tried again when it changes again."""
+
+    def __init__(self, *paths: str) -> None:
+        self.paths = paths
+        self.stamp: Tuple[Any, ...] = ()
+        self.is_changed()
+
+    def is_changed(self) -> bool:
+        """Since the last look.  Also when one can no longer be looked at."""
+        last = self.stamp
+        try:
+            self.stamp = tuple((found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
+                               for found in map(os.stat, self.paths))
+        except OSError as error:
+            self.stamp = (str(error),)
+        return self.stamp != last
 
 
 class CertificateFacts(NamedTuple):
@@ -7288,75 +7298,66 @@ def peer_certificate_facts(der: bytes) -> Optional[CertificateFacts]:
         return certificate_facts(file.name)
 
 
-class Certificate:
-    """What STARTTLS needs; read again when the files change on disk."""
+class Certificate(WatchedFiles):
+    """What STARTTLS needs.  `dates`: begin and end, zero where they cannot be read."""
 
     def __init__(self, certificate: str, key: str) -> None:
         """Raises OSError when they are of no use."""
-        self.files = (certificate, key)
-        self.stamp = stamp_of(*self.files)
-        try:
-            self.context, self.dates = self._load()
-        except (OSError, ValueError) as error:
-            raise OSError(0, "certificate %s: %s" % (certificate, error)) from None
+        super().__init__(certificate, key)
+        self._load()
 
-    def _load(self) -> Tuple["ssl.SSLContext", Tuple[Time, Time]]:
-        """Also begin and end, zero where they cannot be read."""
+    def _load(self) -> None:
+        certificate, key = self.paths
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0) | ssl.OP_NO_COMPRESSION
-        for path in self.files:         # whose error has the name; OpenSSL's has not
-            with open(path, "rb"):
-                pass
-        context.load_cert_chain(*self.files, password="")       # a password is not asked for
-        facts = certificate_facts(self.files[0])
-        return context, (facts.since, facts.until) if facts else (0.0, 0.0)
+        try:
+            for path in self.paths:     # whose error has the name; OpenSSL's has not
+                with open(path, "rb"):
+                    pass
+            context.load_cert_chain(certificate, key, password="")      # a password is not asked for
+            facts = certificate_facts(certificate)
+        except (OSError, ValueError) as error:
+            raise OSError(0, "certificate %s: %s" % (certificate, error)) from None
+        self.context, self.dates = context, (facts.since, facts.until) if facts else (0.0, 0.0)
 
     def renew(self, log: Log) -> None:
-        """Before each handshake, and now and then.  Files that cannot be read, or do not belong together
-        yet, leave the old certificate in use, and are tried again when they change again."""
-        stamp = stamp_of(*self.files)
-        if stamp != self.stamp:
-            self.stamp = stamp
+        """Before each handshake, and now and then.  Files may not belong together yet."""
+        if self.is_changed():
             try:
-                self.context, self.dates = self._load()
+                self._load()
                 log.write("master", "certificate renewed")
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 log.write("master", "the certificate cannot be read, the old one stays: %s"
-                          % printable(str(error)), "warning")
+                          % printable(str(error.strerror)), "warning")
 
 
-class RecipientFile:
-    """recipients = file:PATH.  Read again when it changes.  One in which no address is left is taken
-    for a failed export: the old list stays, and at a start all recipients get 450."""
+class RecipientFile(WatchedFiles):
+    """recipients = file:PATH.  One in which no address is left is taken for a failed export: the old
+    list stays, and at a start all recipients get 450."""
 
-    def __init__(self, path: str, old: FrozenSet[str] = frozenset()) -> None:
-        """`old`: the list before a reload.  Raises OSError."""
-        self.path, self.addresses = path, old
-        self.stamp = stamp_of(path)
-        self.remark, self.level = "", "info"        # for the log
-        self.take(read_recipients(path))
+    def __init__(self, path: str, log: Log) -> None:
+        """Raises OSError."""
+        super().__init__(path)
+        self.addresses: FrozenSet[str] = frozenset()
+        self.take(log, read_recipients(path))
 
-    def is_changed(self) -> bool:
-        last, self.stamp = self.stamp, stamp_of(self.path)
-        return last != self.stamp
-
-    def take(self, result: Any) -> None:
+    def take(self, log: Log, result: Any) -> None:
         """What read_recipients() returned, or its exception."""
-        self.level = "warning"
+        level = "warning"
         if isinstance(result, Exception):
-            self.remark = "%s: not read again: %s" % (self.path, printable(str(result)))
+            text = "not read again: %s" % printable(str(result))
         elif not result[0]:
-            self.remark = "%s: no address in it: %s" % (
-                self.path, "the old list stays" if self.addresses else "all recipients are put off")
+            text = "no address in it: %s" % (
+                "the old list stays" if self.addresses else "all recipients are put off")
         else:
             self.addresses, wrong = result
-            self.remark = "%s: %d recipients" % (self.path, len(self.addresses))
+            text = "%d recipients" % len(self.addresses)
             if wrong:
-                numbers = ", ".join(str(number) for number, _ in wrong[:10])
-                self.remark += "; not an address in line " + numbers
+                text += "; not an address in line " + ", ".join(str(number) for number, _ in wrong[:10])
             else:
-                self.level = "info"
+                level = "info"
+        log.write("master", "%s: %s" % (self.paths[0], text), level)
 
 
 def read_recipients(path: str) -> Tuple[FrozenSet[str], List[Tuple[int, str]]]:
@@ -7415,11 +7416,13 @@ def is_spare(where: Endpoint, wanted: Sequence[Endpoint], error: OSError) -> boo
             and error.errno != errno.EADDRINUSE)
 
 
+Welcome = Callable[[socket.socket, str], None]          # gets a connection and its peer's address
+
+
 class Listener:
     """A listening socket of the loop.  Out of descriptors it rests for a second, and does not spin."""
 
-    def __init__(self, loop: Loop, sock: socket.socket, welcome: Callable[[socket.socket, str], None],
-                 log: Log) -> None:
+    def __init__(self, loop: Loop, sock: socket.socket, welcome: Welcome, log: Log) -> None:
         self.loop, self.sock, self.welcome, self.log = loop, sock, welcome, log
         self.is_watched = False
         self.watch()
@@ -7762,7 +7765,7 @@ class SmtpServer:
             return Reply(450, "4.7.1", "Too many messages a minute from your address")
         if self.queue.spool.sick:
             return disk_reply(None)
-        if self.server.free() < self.cfg.min_free_space + transaction.size:
+        if self.server.free < self.cfg.min_free_space + transaction.size:
             return Reply(452, "4.3.1", "Insufficient system storage")
         return None
 
@@ -7938,15 +7941,29 @@ def no_such_user(address: str, text: str = "") -> Reply:
         address, " (%s)" % printable(text, REPLY_PART_MAX) if text else ""))
 
 
+def take_request(loop: Loop, sock: socket.socket, ends: Sequence[bytes], most: int,
+                 then: Callable[[Stream, bytes], None]) -> Stream:
+    """Of a connection that brings one request: it is given to `then` when one of `ends` is in it, or
+    when it is longer than `most`.  Nothing more is read."""
+    request = bytearray()
+
+    def on_data(data: bytes) -> None:
+        request.extend(data)
+        if len(request) > most or any(end in request for end in ends):
+            stream.on_data = lambda data: None
+            then(stream, bytes(request))
+    stream = Stream(loop, sock, on_data, lambda why: stream.close())
+    return stream
+
+
 class HttpServer:
     """The status page: one request, one answer, close.  GET and HEAD alone; the token for all but
     /healthz, which monitors ask and which tells no more than what is wrong.  Who comes when many do
     waits in the backlog."""
+    listener: Listener          # the server sets it
 
-    def __init__(self, server: "Server", where: Endpoint) -> None:
-        """Raises OSError."""
-        self.server, self.where = server, where
-        self.listener = Listener(server.loop, bind(where, LISTEN_BACKLOG), self._welcome, server.log)
+    def __init__(self, server: "Server") -> None:
+        self.server = server
         self.open = 0
         self.texts: Dict[str, Tuple[float, str]] = {}       # path: (monotonic, as last made)
         self.makers: Dict[str, Tuple[Callable[[Facts], str], str]] = {
@@ -7955,20 +7972,15 @@ class HttpServer:
                              "application/json"),
             "/healthz": (lambda facts: "\n".join(find_ills(facts) or ["ok"]) + "\n", "text/plain")}
 
-    def _welcome(self, sock: socket.socket, address: str) -> None:
-        request = bytearray()
-
-        def on_data(data: bytes) -> None:
-            request.extend(data)
-            if b"\r\n\r\n" in request or b"\n\n" in request or len(request) > PAGE_REQUEST_MAX:
-                stream.on_data = lambda data: None
-                stream.send(self._answer(bytes(request), address))
-                stream.finish()
+    def welcome(self, sock: socket.socket, address: str) -> None:
+        def answer(stream: Stream, request: bytes) -> None:
+            stream.send(self._answer(request, address))
+            stream.finish()
 
         def on_closed() -> None:
             self.open -= 1
             self.listener.watch()
-        stream = Stream(self.server.loop, sock, on_data, lambda why: stream.close())
+        stream = take_request(self.server.loop, sock, (b"\r\n\r\n", b"\n\n"), REQUEST_MAX, answer)
         stream.on_closed = on_closed
         self.open += 1
         if self.open >= PAGE_CONNECTIONS:
@@ -7978,7 +7990,7 @@ class HttpServer:
     def _answer(self, request: bytes, address: str) -> bytes:
         head, *lines = request.decode("latin-1").splitlines() or [""]
         words = head.split()
-        if len(request) > PAGE_REQUEST_MAX:
+        if len(request) > REQUEST_MAX:
             return format_http(431, "The request is too long.\n")
         if len(words) != 3 or not words[2].startswith("HTTP/"):
             return format_http(400, "The request is not understood.\n")
@@ -8008,14 +8020,13 @@ class HttpServer:
 
     def _is_allowed(self, given: str) -> bool:
         """The token as bearer, RFC 6750 2.1, or as basic-auth password of any user, RFC 7617."""
-        token = self.server.cfg.status_token.encode("utf-8")
+        token, data = self.server.cfg.status_token.encode("utf-8"), b""
         scheme, _, value = given.partition(" ")
-        data = value.strip().encode("latin-1") if scheme.lower() in ("basic", "bearer") else b""
-        if scheme.lower() == "basic":
-            try:
-                data = base64.b64decode(data, validate=True).partition(b":")[2]
-            except ValueError:
-                data = b""
+        if scheme.lower() == "bearer":
+            data = value.strip().encode("latin-1")
+        elif scheme.lower() == "basic":
+            with contextlib.suppress(ValueError):
+                data = base64.b64decode(value.strip(), validate=True).partition(b":")[2]
         return not token or hmac.compare_digest(data, token)
 
 
@@ -8069,40 +8080,34 @@ class ControlServer:
             self.server.spool.remove_control()
 
     def _welcome(self, sock: socket.socket, _: str) -> None:
-        data = bytearray()
-        answers: Optional[Answers] = None
+        take_request(self.server.loop, sock, (b"\n",), REQUEST_MAX, self._begin)
 
-        def on_data(more: bytes) -> None:
-            nonlocal answers
-            data.extend(more)
-            if answers is None and b"\n" in data:
-                try:
-                    request = json.loads(data)
-                    answers = self.server.command(request if isinstance(request, dict) else {})
-                except (ValueError, RecursionError):
-                    return stream.close()
-                go_on()
-            elif len(data) > 65536:
-                stream.close()
+    def _begin(self, stream: Stream, data: bytes) -> None:
+        try:
+            request = json.loads(data)
+        except (ValueError, RecursionError):
+            return stream.close()
+        answers = self.server.command(request if isinstance(request, dict) else {})
+        stream.on_closed = answers.close
+        self._go_on(stream, answers)
 
-        def go_on() -> None:
-            """As far as the command can go now, and its reader keeps up."""
-            while answers is not None and not stream.is_closing:
-                try:
-                    answer = next(answers)
-                except Exception as error:
-                    self.server.log.bug(error)
-                    return stream.close()       # its command says so, and does not wait for ever
-                if answer is None:
-                    return self.server.loop.later(COMMAND_POLL_S, go_on)
-                stream.send(json.dumps(answer, separators=(",", ":")).encode("ascii") + b"\n")
-                if "exit" in answer:
-                    return stream.finish()
-                if len(stream.out) >= OUTPUT_MAX:
-                    stream.on_sent = go_on
-                    return
-        stream = Stream(self.server.loop, sock, on_data, lambda why: stream.close())
-        stream.on_closed = lambda: answers.close() if answers is not None else None
+    def _go_on(self, stream: Stream, answers: Answers) -> None:
+        """As far as the command can go now, and its reader keeps up."""
+        again = functools.partial(self._go_on, stream, answers)
+        while not stream.is_closing:
+            try:
+                answer = next(answers)
+            except Exception as error:
+                self.server.log.bug(error)
+                return stream.close()       # its command says so, and does not wait for ever
+            if answer is None:
+                return self.server.loop.later(COMMAND_POLL_S, again)
+            stream.send(json.dumps(answer, separators=(",", ":")).encode("ascii") + b"\n")
+            if "exit" in answer:
+                return stream.finish()
+            if len(stream.out) >= OUTPUT_MAX:
+                stream.on_sent = again
+                return
 
 
 class Server:
@@ -8115,11 +8120,8 @@ class Server:
         self.queue = Queue(cfg, SpoolThreads(spool, self.loop), self.loop, log)
         self.resolver = Resolver(cfg.nameservers)
         self.certificate: Optional[Certificate] = None
-        self.door = Door(cfg)
-        self.smtp = SmtpServer(self)
-        self.control = ControlServer(self)
-        self.http: Optional[HttpServer] = None
-        self.listeners: Dict[Tuple[bool, Endpoint], Listener] = {}      # (for ATRN, as configured)
+        self.smtp, self.http, self.control = SmtpServer(self), HttpServer(self), ControlServer(self)
+        self.listeners: Dict[Tuple[str, Endpoint], Listener] = {}       # by kind, and as configured
         self.supervisor = Supervisor({})
         self.started: Optional[float] = None            # monotonic
         self.started_at = self.loop.now.wall
@@ -8129,73 +8131,68 @@ class Server:
         self.logins: Dict[str, str] = {}                # username: password
         self.history = History()
         self.is_sick = False                            # as the log was told of the spool
-        self.free_octets, self.free_until = 0, -INF
+        self.free = 0                                   # octets, as the last sweep saw
+
+    @property
+    def door(self) -> Door:
+        return Door(self.cfg, self.certificate is not None)
 
     # -- opening
 
-    def listen(self) -> None:
+    def listen(self, cfg: Config) -> None:
         """Bind what the configuration names, all or nothing; close what it does not name any more.  A
         machine without IPv6 serves the default addresses all the same.  Raises OSError with the address
         in it."""
-        wanted = [(False, where) for where in self.cfg.listen]
-        wanted += [(True, where) for where in self.cfg.odmr_listen]
+        welcomes: Dict[str, Welcome] = {
+            "smtp": self.smtp.welcome, "odmr": functools.partial(self.smtp.welcome, is_odmr=True),
+            "page": self.http.welcome}
+        wanted = [("smtp", where) for where in cfg.listen] + [("odmr", where) for where in cfg.odmr_listen]
+        wanted += [("page", cfg.status_listen)] if cfg.status_listen is not None else []
         with contextlib.ExitStack() as stack:
-            fresh: List[Tuple[Tuple[bool, Endpoint], socket.socket]] = []
-            for key in wanted:
-                where = key[1]
+            fresh: List[Tuple[Tuple[str, Endpoint], socket.socket]] = []
+            for kind, where in wanted:
                 try:
-                    if key not in self.listeners:
-                        fresh.append((key, stack.enter_context(bind(where, LISTEN_BACKLOG))))
+                    if (kind, where) not in self.listeners:
+                        fresh.append(((kind, where), stack.enter_context(bind(where, LISTEN_BACKLOG))))
                 except OSError as error:
-                    if not is_spare(where, [*self.cfg.listen, *self.cfg.odmr_listen], error):
+                    if not is_spare(where, [other for _, other in wanted], error):
                         raise
                     self.log.write("master", "no IPv6 here: %s" % error.strerror, "warning")
             stack.pop_all()
         for key in [key for key in self.listeners if key not in wanted]:
             self.listeners.pop(key).close()
         for key, sock in fresh:
-            welcome = functools.partial(self.smtp.welcome, is_odmr=key[0])
-            self.listeners[key] = Listener(self.loop, sock, welcome, self.log)
+            self.listeners[key] = listener = Listener(self.loop, sock, welcomes[key[0]], self.log)
+            if key[0] == "page":
+                self.http.listener = listener
+                self.log.write("master", "status page on http://%s/" % str(listener.endpoint))
         self.queue.listeners = tuple(one.endpoint for one in self.listeners.values())
-
-    def open_page(self) -> None:
-        """Raises OSError, and then an old page stays in use."""
-        where, old = self.cfg.status_listen, self.http
-        if where != (old.where if old is not None else None):
-            self.http = HttpServer(self, where) if where is not None else None
-            if old is not None:
-                old.listener.close()
-            if self.http is not None:
-                self.log.write("master", "status page on http://%s/" % str(self.http.listener.endpoint))
 
     def read_files(self, cfg: Config) -> Tuple[Dict[str, RecipientFile], Dict[str, str]]:
         """Lists of recipients, and who may authenticate.  Raises OSError."""
-        known = {path: file.addresses for path, file in self.recipient_files.items()}
-        files = {path: RecipientFile(path, known.get(path, frozenset())) for path in recipient_paths(cfg)}
+        files = {path: self.recipient_files.get(path) or RecipientFile(path, self.log)
+                 for path in recipient_paths(cfg)}
         logins = {one.username: read_secret(one.password) for one in cfg.domains.values() if one.username}
         for username, password in logins.items():
             if not password:
                 raise OSError(0, "username = %s: the password is empty" % printable(username))
         read_secret(cfg.bounces_password)       # at each login, too; a wrong path is said now
-        for file in files.values():
-            if file.level == "warning":
-                self.log.write("master", file.remark, file.level)
         return files, logins
 
     def load_certificate(self, cfg: Config) -> Optional[Certificate]:
-        """Raises OSError when it is configured but of no use."""
+        """One that is in use already renews itself.  Raises OSError for one that is of no use."""
+        files = (cfg.tls_certificate, cfg.tls_key)
         if cfg.tls_certificate and ssl is None:
             self.log.write("master", "this Python has no ssl module: STARTTLS is not offered", "warning")
+        elif self.certificate is not None and self.certificate.paths == files:
+            return self.certificate
         elif cfg.tls_certificate:
-            return Certificate(cfg.tls_certificate, cfg.tls_key)
+            return Certificate(*files)
         return None
-
-    def set_certificate(self, certificate: Optional[Certificate]) -> None:
-        self.certificate, self.door.has_tls = certificate, certificate is not None
 
     def reserve_files(self) -> None:
         """As many descriptors as we may have."""
-        reserved = RESERVED_FILES + OUTBOUND_MAX + (PAGE_CONNECTIONS if self.http is not None else 0)
+        reserved = RESERVED_FILES + OUTBOUND_MAX + PAGE_CONNECTIONS
         self.most = self.cfg.max_connections
         with contextlib.suppress(OSError, ValueError):
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -8210,12 +8207,13 @@ class Server:
 
     def start(self) -> None:
         """Take up what the spool knows.  Also for a command's own run."""
+        self.free = self.spool.free()
         self.queue.corrupt = self.spool.count_corrupt()
         self.queue.state.load(self.spool.load_state("state.json"), self.spool.load_state("recipients.json"))
         self.loop.later(SWEEP_S, self._sweep)
 
     def run(self) -> None:
-        """Serve until told to stop.  listen() came before."""
+        """Serve until told to stop.  What it needs was opened before."""
         self.started, self.queue.is_serving = self.loop.now.mono, True
         self.reserve_files()
         self.control.open()
@@ -8224,8 +8222,8 @@ class Server:
         self.loop.later(STATE_SAVE_S, self._save_state)
         self.loop.later(HISTORY_SAVE_S, self._save_history)
         self.queue.loader.load()
-        smtp, odmr = (" ".join(str(one.endpoint) for key, one in self.listeners.items() if key[0] is is_odmr)
-                      for is_odmr in (False, True))
+        smtp, odmr = (" ".join(str(one.endpoint) for key, one in self.listeners.items() if key[0] == kind)
+                      for kind in ("smtp", "odmr"))
         self.log.write("master", "started: version %s, process %d, listening on %s%s, spool %s" % (
             __version__, os.getpid(), smtp, ", ODMR on " + odmr if odmr else "", printable(self.spool.path)))
         self.log.flush()
@@ -8245,13 +8243,8 @@ class Server:
         self.supervisor.tell("WATCHDOG=1", "STATUS=" + self._say_state())
         self.loop.later(self.supervisor.interval_s, self._ping)
 
-    def free(self) -> int:
-        if self.loop.now.mono >= self.free_until:
-            self.free_octets, self.free_until = self.spool.free(), self.loop.now.mono + SPACE_CHECK_S
-        return self.free_octets
-
     def status(self) -> Dict[str, Any]:
-        return collect_status(self.queue, self.smtp.open, self.started, self.free())
+        return collect_status(self.queue, self.smtp.open, self.started, self.free)
 
     def facts(self) -> Facts:
         """For the status page."""
@@ -8275,6 +8268,7 @@ class Server:
         if self.started is None:
             return
         self.smtp.sweep()
+        self.free = self.spool.free()
         if self.queue.spool.sick and not self.is_sick:
             self.is_sick = True
             self.log.write("master", "the spool is sick: %s; no new mail is taken, delivery goes on"
@@ -8282,28 +8276,23 @@ class Server:
             self._heal()
         for file in self.recipient_files.values():
             if file.is_changed():
-                self.loop.in_thread(functools.partial(read_recipients, file.path),
-                                    functools.partial(self._on_recipients, file))
+                self.loop.in_thread(functools.partial(read_recipients, file.paths[0]),
+                                    functools.partial(file.take, self.log))
         self.control.open()
         if self.certificate is not None:
             self.certificate.renew(self.log)
-        self.queue.alerts.sweep(self.free(), self.certificate.dates[1] if self.certificate else 0.0)
+        self.queue.alerts.sweep(self.free, self.certificate.dates[1] if self.certificate else 0.0)
         self._note_history()
 
     def _heal(self) -> None:
-        self.queue.spool.ask(self._on_healed, "heal")
-
-    def _on_healed(self, result: Any) -> None:
         """A sick spool is tried with a probe file until that survives."""
-        if result is True:
-            self.queue.spool.sick, self.is_sick = "", False
-            self.log.write("master", "the spool is well again")
-        else:
-            self.loop.later(RETRY_DISK_S, self._heal)
-
-    def _on_recipients(self, file: RecipientFile, result: Any) -> None:
-        file.take(result)
-        self.log.write("master", file.remark, file.level)
+        def tried(result: Any) -> None:
+            if result is True:
+                self.queue.spool.sick, self.is_sick = "", False
+                self.log.write("master", "the spool is well again")
+            else:
+                self.loop.later(RETRY_DISK_S, self._heal)
+        self.queue.spool.ask(tried, "heal")
 
     def _note_history(self, state: str = "") -> None:
         for one in self.queue.destinations.all.values():
@@ -8344,37 +8333,21 @@ class Server:
                 self.log.write("master", "spool and user change at the next start", "warning")
             cfg = dataclasses.replace(cfg, spool=old.spool, user=old.user)
             files, logins = self.read_files(cfg)
-            try:
-                certificate = self.load_certificate(cfg)
-            except OSError as error:    # half renewed, or now only root's to read
-                if self.certificate is None or self.certificate.files != (cfg.tls_certificate, cfg.tls_key):
-                    raise
-                self.log.write("master", "%s; the old one stays" % error.strerror, "warning")
-                certificate = self.certificate
+            certificate = self.load_certificate(cfg)
             if cfg.log != old.log:
                 self.log.reopen(cfg.log)
-            self.cfg = cfg
-            self.listen()
+            self.listen(cfg)
         except (ConfigError, OSError) as error:
-            self.cfg = old
             if self.log.where != old_log:
                 self.log.reopen(old_log)
             text = printable(describe(error) if isinstance(error, OSError) else str(error))
             return self.log.write("master", "not reloaded, the old configuration stays: " + text, "error")
-        self.recipient_files, self.logins = files, logins
-        try:
-            self.open_page()
-        except OSError as error:
-            self.log.write("master", "status page: %s; the old one stays" % error.strerror, "error")
-            self.cfg = cfg = dataclasses.replace(cfg, status_listen=old.status_listen,
-                                                 status_token=old.status_token)
-        self.log.level, self.log.host = LEVELS[cfg.log_level], short_name(cfg.hostname)
-        self.door = Door(cfg)           # sessions under way keep the old one to their end
-        self.set_certificate(certificate)
+        # Sessions under way keep the old configuration and certificate to their end.
+        self.cfg, self.recipient_files, self.logins, self.certificate = cfg, files, logins, certificate
         self.resolver = Resolver(cfg.nameservers)
+        self.log.level, self.log.host = LEVELS[cfg.log_level], short_name(cfg.hostname)
         self.queue.reconfigure(cfg)
         self.reserve_files()
-        self.control.open()
         self.log.write("master", "configuration reread")
 
     # -- stopping
@@ -8411,14 +8384,13 @@ class Server:
         is_quiet = not (self.queue.deliveries.all() or self.queue.recorder.waiting or self.smtp.clients)
         return is_quiet or self.loop.now.mono - self.stopping >= STOP_S
 
-    def close(self, may_write: bool = True) -> None:
+    def close(self) -> None:
         """The spool brings what it was asked to its end, unless the disk does nothing at all."""
         spool, began = self.queue.spool, time.monotonic()
         self.queue.is_stopping = True
         self.queue.deliveries.cut()
-        if may_write:
-            self.queue.keep_attempts()
-            self.queue.state.save()
+        self.queue.keep_attempts()
+        self.queue.state.save()
         if self.started is not None:
             self._note_history("off")
             self._save_history()
@@ -8430,8 +8402,6 @@ class Server:
         for client in list(self.smtp.clients):
             client.stream.close()
         self.control.close()
-        if self.http is not None:
-            self.http.listener.close()
         self.loop.close()
         if self.started is not None:
             self.log.write("master", "stopped")
@@ -8655,10 +8625,9 @@ def serve(cfg: Config) -> int:
     server.supervisor = supervisor
     server.recipient_files, server.logins = server.read_files(cfg)
     account.resume_root()
-    server.set_certificate(server.load_certificate(cfg))
+    server.certificate = server.load_certificate(cfg)
     try:
-        server.listen()
-        server.open_page()
+        server.listen(cfg)
     except OSError as error:
         hint = "  (ports below 1024 need root)" if error.errno == errno.EACCES else ""
         is_passing = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
@@ -8765,7 +8734,7 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
                 queue.is_stopping = queue.loader.is_busy or command != "flush"
         if command == "flush":
             queue.sweep()               # what was tried often enough now goes back to its sender in this run
-        server.close(not only_reads)
+        server.close()
     finally:
         spool.close()
         account.resume_root()
@@ -9146,7 +9115,7 @@ def start_demo(stack: contextlib.ExitStack, folder: str, **values: Any) -> Confi
     spool = stack.enter_context(contextlib.closing(Spool(cfg.spool)))
     spool.open()
     server = Server(cfg, spool, Log(cfg.log, cfg.log_level, cfg.hostname))
-    server.listen()
+    server.listen(cfg)
     thread = threading.Thread(target=server.run)
     thread.start()
     stack.callback(thread.join)
