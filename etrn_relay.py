@@ -7515,8 +7515,7 @@ class Client:
     stream: Stream = dataclasses.field(init=False)
     draft: Optional[Draft] = None
     is_greeted: bool = False            # greet_pause is over
-    is_named: bool = False              # the DNS has told its name, or was asked for long enough
-    unnamed: Optional[Transaction] = None       # a MAIL that waits for that
+    awaits_name: bool = False           # a MAIL was accepted, and its answer waits for the DNS
     is_ended: bool = False              # it sends no more
     collects: Sequence[Destination] = ()        # what an ATRN just granted is for
 
@@ -7578,11 +7577,10 @@ class SmtpServer:
 
     def _on_name(self, client: Client, name: str) -> None:
         """Also one that comes late: it is right for the next message."""
-        client.is_named, client.session.name = True, name
-        transaction, client.unnamed = client.unnamed, None
-        if transaction is not None:
-            with self._guard(client):
-                self._resume(client, self._judge_mail(client, transaction))
+        client.session.name = name
+        if client.awaits_name:
+            client.awaits_name = False
+            self._resume(client, None)
 
     def _on_data(self, client: Client, data: bytes) -> None:
         if not client.is_greeted:
@@ -7616,10 +7614,10 @@ class SmtpServer:
         if client.stream.handshake is not None:
             self.log.write("smtpd", "%s from %s" % (why or "TLS handshake failed", client.session.peer))
         if why or client.session.waiting is None:
-            self._discard(client)
             self._leave(client)
 
     def _leave(self, client: Client) -> None:
+        self._discard(client)
         self.clients.discard(client)
         client.stream.finish(linger=False)
 
@@ -7718,7 +7716,7 @@ class SmtpServer:
     def _ask(self, client: Client, question: Ask) -> Any:
         session, what, value = client.session, question.what, question.value
         if what == "mail":
-            return self._may_mail(client, value)
+            return self._judge_mail(client, value)
         if what == "rcpt":
             return self._may_rcpt(client, value)
         if what == "etrn":
@@ -7745,20 +7743,9 @@ class SmtpServer:
         self.loop.later(LOGIN_FAILED_S, lambda: self._resume(client, reply))
         return WAIT
 
-    def _may_mail(self, client: Client, transaction: Transaction) -> Any:
-        left = client.since + NAME_WAIT_S - self.loop.now.mono
-        if client.is_named or left <= 0:
-            return self._judge_mail(client, transaction)
-
-        def give_up() -> None:
-            if not client.is_named:
-                self._on_name(client, "unknown")
-        client.unnamed = transaction    # its client's name will stand in our Received field
-        self.loop.later(left, give_up)
-        return WAIT
-
-    def _judge_mail(self, client: Client, transaction: Transaction) -> Optional[Reply]:
-        most = self.cfg.max_message_rate
+    def _judge_mail(self, client: Client, transaction: Transaction) -> Any:
+        """None, a refusal, or WAIT for the client's name, which will stand in our Received field."""
+        session, most = client.session, self.cfg.max_message_rate
         if self.server.stopping is not None:
             return self.server.going()
         if most and client.network and self.rate.is_over(client.network, most, self.loop.now):
@@ -7767,7 +7754,12 @@ class SmtpServer:
             return disk_reply(None)
         if self.server.free < self.cfg.min_free_space + transaction.size:
             return Reply(452, "4.3.1", "Insufficient system storage")
-        return None
+        left = client.since + NAME_WAIT_S - self.loop.now.mono
+        if left <= 0 or session.address not in self.names.waiting:
+            return None
+        client.awaits_name = True
+        self.loop.later(left, lambda: self._on_name(client, session.name))
+        return WAIT
 
     def _may_rcpt(self, client: Client, recipient: Recipient) -> Any:
         """None, a refusal, or WAIT while the primary is asked."""
@@ -7780,40 +7772,42 @@ class SmtpServer:
             return too_big(one.size_limit - RECEIVED_OCTETS)
         if recipient.path.local.lower() == "postmaster":
             return None                 # RFC 5321 4.5.1
-        known = self._is_known(one, recipient)
-        must_ask = known is None or (
-            known is True and one.cfg.while_up == "defer" and not one.is_known_up(now))
+        known = self._find_word(one, recipient)
+        must_ask = not known or (
+            known == "good" and one.cfg.while_up == "defer" and not one.is_known_up(now))
         if not must_ask or not one.may_ask(now):
-            return self._judge_rcpt(client, one, address, known)
+            return self._judge_rcpt(client, transaction, one, address, known)
 
         def on_word(word: str, text: str) -> None:
-            words: Dict[str, Union[bool, str]] = {"good": True, "bad": False, "doubted": "doubted"}
-            verdict = words.get(word) if known is None else known
             if client.session.transaction is transaction:
-                self._resume(client, self._judge_rcpt(client, one, address, verdict, text))
-        self.queue.deliveries.ask(one, address if known is None else "", on_word)
+                self._resume(client, self._judge_rcpt(client, transaction, one, address, known or word, text))
+        self.queue.deliveries.ask(one, "" if known else address, on_word)
         return WAIT
 
-    def _is_known(self, one: Destination, recipient: Recipient) -> Union[bool, str, None]:
-        """By list or memory.  None: the primary is to be asked; "doubted": its word is not believed now."""
-        listed, now = one.cfg.recipients, self.loop.now.wall
+    def _find_word(self, one: Destination, recipient: Recipient) -> str:
+        """good or bad, by list or memory; doubted: not to be believed now; empty: the primary may know."""
+        listed, memory, now = one.cfg.recipients, self.queue.recipients, self.loop.now.wall
         if listed == "any":
-            return True
+            return "good"
         if listed == "verify":
-            known = self.queue.recipients.knows(recipient.address, now)
-            return "doubted" if known is False and self.queue.recipients.is_doubted(one.name, now) else known
+            is_good = memory.knows(recipient.address, now)
+            if is_good is False and memory.is_doubted(one.name, now):
+                return "doubted"
+            return {True: "good", False: "bad", None: ""}[is_good]
         if isinstance(listed, str):
             listed = self.server.recipient_files[listed[5:]].addresses
-        return is_listed(recipient.path, listed) if listed else "doubted"
+        if not listed:
+            return "doubted"
+        return "good" if is_listed(recipient.path, listed) else "bad"
 
-    def _judge_rcpt(self, client: Client, one: Destination, address: str, known: Union[bool, str, None],
-                    text: str = "") -> Optional[Reply]:
-        """With all there is to know: None in `known` means that nobody can say now."""
-        transaction = client.session.transaction
-        assert transaction is not None
-        if known is False:
-            return no_such_user(address, text)
-        if known == "doubted" or (known is None and one.cfg.unknown_recipients == "defer"):
+    def _judge_rcpt(self, client: Client, transaction: Transaction, one: Destination, address: str,
+                    word: str, text: str = "") -> Optional[Reply]:
+        """`word`: good, bad or doubted; with any other nobody can say now.  `text`: the primary's own,
+        when it was asked just now."""
+        if word == "bad":
+            said = " (%s)" % printable(text, REPLY_PART_MAX) if text else ""
+            return Reply(550, "5.1.1", "<%s>: Recipient address rejected: User unknown%s" % (address, said))
+        if word == "doubted" or (word != "good" and one.cfg.unknown_recipients == "defer"):
             return Reply(450, "4.1.1", "<%s>: Recipient cannot be verified now" % address)
         if one.cfg.while_up == "defer" and one.is_known_up(self.loop.now) and not self.greylist.is_taken(
                 client.session.address, transaction.sender, address, self.loop.now):
@@ -7933,12 +7927,6 @@ def exceeds_queue(one: Destination, octets: int) -> bool:
 
 def queue_full(domain: str) -> Reply:
     return Reply(452, "4.2.2", "The queue for %s is full" % domain)
-
-
-def no_such_user(address: str, text: str = "") -> Reply:
-    """`text`: the primary's own words, when it was asked just now."""
-    return Reply(550, "5.1.1", "<%s>: Recipient address rejected: User unknown%s" % (
-        address, " (%s)" % printable(text, REPLY_PART_MAX) if text else ""))
 
 
 def take_request(loop: Loop, sock: socket.socket, ends: Sequence[bytes], most: int,
