@@ -2635,10 +2635,6 @@ class Session:
             self.send(reply, close=True)
         return self._run()
 
-    @property
-    def is_idle(self) -> bool:
-        """Between transactions: nothing would be lost by ending here."""
-        return self.transaction is None and self.waiting is None
 
     @property
     def peer(self) -> str:
@@ -7391,23 +7387,16 @@ class Supervisor:
 
 
 def bind(where: Endpoint, backlog: int) -> socket.socket:
-    """A listening socket.  Raises OSError with the address in it."""
-    with contextlib.ExitStack() as stack:
-        try:
-            family, address = socket_address(where.host, where.port)
-            sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # connections inherit it
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.setblocking(False)
-            sock.bind(address)
-            sock.listen(backlog)
-        except OSError as error:
-            text = "cannot listen on %s: %s" % (str(where), error.strerror or error)
-            raise OSError(error.errno, text) from None
-        stack.pop_all()                 # it stays open
-        return sock
+    """A listening socket, for IPv6 alone where it is for IPv6.  Raises OSError with the address in it."""
+    try:
+        family, address = socket_address(where.host, where.port)
+        sock = socket.create_server(address, family=family, backlog=backlog)
+    except OSError as error:            # Python's own text has the address, too, in another form
+        why = (error.strerror or str(error)).partition(" (while ")[0]
+        raise OSError(error.errno, "cannot listen on %s: %s" % (str(where), why)) from None
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)          # connections inherit it
+    sock.setblocking(False)
+    return sock
 
 
 def is_spare(where: Endpoint, wanted: Sequence[Endpoint], error: OSError) -> bool:
@@ -7474,8 +7463,8 @@ class Names:
         """`then` gets the name, or "unknown"; at once, when it is known."""
         name, until = self.known.get(address, ("", 0.0))
         if until > self.loop.now.mono:
-            return then(name)
-        if address in self.waiting:
+            then(name)
+        elif address in self.waiting:
             self.waiting[address].append(then)
         elif len(self.waiting) >= NAMES_AT_ONCE:
             then("unknown")
@@ -7639,6 +7628,16 @@ class SmtpServer:
                 return client.stream.close()
             self._act(client, client.session.shut(reply))
 
+    def dismiss(self, is_last: bool) -> None:
+        """The relay stops: who is in a message may end it, unless this is the last call."""
+        for client in list(self.clients):
+            session = client.session
+            if session.waiting is None and (is_last or session.transaction is None):
+                self.shut(client, self._going())
+
+    def _going(self) -> Reply:
+        return Reply(421, "4.3.2", "%s Service shutting down" % self.cfg.hostname)
+
     def _act(self, client: Client, actions: List[Action]) -> None:
         """Carry out what the session wants, in its order."""
         todo, out = collections.deque(actions), []
@@ -7747,7 +7746,7 @@ class SmtpServer:
         """None, a refusal, or WAIT for the client's name, which will stand in our Received field."""
         session, most = client.session, self.cfg.max_message_rate
         if self.server.stopping is not None:
-            return self.server.going()
+            return self._going()
         if most and client.network and self.rate.is_over(client.network, most, self.loop.now):
             return Reply(450, "4.7.1", "Too many messages a minute from your address")
         if self.queue.spool.sick:
@@ -7929,15 +7928,15 @@ def queue_full(domain: str) -> Reply:
     return Reply(452, "4.2.2", "The queue for %s is full" % domain)
 
 
-def take_request(loop: Loop, sock: socket.socket, ends: Sequence[bytes], most: int,
+def take_request(loop: Loop, sock: socket.socket, end: bytes,
                  then: Callable[[Stream, bytes], None]) -> Stream:
-    """Of a connection that brings one request: it is given to `then` when one of `ends` is in it, or
-    when it is longer than `most`.  Nothing more is read."""
+    """A connection that brings one request: `then` gets that when its end has come, a regular expression,
+    or when it is too long.  Nothing more is read."""
     request = bytearray()
 
     def on_data(data: bytes) -> None:
         request.extend(data)
-        if len(request) > most or any(end in request for end in ends):
+        if len(request) > REQUEST_MAX or re.search(end, request):
             stream.on_data = lambda data: None
             then(stream, bytes(request))
     stream = Stream(loop, sock, on_data, lambda why: stream.close())
@@ -7968,7 +7967,7 @@ class HttpServer:
         def on_closed() -> None:
             self.open -= 1
             self.listener.watch()
-        stream = take_request(self.server.loop, sock, (b"\r\n\r\n", b"\n\n"), REQUEST_MAX, answer)
+        stream = take_request(self.server.loop, sock, rb"\n\r?\n", answer)
         stream.on_closed = on_closed
         self.open += 1
         if self.open >= PAGE_CONNECTIONS:
@@ -7987,14 +7986,14 @@ class HttpServer:
         if not version.startswith("HTTP/1."):       # RFC 9110 2.5
             return format_http(505, "HTTP/1.1 is spoken here.\n")
         if method not in ("GET", "HEAD"):
-            return format_http(405, "Nothing can be changed here.\n", extra=["Allow: GET, HEAD"])
+            return format_http(405, "Nothing can be changed here.\n", "Allow: GET, HEAD")
         given = next((line[14:].strip() for line in lines if line.lower().startswith("authorization:")), "")
         if path != "/healthz" and not self._is_allowed(given):
             if given:                   # without one it is a browser that does not know yet
                 self.server.log.write("http", "refused: %s %s from %s: 401 wrong token" % (
                     method, printable(target, 100), format_peer(address)))
             return format_http(401, "A token is needed.\n",
-                               extra=['WWW-Authenticate: Basic realm="etrn_relay", charset="UTF-8"'])
+                               'WWW-Authenticate: Basic realm="etrn_relay", charset="UTF-8"')
         if path not in self.makers:
             return format_http(404, "There is /, /metrics, /healthz and /status.json.\n")
         make, kind = self.makers[path]
@@ -8003,8 +8002,8 @@ class HttpServer:
             text = make(self.server.facts())
             self.texts[path] = (self.server.loop.now.mono, text)
         code = 503 if path == "/healthz" and text != "ok\n" else 200
-        return format_http(code, text, kind, page_policy() if path == "/" else PAGE_POLICY,
-                           is_head=method == "HEAD")
+        answer = format_http(code, text, kind=kind)
+        return answer[:answer.index(b"\r\n\r\n") + 4] if method == "HEAD" else answer
 
     def _is_allowed(self, given: str) -> bool:
         """The token as bearer, RFC 6750 2.1, or as basic-auth password of any user, RFC 7617."""
@@ -8018,15 +8017,14 @@ class HttpServer:
         return not token or hmac.compare_digest(data, token)
 
 
-def format_http(code: int, text: str, kind: str = "text/plain", policy: str = PAGE_POLICY,
-                extra: Sequence[str] = (), is_head: bool = False) -> bytes:
+def format_http(code: int, text: str, *fields: str, kind: str = "text/plain") -> bytes:
     body = text.encode("utf-8", "backslashreplace")
     lines = ["HTTP/1.0 %d %s" % (code, http.client.responses[code]),
              "Content-Type: %s; charset=utf-8" % kind, "Content-Length: %d" % len(body),
-             "Content-Security-Policy: %s" % policy, "Cache-Control: no-store",
+             "Content-Security-Policy: %s" % page_policy(), "Cache-Control: no-store",
              "X-Content-Type-Options: nosniff", "X-Frame-Options: DENY", "Referrer-Policy: no-referrer",
-             "Connection: close", *extra]
-    return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + (b"" if is_head else body)
+             "Connection: close", *fields]
+    return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + body
 
 
 class ControlServer:
@@ -8068,7 +8066,7 @@ class ControlServer:
             self.server.spool.remove_control()
 
     def _welcome(self, sock: socket.socket, _: str) -> None:
-        take_request(self.server.loop, sock, (b"\n",), REQUEST_MAX, self._begin)
+        take_request(self.server.loop, sock, rb"\n", self._begin)
 
     def _begin(self, stream: Stream, data: bytes) -> None:
         try:
@@ -8282,10 +8280,10 @@ class Server:
                 self.loop.later(RETRY_DISK_S, self._heal)
         self.queue.spool.ask(tried, "heal")
 
-    def _note_history(self, state: str = "") -> None:
+    def _note_history(self) -> None:
         for one in self.queue.destinations.all.values():
             if not one.cfg.is_notices:
-                self.history.note(one.name, len(one.entries), state or one.state.value, self.loop.now.wall)
+                self.history.note(one.name, len(one.entries), one.state.value, self.loop.now.wall)
 
     def _save_history(self) -> None:
         self.loop.later(HISTORY_SAVE_S, self._save_history)
@@ -8319,7 +8317,6 @@ class Server:
             cfg = read_config(old.file)
             if (cfg.spool, cfg.user) != (old.spool, old.user):
                 self.log.write("master", "spool and user change at the next start", "warning")
-            cfg = dataclasses.replace(cfg, spool=old.spool, user=old.user)
             files, logins = self.read_files(cfg)
             certificate = self.load_certificate(cfg)
             if cfg.log != old.log:
@@ -8348,21 +8345,14 @@ class Server:
             for listener in self.listeners.values():
                 listener.close()
             self.listeners.clear()
-            for client in list(self.smtp.clients):
-                if client.session.is_idle:
-                    self.smtp.shut(client, self.going())
+            self.smtp.dismiss(False)
             self.queue.stop()
             self.loop.later(STOP_S / 2, self._cut)
             self.loop.later(STOP_S, lambda: None)       # so that the loop wakes
 
-    def going(self) -> Reply:
-        return Reply(421, "4.3.2", "%s Service shutting down" % self.cfg.hostname)
-
     def _cut(self) -> None:
         self.queue.deliveries.cut()
-        for client in list(self.smtp.clients):
-            if client.session.waiting is None:
-                self.smtp.shut(client, self.going())
+        self.smtp.dismiss(True)
 
     def _is_over(self) -> bool:
         """Everything that was acknowledged is safe at any time; the waiting here is for sessions in
@@ -8380,7 +8370,7 @@ class Server:
         self.queue.keep_attempts()
         self.queue.state.save()
         if self.started is not None:
-            self._note_history("off")
+            self._note_history()
             self._save_history()
         while spool.unanswered and time.monotonic() - max(began, spool.answered) < STOP_DISK_S:
             self.loop.turn(STOP_POLL_S)

@@ -7696,9 +7696,8 @@ class PageOverHttp(Pages):
             self.assertEqual((status, fields["Content-Type"]), (200, kind + "; charset=utf-8"))
             self.assertEqual(fetch(port, path, "HEAD")[::2], (200, ""))
             self.assertEqual(int(fields["Content-Length"]), len(body.encode()))
-            policy = etrn.page_policy() if path == "/" else etrn.PAGE_POLICY
             for name, value in (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-                                ("Content-Security-Policy", policy)):
+                                ("Content-Security-Policy", etrn.page_policy())):
                 self.assertEqual(fields[name], value)
         for method in cases(self, ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "FLUSH"]):
             status, fields, _ = fetch(port, "/", method)
