@@ -8037,27 +8037,27 @@ class ControlServer:
 
     def open(self) -> None:
         """Also again, when somebody has deleted the file."""
-        spool, problem = self.server.spool, ""
+        spool = self.server.spool
         path = short_path(os.path.join(spool.path, "control"), spool.root)
         if self.listener is not None and os.path.exists(path):
             return
         self.close()
-        sock, mask = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), os.umask(0o177)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            if not os.path.samestat(os.stat(spool.path), os.fstat(spool.root)):
-                raise OSError(errno.ESTALE, "another directory is at the spool's path")
+            spool._check_path()
             spool.remove_control()
             sock.bind(path)
+            os.chmod(path, 0o600)       # nobody has connected yet: that needs listen()
             sock.listen(16)
             sock.setblocking(False)
             self.listener = Listener(self.server.loop, sock, self._welcome, self.server.log)
+            self.problem = ""
         except OSError as error:
             sock.close()
-            problem = "no control socket, commands will not work: %s" % printable(str(error))
-        os.umask(mask)
-        if problem and problem != self.problem:
-            self.server.log.write("master", problem, "warning")
-        self.problem = problem
+            last, self.problem = self.problem, printable(str(error))
+            if self.problem != last:
+                text = "no control socket, commands will not work: %s" % self.problem
+                self.server.log.write("master", text, "warning")
 
     def close(self) -> None:
         if self.listener is not None:
@@ -8134,20 +8134,19 @@ class Server:
             "page": self.http.welcome}
         wanted = [("smtp", where) for where in cfg.listen] + [("odmr", where) for where in cfg.odmr_listen]
         wanted += [("page", cfg.status_listen)] if cfg.status_listen is not None else []
+        fresh: Dict[Tuple[str, Endpoint], socket.socket] = {}
         with contextlib.ExitStack() as stack:
-            fresh: List[Tuple[Tuple[str, Endpoint], socket.socket]] = []
-            for kind, where in wanted:
+            for key in [key for key in wanted if key not in self.listeners]:
                 try:
-                    if (kind, where) not in self.listeners:
-                        fresh.append(((kind, where), stack.enter_context(bind(where, LISTEN_BACKLOG))))
+                    fresh[key] = stack.enter_context(bind(key[1], LISTEN_BACKLOG))
                 except OSError as error:
-                    if not is_spare(where, [other for _, other in wanted], error):
+                    if not is_spare(key[1], [where for _, where in wanted], error):
                         raise
                     self.log.write("master", "no IPv6 here: %s" % error.strerror, "warning")
             stack.pop_all()
         for key in [key for key in self.listeners if key not in wanted]:
             self.listeners.pop(key).close()
-        for key, sock in fresh:
+        for key, sock in fresh.items():
             self.listeners[key] = listener = Listener(self.loop, sock, welcomes[key[0]], self.log)
             if key[0] == "page":
                 self.http.listener = listener
@@ -8217,7 +8216,7 @@ class Server:
         if self.supervisor.interval_s:
             self._ping()
         while not self._is_over():
-            self.loop.turn()
+            self.loop.turn(None if self.stopping is None else STOP_POLL_S)
             self.log.flush()
         self.close()
 
@@ -8348,7 +8347,6 @@ class Server:
             self.smtp.dismiss(False)
             self.queue.stop()
             self.loop.later(STOP_S / 2, self._cut)
-            self.loop.later(STOP_S, lambda: None)       # so that the loop wakes
 
     def _cut(self) -> None:
         self.queue.deliveries.cut()
