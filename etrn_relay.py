@@ -7730,14 +7730,12 @@ class SmtpServer:
 
     def _judge_login(self, client: Client, login: Login) -> Any:
         """None when it is right.  A name that nobody has takes as long as a wrong password."""
-        password = self.server.logins.get(login.username)
         try:
-            is_right = login.is_right(secrets.token_hex(16) if password is None else password)
+            if login.is_right(self.server.logins.get(login.username) or secrets.token_hex(16)):
+                return None
         except ValueError as error:
             self.log.write("smtpd", "AUTH cannot be judged here: %s" % printable(str(error)), "error")
             return Reply(454, "4.7.0", "Temporary authentication failure")
-        if is_right and password is not None:
-            return None
         reply = Reply(535, "5.7.8", "authentication failed")
         self.loop.later(LOGIN_FAILED_S, lambda: self._resume(client, reply))
         return WAIT
@@ -8066,16 +8064,11 @@ class ControlServer:
             self.server.spool.remove_control()
 
     def _welcome(self, sock: socket.socket, _: str) -> None:
-        take_request(self.server.loop, sock, rb"\n", self._begin)
-
-    def _begin(self, stream: Stream, data: bytes) -> None:
-        try:
-            request = json.loads(data)
-        except (ValueError, RecursionError):
-            return stream.close()
-        answers = self.server.command(request if isinstance(request, dict) else {})
-        stream.on_closed = answers.close
-        self._go_on(stream, answers)
+        def begin(stream: Stream, request: bytes) -> None:
+            answers = self.server.command(json.loads(request))
+            stream.on_closed = answers.close
+            self._go_on(stream, answers)
+        take_request(self.server.loop, sock, rb"\n", begin)
 
     def _go_on(self, stream: Stream, answers: Answers) -> None:
         """As far as the command can go now, and its reader keeps up."""
@@ -8176,12 +8169,10 @@ class Server:
         return None
 
     def reserve_files(self) -> None:
-        """As many descriptors as we may have."""
-        reserved = RESERVED_FILES + OUTBOUND_MAX + PAGE_CONNECTIONS
-        self.most = self.cfg.max_connections
+        """As many descriptors as we may have.  A client may have a body and a sidecar open, too."""
+        self.most, reserved = self.cfg.max_connections, RESERVED_FILES + OUTBOUND_MAX + PAGE_CONNECTIONS
         with contextlib.suppress(OSError, ValueError):
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            # Each client may have a body and a sidecar open
             wanted = 3 * self.cfg.max_connections + reserved
             if soft < wanted:
                 soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
