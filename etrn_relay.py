@@ -2570,7 +2570,7 @@ class Stage(enum.Enum):
 
 @dataclasses.dataclass
 class Door:
-    """What the server lets sessions know: replaced at SIGHUP, read by all."""
+    """What the server lets a session know, which keeps it over a SIGHUP."""
     cfg: Config
     has_tls: bool = False
 
@@ -7623,7 +7623,6 @@ class SmtpServer:
         """End a session from our side."""
         if client in self.clients:
             self._discard(client)
-            client.session.waiting = None
             if client.stream.handshake is not None:
                 return client.stream.close()
             self._act(client, client.session.shut(reply))
@@ -8384,12 +8383,11 @@ def short_path(path: str, directory: int) -> str:
 
 def read_config(file: str) -> Config:
     """Raises ConfigError; OSError when it cannot be read."""
-    with open(file, "rb") as stream:
-        data = stream.read()
     try:
-        text = data.decode("utf-8")
+        with open(file, encoding="utf-8", newline="") as stream:
+            text = stream.read()
     except UnicodeDecodeError as error:
-        raise ConfigError(file, data[:error.start].count(b"\n") + 1, "not UTF-8") from None
+        raise ConfigError(file, error.object[:error.start].count(b"\n") + 1, "not UTF-8") from None
     cfg = parse_config(text, file, "")
     return cfg if cfg.hostname else dataclasses.replace(cfg, hostname=fully_qualified_name())
 
