@@ -8159,13 +8159,11 @@ class Server:
     def load_certificate(self, cfg: Config) -> Optional[Certificate]:
         """One that is in use already renews itself.  Raises OSError for one that is of no use."""
         files = (cfg.tls_certificate, cfg.tls_key)
+        if self.certificate is not None and self.certificate.paths == files:
+            return self.certificate
         if cfg.tls_certificate and ssl is None:
             self.log.write("master", "this Python has no ssl module: STARTTLS is not offered", "warning")
-        elif self.certificate is not None and self.certificate.paths == files:
-            return self.certificate
-        elif cfg.tls_certificate:
-            return Certificate(*files)
-        return None
+        return Certificate(*files) if cfg.tls_certificate and ssl is not None else None
 
     def reserve_files(self) -> None:
         """As many descriptors as we may have.  A client may have a body and a sidecar open, too."""

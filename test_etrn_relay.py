@@ -5687,7 +5687,7 @@ class Refusals(Relays):
             self.assertIn(b"421 4.4.2", b"".join(iter(functools.partial(read, sock), b"")))
         busy.sendall(b".\r\nQUIT\r\n")
         replies = b"".join(iter(functools.partial(read, busy), b""))
-        self.assertEqual((b"421" in replies, b"\n221" in replies), (False, True))
+        self.assertEqual((b"\n421" in replies, b"\n221" in replies), (False, True))
         self.assertEqual(self.kept(relay), 2 * replies.count(b"queued"))
 
 
