@@ -2635,7 +2635,6 @@ class Session:
             self.send(reply, close=True)
         return self._run()
 
-
     @property
     def peer(self) -> str:
         return format_peer(self.address, self.name)
