@@ -7305,7 +7305,7 @@ class Certificate(WatchedFiles):
         certificate, key = self.paths
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0) | ssl.OP_NO_COMPRESSION
+        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
         try:
             for path in self.paths:     # whose error has the name; OpenSSL's has not
                 with open(path, "rb"):
@@ -7473,7 +7473,6 @@ class Names:
 
     def _on_name(self, address: str, result: Any) -> None:
         name = "unknown" if isinstance(result, Exception) or not result else result
-        self.known.pop(address, None)   # to the end: the oldest goes first
         self.known[address] = (name, self.loop.now.mono + NAME_KEPT_S)
         if len(self.known) > NAMES_MAX:
             del self.known[next(iter(self.known))]
