@@ -217,7 +217,6 @@ RETRY_DISK_S, RETRY_READ_S = 5.0, 300.0         # after a failed write; the long
 FLUSH_LOOK_S = 1.0              # a --flush that waits looks so often for what was held meanwhile
 LOAD_BATCH, END_BATCH, LIST_BATCH = 200, 500, 1000      # messages loaded, ended or listed in one go
 STATE_SAVE_S, HISTORY_SAVE_S = 60.0, 3600.0     # changes are saved no more often: flash wears out
-SPACE_CHECK_S = 1.0             # free space is asked of the file system at most so often
 
 # -- towards the primary
 SMTP_PORT, SMTPS_PORT, ODMR_PORT = 25, 465, 366         # RFC 5321 4.5.4.2, RFC 8314 7.3, RFC 2645 5
@@ -273,7 +272,7 @@ ROUTE_HOSTS_MAX = 20            # addresses tried for one primary
 
 # -- the status page
 PAGE_CONNECTIONS = 32           # at once; who comes then waits in the backlog
-PAGE_REQUEST_MAX = 16384        # octets of a request; browsers send under 2,000
+REQUEST_MAX = 16384             # octets of a request, or of a command; browsers send under 2,000
 PAGE_TOTAL_S = 10.0             # for a whole request and its answer
 PAGE_FRESH_S, PAGE_REFRESH_S = 0.2, 15  # an answer serves all who ask so long; the page reloads itself
 PAGE_DOMAINS_MAX = 100          # shown with all there is; those in trouble come first
@@ -2506,7 +2505,7 @@ class Stage(enum.Enum):
 
 @dataclasses.dataclass
 class Door:
-    """What the server lets sessions know: replaced at SIGHUP, read by all."""
+    """What the server lets a session know, which keeps it over a SIGHUP."""
     cfg: Config
     has_tls: bool = False
 
@@ -2570,11 +2569,6 @@ class Session:
         else:
             self.send(reply, close=True)
         return self._run()
-
-    @property
-    def is_idle(self) -> bool:
-        """Between transactions: nothing would be lost by ending here."""
-        return self.transaction is None and self.waiting is None
 
     @property
     def peer(self) -> str:
@@ -7186,13 +7180,24 @@ def _format_chart(columns: Sequence[Tuple[int, str]], now: Time) -> str:
 # The relay: SMTP clients, the status page, the control socket, certificate and
 # lists, reload and stop.  All of it runs in the loop.  Uses all before.
 
-def stamp_of(*paths: str) -> Tuple[Any, ...]:
-    """Another one when a file has changed, or can no longer be looked at."""
-    try:
-        return tuple((found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
-                     for found in map(os.stat, paths))
-    except OSError as error:
-        return (str(error),)
+class WatchedFiles:
+    """Read again when they change on disk.  What cannot be used leaves what was read before in use, and
+    is tried again when it changes again."""
+
+    def __init__(self, *paths: str) -> None:
+        self.paths = paths
+        self.stamp: Tuple[Any, ...] = ()
+        self.is_changed()
+
+    def is_changed(self) -> bool:
+        """Since the last look.  Also when one can no longer be looked at."""
+        last = self.stamp
+        try:
+            self.stamp = tuple((found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
+                               for found in map(os.stat, self.paths))
+        except OSError as error:
+            self.stamp = (str(error),)
+        return self.stamp != last
 
 
 class CertificateFacts(NamedTuple):
@@ -7223,75 +7228,66 @@ def peer_certificate_facts(der: bytes) -> Optional[CertificateFacts]:
         return certificate_facts(file.name)
 
 
-class Certificate:
-    """What STARTTLS needs; read again when the files change on disk."""
+class Certificate(WatchedFiles):
+    """What STARTTLS needs.  `dates`: begin and end, zero where they cannot be read."""
 
     def __init__(self, certificate: str, key: str) -> None:
         """Raises OSError when they are of no use."""
-        self.files = (certificate, key)
-        self.stamp = stamp_of(*self.files)
-        try:
-            self.context, self.dates = self._load()
-        except (OSError, ValueError) as error:
-            raise OSError(0, "certificate %s: %s" % (certificate, error)) from None
+        super().__init__(certificate, key)
+        self._load()
 
-    def _load(self) -> Tuple["ssl.SSLContext", Tuple[Time, Time]]:
-        """Also begin and end, zero where they cannot be read."""
+    def _load(self) -> None:
+        certificate, key = self.paths
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0) | ssl.OP_NO_COMPRESSION
-        for path in self.files:         # whose error has the name; OpenSSL's has not
-            with open(path, "rb"):
-                pass
-        context.load_cert_chain(*self.files, password="")       # a password is not asked for
-        facts = certificate_facts(self.files[0])
-        return context, (facts.since, facts.until) if facts else (0.0, 0.0)
+        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
+        try:
+            for path in self.paths:     # whose error has the name; OpenSSL's has not
+                with open(path, "rb"):
+                    pass
+            context.load_cert_chain(certificate, key, password="")      # a password is not asked for
+            facts = certificate_facts(certificate)
+        except (OSError, ValueError) as error:
+            raise OSError(0, "certificate %s: %s" % (certificate, error)) from None
+        self.context, self.dates = context, (facts.since, facts.until) if facts else (0.0, 0.0)
 
     def renew(self, log: Log) -> None:
-        """Before each handshake, and now and then.  Files that cannot be read, or do not belong together
-        yet, leave the old certificate in use, and are tried again when they change again."""
-        stamp = stamp_of(*self.files)
-        if stamp != self.stamp:
-            self.stamp = stamp
+        """Before each handshake, and now and then.  Files may not belong together yet."""
+        if self.is_changed():
             try:
-                self.context, self.dates = self._load()
+                self._load()
                 log.write("master", "certificate renewed")
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 log.write("master", "the certificate cannot be read, the old one stays: %s"
-                          % printable(str(error)), "warning")
+                          % printable(str(error.strerror)), "warning")
 
 
-class RecipientFile:
-    """recipients = file:PATH.  Read again when it changes.  One in which no address is left is taken
-    for a failed export: the old list stays, and at a start all recipients get 450."""
+class RecipientFile(WatchedFiles):
+    """recipients = file:PATH.  One in which no address is left is taken for a failed export: the old
+    list stays, and at a start all recipients get 450."""
 
-    def __init__(self, path: str, old: FrozenSet[str] = frozenset()) -> None:
-        """`old`: the list before a reload.  Raises OSError."""
-        self.path, self.addresses = path, old
-        self.stamp = stamp_of(path)
-        self.remark, self.level = "", "info"        # for the log
-        self.take(read_recipients(path))
+    def __init__(self, path: str, log: Log) -> None:
+        """Raises OSError."""
+        super().__init__(path)
+        self.addresses: FrozenSet[str] = frozenset()
+        self.take(log, read_recipients(path))
 
-    def is_changed(self) -> bool:
-        last, self.stamp = self.stamp, stamp_of(self.path)
-        return last != self.stamp
-
-    def take(self, result: Any) -> None:
+    def take(self, log: Log, result: Any) -> None:
         """What read_recipients() returned, or its exception."""
-        self.level = "warning"
+        level = "warning"
         if isinstance(result, Exception):
-            self.remark = "%s: not read again: %s" % (self.path, printable(str(result)))
+            text = "not read again: %s" % printable(str(result))
         elif not result[0]:
-            self.remark = "%s: no address in it: %s" % (
-                self.path, "the old list stays" if self.addresses else "all recipients are put off")
+            text = "no address in it: %s" % (
+                "the old list stays" if self.addresses else "all recipients are put off")
         else:
             self.addresses, wrong = result
-            self.remark = "%s: %d recipients" % (self.path, len(self.addresses))
+            text = "%d recipients" % len(self.addresses)
             if wrong:
-                numbers = ", ".join(str(number) for number, _ in wrong[:10])
-                self.remark += "; not an address in line " + numbers
+                text += "; not an address in line " + ", ".join(str(number) for number, _ in wrong[:10])
             else:
-                self.level = "info"
+                level = "info"
+        log.write("master", "%s: %s" % (self.paths[0], text), level)
 
 
 def read_recipients(path: str) -> Tuple[FrozenSet[str], List[Tuple[int, str]]]:
@@ -7325,23 +7321,16 @@ class Supervisor:
 
 
 def bind(where: Endpoint, backlog: int) -> socket.socket:
-    """A listening socket.  Raises OSError with the address in it."""
-    with contextlib.ExitStack() as stack:
-        try:
-            family, address = socket_address(where.host, where.port)
-            sock = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # connections inherit it
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            sock.setblocking(False)
-            sock.bind(address)
-            sock.listen(backlog)
-        except OSError as error:
-            text = "cannot listen on %s: %s" % (str(where), error.strerror or error)
-            raise OSError(error.errno, text) from None
-        stack.pop_all()                 # it stays open
-        return sock
+    """A listening socket, for IPv6 alone where it is for IPv6.  Raises OSError with the address in it."""
+    try:
+        family, address = socket_address(where.host, where.port)
+        sock = socket.create_server(address, family=family, backlog=backlog)
+    except OSError as error:            # Python's own text has the address, too, in another form
+        why = (error.strerror or str(error)).partition(" (while ")[0]
+        raise OSError(error.errno, "cannot listen on %s: %s" % (str(where), why)) from None
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)          # connections inherit it
+    sock.setblocking(False)
+    return sock
 
 
 def is_spare(where: Endpoint, wanted: Sequence[Endpoint], error: OSError) -> bool:
@@ -7350,11 +7339,13 @@ def is_spare(where: Endpoint, wanted: Sequence[Endpoint], error: OSError) -> boo
             and error.errno != errno.EADDRINUSE)
 
 
+Welcome = Callable[[socket.socket, str], None]          # gets a connection and its peer's address
+
+
 class Listener:
     """A listening socket of the loop.  Out of descriptors it rests for a second, and does not spin."""
 
-    def __init__(self, loop: Loop, sock: socket.socket, welcome: Callable[[socket.socket, str], None],
-                 log: Log) -> None:
+    def __init__(self, loop: Loop, sock: socket.socket, welcome: Welcome, log: Log) -> None:
         self.loop, self.sock, self.welcome, self.log = loop, sock, welcome, log
         self.is_watched = False
         self.watch()
@@ -7406,8 +7397,8 @@ class Names:
         """`then` gets the name, or "unknown"; at once, when it is known."""
         name, until = self.known.get(address, ("", 0.0))
         if until > self.loop.now.mono:
-            return then(name)
-        if address in self.waiting:
+            then(name)
+        elif address in self.waiting:
             self.waiting[address].append(then)
         elif len(self.waiting) >= NAMES_AT_ONCE:
             then("unknown")
@@ -7417,7 +7408,6 @@ class Names:
 
     def _on_name(self, address: str, result: Any) -> None:
         name = "unknown" if isinstance(result, Exception) or not result else result
-        self.known.pop(address, None)   # to the end: the oldest goes first
         self.known[address] = (name, self.loop.now.mono + NAME_KEPT_S)
         if len(self.known) > NAMES_MAX:
             del self.known[next(iter(self.known))]
@@ -7447,8 +7437,7 @@ class Client:
     stream: Stream = dataclasses.field(init=False)
     draft: Optional[Draft] = None
     is_greeted: bool = False            # greet_pause is over
-    is_named: bool = False              # the DNS has told its name, or was asked for long enough
-    unnamed: Optional[Transaction] = None       # a MAIL that waits for that
+    awaits_name: bool = False           # a MAIL was accepted, and its answer waits for the DNS
     is_ended: bool = False              # it sends no more
     collects: Sequence[Destination] = ()        # what an ATRN just granted is for
 
@@ -7510,10 +7499,10 @@ class SmtpServer:
 
     def _on_name(self, client: Client, name: str) -> None:
         """Also one that comes late: it is right for the next message."""
-        client.is_named, client.session.name = True, name
-        transaction, client.unnamed = client.unnamed, None
-        if transaction is not None:
-            self._guard(client, lambda client: self._resume(client, self._judge_mail(client, transaction)))
+        client.session.name = name
+        if client.awaits_name:
+            client.awaits_name = False
+            self._resume(client, None)
 
     def _on_data(self, client: Client, data: bytes) -> None:
         if not client.is_greeted:
@@ -7543,10 +7532,10 @@ class SmtpServer:
         if client.stream.handshake is not None:
             self.log.write("smtpd", "%s from %s" % (why or "TLS handshake failed", client.session.peer))
         if why or client.session.waiting is None:
-            self._discard(client)
             self._leave(client)
 
     def _leave(self, client: Client) -> None:
+        self._discard(client)
         self.clients.discard(client)
         client.stream.finish(linger=False)
 
@@ -7563,10 +7552,19 @@ class SmtpServer:
         """End a session from our side."""
         if client in self.clients:
             self._discard(client)
-            client.session.waiting = None
             if client.stream.handshake is not None:
                 return client.stream.close()
             self._act(client, client.session.shut(reply))
+
+    def dismiss(self, is_last: bool) -> None:
+        """The relay stops: who is in a message may end it, unless this is the last call."""
+        for client in list(self.clients):
+            session = client.session
+            if session.waiting is None and (is_last or session.transaction is None):
+                self.shut(client, self._going())
+
+    def _going(self) -> Reply:
+        return Reply(421, "4.3.2", "%s Service shutting down" % self.cfg.hostname)
 
     def _act(self, client: Client, actions: List[Action]) -> None:
         """Carry out what the session wants, in its order."""
@@ -7642,7 +7640,7 @@ class SmtpServer:
     def _ask(self, client: Client, question: Ask) -> Any:
         session, what, value = client.session, question.what, question.value
         if what == "mail":
-            return self._may_mail(client, value)
+            return self._judge_mail(client, value)
         if what == "rcpt":
             return self._may_rcpt(client, value)
         if what == "etrn":
@@ -7657,41 +7655,33 @@ class SmtpServer:
 
     def _judge_login(self, client: Client, login: Login) -> Any:
         """None when it is right.  A name that nobody has takes as long as a wrong password."""
-        password = self.server.logins.get(login.username)
         try:
-            is_right = login.is_right(secrets.token_hex(16) if password is None else password)
+            if login.is_right(self.server.logins.get(login.username) or secrets.token_hex(16)):
+                return None
         except ValueError as error:
             self.log.write("smtpd", "AUTH cannot be judged here: %s" % printable(str(error)), "error")
             return Reply(454, "4.7.0", "Temporary authentication failure")
-        if is_right and password is not None:
-            return None
         reply = Reply(535, "5.7.8", "authentication failed")
         self.loop.later(LOGIN_FAILED_S, lambda: self._resume(client, reply))
         return WAIT
 
-    def _may_mail(self, client: Client, transaction: Transaction) -> Any:
-        left = client.since + NAME_WAIT_S - self.loop.now.mono
-        if client.is_named or left <= 0:
-            return self._judge_mail(client, transaction)
-
-        def give_up() -> None:
-            if not client.is_named:
-                self._on_name(client, "unknown")
-        client.unnamed = transaction    # its client's name will stand in our Received field
-        self.loop.later(left, give_up)
-        return WAIT
-
-    def _judge_mail(self, client: Client, transaction: Transaction) -> Optional[Reply]:
-        most = self.cfg.max_message_rate
+    def _judge_mail(self, client: Client, transaction: Transaction) -> Any:
+        """None, a refusal, or WAIT for the client's name, which will stand in our Received field."""
+        session, most = client.session, self.cfg.max_message_rate
         if self.server.stopping is not None:
-            return self.server.going()
+            return self._going()
         if most and client.network and self.rate.is_over(client.network, most, self.loop.now):
             return Reply(450, "4.7.1", "Too many messages a minute from your address")
         if self.queue.spool.sick:
             return disk_reply(None)
-        if self.server.free() < self.cfg.min_free_space + transaction.size:
+        if self.server.free < self.cfg.min_free_space + transaction.size:
             return Reply(452, "4.3.1", "Insufficient system storage")
-        return None
+        left = client.since + NAME_WAIT_S - self.loop.now.mono
+        if left <= 0 or session.address not in self.names.waiting:
+            return None
+        client.awaits_name = True
+        self.loop.later(left, lambda: self._on_name(client, session.name))
+        return WAIT
 
     def _may_rcpt(self, client: Client, recipient: Recipient) -> Any:
         """None, a refusal, or WAIT while the primary is asked."""
@@ -7704,40 +7694,42 @@ class SmtpServer:
             return too_big(one.size_limit - RECEIVED_OCTETS)
         if recipient.path.local.lower() == "postmaster":
             return None                 # RFC 5321 4.5.1
-        known = self._is_known(one, recipient)
-        must_ask = known is None or (
-            known is True and one.cfg.while_up == "defer" and not one.is_known_up(now))
+        known = self._find_word(one, recipient)
+        must_ask = not known or (
+            known == "good" and one.cfg.while_up == "defer" and not one.is_known_up(now))
         if not must_ask or not one.may_ask(now):
-            return self._judge_rcpt(client, one, address, known)
+            return self._judge_rcpt(client, transaction, one, address, known)
 
         def on_word(word: str, text: str) -> None:
-            words: Dict[str, Union[bool, str]] = {"good": True, "bad": False, "doubted": "doubted"}
-            verdict = words.get(word) if known is None else known
             if client.session.transaction is transaction:
-                self._resume(client, self._judge_rcpt(client, one, address, verdict, text))
-        self.queue.deliveries.ask(one, address if known is None else "", on_word)
+                self._resume(client, self._judge_rcpt(client, transaction, one, address, known or word, text))
+        self.queue.deliveries.ask(one, "" if known else address, on_word)
         return WAIT
 
-    def _is_known(self, one: Destination, recipient: Recipient) -> Union[bool, str, None]:
-        """By list or memory.  None: the primary is to be asked; "doubted": its word is not believed now."""
-        listed, now = one.cfg.recipients, self.loop.now.wall
+    def _find_word(self, one: Destination, recipient: Recipient) -> str:
+        """good or bad, by list or memory; doubted: not to be believed now; empty: the primary may know."""
+        listed, memory, now = one.cfg.recipients, self.queue.recipients, self.loop.now.wall
         if listed == "any":
-            return True
+            return "good"
         if listed == "verify":
-            known = self.queue.recipients.knows(recipient.address, now)
-            return "doubted" if known is False and self.queue.recipients.is_doubted(one.name, now) else known
+            is_good = memory.knows(recipient.address, now)
+            if is_good is False and memory.is_doubted(one.name, now):
+                return "doubted"
+            return {True: "good", False: "bad", None: ""}[is_good]
         if isinstance(listed, str):
             listed = self.server.recipient_files[listed[5:]].addresses
-        return is_listed(recipient.path, listed) if listed else "doubted"
+        if not listed:
+            return "doubted"
+        return "good" if is_listed(recipient.path, listed) else "bad"
 
-    def _judge_rcpt(self, client: Client, one: Destination, address: str, known: Union[bool, str, None],
-                    text: str = "") -> Optional[Reply]:
-        """With all there is to know: None in `known` means that nobody can say now."""
-        transaction = client.session.transaction
-        assert transaction is not None
-        if known is False:
-            return no_such_user(address, text)
-        if known == "doubted" or (known is None and one.cfg.unknown_recipients == "defer"):
+    def _judge_rcpt(self, client: Client, transaction: Transaction, one: Destination, address: str,
+                    word: str, text: str = "") -> Optional[Reply]:
+        """`word`: good, bad or doubted; with any other nobody can say now.  `text`: the primary's own,
+        when it was asked just now."""
+        if word == "bad":
+            said = " (%s)" % printable(text, REPLY_PART_MAX) if text else ""
+            return Reply(550, "5.1.1", "<%s>: Recipient address rejected: User unknown%s" % (address, said))
+        if word == "doubted" or (word != "good" and one.cfg.unknown_recipients == "defer"):
             return Reply(450, "4.1.1", "<%s>: Recipient cannot be verified now" % address)
         if one.cfg.while_up == "defer" and one.is_known_up(self.loop.now) and not self.greylist.is_taken(
                 client.session.address, transaction.sender, address, self.loop.now):
@@ -7856,21 +7848,29 @@ def queue_full(domain: str) -> Reply:
     return Reply(452, "4.2.2", "The queue for %s is full" % domain)
 
 
-def no_such_user(address: str, text: str = "") -> Reply:
-    """`text`: the primary's own words, when it was asked just now."""
-    return Reply(550, "5.1.1", "<%s>: Recipient address rejected: User unknown%s" % (
-        address, " (%s)" % printable(text, REPLY_PART_MAX) if text else ""))
+def take_request(loop: Loop, sock: socket.socket, end: bytes,
+                 then: Callable[[Stream, bytes], None]) -> Stream:
+    """A connection that brings one request: `then` gets that when its end has come, a regular expression,
+    or when it is too long.  Nothing more is read."""
+    request = bytearray()
+
+    def on_data(data: bytes) -> None:
+        request.extend(data)
+        if len(request) > REQUEST_MAX or re.search(end, request):
+            stream.on_data = lambda data: None
+            then(stream, bytes(request))
+    stream = Stream(loop, sock, on_data, lambda why: stream.close())
+    return stream
 
 
 class HttpServer:
     """The status page: one request, one answer, close.  GET and HEAD alone; the token for all but
     /healthz, which monitors ask and which tells no more than what is wrong.  Who comes when many do
     waits in the backlog."""
+    listener: Listener          # the server sets it
 
-    def __init__(self, server: "Server", where: Endpoint) -> None:
-        """Raises OSError."""
-        self.server, self.where = server, where
-        self.listener = Listener(server.loop, bind(where, LISTEN_BACKLOG), self._welcome, server.log)
+    def __init__(self, server: "Server") -> None:
+        self.server = server
         self.open = 0
         self.texts: Dict[str, Tuple[float, str]] = {}       # path: (monotonic, as last made)
         self.makers: Dict[str, Tuple[Callable[[Facts], str], str]] = {
@@ -7879,20 +7879,15 @@ class HttpServer:
                              "application/json"),
             "/healthz": (lambda facts: "\n".join(find_ills(facts) or ["ok"]) + "\n", "text/plain")}
 
-    def _welcome(self, sock: socket.socket, address: str) -> None:
-        request = bytearray()
-
-        def on_data(data: bytes) -> None:
-            request.extend(data)
-            if b"\r\n\r\n" in request or b"\n\n" in request or len(request) > PAGE_REQUEST_MAX:
-                stream.on_data = lambda data: None
-                stream.send(self._answer(bytes(request), address))
-                stream.finish()
+    def welcome(self, sock: socket.socket, address: str) -> None:
+        def answer(stream: Stream, request: bytes) -> None:
+            stream.send(self._answer(request, address))
+            stream.finish()
 
         def on_closed() -> None:
             self.open -= 1
             self.listener.watch()
-        stream = Stream(self.server.loop, sock, on_data, lambda why: stream.close())
+        stream = take_request(self.server.loop, sock, rb"\n\r?\n", answer)
         stream.on_closed = on_closed
         self.open += 1
         if self.open >= PAGE_CONNECTIONS:
@@ -7902,7 +7897,7 @@ class HttpServer:
     def _answer(self, request: bytes, address: str) -> bytes:
         head, *lines = request.decode("latin-1").splitlines() or [""]
         words = head.split()
-        if len(request) > PAGE_REQUEST_MAX:
+        if len(request) > REQUEST_MAX:
             return format_http(431, "The request is too long.\n")
         if len(words) != 3 or not words[2].startswith("HTTP/"):
             return format_http(400, "The request is not understood.\n")
@@ -7911,14 +7906,14 @@ class HttpServer:
         if not version.startswith("HTTP/1."):       # RFC 9110 2.5
             return format_http(505, "HTTP/1.1 is spoken here.\n")
         if method not in ("GET", "HEAD"):
-            return format_http(405, "Nothing can be changed here.\n", extra=["Allow: GET, HEAD"])
+            return format_http(405, "Nothing can be changed here.\n", "Allow: GET, HEAD")
         given = next((line[14:].strip() for line in lines if line.lower().startswith("authorization:")), "")
         if path != "/healthz" and not self._is_allowed(given):
             if given:                   # without one it is a browser that does not know yet
                 self.server.log.write("http", "refused: %s %s from %s: 401 wrong token" % (
                     method, printable(target, 100), format_peer(address)))
             return format_http(401, "A token is needed.\n",
-                               extra=['WWW-Authenticate: Basic realm="etrn_relay", charset="UTF-8"'])
+                               'WWW-Authenticate: Basic realm="etrn_relay", charset="UTF-8"')
         if path not in self.makers:
             return format_http(404, "There is /, /metrics, /healthz and /status.json.\n")
         make, kind = self.makers[path]
@@ -7927,31 +7922,29 @@ class HttpServer:
             text = make(self.server.facts())
             self.texts[path] = (self.server.loop.now.mono, text)
         code = 503 if path == "/healthz" and text != "ok\n" else 200
-        return format_http(code, text, kind, page_policy() if path == "/" else PAGE_POLICY,
-                           is_head=method == "HEAD")
+        answer = format_http(code, text, kind=kind)
+        return answer[:answer.index(b"\r\n\r\n") + 4] if method == "HEAD" else answer
 
     def _is_allowed(self, given: str) -> bool:
         """The token as bearer, RFC 6750 2.1, or as basic-auth password of any user, RFC 7617."""
-        token = self.server.cfg.status_token.encode("utf-8")
+        token, data = self.server.cfg.status_token.encode("utf-8"), b""
         scheme, _, value = given.partition(" ")
-        data = value.strip().encode("latin-1") if scheme.lower() in ("basic", "bearer") else b""
-        if scheme.lower() == "basic":
-            try:
-                data = base64.b64decode(data, validate=True).partition(b":")[2]
-            except ValueError:
-                data = b""
+        if scheme.lower() == "bearer":
+            data = value.strip().encode("latin-1")
+        elif scheme.lower() == "basic":
+            with contextlib.suppress(ValueError):
+                data = base64.b64decode(value.strip(), validate=True).partition(b":")[2]
         return not token or hmac.compare_digest(data, token)
 
 
-def format_http(code: int, text: str, kind: str = "text/plain", policy: str = PAGE_POLICY,
-                extra: Sequence[str] = (), is_head: bool = False) -> bytes:
+def format_http(code: int, text: str, *fields: str, kind: str = "text/plain") -> bytes:
     body = text.encode("utf-8", "backslashreplace")
     lines = ["HTTP/1.0 %d %s" % (code, http.client.responses[code]),
              "Content-Type: %s; charset=utf-8" % kind, "Content-Length: %d" % len(body),
-             "Content-Security-Policy: %s" % policy, "Cache-Control: no-store",
+             "Content-Security-Policy: %s" % page_policy(), "Cache-Control: no-store",
              "X-Content-Type-Options: nosniff", "X-Frame-Options: DENY", "Referrer-Policy: no-referrer",
-             "Connection: close", *extra]
-    return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + (b"" if is_head else body)
+             "Connection: close", *fields]
+    return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + body
 
 
 class ControlServer:
@@ -7964,27 +7957,27 @@ class ControlServer:
 
     def open(self) -> None:
         """Also again, when somebody has deleted the file."""
-        spool, problem = self.server.spool, ""
+        spool = self.server.spool
         path = short_path(os.path.join(spool.path, "control"), spool.root)
         if self.listener is not None and os.path.exists(path):
             return
         self.close()
-        sock, mask = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), os.umask(0o177)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            if not os.path.samestat(os.stat(spool.path), os.fstat(spool.root)):
-                raise OSError(errno.ESTALE, "another directory is at the spool's path")
+            spool._check_path()
             spool.remove_control()
             sock.bind(path)
+            os.chmod(path, 0o600)       # nobody has connected yet: that needs listen()
             sock.listen(16)
             sock.setblocking(False)
             self.listener = Listener(self.server.loop, sock, self._welcome, self.server.log)
+            self.problem = ""
         except OSError as error:
             sock.close()
-            problem = "no control socket, commands will not work: %s" % printable(str(error))
-        os.umask(mask)
-        if problem and problem != self.problem:
-            self.server.log.write("master", problem, "warning")
-        self.problem = problem
+            last, self.problem = self.problem, printable(str(error))
+            if self.problem != last:
+                text = "no control socket, commands will not work: %s" % self.problem
+                self.server.log.write("master", text, "warning")
 
     def close(self) -> None:
         if self.listener is not None:
@@ -7993,40 +7986,29 @@ class ControlServer:
             self.server.spool.remove_control()
 
     def _welcome(self, sock: socket.socket, _: str) -> None:
-        data = bytearray()
-        answers: Optional[Answers] = None
+        def begin(stream: Stream, request: bytes) -> None:
+            answers = self.server.command(json.loads(request))
+            stream.on_closed = answers.close
+            self._go_on(stream, answers)
+        take_request(self.server.loop, sock, rb"\n", begin)
 
-        def on_data(more: bytes) -> None:
-            nonlocal answers
-            data.extend(more)
-            if answers is None and b"\n" in data:
-                try:
-                    request = json.loads(data)
-                    answers = self.server.command(request if isinstance(request, dict) else {})
-                except (ValueError, RecursionError):
-                    return stream.close()
-                go_on()
-            elif len(data) > 65536:
-                stream.close()
-
-        def go_on() -> None:
-            """As far as the command can go now, and its reader keeps up."""
-            while answers is not None and not stream.is_closing:
-                try:
-                    answer = next(answers)
-                except Exception as error:
-                    self.server.log.bug(error)
-                    return stream.close()       # its command says so, and does not wait for ever
-                if answer is None:
-                    return self.server.loop.later(COMMAND_POLL_S, go_on)
-                stream.send(json.dumps(answer, separators=(",", ":")).encode("ascii") + b"\n")
-                if "exit" in answer:
-                    return stream.finish()
-                if len(stream.out) >= OUTPUT_MAX:
-                    stream.on_sent = go_on
-                    return
-        stream = Stream(self.server.loop, sock, on_data, lambda why: stream.close())
-        stream.on_closed = lambda: answers.close() if answers is not None else None
+    def _go_on(self, stream: Stream, answers: Answers) -> None:
+        """As far as the command can go now, and its reader keeps up."""
+        again = functools.partial(self._go_on, stream, answers)
+        while not stream.is_closing:
+            try:
+                answer = next(answers)
+            except Exception as error:
+                self.server.log.bug(error)
+                return stream.close()       # its command says so, and does not wait for ever
+            if answer is None:
+                return self.server.loop.later(COMMAND_POLL_S, again)
+            stream.send(json.dumps(answer, separators=(",", ":")).encode("ascii") + b"\n")
+            if "exit" in answer:
+                return stream.finish()
+            if len(stream.out) >= OUTPUT_MAX:
+                stream.on_sent = again
+                return
 
 
 class Server:
@@ -8039,11 +8021,8 @@ class Server:
         self.queue = Queue(cfg, SpoolThreads(spool, self.loop), self.loop, log)
         self.resolver = Resolver(cfg.nameservers)
         self.certificate: Optional[Certificate] = None
-        self.door = Door(cfg)
-        self.smtp = SmtpServer(self)
-        self.control = ControlServer(self)
-        self.http: Optional[HttpServer] = None
-        self.listeners: Dict[Tuple[bool, Endpoint], Listener] = {}      # (for ATRN, as configured)
+        self.smtp, self.http, self.control = SmtpServer(self), HttpServer(self), ControlServer(self)
+        self.listeners: Dict[Tuple[str, Endpoint], Listener] = {}       # by kind, and as configured
         self.supervisor = Supervisor({})
         self.started: Optional[float] = None            # monotonic
         self.started_at = self.loop.now.wall
@@ -8053,77 +8032,67 @@ class Server:
         self.logins: Dict[str, str] = {}                # username: password
         self.history = History()
         self.is_sick = False                            # as the log was told of the spool
-        self.free_octets, self.free_until = 0, -INF
+        self.free = 0                                   # octets, as the last sweep saw
+
+    @property
+    def door(self) -> Door:
+        return Door(self.cfg, self.certificate is not None)
 
     # -- opening
 
-    def listen(self) -> None:
+    def listen(self, cfg: Config) -> None:
         """Bind what the configuration names, all or nothing; close what it does not name any more.  A
         machine without IPv6 serves the default addresses all the same.  Raises OSError with the address
         in it."""
-        wanted = [(False, where) for where in self.cfg.listen]
-        wanted += [(True, where) for where in self.cfg.odmr_listen]
+        welcomes: Dict[str, Welcome] = {
+            "smtp": self.smtp.welcome, "odmr": functools.partial(self.smtp.welcome, is_odmr=True),
+            "page": self.http.welcome}
+        wanted = [("smtp", where) for where in cfg.listen] + [("odmr", where) for where in cfg.odmr_listen]
+        wanted += [("page", cfg.status_listen)] if cfg.status_listen is not None else []
+        fresh: Dict[Tuple[str, Endpoint], socket.socket] = {}
         with contextlib.ExitStack() as stack:
-            fresh: List[Tuple[Tuple[bool, Endpoint], socket.socket]] = []
-            for key in wanted:
-                where = key[1]
+            for key in [key for key in wanted if key not in self.listeners]:
                 try:
-                    if key not in self.listeners:
-                        fresh.append((key, stack.enter_context(bind(where, LISTEN_BACKLOG))))
+                    fresh[key] = stack.enter_context(bind(key[1], LISTEN_BACKLOG))
                 except OSError as error:
-                    if not is_spare(where, [*self.cfg.listen, *self.cfg.odmr_listen], error):
+                    if not is_spare(key[1], [where for _, where in wanted], error):
                         raise
                     self.log.write("master", "no IPv6 here: %s" % error.strerror, "warning")
             stack.pop_all()
         for key in [key for key in self.listeners if key not in wanted]:
             self.listeners.pop(key).close()
-        for key, sock in fresh:
-            welcome = functools.partial(self.smtp.welcome, is_odmr=key[0])
-            self.listeners[key] = Listener(self.loop, sock, welcome, self.log)
+        for key, sock in fresh.items():
+            self.listeners[key] = listener = Listener(self.loop, sock, welcomes[key[0]], self.log)
+            if key[0] == "page":
+                self.http.listener = listener
+                self.log.write("master", "status page on http://%s/" % str(listener.endpoint))
         self.queue.listeners = tuple(one.endpoint for one in self.listeners.values())
-
-    def open_page(self) -> None:
-        """Raises OSError, and then an old page stays in use."""
-        where, old = self.cfg.status_listen, self.http
-        if where != (old.where if old is not None else None):
-            self.http = HttpServer(self, where) if where is not None else None
-            if old is not None:
-                old.listener.close()
-            if self.http is not None:
-                self.log.write("master", "status page on http://%s/" % str(self.http.listener.endpoint))
 
     def read_files(self, cfg: Config) -> Tuple[Dict[str, RecipientFile], Dict[str, str]]:
         """Lists of recipients, and who may authenticate.  Raises OSError."""
-        known = {path: file.addresses for path, file in self.recipient_files.items()}
-        files = {path: RecipientFile(path, known.get(path, frozenset())) for path in recipient_paths(cfg)}
+        files = {path: self.recipient_files.get(path) or RecipientFile(path, self.log)
+                 for path in recipient_paths(cfg)}
         logins = {one.username: read_secret(one.password) for one in cfg.domains.values() if one.username}
         for username, password in logins.items():
             if not password:
                 raise OSError(0, "username = %s: the password is empty" % printable(username))
         read_secret(cfg.bounces_password)       # at each login, too; a wrong path is said now
-        for file in files.values():
-            if file.level == "warning":
-                self.log.write("master", file.remark, file.level)
         return files, logins
 
     def load_certificate(self, cfg: Config) -> Optional[Certificate]:
-        """Raises OSError when it is configured but of no use."""
+        """One that is in use already renews itself.  Raises OSError for one that is of no use."""
+        files = (cfg.tls_certificate, cfg.tls_key)
+        if self.certificate is not None and self.certificate.paths == files:
+            return self.certificate
         if cfg.tls_certificate and ssl is None:
             self.log.write("master", "this Python has no ssl module: STARTTLS is not offered", "warning")
-        elif cfg.tls_certificate:
-            return Certificate(cfg.tls_certificate, cfg.tls_key)
-        return None
-
-    def set_certificate(self, certificate: Optional[Certificate]) -> None:
-        self.certificate, self.door.has_tls = certificate, certificate is not None
+        return Certificate(*files) if cfg.tls_certificate and ssl is not None else None
 
     def reserve_files(self) -> None:
-        """As many descriptors as we may have."""
-        reserved = RESERVED_FILES + OUTBOUND_MAX + (PAGE_CONNECTIONS if self.http is not None else 0)
-        self.most = self.cfg.max_connections
+        """As many descriptors as we may have.  A client may have a body and a sidecar open, too."""
+        self.most, reserved = self.cfg.max_connections, RESERVED_FILES + OUTBOUND_MAX + PAGE_CONNECTIONS
         with contextlib.suppress(OSError, ValueError):
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            # Each client may have a body and a sidecar open
             wanted = 3 * self.cfg.max_connections + reserved
             if soft < wanted:
                 soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -8134,12 +8103,13 @@ class Server:
 
     def start(self) -> None:
         """Take up what the spool knows.  Also for a command's own run."""
+        self.free = self.spool.free()
         self.queue.corrupt = self.spool.count_corrupt()
         self.queue.state.load(self.spool.load_state("state.json"), self.spool.load_state("recipients.json"))
         self.loop.later(SWEEP_S, self._sweep)
 
     def run(self) -> None:
-        """Serve until told to stop.  listen() came before."""
+        """Serve until told to stop.  What it needs was opened before."""
         self.started, self.queue.is_serving = self.loop.now.mono, True
         self.reserve_files()
         self.control.open()
@@ -8148,8 +8118,8 @@ class Server:
         self.loop.later(STATE_SAVE_S, self._save_state)
         self.loop.later(HISTORY_SAVE_S, self._save_history)
         self.queue.loader.load()
-        smtp, odmr = (" ".join(str(one.endpoint) for key, one in self.listeners.items() if key[0] is is_odmr)
-                      for is_odmr in (False, True))
+        smtp, odmr = (" ".join(str(one.endpoint) for key, one in self.listeners.items() if key[0] == kind)
+                      for kind in ("smtp", "odmr"))
         self.log.write("master", "started: version %s, process %d, listening on %s%s, spool %s" % (
             __version__, os.getpid(), smtp, ", ODMR on " + odmr if odmr else "", printable(self.spool.path)))
         self.log.flush()
@@ -8157,7 +8127,7 @@ class Server:
         if self.supervisor.interval_s:
             self._ping()
         while not self._is_over():
-            self.loop.turn()
+            self.loop.turn(None if self.stopping is None else STOP_POLL_S)
             self.log.flush()
         self.close()
 
@@ -8169,13 +8139,8 @@ class Server:
         self.supervisor.tell("WATCHDOG=1", "STATUS=" + self._say_state())
         self.loop.later(self.supervisor.interval_s, self._ping)
 
-    def free(self) -> int:
-        if self.loop.now.mono >= self.free_until:
-            self.free_octets, self.free_until = self.spool.free(), self.loop.now.mono + SPACE_CHECK_S
-        return self.free_octets
-
     def status(self) -> Dict[str, Any]:
-        return collect_status(self.queue, self.smtp.open, self.started, self.free())
+        return collect_status(self.queue, self.smtp.open, self.started, self.free)
 
     def facts(self) -> Facts:
         """For the status page."""
@@ -8199,6 +8164,7 @@ class Server:
         if self.started is None:
             return
         self.smtp.sweep()
+        self.free = self.spool.free()
         if self.queue.spool.sick and not self.is_sick:
             self.is_sick = True
             self.log.write("master", "the spool is sick: %s; no new mail is taken, delivery goes on"
@@ -8206,33 +8172,28 @@ class Server:
             self._heal()
         for file in self.recipient_files.values():
             if file.is_changed():
-                self.loop.in_thread(functools.partial(read_recipients, file.path),
-                                    functools.partial(self._on_recipients, file))
+                self.loop.in_thread(functools.partial(read_recipients, file.paths[0]),
+                                    functools.partial(file.take, self.log))
         self.control.open()
         if self.certificate is not None:
             self.certificate.renew(self.log)
-        self.queue.alerts.sweep(self.free(), self.certificate.dates[1] if self.certificate else 0.0)
+        self.queue.alerts.sweep(self.free, self.certificate.dates[1] if self.certificate else 0.0)
         self._note_history()
 
     def _heal(self) -> None:
-        self.queue.spool.ask(self._on_healed, "heal")
-
-    def _on_healed(self, result: Any) -> None:
         """A sick spool is tried with a probe file until that survives."""
-        if result is True:
-            self.queue.spool.sick, self.is_sick = "", False
-            self.log.write("master", "the spool is well again")
-        else:
-            self.loop.later(RETRY_DISK_S, self._heal)
+        def tried(result: Any) -> None:
+            if result is True:
+                self.queue.spool.sick, self.is_sick = "", False
+                self.log.write("master", "the spool is well again")
+            else:
+                self.loop.later(RETRY_DISK_S, self._heal)
+        self.queue.spool.ask(tried, "heal")
 
-    def _on_recipients(self, file: RecipientFile, result: Any) -> None:
-        file.take(result)
-        self.log.write("master", file.remark, file.level)
-
-    def _note_history(self, state: str = "") -> None:
+    def _note_history(self) -> None:
         for one in self.queue.destinations.all.values():
             if not one.cfg.is_notices:
-                self.history.note(one.name, len(one.entries), state or one.state.value, self.loop.now.wall)
+                self.history.note(one.name, len(one.entries), one.state.value, self.loop.now.wall)
 
     def _save_history(self) -> None:
         self.loop.later(HISTORY_SAVE_S, self._save_history)
@@ -8266,39 +8227,22 @@ class Server:
             cfg = read_config(old.file)
             if (cfg.spool, cfg.user) != (old.spool, old.user):
                 self.log.write("master", "spool and user change at the next start", "warning")
-            cfg = dataclasses.replace(cfg, spool=old.spool, user=old.user)
             files, logins = self.read_files(cfg)
-            try:
-                certificate = self.load_certificate(cfg)
-            except OSError as error:    # half renewed, or now only root's to read
-                if self.certificate is None or self.certificate.files != (cfg.tls_certificate, cfg.tls_key):
-                    raise
-                self.log.write("master", "%s; the old one stays" % error.strerror, "warning")
-                certificate = self.certificate
+            certificate = self.load_certificate(cfg)
             if cfg.log != old.log:
                 self.log.reopen(cfg.log)
-            self.cfg = cfg
-            self.listen()
+            self.listen(cfg)
         except (ConfigError, OSError) as error:
-            self.cfg = old
             if self.log.where != old_log:
                 self.log.reopen(old_log)
             text = printable(describe(error) if isinstance(error, OSError) else str(error))
             return self.log.write("master", "not reloaded, the old configuration stays: " + text, "error")
-        self.recipient_files, self.logins = files, logins
-        try:
-            self.open_page()
-        except OSError as error:
-            self.log.write("master", "status page: %s; the old one stays" % error.strerror, "error")
-            self.cfg = cfg = dataclasses.replace(cfg, status_listen=old.status_listen,
-                                                 status_token=old.status_token)
-        self.log.level, self.log.host = LEVELS[cfg.log_level], short_name(cfg.hostname)
-        self.door = Door(cfg)           # sessions under way keep the old one to their end
-        self.set_certificate(certificate)
+        # Sessions under way keep the old configuration and certificate to their end.
+        self.cfg, self.recipient_files, self.logins, self.certificate = cfg, files, logins, certificate
         self.resolver = Resolver(cfg.nameservers)
+        self.log.level, self.log.host = LEVELS[cfg.log_level], short_name(cfg.hostname)
         self.queue.reconfigure(cfg)
         self.reserve_files()
-        self.control.open()
         self.log.write("master", "configuration reread")
 
     # -- stopping
@@ -8311,21 +8255,13 @@ class Server:
             for listener in self.listeners.values():
                 listener.close()
             self.listeners.clear()
-            for client in list(self.smtp.clients):
-                if client.session.is_idle:
-                    self.smtp.shut(client, self.going())
+            self.smtp.dismiss(False)
             self.queue.stop()
             self.loop.later(STOP_S / 2, self._cut)
-            self.loop.later(STOP_S, lambda: None)       # so that the loop wakes
-
-    def going(self) -> Reply:
-        return Reply(421, "4.3.2", "%s Service shutting down" % self.cfg.hostname)
 
     def _cut(self) -> None:
         self.queue.deliveries.cut()
-        for client in list(self.smtp.clients):
-            if client.session.waiting is None:
-                self.smtp.shut(client, self.going())
+        self.smtp.dismiss(True)
 
     def _is_over(self) -> bool:
         """Everything that was acknowledged is safe at any time; the waiting here is for sessions in
@@ -8343,7 +8279,7 @@ class Server:
         self.queue.keep_attempts()
         self.queue.state.save()
         if self.started is not None:
-            self._note_history("off")
+            self._note_history()
             self._save_history()
         while spool.unanswered and time.monotonic() - max(began, spool.answered) < STOP_DISK_S:
             self.loop.turn(STOP_POLL_S)
@@ -8353,8 +8289,6 @@ class Server:
         for client in list(self.smtp.clients):
             client.stream.close()
         self.control.close()
-        if self.http is not None:
-            self.http.listener.close()
         self.loop.close()
         if self.started is not None:
             self.log.write("master", "stopped")
@@ -8370,12 +8304,11 @@ def short_path(path: str, directory: int) -> str:
 
 def read_config(file: str) -> Config:
     """Raises ConfigError; OSError when it cannot be read."""
-    with open(file, "rb") as stream:
-        data = stream.read()
     try:
-        text = data.decode("utf-8")
+        with open(file, encoding="utf-8", newline="") as stream:
+            text = stream.read()
     except UnicodeDecodeError as error:
-        raise ConfigError(file, data[:error.start].count(b"\n") + 1, "not UTF-8") from None
+        raise ConfigError(file, error.object[:error.start].count(b"\n") + 1, "not UTF-8") from None
     cfg = parse_config(text, file, "")
     return cfg if cfg.hostname else dataclasses.replace(cfg, hostname=fully_qualified_name())
 
@@ -8578,10 +8511,9 @@ def serve(cfg: Config) -> int:
     server.supervisor = supervisor
     server.recipient_files, server.logins = server.read_files(cfg)
     account.resume_root()
-    server.set_certificate(server.load_certificate(cfg))
+    server.certificate = server.load_certificate(cfg)
     try:
-        server.listen()
-        server.open_page()
+        server.listen(cfg)
     except OSError as error:
         hint = "  (ports below 1024 need root)" if error.errno == errno.EACCES else ""
         is_passing = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
@@ -9064,7 +8996,7 @@ def start_demo(stack: contextlib.ExitStack, folder: str, **values: Any) -> Confi
     spool = stack.enter_context(contextlib.closing(Spool(cfg.spool)))
     spool.open()
     server = Server(cfg, spool, Log(cfg.log, cfg.log_level, cfg.hostname))
-    server.listen()
+    server.listen(cfg)
     thread = threading.Thread(target=server.run)
     thread.start()
     stack.callback(thread.join)

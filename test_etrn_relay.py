@@ -3373,7 +3373,8 @@ MUTANTS = r"""
 a sidecar enters before its body :: self._rename("incoming/%s.json" % sidecar["id"] => SWAPPED
 names are synced before they enter :: nullcontext(): => nullcontext(): pass\n            if True:
 nothing of a batch is synced :: for id, problem in zip(owners, self._sync(fds)): => for id, problem in []:
-a copied body is not synced :: write_all(fds[-1], block)\n => write_all(fds[-1], block)\n            fds.pop()\n
+a copied body is not synced :: write_all(fds[-1], block)\n => \
+write_all(fds[-1], block)\n            fds.pop()\n
 a body leaves first :: results[id] = self._take => self._unlink(id + ".eml"); results[id] = self._take
 a finished sidecar leaves before its body :: self._unlink("incoming/%s.json" % id)\n => SWAPPED
 a failed removal goes on :: return [results.get(id) or error for id in ids] => pass
@@ -3405,9 +3406,10 @@ a corrupt pair is deleted :: self._rename(id + kind, target) => self._unlink(id 
 a deferral is insisted on :: if len(deferred) == len(judged) => if False
 a full disk keeps delivered mail :: if error.errno != errno.ENOENT and error.errno not in _FULL: => if True:
 a part enters before its body :: "json"):\n            with self._ => "json")[::-1]:\n            with self._
-an old message changes before its parts :: fds: List[int] = []\n        try:\n            for part in fresh => \
-fds: List[int] = []\n        self._replace(id + ".json", "incoming/%s.new" % id, format_sidecar(parts[0]))\n        try:\n\
-            for part in fresh
+an old message changes before its parts :: \
+        try:\n            for part in fresh => \
+        self._replace(id + ".json", "incoming/%s.new" % id, format_sidecar(parts[0]))\n\
+        try:\n            for part in fresh
 a batch asks of one message in any order :: if what == "shift" or values and values[0] in ids: => if False:
 a relay does not wait for a command :: if holder.isdigit() or time.monotonic() >= end: => if True:
 """
@@ -5580,9 +5582,9 @@ class Local:
             log.lines.clear()
         log.flush = keep                # type: ignore[method-assign]
         self.server = server = etrn.Server(self.cfg, self.spool, log)
-        server.set_certificate(server.load_certificate(self.cfg))
+        server.certificate = server.load_certificate(self.cfg)
         server.recipient_files, server.logins = server.read_files(self.cfg)
-        server.listen()
+        server.listen(self.cfg)
         self.port = server.queue.listeners[0].port
         self.thread = threading.Thread(target=server.run, daemon=True)
         self.thread.start()
@@ -5688,7 +5690,7 @@ class Refusals(Relays):
             self.assertIn(b"421 4.4.2", b"".join(iter(functools.partial(read, sock), b"")))
         busy.sendall(b".\r\nQUIT\r\n")
         replies = b"".join(iter(functools.partial(read, busy), b""))
-        self.assertEqual((b"421" in replies, b"\n221" in replies), (False, True))
+        self.assertEqual((b"\n421" in replies, b"\n221" in replies), (False, True))
         self.assertEqual(self.kept(relay), 2 * replies.count(b"queued"))
 
 
@@ -5990,10 +5992,11 @@ class TlsClients(Secured):
         for domain, said in cases(self, [
                 (section.replace("relay.", "absent."), ["not reloaded, .* stays: certificate "]),
                 (section.replace("relay.", "locked."), ["not reloaded, .* stays: certificate "]),
-                (section, ["certificate .*; the old one stays", "configuration reread"])]):
+                (section, ["configuration reread"])]):
             self.reload(relay, *said, domain=domain)
             with TlsWire(relay.port) as client:
                 self.assertEqual(client.say("NOOP")[:3], "250")
+        relay.logged("the certificate cannot be read, the old one stays: certificate ")     # said once
         with TlsWire(relay.port, secure=False) as early:
             self.reload(relay, "configuration reread", domain="")
             with relay.client() as client:
@@ -7697,9 +7700,8 @@ class PageOverHttp(Pages):
             self.assertEqual((status, fields["Content-Type"]), (200, kind + "; charset=utf-8"))
             self.assertEqual(fetch(port, path, "HEAD")[::2], (200, ""))
             self.assertEqual(int(fields["Content-Length"]), len(body.encode()))
-            policy = etrn.page_policy() if path == "/" else etrn.PAGE_POLICY
             for name, value in (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-                                ("Content-Security-Policy", policy)):
+                                ("Content-Security-Policy", etrn.page_policy())):
                 self.assertEqual(fields[name], value)
         for method in cases(self, ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "FLUSH"]):
             status, fields, _ = fetch(port, "/", method)
@@ -7838,7 +7840,7 @@ class PageOfARelay(Pages):
             taken.listen(1)
             relay.write_config(bounces="[status]\nlisten = 127.0.0.1:%d" % taken.getsockname()[1])
             relay.signal(signal.SIGHUP)
-            relay.logged("status page: cannot listen on .*: Address already in use; the old one stays")
+            relay.logged("not reloaded, .* stays: cannot listen on .*: Address already in use")
         self.assertEqual(fetch(port, Authorization="Bearer two")[0], 200)
         mark = len(relay.log)
         moved = unused_port()
@@ -8426,7 +8428,7 @@ class Watchfulness(Folder):
         clock.wall = time.time()
         text = "min_free_space = 0\n[alerts]\nmail = a@b.example\n[tls]\ncertificate = %s\nkey = %s\n" % files
         with idle_server(self, text) as server, mock.patch.object(server.queue.alerts, "_mail") as told:
-            server.set_certificate(server.load_certificate(server.cfg))
+            server.certificate = server.load_certificate(server.cfg)
             for hours, expires in cases(self, [(1, ""), (48, "expires in 13d22h"), (12, ""),
                                                (336, "has expired"), (13, ""), (12, "has expired")]):
                 self.assertEqual(self.swept(server, told, clock, 3600 * hours),
