@@ -140,7 +140,7 @@ import time
 import traceback
 import urllib.request
 from typing import (Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
-                    MutableMapping, NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+                    NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
 try:                            # slim routers leave some modules out: only what needs them is refused there
     import syslog
@@ -197,7 +197,6 @@ COMMAND_POLL_S, STOP_POLL_S, LOCK_POLL_S, DEMO_POLL_S = 0.1, 0.1, 0.05, 0.05    
 ACCEPTS_PER_TURN = 64           # new connections taken before those open are looked at again
 ACCEPT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)   # then the client still waits
 SWEEP_S = 1.0                   # how often deadlines are looked at; they are seconds to minutes
-NOTIFY_S = 1.0                  # a service manager has so long to take our word that we are ready
 STOP_S, STOP_DISK_S = 3.0, 1.0          # at SIGTERM, for peers and then the disk; contract 1: within 5 s
 RESERVED_FILES = 64             # descriptors kept from clients for spool, threads, logs and DNS
 DATA_RATE_MIN = 500             # octets a second in the long run, as Postfix's smtpd_min_data_rate
@@ -274,7 +273,7 @@ ROUTE_HOSTS_MAX = 20            # addresses tried for one primary
 PAGE_CONNECTIONS = 32           # at once; who comes then waits in the backlog
 PAGE_REQUEST_MAX = 16384        # octets of a request; browsers send under 2,000
 PAGE_TOTAL_S = 10.0             # for a whole request and its answer
-PAGE_FRESH_S, PAGE_REFRESH_S = 0.2, 15  # an answer serves all who ask so long; the page reloads itself
+PAGE_REFRESH_S = 15             # the page reloads itself
 PAGE_DOMAINS_MAX = 100          # shown with all there is; those in trouble come first
 CERTIFICATE_WARNING_S = 14 * 86400.0    # before it ends; who renews by machine does so a month before
 HISTORY_HOURS, HISTORY_DOMAINS_MAX = 168, 100   # for the chart: a week, of so many domains
@@ -7059,7 +7058,7 @@ class Facts(NamedTuple):
     started_at: Time
     min_free: int
     load_error: str                     # why the spool cannot be read, or empty
-    certificate: Tuple[Time, Time]      # its begin and end; zeros for none
+    certificate_end: Time               # 0 for none
     history: History
     notable: Sequence[Tuple[Time, str, str, str]]   # of the log: (time, service, text, level), newest last
 
@@ -7094,7 +7093,7 @@ def format_metrics(facts: Facts) -> str:
         ("spool_free_bytes", "Octets the spool's file system can still take.", spool["free"]),
         ("spool_held_messages", "Messages held by an operator.", spool["held"]),
         ("spool_corrupt_messages", "Messages set aside in corrupt/.", spool["corrupt"]),
-        ("certificate_expiry_timestamp_seconds", "When the certificate ends, or 0.", facts.certificate[1]))]
+        ("certificate_expiry_timestamp_seconds", "When the certificate ends, or 0.", facts.certificate_end))]
     families.append(("primary_state", "1 for the state the primary is in.", {
         '{%s,state="%s"}' % (label, state.value): one["primary"] == state.value
         for label, one in domains.items() for state in Primary}))
@@ -7170,7 +7169,7 @@ def escape(text: str) -> str:
 
 def format_page(facts: Facts) -> str:
     """Domains in trouble come first, then those where most mail waits."""
-    status, host, now, end = facts.status, escape(facts.hostname), facts.now.wall, facts.certificate[1]
+    status, host, now, end = facts.status, escape(facts.hostname), facts.now.wall, facts.certificate_end
     spool, domains = status["spool"], status["domains"]
     names = sorted(filter(is_domain, domains), key=lambda name: (
         domains[name]["primary"] not in TROUBLES, -domains[name]["queued"], name))
@@ -7260,32 +7259,11 @@ def stamp_of(*paths: str) -> Tuple[Any, ...]:
         return (str(error),)
 
 
-class CertificateFacts(NamedTuple):
-    names: Tuple[str, ...]      # of the subjectAltName, lower case; the common name where there is none
-    since: Time
-    until: Time
-
-
-def certificate_facts(path: str) -> Optional[CertificateFacts]:
-    """Those of the first certificate in a PEM file.  None where this Python cannot
-    tell: only a private function of ssl can.  Raises OSError, ValueError."""
+def read_certificate_end(path: str) -> Time:
+    """When the first certificate in a PEM file ends; 0 where this Python cannot tell: only a
+    private function of ssl can.  Raises OSError, ValueError."""
     decode = getattr(getattr(ssl, "_ssl", None), "_test_decode_cert", None)
-    if decode is None:
-        return None
-    found = decode(path)
-    names = [name for kind, name in found.get("subjectAltName", ()) if kind in ("DNS", "IP Address")]
-    subject = itertools.chain(*found.get("subject", ()))
-    names = names or [name for kind, name in subject if kind == "commonName"]
-    since, until = (float(ssl.cert_time_to_seconds(found[end])) for end in ("notBefore", "notAfter"))
-    return CertificateFacts(tuple(name.strip().lower() for name in names), since, until)
-
-
-def peer_certificate_facts(der: bytes) -> Optional[CertificateFacts]:
-    """Those of a certificate that a server showed.  Raises OSError, ValueError."""
-    with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:
-        file.write(ssl.DER_cert_to_PEM_cert(der))
-        file.flush()
-        return certificate_facts(file.name)
+    return float(ssl.cert_time_to_seconds(decode(path)["notAfter"])) if decode else 0.0
 
 
 class Certificate:
@@ -7296,12 +7274,11 @@ class Certificate:
         self.files = (certificate, key)
         self.stamp = stamp_of(*self.files)
         try:
-            self.context, self.dates = self._load()
+            self.context, self.end = self._load()
         except (OSError, ValueError) as error:
             raise OSError(0, "certificate %s: %s" % (certificate, error)) from None
 
-    def _load(self) -> Tuple["ssl.SSLContext", Tuple[Time, Time]]:
-        """Also begin and end, zero where they cannot be read."""
+    def _load(self) -> Tuple["ssl.SSLContext", Time]:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0) | ssl.OP_NO_COMPRESSION
@@ -7309,8 +7286,7 @@ class Certificate:
             with open(path, "rb"):
                 pass
         context.load_cert_chain(*self.files, password="")       # a password is not asked for
-        facts = certificate_facts(self.files[0])
-        return context, (facts.since, facts.until) if facts else (0.0, 0.0)
+        return context, read_certificate_end(self.files[0])
 
     def renew(self, log: Log) -> None:
         """Before each handshake, and now and then.  Files that cannot be read, or do not belong together
@@ -7319,7 +7295,7 @@ class Certificate:
         if stamp != self.stamp:
             self.stamp = stamp
             try:
-                self.context, self.dates = self._load()
+                self.context, self.end = self._load()
                 log.write("master", "certificate renewed")
             except (OSError, ValueError) as error:
                 log.write("master", "the certificate cannot be read, the old one stays: %s"
@@ -7367,26 +7343,6 @@ def read_recipients(path: str) -> Tuple[FrozenSet[str], List[Tuple[int, str]]]:
 def recipient_paths(cfg: Config) -> List[str]:
     return sorted({one.recipients[5:] for one in cfg.domains.values()
                    if isinstance(one.recipients, str) and one.recipients.startswith("file:")})
-
-
-class Supervisor:
-    """Tells a service's manager of readiness and life, sd_notify(3).  Does nothing where there is none.
-    Its variables are taken out of the environment: they are not for the programs we start."""
-
-    def __init__(self, environ: MutableMapping[str, str]) -> None:
-        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
-        where, usec, pid = (environ.pop(name, "") for name in names)
-        self.address = os.fsencode("\0" + where[1:] if where[:1] == "@" else where)     # abstract, unix(7)
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if where else None
-        is_asked = where and usec.isdigit() and pid in ("", str(os.getpid()))
-        self.interval_s = int(usec) / 2e6 if is_asked else 0.0      # half of what it waits
-
-    def tell(self, *lines: str, wait_s: float = 0.0) -> None:
-        """A manager that does not listen must not stop the mail."""
-        if self.sock is not None:
-            with contextlib.suppress(OSError):
-                self.sock.settimeout(wait_s)
-                self.sock.sendto("\n".join(lines).encode("utf-8"), self.address)
 
 
 def bind(where: Endpoint, backlog: int) -> socket.socket:
@@ -7948,7 +7904,6 @@ class HttpServer:
         self.server, self.where = server, where
         self.listener = Listener(server.loop, bind(where, LISTEN_BACKLOG), self._welcome, server.log)
         self.open = 0
-        self.texts: Dict[str, Tuple[float, str]] = {}       # path: (monotonic, as last made)
         self.makers: Dict[str, Tuple[Callable[[Facts], str], str]] = {
             "/": (format_page, "text/html"), "/metrics": (format_metrics, "text/plain; version=0.0.4"),
             "/status.json": (lambda facts: json.dumps(public_status(facts.status), indent=1) + "\n",
@@ -7998,10 +7953,7 @@ class HttpServer:
         if path not in self.makers:
             return format_http(404, "There is /, /metrics, /healthz and /status.json.\n")
         make, kind = self.makers[path]
-        made, text = self.texts.get(path, (-INF, ""))
-        if self.server.loop.now.mono - made >= PAGE_FRESH_S:        # made once, however many ask
-            text = make(self.server.facts())
-            self.texts[path] = (self.server.loop.now.mono, text)
+        text = make(self.server.facts())
         code = 503 if path == "/healthz" and text != "ok\n" else 200
         return format_http(code, text, kind, page_policy() if path == "/" else PAGE_POLICY,
                            is_head=method == "HEAD")
@@ -8120,7 +8072,6 @@ class Server:
         self.control = ControlServer(self)
         self.http: Optional[HttpServer] = None
         self.listeners: Dict[Tuple[bool, Endpoint], Listener] = {}      # (for ATRN, as configured)
-        self.supervisor = Supervisor({})
         self.started: Optional[float] = None            # monotonic
         self.started_at = self.loop.now.wall
         self.stopping: Optional[float] = None           # monotonic, when told to stop
@@ -8229,21 +8180,10 @@ class Server:
         self.log.write("master", "started: version %s, process %d, listening on %s%s, spool %s" % (
             __version__, os.getpid(), smtp, ", ODMR on " + odmr if odmr else "", printable(self.spool.path)))
         self.log.flush()
-        self.supervisor.tell("READY=1", "STATUS=" + self._say_state(), wait_s=NOTIFY_S)
-        if self.supervisor.interval_s:
-            self._ping()
         while not self._is_over():
             self.loop.turn()
             self.log.flush()
         self.close()
-
-    def _say_state(self) -> str:
-        return "%d messages waiting, %d connections" % (self.queue.destinations.sums()[0], self.smtp.open)
-
-    def _ping(self) -> None:
-        """From the loop: when that hangs, the manager hears nothing and starts us anew."""
-        self.supervisor.tell("WATCHDOG=1", "STATUS=" + self._say_state())
-        self.loop.later(self.supervisor.interval_s, self._ping)
 
     def free(self) -> int:
         if self.loop.now.mono >= self.free_until:
@@ -8256,9 +8196,9 @@ class Server:
     def facts(self) -> Facts:
         """For the status page."""
         self._note_history()
-        dates = self.certificate.dates if self.certificate else (0.0, 0.0)
+        end = self.certificate.end if self.certificate else 0.0
         return Facts(self.loop.now, self.cfg.hostname, self.status(), self.started_at,
-                     self.cfg.min_free_space, self.queue.loader.error, dates, self.history, self.log.notable)
+                     self.cfg.min_free_space, self.queue.loader.error, end, self.history, self.log.notable)
 
     def command(self, request: Mapping[str, Any]) -> Answers:
         if request.get("command") == "status":
@@ -8287,7 +8227,7 @@ class Server:
         self.control.open()
         if self.certificate is not None:
             self.certificate.renew(self.log)
-        self.queue.alerts.sweep(self.free(), self.certificate.dates[1] if self.certificate else 0.0)
+        self.queue.alerts.sweep(self.free(), self.certificate.end if self.certificate else 0.0)
         self._note_history()
 
     def _heal(self) -> None:
@@ -8326,9 +8266,7 @@ class Server:
         if number in (signal.SIGTERM, signal.SIGINT):
             self.begin_stop()
         elif number == signal.SIGHUP:
-            self.supervisor.tell("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic_ns() // 1000))
             self._reload()
-            self.supervisor.tell("READY=1")
         elif number == signal.SIGUSR1:
             self.log.write("flush", "signal: site=all, messages=%d" % self.queue.destinations.sums()[0])
             self.queue.probe_all()
@@ -8383,7 +8321,6 @@ class Server:
         if self.stopping is None:
             self.stopping = self.loop.now.mono
             self.log.write("master", "stopping")
-            self.supervisor.tell("STOPPING=1")
             for listener in self.listeners.values():
                 listener.close()
             self.listeners.clear()
@@ -8648,11 +8585,10 @@ def serve(cfg: Config) -> int:
     """Run the relay in the foreground."""
     for number in (signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)       # until there is something to reread
-    supervisor, account, spool = Supervisor(os.environ), Account(cfg.user), Spool(cfg.spool)
+    account, spool = Account(cfg.user), Spool(cfg.spool)
     account.assume(cfg.spool)
     spool.open(LOCK_WAIT_S)
     server = Server(cfg, spool, Log(cfg.log, cfg.log_level, cfg.hostname))
-    server.supervisor = supervisor
     server.recipient_files, server.logins = server.read_files(cfg)
     account.resume_root()
     server.set_certificate(server.load_certificate(cfg))
@@ -8996,9 +8932,6 @@ def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
             if ssl is not None and isinstance(client.sock, ssl.SSLSocket):
                 der = client.sock.getpeercert(True) or b""
                 found.update(tls=client.sock.version(), sha256=hashlib.sha256(der).hexdigest())
-                facts = peer_certificate_facts(der)
-                if facts is not None:
-                    found.update(names=facts.names, until=format_date(int(facts.until)))
             for key, command in (("mail", "MAIL FROM:<>"), ("rcpt", "RCPT TO:<postmaster@%s>" % plan.name)):
                 code, text = client.ask(command, "", PROBE_REPLY_S)
                 found[key], found["takes_mail"] = reply_text(code, text), code // 100 == 2 and key == "rcpt"
@@ -9193,10 +9126,9 @@ After=network-online.target nss-lookup.target
 RequiresMountsFor=%(folders)s
 
 [Service]
-Type=notify
+Type=exec
 ExecStart=%(systemd)s
 ExecReload=/bin/sh -c "kill -HUP ${MAINPID}"
-WatchdogSec=60
 Restart=on-failure
 RestartSec=5
 RestartPreventExitStatus=78 64
