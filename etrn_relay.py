@@ -113,6 +113,7 @@ import heapq
 import hmac
 import html
 import http.client
+import io
 import ipaddress
 import itertools
 import json
@@ -969,9 +970,9 @@ def _meant(word: str, known: Mapping[str, str]) -> str:
     return " (did you mean '%s'%s?)" % (near[0], known[near[0]]) if near else ""
 
 
-def parse_recipients(text: str) -> Tuple[FrozenSet[str], List[Tuple[int, str]]]:
-    """The text of a recipients file: its addresses (as Path.key has them) and `@domain`s; and the lines that
-    hold neither, with their numbers.  In Postfix's maps, too, all behind the first blank is ignored."""
+def parse_recipients(text: str) -> Tuple[FrozenSet[str], List[int]]:
+    """The text of a recipients file: its addresses (as Path.key has them) and `@domain`s; and the numbers of
+    lines that hold neither.  In Postfix's maps, too, all behind the first blank is ignored."""
     found, wrong = set(), []
     for number, line in enumerate(map(str.strip, text.lstrip("\ufeff").split("\n")), 1):
         if line[:1] in ("", "#"):
@@ -981,7 +982,7 @@ def parse_recipients(text: str) -> Tuple[FrozenSet[str], List[Tuple[int, str]]]:
         try:
             found.add("@" + parse_domain(word[1:]) if word[0] == "@" else parse_key(word))
         except (ValueError, Refuse):
-            wrong.append((number, line))
+            wrong.append(number)
     return frozenset(found), wrong
 
 
@@ -5731,7 +5732,7 @@ class Loader:
             self.queue.flush(self.queue.destinations.matching(what))
 
 
-def is_gone(fault: Corrupt) -> bool:
+def is_gone(fault: Exception) -> bool:
     """Nothing is left to set aside: it was delivered, or taken out by hand."""
     return str(fault) == "the sidecar is gone"
 
@@ -6877,26 +6878,11 @@ def end_entries(queue: Queue, meant: Sequence[Destination], what: str, command: 
 # printable(), in HTML through escape().  Uses 2 LIMITS, 3 GRAMMAR, 6 LOOP (Now),
 # 7 SPOOL (states of a recipient), 9 SCHEDULE (states of a primary, counters).
 
-BOLD, RED = "1", "31"
-
-
-class Style(NamedTuple):
-    """How the output may look."""
-    is_coloured: bool = False
-
-    def paint(self, text: str, colour: str) -> str:
-        return "\033[%sm%s\033[0m" % (colour, text) if self.is_coloured else text
-
-
-PLAIN = Style()
-
-
-def format_table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), style: Style = PLAIN) -> str:
+def format_table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
     """Columns padded to their widest cell; those in `right` are flush right."""
     widths = [max(map(len, cells)) for cells in zip(*rows)]
     form = "  ".join("%%%ds" % (width if at in right else -width) for at, width in enumerate(widths))
-    head, *lines = [(form % tuple(row)).rstrip() for row in rows]
-    return "\n".join([style.paint(head, BOLD), *lines]) + "\n"
+    return "".join((form % tuple(row)).rstrip() + "\n" for row in rows)
 
 
 def say_next(at: Optional[Time], now: Time) -> str:
@@ -6921,7 +6907,7 @@ def public_status(status: Mapping[str, Any]) -> Dict[str, Any]:
     return out
 
 
-def format_status(status: Mapping[str, Any], now: Time, style: Style = PLAIN) -> str:
+def format_status(status: Mapping[str, Any], now: Time) -> str:
     spool, running = status["spool"], "not running"
     if status["pid"] is not None:
         running = "running for %s, process %d, %s" % (
@@ -6929,7 +6915,7 @@ def format_status(status: Mapping[str, Any], now: Time, style: Style = PLAIN) ->
     out = "etrn_relay %s: %s\nspool: %s, %s, %d held, %d corrupt, %s free\n" % (
         status["version"], running, plural(spool["messages"], "message"), format_size(spool["bytes"]),
         spool["held"], spool["corrupt"], format_size(spool["free"]))
-    out += style.paint("spool SICK: %s\n" % printable(spool["sick"]), RED) if spool["sick"] else ""
+    out += "spool SICK: %s\n" % printable(spool["sick"]) if spool["sick"] else ""
     out += "The spool is still being read.\n" if spool["loading"] else ""
     rows = [("DOMAIN", "PRIMARY", "SINCE", "QUEUED", "SIZE", "OLDEST", "NEXT TRY", *map(str.upper, COUNTERS))]
     remarks = ""
@@ -6943,10 +6929,10 @@ def format_status(status: Mapping[str, Any], now: Time, style: Style = PLAIN) ->
             remarks += "%s: at %s since an authenticated ETRN\n" % (name, printable(one["address"]))
         if one["last_error"]:
             remarks += "%s: %s\n" % (name, printable(one["last_error"]))
-    return "%s\n%s\n%s" % (out, format_table(rows, (3, 4, 7, 8, 9, 10, 11), style), remarks)
+    return "%s\n%s\n%s" % (out, format_table(rows, (3, 4, 7, 8, 9, 10, 11)), remarks)
 
 
-def format_queue(rows: Sequence[Mapping[str, Any]], now: Time, style: Style = PLAIN) -> str:
+def format_queue(rows: Sequence[Mapping[str, Any]], now: Time) -> str:
     """The rows of --queue --json for people, their sum, and a response of each domain."""
     if not rows:
         return "The queue is empty.\n"
@@ -6963,10 +6949,10 @@ def format_queue(rows: Sequence[Mapping[str, Any]], now: Time, style: Style = PL
     size, held = sum(row["size"] for row in rows), sum(row["state"] == "held" for row in rows)
     lines = ["%s, %s, %d held" % (plural(len(rows), "message"), format_size(size), held)]
     lines += ["%s: %s" % (printable(name), printable(text)) for name, text in responses.items()]
-    return format_table(out, (1, 2), style) + "\n" + "\n".join(lines) + "\n"
+    return format_table(out, (1, 2)) + "\n" + "\n".join(lines) + "\n"
 
 
-def format_envelope(sidecar: Mapping[str, Any], header: bytes, now: Time, style: Style = PLAIN) -> str:
+def format_envelope(sidecar: Mapping[str, Any], header: bytes, now: Time) -> str:
     """--show: one message, its recipients and its header."""
     client = {key: value or "none" for key, value in sidecar["client"].items()}
     pairs = [
@@ -6983,7 +6969,7 @@ def format_envelope(sidecar: Mapping[str, Any], header: bytes, now: Time, style:
                 say_next(one["next_attempt"], now), say_next(one["expires"], now))))
         if one["last_response"]:
             pairs.append(("", "%s ago: %s" % (say_age(one["last_attempt"], now), one["last_response"])))
-    lines = [style.paint("%-11s" % label, BOLD) + printable(text) for label, text in pairs]
+    lines = ["%-11s%s" % (label, printable(text)) for label, text in pairs]
     fields = header.decode("utf-8", "replace").split("\r\n")
     return "\n".join([*lines, "", *(printable(field.expandtabs(), 2000) for field in fields)])
 
@@ -7329,13 +7315,12 @@ class RecipientFile:
             self.addresses, wrong = result
             self.remark = "%s: %d recipients" % (self.path, len(self.addresses))
             if wrong:
-                numbers = ", ".join(str(number) for number, _ in wrong[:10])
-                self.remark += "; not an address in line " + numbers
+                self.remark += "; not an address in line " + ", ".join(map(str, wrong[:10]))
             else:
                 self.level = "info"
 
 
-def read_recipients(path: str) -> Tuple[FrozenSet[str], List[Tuple[int, str]]]:
+def read_recipients(path: str) -> Tuple[FrozenSet[str], List[int]]:
     with open(path, encoding="utf-8", errors="replace") as file:
         return parse_recipients(file.read())
 
@@ -7359,7 +7344,8 @@ def bind(where: Endpoint, backlog: int) -> socket.socket:
             sock.bind(address)
             sock.listen(backlog)
         except OSError as error:
-            text = "cannot listen on %s: %s" % (str(where), error.strerror or error)
+            hint = "  (ports below 1024 need root)" if error.errno == errno.EACCES else ""
+            text = "cannot listen on %s: %s%s" % (str(where), error.strerror or error, hint)
             raise OSError(error.errno, text) from None
         stack.pop_all()                 # it stays open
         return sock
@@ -8405,55 +8391,63 @@ def fully_qualified_name() -> str:
 # == 17. MAIN ==================================================================
 # Arguments, commands, signals, exit status.  Uses all before.
 
-class Usage(Exception):
-    """Something is wrong with the command line."""
+class Failure(Exception):
+    """A command cannot do what it was asked: the text for standard error, and the exit status."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class Parser(argparse.ArgumentParser):
     """Exit status 64 instead of argparse's 2."""
 
     def error(self, message: str) -> Any:
-        raise Usage(message)
+        raise Failure(message + "\nTry --help.", EX_USAGE)
 
 
-ENDINGS = {"hold": "held", "release": "released", "delete": "deleted", "bounce": "returned to their senders"}
-PASSING_ERRORS = (*_FULL, errno.EIO, errno.EROFS, *ACCEPT_ERRORS)       # no fault of the configuration
+PASSING_ERRORS = (*_FULL, errno.EIO, errno.EROFS, errno.EADDRINUSE, errno.EADDRNOTAVAIL,
+                  *ACCEPT_ERRORS)       # no fault of the configuration
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """With `command`, one of COMMAND_LINE or empty, and `what` it is about.  Raises Failure."""
     parser = Parser(prog="etrn_relay.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE")
     parser.add_argument("-h", "--help", action="store_true")
     for option in ("--version", "--json", "--no-wait", "--raw", "--yes"):
         parser.add_argument(option, action="store_true")
     commands = parser.add_mutually_exclusive_group()
-    for name in ("check", "demo", "status"):
-        commands.add_argument("--" + name, action="store_true")
+    commands.add_argument("--demo", action="store_true")
     commands.add_argument("--print-unit", choices=sorted(UNITS))
-    commands.add_argument("--queue", nargs="?", const="all", metavar="DOMAIN")
-    for name in ("probe", "show", "export", "flush", *ENDINGS):
-        commands.add_argument("--" + name, metavar="ID|DOMAIN")
+    for name, (_, how, _) in COMMAND_LINE.items():
+        commands.add_argument("--" + name, **how)
     given = parser.parse_args(argv)
     for name, value in vars(given).items():
         if value == "":                 # of an unset variable in a script; it must not start a relay
-            raise Usage("argument --%s: is empty" % name)
-    for option, goes_with in (("no_wait", ["flush"]), ("raw", ["show"]), ("yes", ["delete", "bounce"]),
-                              ("json", ["check", "flush", "probe", "queue", "show", "status"])):
-        if getattr(given, option) and not any(getattr(given, name) for name in goes_with):
-            names = ", ".join("--" + name for name in goes_with)
-            raise Usage("--%s goes with %s" % (option.replace("_", "-"), names))
+            parser.error("argument --%s: is empty" % name)
+    given.command = next((name for name in COMMAND_LINE if getattr(given, name)), "")
+    given.what = given.command and getattr(given, given.command)
+    for option in ("json", "no_wait", "raw", "yes"):
+        names = [name for name, (_, _, options) in COMMAND_LINE.items() if option in options.split()]
+        if getattr(given, option) and given.command not in names:
+            parser.error("argument --%s: goes with --%s" % (option.replace("_", "-"), ", --".join(names)))
     return given
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return run_given(parse_arguments(sys.argv[1:] if argv is None else argv))
+        code = run_given(parse_arguments(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EX_CONFIG
-    except Usage as error:
-        return complain("%s\nTry --help." % error, EX_USAGE)
+    except Failure as failure:
+        return complain(str(failure), failure.code)
     except SpoolBusy as error:
         return complain(str(error), EX_TEMPFAIL)
     except BrokenPipeError:             # the reader of our output has left
@@ -8471,45 +8465,20 @@ def complain(text: str, code: int) -> int:
     return code
 
 
-def say(text: str, end: str = "\n") -> None:
-    """What standard output cannot encode is printed escaped."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
-
-
 def run_given(given: argparse.Namespace) -> int:
     if given.demo:
         return play_demo()
     if given.help:
-        say((__doc__ or "").partition("\nQUEUE\n")[0].rstrip())
+        print((__doc__ or "").partition("\nQUEUE\n")[0].rstrip())
     elif given.version:
-        say("etrn_relay %s" % __version__)
+        print("etrn_relay %s" % __version__)
     elif given.print_unit:
-        say(format_unit(given.print_unit, find_config(given.config)), end="")
+        print(format_unit(given.print_unit, find_config(given.config)), end="")
+    elif given.command:
+        return COMMAND_LINE[given.command][0](open_config(given.config), given)
     else:
-        return run_command_line(given, open_config(given.config))
+        return serve(open_config(given.config))
     return EX_OK
-
-
-def run_command_line(given: argparse.Namespace, cfg: Config) -> int:
-    if given.check:
-        return check(cfg, given.json)
-    if given.probe:
-        return probe(cfg, given.probe, given.json)
-    if given.status:
-        return show_status(cfg, given.json)
-    if given.queue:
-        return show_queue(cfg, parse_what(given.queue), given.json)
-    if given.show:
-        return show_message(cfg, given.show.upper(), given.json, given.raw)
-    if given.export:
-        return export(cfg, parse_what(given.export))
-    if given.flush:
-        return flush(cfg, parse_what(given.flush), not given.no_wait, given.json)
-    for name in ENDINGS:
-        if getattr(given, name):
-            return change_queue(cfg, name, parse_what(getattr(given, name)), given.yes)
-    return serve(cfg)
 
 
 def find_config(given: Optional[str]) -> str:
@@ -8530,13 +8499,21 @@ def open_config(given: Optional[str]) -> Config:
 
 
 def parse_what(text: str) -> str:
-    """all, an ID in upper case, a domain, or @domain.  Raises Usage."""
-    if text.lower() == "all" or _ID.fullmatch(text.upper()):
-        return text.lower() if text.lower() == "all" else text.upper()
+    """all, an ID in upper case, a domain, or @domain.  Raises Failure."""
+    if text.lower() == "all":
+        return "all"
+    if _ID.fullmatch(text.upper()):
+        return text.upper()
     try:
         return "@" + parse_domain(text[1:]) if text[:1] == "@" else parse_domain(text)
     except ValueError:
-        raise Usage("'%s' is neither a domain, a queue ID, nor all" % printable(text, 100)) from None
+        text = "'%s' is neither a domain, a queue ID, nor all" % printable(text, 100)
+        raise Failure(text, EX_USAGE) from None
+
+
+def may_use(path: str, mode: int) -> bool:
+    """As the account that we act for, os.access(2)."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 class Account:
@@ -8565,8 +8542,7 @@ class Account:
             os.initgroups(self.name, self.gid)
             os.setegid(self.gid)
             os.seteuid(self.uid)
-            if not os.access(spool, os.R_OK | os.W_OK | os.X_OK,
-                             effective_ids=os.access in os.supports_effective_ids):
+            if not may_use(spool, os.R_OK | os.W_OK | os.X_OK):
                 raise OSError(0, "user = %s: that account cannot write the spool %s" % (self.name, spool))
 
     def resume_root(self) -> None:
@@ -8576,7 +8552,6 @@ class Account:
 
     def become(self) -> None:
         if self.name:
-            self.resume_root()
             os.setgid(self.gid)
             os.setuid(self.uid)
 
@@ -8592,13 +8567,8 @@ def serve(cfg: Config) -> int:
     server.recipient_files, server.logins = server.read_files(cfg)
     account.resume_root()
     server.set_certificate(server.load_certificate(cfg))
-    try:
-        server.listen()
-        server.open_page()
-    except OSError as error:
-        hint = "  (ports below 1024 need root)" if error.errno == errno.EACCES else ""
-        is_passing = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
-        return complain(describe(error) + hint, EX_TEMPFAIL if is_passing else EX_CONFIG)
+    server.listen()
+    server.open_page()
     account.become()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: server.loop.post(server.on_signal, number))
@@ -8623,7 +8593,7 @@ def release_memory() -> None:
 # -- commands
 
 def connect_control(cfg: Config) -> Optional[socket.socket]:
-    """To the running relay; None where none runs.  Raises PermissionError."""
+    """To the running relay; None where none runs.  Raises Failure where we may not talk to it."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     directory = -1
     try:
@@ -8633,7 +8603,7 @@ def connect_control(cfg: Config) -> Optional[socket.socket]:
     except OSError as error:
         sock.close()
         if isinstance(error, PermissionError):
-            raise
+            raise Failure("may not talk to the relay: %s" % describe(error), EX_UNAVAILABLE) from None
         return None
     finally:
         close_quietly(directory)
@@ -8642,32 +8612,32 @@ def connect_control(cfg: Config) -> Optional[socket.socket]:
 def is_running(cfg: Config) -> bool:
     try:
         sock = connect_control(cfg)
-    except PermissionError:
+    except Failure:
         return True
     if sock is not None:
         sock.close()
     return sock is not None
 
 
-def ask_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
-    """The answers to a command.  Where no relay runs, one without listeners gives them, for as long as
-    that takes.  The last one has "exit"."""
-    try:
-        sock = connect_control(cfg)
-    except PermissionError as error:
-        yield {"error": "may not talk to the relay: %s" % describe(error), "exit": EX_UNAVAILABLE}
-        return
-    if sock is None:
-        yield from ask_own_relay(cfg, request)
-        return
+def ask_relay(cfg: Config, command: str, what: str = "all", wait: bool = True) -> Iterator[Dict[str, Any]]:
+    """The answers to a command; the last one has "exit".  Where no relay runs, one without listeners
+    gives them, for as long as that takes.  Raises Failure at the end, with what was wrong."""
+    request = {"command": command, "what": what, "wait": wait}
+    sock = connect_control(cfg)
+    answer: Dict[str, Any] = {}
+    for answer in ask_own_relay(cfg, request) if sock is None else read_answers(sock, request):
+        if "error" not in answer:
+            yield answer
+    if "exit" not in answer:
+        raise Failure("the relay broke off", EX_UNAVAILABLE)
+    if "error" in answer:
+        raise Failure(answer["error"], answer["exit"])
+
+
+def read_answers(sock: socket.socket, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
     with sock, sock.makefile("rb") as lines:
         sock.sendall(json.dumps(request).encode("ascii") + b"\n")
-        for line in lines:
-            answer = json.loads(line)
-            yield answer
-            if "exit" in answer:
-                return
-    yield {"error": "the relay broke off", "exit": EX_UNAVAILABLE}
+        yield from map(json.loads, lines)
 
 
 def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
@@ -8676,7 +8646,7 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
         with tempfile.TemporaryDirectory(prefix="etrn-empty-") as folder:
             yield from ask_own_relay(dataclasses.replace(cfg, spool=folder, user=""), request)
         return
-    command, what = request["command"], str(request.get("what", "all"))
+    command, what = request["command"], request["what"]
     account, spool, only_reads = Account(cfg.user), Spool(cfg.spool), command in ("status", "list")
     account.assume(cfg.spool)           # what root would write there the relay could not read
     try:
@@ -8707,59 +8677,45 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
         account.resume_root()
 
 
-def say_error(answer: Mapping[str, Any]) -> int:
-    return complain(answer["error"], answer["exit"]) if answer.get("error") else int(answer["exit"])
-
-
-def find_style() -> Style:
-    """Coloured on a terminal; not with NO_COLOR (no-color.org) or TERM=dumb."""
-    return Style(sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
-
-
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=True))
+    print(json.dumps(value, indent=1))
 
 
-def show_status(cfg: Config, as_json: bool) -> int:
-    *_, answer = ask_relay(cfg, {"command": "status"})
-    code = say_error(answer)
-    if code == EX_OK and as_json:
-        print_json(public_status(answer))
-    elif code == EX_OK:
-        say(format_status(answer, time.time(), find_style()), end="")
-    return code
+def show_status(cfg: Config, given: argparse.Namespace) -> int:
+    status, = ask_relay(cfg, "status")
+    if given.json:
+        print_json(public_status(status))
+    else:
+        print(format_status(status, time.time()), end="")
+    return EX_OK
 
 
-def show_queue(cfg: Config, what: str, as_json: bool) -> int:
-    rows, code = read_rows(cfg, what)
-    rows.sort(key=lambda row: (row["received"], row["id"]))
-    if code == EX_OK and as_json:
+def show_queue(cfg: Config, given: argparse.Namespace) -> int:
+    rows = read_rows(cfg, given.what)
+    if given.json:
         print_json(rows)
-    elif code == EX_OK:
-        say(format_queue(rows, time.time(), find_style()), end="")
-    return code
+    else:
+        print(format_queue(rows, time.time()), end="")
+    return EX_OK
 
 
-def read_rows(cfg: Config, what: str) -> Tuple[List[Dict[str, Any]], int]:
-    """The contract's rows: what the sidecars say, and what the relay knows since they were written."""
+def read_rows(cfg: Config, what: str) -> List[Dict[str, Any]]:
+    """The contract's rows, oldest first: what the sidecars say, and what the relay knows since they were
+    written."""
     rows: List[Dict[str, Any]] = []
-    answer: Dict[str, Any] = {}
-    gc.disable()                        # a hundred thousand rows and no cycle among them
     with contextlib.closing(Spool(cfg.spool)) as spool:
-        for answer in ask_relay(cfg, {"command": "list", "what": what}):
+        for answer in ask_relay(cfg, "list", what):
             if "rows" in answer and spool.root < 0:
                 spool.open_to_read()
-            for id, state, due, expires, failures in answer.get("rows", ()):
+            for row in answer.get("rows", ()):
                 with contextlib.suppress(Corrupt, NotOurs, OSError, KeyError, TypeError):   # delivered since
-                    sidecar = spool.peek_sidecar(id)
-                    rows.append(make_row(sidecar, state, due, expires, failures, answer["error_of"]))
-    gc.enable()
-    return rows, say_error(answer)
+                    rows.append(make_row(spool.peek_sidecar(row[0]), row, answer["error_of"]))
+    return sorted(rows, key=lambda row: (row["received"], row["id"]))
 
 
-def make_row(sidecar: Mapping[str, Any], state: str, due: Optional[Time], expires: Time, failures: int,
-             error: str) -> Dict[str, Any]:
-    """Attempts to reach a primary that is down are not in the sidecars."""
+def make_row(sidecar: Mapping[str, Any], known: Sequence[Any], error: str) -> Dict[str, Any]:
+    """`known`: of list_entries().  Attempts to reach a primary that is down are not in the sidecars."""
+    _, state, due, expires, failures = known
     recipients = []
     for one in sidecar["recipients"]:
         if one["state"] == QUEUED:
@@ -8772,73 +8728,64 @@ def make_row(sidecar: Mapping[str, Any], state: str, due: Optional[Time], expire
             "recipients": recipients}
 
 
-def show_message(cfg: Config, id: str, as_json: bool, raw: bool) -> int:
+def show_message(cfg: Config, given: argparse.Namespace) -> int:
+    id, found = given.what, None
     with contextlib.closing(Spool(cfg.spool)) as spool:
-        found: Any = FileNotFoundError()
         if _ID.fullmatch(id) and os.path.isdir(cfg.spool):
             spool.open_to_read()
-            found = spool.look([id], "whole" if raw else "header", sys.maxsize)[0]
-        if isinstance(found, (Corrupt, NotOurs, FileNotFoundError)):
-            why = found if spool.root >= 0 and spool._has(id + ".json") else "no such message"
-            return complain("%s: %s" % (printable(id, 40), why), EX_MISSING)
-    if isinstance(found, Exception):
+            found, = spool.look([id], "whole" if given.raw else "header", sys.maxsize)
+    if isinstance(found, OSError):
         raise found
+    if not isinstance(found, tuple):
+        why = found if isinstance(found, Exception) and not is_gone(found) else "no such message"
+        raise Failure("%s: %s" % (printable(id, 40), why), EX_MISSING)
     sidecar, data = found
-    if raw:
+    if given.raw:
         sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
         return EX_OK
-    news = {one["address"]: one for row in (read_rows(cfg, id)[0] if is_running(cfg) else [])
-            for one in row["recipients"]}
+    rows = read_rows(cfg, id) if is_running(cfg) else []
+    news = {one["address"]: one for row in rows for one in row["recipients"]}
     sidecar["recipients"] = [dict(one, **news.get(one["address"], {})) for one in sidecar["recipients"]]
-    if as_json:
+    if given.json:
         print_json(dict(sidecar, header=data.decode("utf-8", "replace")))
     else:
-        say(format_envelope(sidecar, data, time.time(), find_style()), end="")
+        print(format_envelope(sidecar, data, time.time()), end="")
     return EX_OK
 
 
-def export(cfg: Config, what: str) -> int:
+def export(cfg: Config, given: argparse.Namespace) -> int:
     """The queued messages of a domain as mbox on standard output; they stay queued."""
-    count, code = 0, EX_OK
+    code = EX_OK
     with contextlib.closing(Spool(cfg.spool)) as spool:
-        if os.path.isdir(cfg.spool):
-            spool.open_to_read()
-        for id in spool.list()[0] if spool.root >= 0 else []:
-            try:
-                for sidecar in spool._read_parts(id):       # of version 0.1: it may have several domains
-                    domain, people = sidecar["domain"], sidecar["recipients"]
-                    is_meant = what in (domain, "all", id) or (what[:1] == "@" and is_below(domain, what[1:]))
-                    if is_meant and any(one["state"] == QUEUED for one in people):
-                        body = spool._verify(id, sidecar, sidecar["size"])
-                        sys.stdout.buffer.write(format_mbox(sidecar, body))
-                        count += 1
-            except (Corrupt, NotOurs) as error:
-                if spool._has(id + ".json"):
-                    code = complain("%s: left out: %s" % (id, error), EX_TEMPFAIL)
-    sys.stdout.buffer.flush()
-    if not count and what != "all" and not Destinations(cfg).serves(what):
-        return complain("%s: no such domain here" % what, EX_MISSING)
+        for answer in ask_relay(cfg, "list", given.what):
+            for id, *_ in answer.get("rows", ()):
+                if spool.root < 0:
+                    spool.open_to_read()
+                found, = spool.look([id], "whole", sys.maxsize)
+                if isinstance(found, tuple):
+                    sys.stdout.buffer.write(format_mbox(*found))
+                elif not is_gone(found):        # else it was delivered since
+                    code = complain("%s: left out: %s" % (id, found), EX_TEMPFAIL)
     return code
 
 
-def flush(cfg: Config, what: str, wait: bool, as_json: bool) -> int:
+def flush(cfg: Config, given: argparse.Namespace) -> int:
     """Without a running relay this one delivers, and so must wait."""
-    is_terminal = sys.stdout.isatty() and not as_json
+    wait, is_terminal = not given.no_wait, sys.stdout.isatty() and not given.json
     if not wait and not is_running(cfg):
         complain("no relay runs: this command delivers, and waits for it", EX_OK)
         wait = True
     answer: Dict[str, Any] = {}
-    for answer in ask_relay(cfg, {"command": "flush", "what": what, "wait": wait}):
+    for answer in ask_relay(cfg, "flush", given.what, wait):
         if is_terminal and "left" in answer:
             print("\r" + format_progress(answer["total"], answer["left"]), end="", flush=True)
-    if is_terminal and answer.get("queued") and wait:
+    if is_terminal and answer["queued"] and wait:
         print("\r" + format_progress(answer["queued"], answer["waiting"]))
-    code = say_error(answer)
-    if as_json:
-        print_json({key: value for key, value in answer.items() if key != "exit"})
-    elif "queued" in answer:
-        say("%s: %s" % (what, format_flush(answer, wait)))
+    code = int(answer.pop("exit"))
+    if given.json:
+        print_json(answer)
+    else:
+        print("%s: %s" % (given.what, format_flush(answer, wait)))
     return code
 
 
@@ -8853,24 +8800,31 @@ def format_flush(answer: Mapping[str, Any], waited: bool) -> str:
         answer["delivered"], answer["bounced"] + answer["expired"], answer["waiting"], held, reason)
 
 
-def change_queue(cfg: Config, command: str, what: str, yes: bool) -> int:
+ENDINGS = {"hold": "held", "release": "released", "delete": "deleted", "bounce": "returned to their senders"}
+
+
+def change_queue(cfg: Config, given: argparse.Namespace) -> int:
     """--hold, --release, --delete, --bounce."""
-    if what == "all" and command in ("delete", "bounce") and not yes:
-        is_terminal = sys.stdin is not None and sys.stdin.isatty()
-        if is_terminal:
-            print("Really %s all queued mail? [y/N] " % command, end="", flush=True)
-        reply = sys.stdin.readline() if sys.stdin is not None else ""
-        if not reply and not is_terminal:
-            raise Usage("--%s all needs --yes" % command)
-        if reply.strip().lower() not in ("y", "yes"):
-            print("Nothing was done.")
-            return EX_OK
-    *_, answer = ask_relay(cfg, {"command": command, "what": what})
-    code = say_error(answer)
-    if "count" in answer:
-        busy = "; %d left alone, in delivery at this moment" % answer["busy"] if answer.get("busy") else ""
-        say("%s: %s %s%s" % (what, plural(answer["count"], "message"), ENDINGS[command], busy))
-    return code
+    command, what = given.command, given.what
+    if what == "all" and command in ("delete", "bounce") and not given.yes and not is_sure(command):
+        print("Nothing was done.")
+        return EX_OK
+    *_, answer = ask_relay(cfg, command, what)
+    busy = "; %d left alone, in delivery at this moment" % answer["busy"] if answer.get("busy") else ""
+    print("%s: %s %s%s" % (what, plural(answer["count"], "message"), ENDINGS[command], busy))
+    return int(answer["exit"])
+
+
+def is_sure(command: str) -> bool:
+    """Asks who types, or reads what a script gives.  Raises Failure where there is nobody to ask."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        print("Really %s all queued mail? [y/N] " % command, end="", flush=True)
+    reply = sys.stdin.readline()
+    if not reply and not is_terminal:
+        raise Failure("--%s all needs --yes" % command, EX_USAGE)
+    return reply.strip().lower() in ("y", "yes")
+
 
 # -- --probe
 
@@ -8896,24 +8850,24 @@ def in_time(server: Server, seconds: float, calls: Sequence[Callable[[], Any]]) 
     return [results.get(number, TimeoutError("no answer in time")) for number in range(len(calls))]
 
 
-def probe(cfg: Config, what: str, as_json: bool) -> int:
+def probe(cfg: Config, given: argparse.Namespace) -> int:
     """The route of a domain, and what each host on it answers.  Nothing is sent."""
-    name = parse_what(what)
-    if cfg.domain(name) is None:
-        return complain("%s: no such domain here" % name, EX_MISSING)
-    server, [plan] = know_all(cfg, [name])
+    if cfg.domain(given.what) is None:
+        raise Failure("%s: no such domain here" % given.what, EX_MISSING)
+    server, [plan] = know_all(cfg, [given.what])
     route, = in_time(server, PROBE_ROUTE_S, [lambda: find_route(plan)])
     hops, problem = ([], str(route)) if isinstance(route, Exception) else route
     hosts = [dict(hop._asdict(), mail=None, takes_mail=False, error=None) for hop in hops]
     visits = [functools.partial(visit, plan, hop, host) for hop, host in zip(hops, hosts)]
     for host, late in zip(hosts, in_time(server, PROBE_HOSTS_S, visits)):
         host["error"] = host["error"] or late and str(late)
-    found = {"domain": name, "primary": format_primary(plan.primary), "error": problem or None}
-    if as_json:
+    found = {"domain": plan.name, "primary": format_primary(plan.primary), "error": problem or None}
+    if given.json:
         print_json(dict(found, hosts=hosts))
-    for values in () if as_json else (found, *hosts):
-        texts = {key: ", ".join(one) if isinstance(one, tuple) else one for key, one in values.items()}
-        say("".join("%s: %s\n" % (key, printable(str(one))) for key, one in texts.items() if one is not None))
+    for values in () if given.json else (found, *hosts):
+        texts = {key: ", ".join(one) if isinstance(one, list) else one for key, one in values.items()}
+        print("".join("%s: %s\n" % (key, printable(str(one)))
+                      for key, one in texts.items() if one is not None))
     if any(host["takes_mail"] for host in hosts):
         return EX_OK
     return EX_TEMPFAIL if any(host["mail"] for host in hosts) else EX_UNAVAILABLE
@@ -8927,8 +8881,8 @@ def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
         if client is None:
             raise PeerError(problem)
         with contextlib.closing(client):
-            found.update(greeting=client.greeting, extensions=tuple(
-                ("%s %s" % one).strip().upper() for one in client.esmtp_features.items()))
+            found.update(greeting=client.greeting, extensions=[
+                ("%s %s" % one).strip().upper() for one in client.esmtp_features.items()])
             if ssl is not None and isinstance(client.sock, ssl.SSLSocket):
                 der = client.sock.getpeercert(True) or b""
                 found.update(tls=client.sock.version(), sha256=hashlib.sha256(der).hexdigest())
@@ -8948,31 +8902,31 @@ def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
 Finding = Tuple[str, str, str]          # ok, warning or error; what it is about; text
 
 
-def check(cfg: Config, as_json: bool) -> int:
+def check(cfg: Config, given: argparse.Namespace) -> int:
     """Look at configuration, spool, ports, certificate and DNS; say what is wrong.  Nothing is changed."""
     found: List[Finding] = [("ok", "config", "%s: %s" % (cfg.file, plural(len(cfg.domains), "domain")))]
+    names = [name for name in cfg.domains if name[0] != "."]
+    server, plans = know_all(cfg, names)
     for part in (check_config, check_spool, check_ports):
         try:
-            found.extend(part(cfg))
+            found.extend(part(server))
         except (OSError, ValueError) as error:
             text = describe(error) if isinstance(error, OSError) else str(error)
             found.append(("error", part.__name__[6:], text))
-    names = [name for name in cfg.domains if name[0] != "."]
-    server, plans = know_all(cfg, names)
     calls: List[Callable[[], List[Finding]]] = [functools.partial(check_domain, cfg, plan) for plan in plans]
     calls.append(lambda: [("ok", "hostname", ", ".join(server.resolver.addresses(cfg.hostname)))])
     for name, result in zip([*names, "hostname"], in_time(server, CHECK_S, calls)):
         found += [("warning", name, str(result))] if isinstance(result, Exception) else result
-    if as_json:
+    if given.json:
         print_json([dict(zip(("level", "what", "text"), one)) for one in found])
     else:
-        say("\n".join("%-8s %s: %s" % (level, what, printable(text)) for level, what, text in found))
+        print("\n".join("%-8s %s: %s" % (level, what, printable(text)) for level, what, text in found))
     return EX_CONFIG if any(level == "error" for level, _, _ in found) else EX_OK
 
 
-def check_config(cfg: Config) -> Iterator[Finding]:
-    if cfg.tls_certificate and ssl is not None:
-        Certificate(cfg.tls_certificate, cfg.tls_key)       # or an error for check() to tell
+def check_config(server: Server) -> Iterator[Finding]:
+    cfg = server.cfg
+    server.load_certificate(cfg)        # or an error for check() to tell
     if cfg.status_listen and not cfg.status_token and not parse_address(cfg.status_listen.host).is_loopback:
         yield "warning", "config", "whoever reaches %s reads the page: set a token" % str(cfg.status_listen)
     hidden = (cfg.status_token, cfg.bounces_password, *(one.password for one in cfg.domains.values()))
@@ -8981,9 +8935,10 @@ def check_config(cfg: Config) -> Iterator[Finding]:
             yield "warning", "config", "%s holds a secret, and everybody may read it: chmod o-r" % path
 
 
-def check_spool(cfg: Config) -> Iterator[Finding]:
+def check_spool(server: Server) -> Iterator[Finding]:
     """As the relay's account sees it: as that it opens spool, log, lists and passwords."""
-    folder, account = cfg.spool, Account(cfg.user)
+    cfg = server.cfg
+    folder, account, who = cfg.spool, Account(cfg.user), cfg.user or "this account"
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     is_new, kind, free = folder != cfg.spool, file_system(folder), shutil.disk_usage(folder).free
@@ -9002,17 +8957,14 @@ def check_spool(cfg: Config) -> Iterator[Finding]:
         if cfg.log not in ("stderr", "syslog"):
             paths.append(cfg.log if os.path.isfile(cfg.log) else os.path.dirname(cfg.log))
         for path in paths:
-            if not os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-                yield "error", "spool", "%s cannot write %s" % (cfg.user or "this account", path)
+            if not may_use(path, os.W_OK):
+                yield "error", "spool", "%s cannot write %s" % (who, path)
         for path in filter(None, (cfg.tls_certificate, cfg.tls_key)):
-            if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
-                yield "warning", "config", "%s cannot read %s when it is renewed" % (
-                    cfg.user or "this account", path)
-        for path in recipient_paths(cfg):
-            for number, line in read_recipients(path)[1]:
-                yield "warning", "config", "%s:%d: not an address: %s" % (path, number, line)
-        for password in (cfg.bounces_password, *(one.password for one in cfg.domains.values())):
-            read_secret(password)               # or an error for check() to tell
+            if not may_use(path, os.R_OK):
+                yield "warning", "config", "%s cannot read %s when it is renewed" % (who, path)
+        for file in server.read_files(cfg)[0].values():         # or an error for check() to tell
+            if file.level == "warning":
+                yield "warning", "config", file.remark
     finally:
         account.resume_root()
 
@@ -9027,7 +8979,8 @@ def file_system(folder: str) -> str:
     return ""
 
 
-def check_ports(cfg: Config) -> Iterator[Finding]:
+def check_ports(server: Server) -> Iterator[Finding]:
+    cfg = server.cfg
     wanted = [*cfg.listen, *cfg.odmr_listen, *filter(None, [cfg.status_listen])]
     with contextlib.ExitStack() as stack:       # all at once: one may be in the way of another
         for where in () if is_running(cfg) else wanted:
@@ -9093,24 +9046,43 @@ def play_demo() -> int:
         with bind(Endpoint("127.0.0.1", 0), 1) as one, bind(Endpoint("127.0.0.1", 0), 1) as other:
             port, away = one.getsockname()[1], other.getsockname()[1]
         cfg = start_demo(stack, folder, name="backup", port=port, primary="127.0.0.1:%d" % away)
-        say("A backup MX for example.com is up on 127.0.0.1:%d.  The primary is down." % port)
+        print("A backup MX for example.com is up on 127.0.0.1:%d.  The primary is down." % port)
         with smtplib.SMTP("127.0.0.1", port, "sender.example.org") as client:
             for number in range(5):
                 client.sendmail("sender%d@example.org" % number, "user@example.com", "Subject: hi\n\n")
-        say("Five messages came in, and are safe on disk.  --queue shows:\n")
-        show_queue(cfg, "all", False)
+        print("Five messages came in, and are safe on disk.  --queue shows:\n")
+        print(format_queue(read_rows(cfg, "all"), time.time()))
         primary = start_demo(stack, folder, name="mail", port=away, primary="atrn")
-        say("\nThe primary is back.  The relay would find out, but it asks for its mail:")
+        print("The primary is back.  The relay would find out, but it asks for its mail:")
         with smtplib.SMTP("127.0.0.1", port, "mail.example.com") as client:
             client.ehlo()
             code, text = client.docmd("ETRN", "example.com")
-        say("ETRN example.com\n%d %s" % (code, text.decode("ascii")))
+        print("ETRN example.com\n%d %s" % (code, text.decode("ascii")))
         end = time.monotonic() + DEMO_WAIT_S
-        while read_rows(cfg, "all")[0] and time.monotonic() < end:
+        while read_rows(cfg, "all") and time.monotonic() < end:
             time.sleep(DEMO_POLL_S)
-        is_well = len(read_rows(primary, "all")[0]) == 5
-    say("The primary has them all.  Nothing was lost." if is_well else "Mail is still waiting.")
+        is_well = len(read_rows(primary, "all")) == 5
+    print("The primary has them all.  Nothing was lost." if is_well else "Mail is still waiting.")
     return EX_OK if is_well else EX_TEMPFAIL
+
+
+# -- the command line
+
+WHAT = {"type": parse_what}
+COMMAND_LINE: Dict[str, Tuple[Callable[[Config, argparse.Namespace], int], Dict[str, Any], str]] = {
+    # --name: (what does it, its argument as argparse has it, the options that go with it)
+    "check": (check, {"action": "store_true"}, "json"),
+    "status": (show_status, {"action": "store_true"}, "json"),
+    "queue": (show_queue, {"type": parse_what, "nargs": "?", "const": "all"}, "json"),
+    "show": (show_message, {"type": str.upper}, "json raw"),
+    "probe": (probe, WHAT, "json"),
+    "export": (export, WHAT, ""),
+    "flush": (flush, WHAT, "json no_wait"),
+    "hold": (change_queue, WHAT, ""),
+    "release": (change_queue, WHAT, ""),
+    "delete": (change_queue, WHAT, "yes"),
+    "bounce": (change_queue, WHAT, "yes"),
+}
 
 
 # -- --print-unit
@@ -9192,7 +9164,7 @@ HARDENING = ("NoNewPrivileges", "PrivateDevices", "ProtectControlGroups", "Prote
 
 
 def format_unit(kind: str, config: str) -> str:
-    """From the configuration, or as it would be without one.  Raises ConfigError and Usage."""
+    """From the configuration, or as it would be without one.  Raises ConfigError and Failure."""
     config = os.path.abspath(config)
     try:
         cfg = read_config(config)
@@ -9204,7 +9176,7 @@ def format_unit(kind: str, config: str) -> str:
     words = [sys.executable or "/usr/bin/python3", SCRIPT, "--config", config]
     for path in (*words, cfg.spool, cfg.log):
         if not path.isprintable():
-            raise Usage("%r cannot be written in a unit: give it another name" % path)
+            raise Failure("%r cannot be written in a unit: give it another name" % path, EX_USAGE)
     # The service manager makes a spool below /var/lib, if no colon is in it: that means something in
     # StateDirectory.  It makes none elsewhere: that would be on the wrong disk while its own is not mounted.
     is_state = cfg.spool.startswith("/var/lib/") and ":" not in cfg.spool
@@ -9231,13 +9203,9 @@ def quote_systemd(text: str) -> str:
 def hold_standard_files() -> None:
     """What was closed by who started us (`>&-`, rc.local, cron) becomes /dev/null: else the next file
     or socket would have its number, and be written to."""
-    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)      # takes the lowest number that is free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(fd, mode, closefd=False))
+            setattr(sys, name, open(os.devnull, mode))      # takes the lowest number that is free
 
 
 def run_main() -> None:

@@ -1250,8 +1250,7 @@ class ConfigurationsOfTheWorld(unittest.TestCase):
             self.assertEqual(etrn.parse_recipients(text), (entries, []))
         found, wrong = etrn.parse_recipients(
             "a@b.example\nbob\n@\n@a..b\r\n\n<a@b.example>\nOK a@b.example\na@b@c\n")
-        self.assertEqual((found, wrong), ({"a@b.example"}, [
-            (2, "bob"), (3, "@"), (4, "@a..b"), (6, "<a@b.example>"), (7, "OK a@b.example"), (8, "a@b@c")]))
+        self.assertEqual((found, wrong), ({"a@b.example"}, [2, 3, 4, 6, 7, 8]))
         entries = frozenset(["u@a.example", "@b.example"])
         for text, expected in cases(self, [("<U@A.example>", True), ("<v@a.example>", False),
                 ("<any@B.example.>", True), ("<u@x.b.example>", False)]):
@@ -7880,19 +7879,17 @@ class Terminal(unittest.TestCase):
             "client": {"address": "192.0.2.7", "helo": FOREIGN, "tls": None},
             "recipients": [recipient, dict(recipient, state="delivered", address="done@example.com")]}
 
-    def texts(self, style: etrn.Style) -> List[str]:
+    def texts(self) -> List[str]:
         status, header = facts(text=FOREIGN * 3).status, ("Subject: " + FOREIGN).encode("utf-8", "replace")
-        return [etrn.format_queue(self.rows, WALL, style), etrn.format_status(status, WALL, style),
-                etrn.format_envelope(self.sidecar, header, WALL, style)]
+        return [etrn.format_queue(self.rows, WALL), etrn.format_status(status, WALL),
+                etrn.format_envelope(self.sidecar, header, WALL)]
 
-    def test_nothing_foreign_reaches_the_terminal_and_colours_change_no_column(self) -> None:
-        for plain, coloured in zip(self.texts(etrn.PLAIN), self.texts(etrn.Style(True))):
-            self.assertTrue(all(c.isprintable() or c == "\n" for c in plain))
-            self.assertEqual(re.sub("\033\\[[0-9]+m", "", coloured), plain)
-            self.assertIn("\033[1m", coloured)
+    def test_nothing_foreign_reaches_the_terminal(self) -> None:
+        for text in self.texts():
+            self.assertTrue(all(c.isprintable() or c == "\n" for c in text))
 
     def test_queue_status_and_envelope_say_what_is_asked(self) -> None:
-        queue, status, envelope = self.texts(etrn.PLAIN)
+        queue, status, envelope = self.texts()
         offline = facts(text="x.example", spool={"sick": "EIO", "loading": True}).status
         offline.update(pid=None, uptime=None)   # type: ignore[attr-defined]
         for text, pattern in cases(self, [
@@ -8176,7 +8173,7 @@ class Checks(Asking):
         with open(os.path.join(self.folder, "users"), "w", encoding="utf-8") as file:
             file.write("\ufeffuser@%s OK\r\nnonsense\n" % DOMAIN)
         for level, text, options in cases(self, [
-                ("warning", "users:2: not an address: nonsense", {"domain": "recipients = file:users"}),
+                ("warning", "; not an address in line 2", {"domain": "recipients = file:users"}),
                 ("error", "none: No such file", {"bounces": "username = u\npassword = file: none"}),
                 ("error", "none.pem", {"bounces": "[tls]\ncertificate = none.pem\nkey = none.key"}),
                 ("error", "/users: [SSL]", {"bounces": "[tls]\ncertificate = users\nkey = users"}),
