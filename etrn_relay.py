@@ -650,10 +650,6 @@ def parse_listener(text: str, port: int = SMTP_PORT) -> List[Endpoint]:
     return [Endpoint(host, where.port) for host in hosts]
 
 
-def parse_page(text: str) -> Endpoint:
-    return parse_listener(text, -1)[0]          # no port is usual for it, so one must be named
-
-
 def parse_route(text: str) -> Route:
     return "mx" if text.lower() == "mx" else parse_endpoint(text)
 
@@ -718,12 +714,26 @@ class Option(NamedTuple):
     none: Any = ""              # the value where there is none
     paths: Tuple[str, ...] = ()         # a text that begins so is a path
 
+    def read(self, text: str, folder: str) -> Any:
+        """The value.  Paths are relative to `folder`.  Raises ValueError."""
+        if not self.default and text.lower() in ("", "none"):
+            return self.none
+        if not text:
+            raise ValueError("is empty")
+        if (self.parse is parse_file or text.startswith(self.paths)) and text not in ("stderr", "syslog"):
+            head = "file:" if "file:" in self.paths else ""
+            return head + os.path.join(folder, parse_file(text[len(head):].strip()))
+        value = self.parse(text)
+        if isinstance(value, (int, float)) and not self.low <= value <= self.high:
+            show = {DURATION: format_duration, OCTETS: format_size}.get(self.parse, str)
+            most = " at least" if self.high == INF else " to " + show(self.high)
+            raise ValueError("'%s' is out of range (%s%s)" % (text, show(self.low), most))
+        return value
+
 
 def option(*given: Any, **named: Any) -> Any:
     row = Option(*given, **named)
-    is_plain = row.default and not row.default.startswith(row.paths)
-    value = row.parse(row.default) if is_plain else row.default or row.none
-    return dataclasses.field(default=value, metadata={"option": row})
+    return dataclasses.field(default=row.read(row.default, ""), metadata={"option": row})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -789,8 +799,9 @@ class Config:
     bounces_username: str = option(parse_login, "", "AUTH at the smarthost, only over TLS.")
     bounces_password: str = option(parse_login, "", "The password, or file:PATH.", paths=("file:",))
     bounces_postmaster: str = option(parse_mail_address, "", "Gets notices that could not be delivered.")
-    status_listen: Optional[Endpoint] = option(parse_page, "", "Address of the status page: 127.0.0.1:8025; "
-                                               "a bare port means all of IPv4, [::]:8025 both.", none=None)
+    status_listen: Optional[Endpoint] = option(     # no port is usual for it, so one must be named
+        lambda text: parse_listener(text, -1)[0], "", "Address of the status page: 127.0.0.1:8025; "
+        "a bare port means all of IPv4, [::]:8025 both.", none=None)
     status_token: str = option(str, "", "Asked as bearer token or as basic-auth password when set.")
     alerts_command: str = option(str, "", "Run when a primary goes down, comes back, or rejects after coming "
                                  "back, and when mail, the disk or the certificate nears its end.")
@@ -845,11 +856,11 @@ def _list_options(kind: Any, home: str) -> Iterator[Tuple[Tuple[str, str], Optio
 OPTIONS = dict([*_list_options(Config, "relay"), *_list_options(DomainConfig, "domain")])
 
 
-def parse_config(text: str, file: str, fqdn: str = "localhost") -> Config:
-    """`fqdn` is the machine's name, the default of `hostname`.  Raises ConfigError at the first fault."""
+def parse_config(text: str, file: str) -> Config:
+    """`hostname` stays empty where none is given.  Raises ConfigError at the first fault."""
     parser = _Parser(file)
     parser.read(text)
-    return parser.build(fqdn)
+    return parser.build()
 
 
 Given = Dict[str, Tuple[Any, int]]      # the options of a section: value and line
@@ -899,40 +910,23 @@ class _Parser:
         texts, line = [part.strip() for part, _, _ in parts], int(parts[0][2])
         row = OPTIONS.get((home, key))
         if row is None:
-            elsewhere = {name: " in [%s]" % where for where, name in OPTIONS}
-            here = {name: "" for where, name in OPTIONS if where == home}
-            raise self.fault(line, "unknown option '%s'%s" % (key, _meant(key, {**elsewhere, **here})))
+            places = {name: " in [%s]" % where for where, name in OPTIONS}
+            places.update((name, "") for where, name in OPTIONS if where == home)
+            raise self.fault(line, "unknown option '%s'%s" % (key, _meant(key, places)))
         if row.parse not in (str, parse_login):
             texts = [re.sub(r"(?:^|\s)[#;].*", "", text).strip() for text in texts]
         if len(parts) > 1 and not isinstance(row.parse, ListOf):
             raise self.fault(int(parts[1][2]), "this line, indented, goes on with '%s'" % key)
         try:
-            return self.value(row, " ".join(filter(None, texts))), line
+            return row.read(" ".join(filter(None, texts)), self.folder), line
         except ValueError as error:
             raise self.fault(line, "%s: %s" % (key, error)) from None
 
-    def value(self, row: Option, text: str) -> Any:
-        """Paths become whole ones.  Raises ValueError."""
-        if not row.default and text.lower() in ("", "none"):
-            return row.none
-        if not text:
-            raise ValueError("is empty")
-        if (row.parse is parse_file or text.startswith(row.paths)) and text not in ("stderr", "syslog"):
-            head = "file:" if "file:" in row.paths else ""
-            return head + os.path.join(self.folder, parse_file(text[len(head):].strip()))
-        value = row.parse(text)
-        if isinstance(value, (int, float)) and not row.low <= value <= row.high:
-            show = {DURATION: format_duration, OCTETS: format_size}.get(row.parse, str)
-            most = " at least" if row.high == INF else " to " + show(row.high)
-            raise ValueError("'%s' is out of range (%s%s)" % (text, show(row.low), most))
-        return value
-
-    def build(self, fqdn: str) -> Config:
+    def build(self) -> Config:
         flat: Dict[str, Any] = {"spool": os.path.join(self.folder, "spool")}
         for section in SECTIONS[:-1]:
             for key, (value, _) in self.sections[section].items():
                 flat[key if section == "relay" else "%s_%s" % (section, key)] = value
-        flat["hostname"] = flat.get("hostname") or fqdn
         self.check_pair(self.sections["tls"], "certificate", "key")
         self.check_pair(self.sections["bounces"], "username", "password")
         domains: Dict[str, DomainConfig] = {}
@@ -953,15 +947,14 @@ class _Parser:
                 raise self.fault(given[one][1], "%s needs %s beside it" % (one, other))
 
     def domain(self, name: str, given: Given) -> DomainConfig:
-        """Where one of the two pauses between attempts is set, the default of the other follows it."""
+        """Where retry_interval alone is set, it may be longer than the default of max_retry_interval."""
         cfg = DomainConfig(name, **{key: value for key, (value, _) in given.items()})
-        if cfg.max_retry_interval >= cfg.retry_interval:
+        if "retry_interval" not in given or cfg.max_retry_interval >= cfg.retry_interval:
             return cfg
-        lines = [given[key][1] for key in ("retry_interval", "max_retry_interval") if key in given]
-        if len(lines) > 1:
-            raise self.fault(max(lines), "max_retry_interval is smaller than retry_interval")
-        pause = cfg.retry_interval if "retry_interval" in given else cfg.max_retry_interval
-        return dataclasses.replace(cfg, retry_interval=pause, max_retry_interval=pause)
+        if "max_retry_interval" in given:
+            line = given["max_retry_interval"][1]
+            raise self.fault(line, "max_retry_interval is smaller than retry_interval")
+        return dataclasses.replace(cfg, max_retry_interval=cfg.retry_interval)
 
 
 def _meant(word: str, known: Mapping[str, str]) -> str:
@@ -988,31 +981,6 @@ def parse_recipients(text: str) -> Tuple[FrozenSet[str], List[int]]:
 
 def is_listed(path: Path, entries: FrozenSet[str]) -> bool:
     return path.key in entries or "@" + path.domain in entries
-
-
-SAMPLE_HEAD = """\
-# etrn.conf - the configuration of etrn_relay.py, a backup mail exchanger.
-#
-# As it stands this file runs, unprivileged, on loopback: a try-out.  For a
-# real backup MX set hostname, listen and your domain; leave the rest alone.
-# Durations: 30s 5m 4h 7d 2w.  Sizes: 512K 50M 1G.  Lists: comma or space.
-# [defaults] takes the options of [domain example.com], for all domains;
-# [domain .example.com] means all subdomains of example.com.
-"""
-SAMPLE_VALUES = {("relay", "hostname"): "backup.example.net", ("relay", "listen"): "127.0.0.1:2525",
-                 ("domain", "primary"): "127.0.0.1:2526"}
-
-
-def format_sample() -> str:
-    """The text of etrn.conf.sample: every option with its default."""
-    out, last = [SAMPLE_HEAD.rstrip()], ""
-    for (section, name), row in OPTIONS.items():
-        if section != last:
-            out.append("\n[%s]" % ("domain example.com" if section == "domain" else section))
-        out += textwrap.wrap(row.text, 78, initial_indent="# ", subsequent_indent="# ")
-        last, value = section, SAMPLE_VALUES.get((section, name))
-        out.append("%s = %s" % (name, value) if value else "#%s = %s" % (name, row.default or "none"))
-    return "\n".join(out) + "\n"
 
 
 # == 5. LOG ====================================================================
@@ -3882,13 +3850,16 @@ RESOLV_CONF = "/etc/resolv.conf"        # alone means the system's resolver, wit
 class DnsError(Exception):
     """No usable answer.  For the primary's mail this is always temporary."""
 
-    def __init__(self, text: str, is_absent: bool = False) -> None:
-        super().__init__(text)
-        self.is_absent = is_absent      # a server says that there is no such name
+
+class NoSuchName(DnsError):
+    """A server says so."""
+
+
+class Truncated(DnsError):
+    """The whole answer comes by TCP."""
 
 
 class Answer(NamedTuple):
-    is_truncated: bool
     records: List[Any]          # A, AAAA: address; MX: (preference, host); PTR: host
     name: str                   # their owner: the name asked for, or the last alias in the packet
 
@@ -3946,10 +3917,11 @@ def parse_answer(packet: bytes, id: int, name: str, kind: int) -> Optional[Answe
     if not flags & 0x8000 or questions != 1 or asked != name.lower() or packet[at:at + 4] != question:
         raise DnsError("answer to another question")
     if flags & 0x0200:
-        return Answer(True, [], asked)
+        raise Truncated("a truncated answer")
+    if rcode == NXDOMAIN:
+        raise NoSuchName("no such name: %s" % name)
     if rcode:
-        raise DnsError("no such name: %s" % name if rcode == NXDOMAIN else "error code %d" % rcode,
-                       is_absent=rcode == NXDOMAIN)
+        raise DnsError("error code %d" % rcode)
     at += 4
     found: Dict[Tuple[str, int], List[Any]] = {}
     for _ in range(min(answers, DNS_RECORDS_MAX)):
@@ -3960,7 +3932,7 @@ def parse_answer(packet: bytes, id: int, name: str, kind: int) -> Optional[Answe
             found.setdefault((owner, its_kind), []).append(_parse_data(packet, at - size, size, its_kind))
     for _ in range(DNS_CNAMES_MAX + 1):
         if (asked, kind) in found or (asked, CNAME) not in found:
-            return Answer(False, found.get((asked, kind), []), asked)
+            return Answer(found.get((asked, kind), []), asked)
         asked = found[asked, CNAME][0]
     raise DnsError("its aliases have no end")
 
@@ -4018,15 +3990,13 @@ class Resolver:
                 break
             for is_stream in (False, True):
                 try:
-                    answer = _exchange(server, name, kind, end, is_stream)
-                    if not answer.is_truncated:
-                        return answer
-                    problem = "%s: a truncated answer" % (server,)
+                    return _exchange(server, name, kind, end, is_stream)
+                except NoSuchName:
+                    raise
                 except (OSError, DnsError) as error:
-                    if getattr(error, "is_absent", False):
-                        raise
                     problem = "%s: %s" % (server, error)
-                    break
+                    if not isinstance(error, Truncated):
+                        break
         raise DnsError("DNS lookup of %s failed: %s" % (name, problem))
 
     def addresses(self, host: str) -> List[str]:
@@ -4064,11 +4034,8 @@ class Resolver:
                 host = parse_domain(name)
                 if str(bare) in self.query(host, A if bare.version == 4 else AAAA, DNS_TRY_S):
                     return host
-        except ValueError:
-            pass                        # not the name of a host
-        except DnsError as error:
-            if not error.is_absent:
-                raise
+        except (ValueError, NoSuchName):
+            pass                        # it has none, or not that of a host
         return ""
 
 
@@ -4143,7 +4110,7 @@ def format_notice(hostname: str, target: str, sidecar: Mapping[str, Any], action
         "From: Mail Delivery System <MAILER-DAEMON@%s>" % hostname,
         "To: <%s>" % target if len(target.encode()) < FIELD_MAX else "To: undisclosed-recipients:;",
         "Subject: " + _TEXTS[action][0], "Date: " + format_date(int(now)),
-        "Message-ID: <%s@%s>" % (message_id, hostname), *_references(original),
+        "Message-ID: <%s@%s>" % (message_id, hostname),
         "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
         'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary],
         b"".join(data for _, _, data in parts)) + b"This is a MIME-encapsulated message.\r\n"
@@ -4157,14 +4124,6 @@ def _fields(lines: List[str], data: bytes) -> bytes:
     """The header before `data`."""
     encoding = [] if data.isascii() else ["Content-Transfer-Encoding: 8bit"]
     return "\r\n".join([*lines, *encoding, "", ""]).encode("utf-8")
-
-
-def _references(original: bytes) -> List[str]:
-    """The thread it belongs to, RFC 3834 3.1.5; only an ID that cannot be anything else."""
-    header = original[:HEADER_SCAN_MAX].partition(b"\r\n\r\n")[0]
-    found = re.search(rb"(?im)^message-id:[ \t]*(<[!-;=?-~]{3,250}>)[ \t]*\r?$", header)
-    id = found.group(1).decode("ascii") if found else ""
-    return ["In-Reply-To: " + id, "References: " + id] if id else []
 
 
 def _escape(text: str, longest: int = RESPONSE_MAX, plain: str = " -~") -> str:
@@ -7019,10 +6978,9 @@ class History:
         return [hours.get(one, (0, "off")) for one in range(hour - HISTORY_HOURS + 1, hour + 1)]
 
     def to_values(self, wall: Time) -> Dict[str, Any]:
-        """For history.json.  When the table is full, domains not seen for a week make room."""
-        if len(self.domains) >= HISTORY_DOMAINS_MAX:
-            week_ago = wall // 3600 - HISTORY_HOURS
-            self.domains = {name: hours for name, hours in self.domains.items() if max(hours) > week_ago}
+        """For history.json.  Domains not seen for a week make room for others."""
+        week_ago = wall // 3600 - HISTORY_HOURS
+        self.domains = {name: hours for name, hours in self.domains.items() if max(hours) > week_ago}
         return {"format": 2, "domains": {name: [[hour, *hours[hour]] for hour in sorted(hours)]
                                          for name, hours in self.domains.items()}}
 
@@ -7139,13 +7097,10 @@ PAGE = """<!DOCTYPE html>
 <a href="/healthz">healthz</a></footer>
 </main></body></html>
 """
-PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-
-
-def page_policy() -> str:
-    """Content-Security-Policy of the page: its one style sheet by hash, and nothing else from anywhere."""
-    digest = base64.b64encode(hashlib.sha256(PAGE_STYLE.encode("utf-8")).digest()).decode("ascii")
-    return "style-src 'sha256-%s'; %s" % (digest, PAGE_POLICY)
+# The page's one style sheet by its hash, and nothing else from anywhere.
+PAGE_POLICY = (
+    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; style-src 'sha256-%s'"
+    % base64.b64encode(hashlib.sha256(PAGE_STYLE.encode("ascii")).digest()).decode("ascii"))
 
 
 def escape(text: str) -> str:
@@ -7941,8 +7896,7 @@ class HttpServer:
         make, kind = self.makers[path]
         text = make(self.server.facts())
         code = 503 if path == "/healthz" and text != "ok\n" else 200
-        return format_http(code, text, kind, page_policy() if path == "/" else PAGE_POLICY,
-                           is_head=method == "HEAD")
+        return format_http(code, text, kind, is_head=method == "HEAD")
 
     def _is_allowed(self, given: str) -> bool:
         """The token as bearer, RFC 6750 2.1, or as basic-auth password of any user, RFC 7617."""
@@ -7957,12 +7911,12 @@ class HttpServer:
         return not token or hmac.compare_digest(data, token)
 
 
-def format_http(code: int, text: str, kind: str = "text/plain", policy: str = PAGE_POLICY,
-                extra: Sequence[str] = (), is_head: bool = False) -> bytes:
+def format_http(code: int, text: str, kind: str = "text/plain", extra: Sequence[str] = (),
+                is_head: bool = False) -> bytes:
     body = text.encode("utf-8", "backslashreplace")
     lines = ["HTTP/1.0 %d %s" % (code, http.client.responses[code]),
              "Content-Type: %s; charset=utf-8" % kind, "Content-Length: %d" % len(body),
-             "Content-Security-Policy: %s" % policy, "Cache-Control: no-store",
+             "Content-Security-Policy: %s" % PAGE_POLICY, "Cache-Control: no-store",
              "X-Content-Type-Options: nosniff", "X-Frame-Options: DENY", "Referrer-Policy: no-referrer",
              "Connection: close", *extra]
     return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + (b"" if is_head else body)
@@ -8376,7 +8330,7 @@ def read_config(file: str) -> Config:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(file, data[:error.start].count(b"\n") + 1, "not UTF-8") from None
-    cfg = parse_config(text, file, "")
+    cfg = parse_config(text, file)
     return cfg if cfg.hostname else dataclasses.replace(cfg, hostname=fully_qualified_name())
 
 
@@ -8610,13 +8564,13 @@ def connect_control(cfg: Config) -> Optional[socket.socket]:
 
 
 def is_running(cfg: Config) -> bool:
-    try:
+    """One that we may not talk to runs, too."""
+    with contextlib.suppress(Failure):
         sock = connect_control(cfg)
-    except Failure:
-        return True
-    if sock is not None:
+        if sock is None:
+            return False
         sock.close()
-    return sock is not None
+    return True
 
 
 def ask_relay(cfg: Config, command: str, what: str = "all", wait: bool = True) -> Iterator[Dict[str, Any]]:
@@ -8677,25 +8631,20 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
         account.resume_root()
 
 
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
+def print_answer(given: argparse.Namespace, value: Any, form: Callable[[], str]) -> None:
+    """For a program, or for people."""
+    print(json.dumps(value, indent=1) if given.json else form().rstrip("\n"))
 
 
 def show_status(cfg: Config, given: argparse.Namespace) -> int:
     status, = ask_relay(cfg, "status")
-    if given.json:
-        print_json(public_status(status))
-    else:
-        print(format_status(status, time.time()), end="")
+    print_answer(given, public_status(status), lambda: format_status(status, time.time()))
     return EX_OK
 
 
 def show_queue(cfg: Config, given: argparse.Namespace) -> int:
     rows = read_rows(cfg, given.what)
-    if given.json:
-        print_json(rows)
-    else:
-        print(format_queue(rows, time.time()), end="")
+    print_answer(given, rows, lambda: format_queue(rows, time.time()))
     return EX_OK
 
 
@@ -8746,10 +8695,8 @@ def show_message(cfg: Config, given: argparse.Namespace) -> int:
     rows = read_rows(cfg, id) if is_running(cfg) else []
     news = {one["address"]: one for row in rows for one in row["recipients"]}
     sidecar["recipients"] = [dict(one, **news.get(one["address"], {})) for one in sidecar["recipients"]]
-    if given.json:
-        print_json(dict(sidecar, header=data.decode("utf-8", "replace")))
-    else:
-        print(format_envelope(sidecar, data, time.time()), end="")
+    print_answer(given, dict(sidecar, header=data.decode("utf-8", "replace")),
+                 lambda: format_envelope(sidecar, data, time.time()))
     return EX_OK
 
 
@@ -8782,10 +8729,7 @@ def flush(cfg: Config, given: argparse.Namespace) -> int:
     if is_terminal and answer["queued"] and wait:
         print("\r" + format_progress(answer["queued"], answer["waiting"]))
     code = int(answer.pop("exit"))
-    if given.json:
-        print_json(answer)
-    else:
-        print("%s: %s" % (given.what, format_flush(answer, wait)))
+    print_answer(given, answer, lambda: "%s: %s" % (given.what, format_flush(answer, wait)))
     return code
 
 
@@ -8862,15 +8806,16 @@ def probe(cfg: Config, given: argparse.Namespace) -> int:
     for host, late in zip(hosts, in_time(server, PROBE_HOSTS_S, visits)):
         host["error"] = host["error"] or late and str(late)
     found = {"domain": plan.name, "primary": format_primary(plan.primary), "error": problem or None}
-    if given.json:
-        print_json(dict(found, hosts=hosts))
-    for values in () if given.json else (found, *hosts):
-        texts = {key: ", ".join(one) if isinstance(one, list) else one for key, one in values.items()}
-        print("".join("%s: %s\n" % (key, printable(str(one)))
-                      for key, one in texts.items() if one is not None))
+    print_answer(given, dict(found, hosts=hosts), lambda: "\n\n".join(map(format_probe, (found, *hosts))))
     if any(host["takes_mail"] for host in hosts):
         return EX_OK
     return EX_TEMPFAIL if any(host["mail"] for host in hosts) else EX_UNAVAILABLE
+
+
+def format_probe(values: Mapping[str, Any]) -> str:
+    texts = {key: ", ".join(one) if isinstance(one, list) else str(one)
+             for key, one in values.items() if one is not None}
+    return "\n".join("%s: %s" % (key, printable(text)) for key, text in texts.items())
 
 
 def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
@@ -8917,10 +8862,8 @@ def check(cfg: Config, given: argparse.Namespace) -> int:
     calls.append(lambda: [("ok", "hostname", ", ".join(server.resolver.addresses(cfg.hostname)))])
     for name, result in zip([*names, "hostname"], in_time(server, CHECK_S, calls)):
         found += [("warning", name, str(result))] if isinstance(result, Exception) else result
-    if given.json:
-        print_json([dict(zip(("level", "what", "text"), one)) for one in found])
-    else:
-        print("\n".join("%-8s %s: %s" % (level, what, printable(text)) for level, what, text in found))
+    print_answer(given, [dict(zip(("level", "what", "text"), one)) for one in found], lambda: "\n".join(
+        "%-8s %s: %s" % (level, what, printable(text)) for level, what, text in found))
     return EX_CONFIG if any(level == "error" for level, _, _ in found) else EX_OK
 
 

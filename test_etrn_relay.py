@@ -55,6 +55,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -1052,7 +1053,7 @@ class Configuration(Folder):
                 ("[domain a.example]", "delay_notice = 4h", "delay_notice", 14400),
                 ("[domain a.example]", "delay_notice = Off", "delay_notice", 0),
                 ("[domain a.example]", "retry_interval = 2h", "max_retry_interval", 7200),
-                ("[domain a.example]", "max_retry_interval = 5s", "retry_interval", 5),
+                ("[domain a.example]", "max_retry_interval = 5s", "max_retry_interval", 5),
                 ("[domain a.example]", "tls = SHA256:" + "AB:" * 31 + "cd", "tls",
                  "sha256:" + "ab" * 31 + "cd"),
                 ("[domain a.example]", "recipients = U@A.Example,\n  v@a.example\n", "recipients",
@@ -1130,6 +1131,31 @@ class Configuration(Folder):
         self.assertEqual(run("--config", file, "--status"), (78, "", "%s:2: not UTF-8\n" % file))
 
 
+SAMPLE_HEAD = """\
+# etrn.conf - the configuration of etrn_relay.py, a backup mail exchanger.
+#
+# As it stands this file runs, unprivileged, on loopback: a try-out.  For a
+# real backup MX set hostname, listen and your domain; leave the rest alone.
+# Durations: 30s 5m 4h 7d 2w.  Sizes: 512K 50M 1G.  Lists: comma or space.
+# [defaults] takes the options of [domain example.com], for all domains;
+# [domain .example.com] means all subdomains of example.com.
+"""
+SAMPLE_VALUES = {("relay", "hostname"): "backup.example.net", ("relay", "listen"): "127.0.0.1:2525",
+                 ("domain", "primary"): "127.0.0.1:2526"}
+
+
+def format_sample() -> str:
+    """The text of etrn.conf.sample: every option with its default."""
+    out, last = [SAMPLE_HEAD.rstrip()], ""
+    for (section, name), row in etrn.OPTIONS.items():
+        if section != last:
+            out.append("\n[%s]" % ("domain example.com" if section == "domain" else section))
+        out += textwrap.wrap(row.text, 78, initial_indent="# ", subsequent_indent="# ")
+        last, value = section, SAMPLE_VALUES.get((section, name))
+        out.append("%s = %s" % (name, value) if value else "#%s = %s" % (name, row.default or "none"))
+    return "\n".join(out) + "\n"
+
+
 class OptionTable(unittest.TestCase):
     """Options are declared once; this is the contract's table."""
 
@@ -1172,7 +1198,7 @@ class OptionTable(unittest.TestCase):
     def test_etrn_conf_sample_is_what_the_table_makes_and_parses(self) -> None:
         with open(SAMPLE, encoding="utf-8") as file:
             text = file.read()
-        self.assertEqual(text, etrn.format_sample())
+        self.assertEqual(text, format_sample())
         cfg = etrn.parse_config(text, "/x/etrn.conf")
         self.assertEqual((cfg.listen, list(cfg.domains)), ((("127.0.0.1", 2525),), ["example.com"]))
         every = etrn.parse_config(re.sub("(?m)^#([a-z_]+ = )", r"\1", text), "/x/etrn.conf")
@@ -4941,7 +4967,6 @@ class Packets(unittest.TestCase):
 
     def records(self, kind: int, *records: bytes) -> Tuple[List[Any], str]:
         answer = self.parse(dns_answer(7, "a.example", kind, records), kind)
-        self.assertFalse(answer.is_truncated)
         return answer.records, answer.name
 
     def test_a_query_is_a_question_and_nothing_else(self) -> None:
@@ -5056,9 +5081,8 @@ class Nameservers(NameserverCase):
             self.assertEqual([how for how, _, _ in server.asked], how)
 
     def test_a_name_that_does_not_exist_is_an_error_and_one_without_records_is_not(self) -> None:
-        with self.assertRaisesRegex(etrn.DnsError, "no such name") as caught:
+        with self.assertRaisesRegex(etrn.NoSuchName, "no such name"):
             self.resolver().query("none.example", etrn.MX)
-        self.assertTrue(caught.exception.is_absent)
         self.assertEqual(self.resolver().query("bare.example", etrn.MX), [])
 
     def test_the_next_server_is_asked_when_one_fails(self) -> None:
@@ -5077,7 +5101,7 @@ class Nameservers(NameserverCase):
             with shorten(DNS_TRY_S=0.05, DNS_TOTAL_S=0.3), \
                     self.assertRaisesRegex(etrn.DnsError, "lookup of a.example failed") as caught:
                 self.resolver(silent).query("a.example", etrn.MX)
-            self.assertFalse(caught.exception.is_absent)
+            self.assertNotIsInstance(caught.exception, etrn.NoSuchName)
 
     def test_addresses_come_ipv4_first(self) -> None:
         resolver = self.resolver()
@@ -5306,17 +5330,6 @@ class Notices(unittest.TestCase):
             ours = data[:data.index(b"Undelivered Message")] if full else data
             self.assertLessEqual(max(map(len, ours.split(b"\r\n"))), 998)
             self.assertNotRegex(data, rb"\r(?!\n)|(?<!\r)\n|\0")
-
-    def test_a_notice_belongs_to_the_thread_of_its_message_and_believes_no_odd_id(self) -> None:
-        for header, expected in cases(self, [
-                (b"Message-ID: <a.b@x.example>\r\n", "<a.b@x.example>"),
-                (b"message-id:<a@b>\r\nSubject: x\r\n", "<a@b>"),
-                (b"Message-ID: <a@x>\r\n Bcc: v@x\r\n", "<a@x>"),
-                (b"Message-ID: <a b@x>\r\n", None), (b"Message-ID: \r\n <a@x>\r\n", None),
-                (b"Subject: x\r\n\r\nMessage-ID: <a@x>\r\n", None), (b"Message-ID: <\xe9@x>\r\n", None),
-                (b"Message-ID: <%s@x>\r\n" % (b"y" * 300), None)]):
-            message, _ = notice([verdict()], header)
-            self.assertEqual((message["References"], message["In-Reply-To"]), (expected, expected))
 
     def test_what_an_operator_returned_was_neither_refused_nor_waited_for(self) -> None:
         words = "Returned by the postmaster of the backup mail server"
@@ -7562,11 +7575,10 @@ class Page(unittest.TestCase):
     def test_the_policy_allows_this_very_style_and_nothing_else(self) -> None:
         style = etrn.format_page(facts()).partition("<style>")[2].partition("</style>")[0]
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-        nothing = dict.fromkeys(["default-src", "base-uri", "form-action", "frame-ancestors"], "'none'")
-        for policy, expected in cases(self, [
-                (etrn.PAGE_POLICY, nothing),
-                (etrn.page_policy(), dict(nothing, **{"style-src": "'sha256-%s'" % digest}))]):
-            self.assertEqual(dict(part.strip().partition(" ")[::2] for part in policy.split(";")), expected)
+        expected = dict.fromkeys(["default-src", "base-uri", "form-action", "frame-ancestors"], "'none'")
+        expected["style-src"] = "'sha256-%s'" % digest
+        parts = [part.strip().partition(" ") for part in etrn.PAGE_POLICY.split(";")]
+        self.assertEqual({name: value for name, _, value in parts}, expected)
 
     def test_metrics_are_prometheus_text(self) -> None:
         families = parse_metrics(etrn.format_metrics(facts(text=FOREIGN)))
@@ -7694,9 +7706,8 @@ class PageOverHttp(Pages):
             self.assertEqual((status, fields["Content-Type"]), (200, kind + "; charset=utf-8"))
             self.assertEqual(fetch(port, path, "HEAD")[::2], (200, ""))
             self.assertEqual(int(fields["Content-Length"]), len(body.encode()))
-            policy = etrn.page_policy() if path == "/" else etrn.PAGE_POLICY
             for name, value in (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-                                ("Content-Security-Policy", policy)):
+                                ("Content-Security-Policy", etrn.PAGE_POLICY)):
                 self.assertEqual(fields[name], value)
         for method in cases(self, ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "FLUSH"]):
             status, fields, _ = fetch(port, "/", method)
