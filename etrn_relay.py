@@ -8453,7 +8453,7 @@ def open_config(given: Optional[str]) -> Config:
 
 
 def parse_what(text: str) -> str:
-    """all, an ID in upper case, a domain, or @domain.  Raises Failure."""
+    """all, an ID in upper case, a domain, or @domain."""
     if text.lower() == "all":
         return "all"
     if _ID.fullmatch(text.upper()):
@@ -8461,8 +8461,7 @@ def parse_what(text: str) -> str:
     try:
         return "@" + parse_domain(text[1:]) if text[:1] == "@" else parse_domain(text)
     except ValueError:
-        text = "'%s' is neither a domain, a queue ID, nor all" % printable(text, 100)
-        raise Failure(text, EX_USAGE) from None
+        raise argparse.ArgumentTypeError("%a is neither a domain, a queue ID, nor all" % text) from None
 
 
 def may_use(path: str, mode: int) -> bool:
