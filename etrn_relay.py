@@ -992,9 +992,10 @@ LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 NOTABLE = ("primary", "flush", "master")        # services that tell of more than one message
 
 
-def describe(error: OSError) -> str:
-    text = error.strerror or str(error)
-    return "%s: %s" % (error.filename, text) if error.filename and error.strerror else text
+def describe(error: Exception) -> str:
+    """With the name of the file that it is about."""
+    text, file = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None)
+    return "%s: %s" % (file, text) if file else text
 
 
 def short_name(hostname: str) -> str:
@@ -8237,7 +8238,7 @@ class Server:
             self.cfg = old
             if self.log.where != old_log:
                 self.log.reopen(old_log)
-            text = printable(describe(error) if isinstance(error, OSError) else str(error))
+            text = printable(describe(error))
             return self.log.write("master", "not reloaded, the old configuration stays: " + text, "error")
         self.recipient_files, self.logins = files, logins
         try:
@@ -8838,7 +8839,7 @@ def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
             with contextlib.suppress(PeerError, OSError):       # everything of interest was said before
                 client.ask("QUIT", "", PROBE_REPLY_S)
     except (PeerError, OSError, ValueError) as error:
-        found["error"] = describe(error) if isinstance(error, OSError) else str(error)
+        found["error"] = describe(error)
 
 
 # -- --check
@@ -8855,8 +8856,7 @@ def check(cfg: Config, given: argparse.Namespace) -> int:
         try:
             found.extend(part(server))
         except (OSError, ValueError) as error:
-            text = describe(error) if isinstance(error, OSError) else str(error)
-            found.append(("error", part.__name__[6:], text))
+            found.append(("error", part.__name__[6:], describe(error)))
     calls: List[Callable[[], List[Finding]]] = [functools.partial(check_domain, cfg, plan) for plan in plans]
     calls.append(lambda: [("ok", "hostname", ", ".join(server.resolver.addresses(cfg.hostname)))])
     for name, result in zip([*names, "hostname"], in_time(server, CHECK_S, calls)):
