@@ -8487,20 +8487,24 @@ class Account:
                 raise OSError(0, "user = %s: only root can become another account" % name)
             self.name = name if os.geteuid() == 0 and self.uid != 0 else ""
 
-    def assume(self, spool: str) -> None:
-        """For the opening of spool and log; a spool that does not exist yet is made for the account."""
-        if self.name:
-            if not os.path.isdir(spool):
-                os.makedirs(spool, 0o700)
-                os.chown(spool, self.uid, self.gid)
-            os.initgroups(self.name, self.gid)
-            os.setegid(self.gid)
-            os.seteuid(self.uid)
-            if not may_use(spool, os.R_OK | os.W_OK | os.X_OK):
+    @contextlib.contextmanager
+    def acting(self, spool: str = "") -> Iterator[None]:
+        """Within this the process is the account.  `spool` must be of use to it, and one that does not
+        exist yet is made for it."""
+        if not self.name:
+            yield
+            return
+        if spool and not os.path.isdir(spool):
+            os.makedirs(spool, 0o700)
+            os.chown(spool, self.uid, self.gid)
+        os.initgroups(self.name, self.gid)
+        os.setegid(self.gid)
+        os.seteuid(self.uid)
+        try:
+            if spool and not may_use(spool, os.R_OK | os.W_OK | os.X_OK):
                 raise OSError(0, "user = %s: that account cannot write the spool %s" % (self.name, spool))
-
-    def resume_root(self) -> None:
-        if self.name:
+            yield
+        finally:
             os.seteuid(0)
             os.setegid(os.getgid())
 
@@ -8515,11 +8519,10 @@ def serve(cfg: Config) -> int:
     for number in (signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)       # until there is something to reread
     account, spool = Account(cfg.user), Spool(cfg.spool)
-    account.assume(cfg.spool)
-    spool.open(LOCK_WAIT_S)
-    server = Server(cfg, spool, Log(cfg.log, cfg.log_level, cfg.hostname))
-    server.recipient_files, server.logins = server.read_files(cfg)
-    account.resume_root()
+    with account.acting(cfg.spool):
+        spool.open(LOCK_WAIT_S)
+        server = Server(cfg, spool, Log(cfg.log, cfg.log_level, cfg.hostname))
+        server.recipient_files, server.logins = server.read_files(cfg)
     server.set_certificate(server.load_certificate(cfg))
     server.listen()
     server.open_page()
@@ -8601,9 +8604,9 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
             yield from ask_own_relay(dataclasses.replace(cfg, spool=folder, user=""), request)
         return
     command, what = request["command"], request["what"]
-    account, spool, only_reads = Account(cfg.user), Spool(cfg.spool), command in ("status", "list")
-    account.assume(cfg.spool)           # what root would write there the relay could not read
-    try:
+    only_reads = command in ("status", "list")
+    # What root would write there the relay could not read.
+    with Account(cfg.user).acting(cfg.spool), contextlib.closing(Spool(cfg.spool)) as spool:
         if only_reads:
             spool.lock()
         else:
@@ -8626,9 +8629,6 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
         if command == "flush":
             queue.sweep()               # what was tried often enough now goes back to its sender in this run
         server.close(not only_reads)
-    finally:
-        spool.close()
-        account.resume_root()
 
 
 def print_answer(given: argparse.Namespace, value: Any, form: Callable[[], str]) -> None:
@@ -8890,9 +8890,7 @@ def check_spool(server: Server) -> Iterator[Finding]:
         yield "warning", "spool", "%s is on %s: gone with its container or a power cut" % (cfg.spool, kind)
     text = "%s: %s free, refuses below %s" % (cfg.spool, format_size(free), format_size(cfg.min_free_space))
     yield "error" if free < max(1, cfg.min_free_space) else "ok", "spool", text
-    try:
-        with contextlib.suppress(OSError):      # what it may not do is told below
-            account.assume(folder)
+    with account.acting():
         paths = [] if is_new and account.name else [folder]     # root makes a new spool
         parts = [os.path.join(cfg.spool, name) for name in ("lock", "incoming", "corrupt")]
         paths += filter(os.path.exists, parts)
@@ -8907,8 +8905,6 @@ def check_spool(server: Server) -> Iterator[Finding]:
         for file in server.read_files(cfg)[0].values():         # or an error for check() to tell
             if file.level == "warning":
                 yield "warning", "config", file.remark
-    finally:
-        account.resume_root()
 
 
 def file_system(folder: str) -> str:
