@@ -548,7 +548,7 @@ def format_delay(seconds: float) -> str:
 # == 4. CONFIG =================================================================
 # Text in, a frozen Config or a ConfigError with file and line out.  Opens no file, so --check
 # and SIGHUP judge the same way.  Uses 2 LIMITS and 3 GRAMMAR.  Each option is one field of
-# Config or DomainConfig: parser, ranges, defaults and etrn.conf.sample come from these.
+# Config or DomainConfig: parser, ranges and defaults come from these, and by its test the sample.
 
 class ConfigError(Exception):
     def __init__(self, file: str, line: int, text: str) -> None:

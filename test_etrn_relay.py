@@ -1145,7 +1145,8 @@ SAMPLE_VALUES = {("relay", "hostname"): "backup.example.net", ("relay", "listen"
 
 
 def format_sample() -> str:
-    """The text of etrn.conf.sample: every option with its default."""
+    """The text of etrn.conf.sample: every option with its default.  To write it anew:
+    python3 -c 'import test_etrn_relay as t; print(t.format_sample(), end="")' > etrn.conf.sample"""
     out, last = [SAMPLE_HEAD.rstrip()], ""
     for (section, name), row in etrn.OPTIONS.items():
         if section != last:
