@@ -113,6 +113,7 @@ import heapq
 import hmac
 import html
 import http.client
+import io
 import ipaddress
 import itertools
 import json
@@ -140,7 +141,7 @@ import time
 import traceback
 import urllib.request
 from typing import (Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
-                    MutableMapping, NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
+                    NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
 try:                            # slim routers leave some modules out: only what needs them is refused there
     import syslog
@@ -198,7 +199,6 @@ COMMAND_POLL_S, STOP_POLL_S, LOCK_POLL_S, DEMO_POLL_S = 0.1, 0.1, 0.05, 0.05    
 ACCEPTS_PER_TURN = 64           # new connections taken before those open are looked at again
 ACCEPT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)   # then the client still waits
 SWEEP_S = 1.0                   # how often deadlines are looked at; they are seconds to minutes
-NOTIFY_S = 1.0                  # a service manager has so long to take our word that we are ready
 STOP_S, STOP_DISK_S = 3.0, 1.0          # at SIGTERM, for peers and then the disk; contract 1: within 5 s
 RESERVED_FILES = 64             # descriptors kept from clients for spool, threads, logs and DNS
 DATA_RATE_MIN = 500             # octets a second in the long run, as Postfix's smtpd_min_data_rate
@@ -274,7 +274,7 @@ ROUTE_HOSTS_MAX = 20            # addresses tried for one primary
 PAGE_CONNECTIONS = 32           # at once; who comes then waits in the backlog
 REQUEST_MAX = 16384             # octets of a request, or of a command; browsers send under 2,000
 PAGE_TOTAL_S = 10.0             # for a whole request and its answer
-PAGE_FRESH_S, PAGE_REFRESH_S = 0.2, 15  # an answer serves all who ask so long; the page reloads itself
+PAGE_REFRESH_S = 15             # the page reloads itself
 PAGE_DOMAINS_MAX = 100          # shown with all there is; those in trouble come first
 CERTIFICATE_WARNING_S = 14 * 86400.0    # before it ends; who renews by machine does so a month before
 HISTORY_HOURS, HISTORY_DOMAINS_MAX = 168, 100   # for the chart: a week, of so many domains
@@ -548,7 +548,7 @@ def format_delay(seconds: float) -> str:
 # == 4. CONFIG =================================================================
 # Text in, a frozen Config or a ConfigError with file and line out.  Opens no file, so --check
 # and SIGHUP judge the same way.  Uses 2 LIMITS and 3 GRAMMAR.  Each option is one field of
-# Config or DomainConfig: parser, ranges, defaults and etrn.conf.sample come from these.
+# Config or DomainConfig: parser, ranges and defaults come from these, and by its test the sample.
 
 class ConfigError(Exception):
     def __init__(self, file: str, line: int, text: str) -> None:
@@ -650,10 +650,6 @@ def parse_listener(text: str, port: int = SMTP_PORT) -> List[Endpoint]:
     return [Endpoint(host, where.port) for host in hosts]
 
 
-def parse_page(text: str) -> Endpoint:
-    return parse_listener(text, -1)[0]          # no port is usual for it, so one must be named
-
-
 def parse_route(text: str) -> Route:
     return "mx" if text.lower() == "mx" else parse_endpoint(text)
 
@@ -718,12 +714,26 @@ class Option(NamedTuple):
     none: Any = ""              # the value where there is none
     paths: Tuple[str, ...] = ()         # a text that begins so is a path
 
+    def read(self, text: str, folder: str) -> Any:
+        """The value.  Paths are relative to `folder`.  Raises ValueError."""
+        if not self.default and text.lower() in ("", "none"):
+            return self.none
+        if not text:
+            raise ValueError("is empty")
+        if (self.parse is parse_file or text.startswith(self.paths)) and text not in ("stderr", "syslog"):
+            head = "file:" if "file:" in self.paths else ""
+            return head + os.path.join(folder, parse_file(text[len(head):].strip()))
+        value = self.parse(text)
+        if isinstance(value, (int, float)) and not self.low <= value <= self.high:
+            show = {DURATION: format_duration, OCTETS: format_size}.get(self.parse, str)
+            most = " at least" if self.high == INF else " to " + show(self.high)
+            raise ValueError("'%s' is out of range (%s%s)" % (text, show(self.low), most))
+        return value
+
 
 def option(*given: Any, **named: Any) -> Any:
     row = Option(*given, **named)
-    is_plain = row.default and not row.default.startswith(row.paths)
-    value = row.parse(row.default) if is_plain else row.default or row.none
-    return dataclasses.field(default=value, metadata={"option": row})
+    return dataclasses.field(default=row.read(row.default, ""), metadata={"option": row})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -789,8 +799,9 @@ class Config:
     bounces_username: str = option(parse_login, "", "AUTH at the smarthost, only over TLS.")
     bounces_password: str = option(parse_login, "", "The password, or file:PATH.", paths=("file:",))
     bounces_postmaster: str = option(parse_mail_address, "", "Gets notices that could not be delivered.")
-    status_listen: Optional[Endpoint] = option(parse_page, "", "Address of the status page: 127.0.0.1:8025; "
-                                               "a bare port means all of IPv4, [::]:8025 both.", none=None)
+    status_listen: Optional[Endpoint] = option(     # no port is usual for it, so one must be named
+        lambda text: parse_listener(text, -1)[0], "", "Address of the status page: 127.0.0.1:8025; "
+        "a bare port means all of IPv4, [::]:8025 both.", none=None)
     status_token: str = option(str, "", "Asked as bearer token or as basic-auth password when set.")
     alerts_command: str = option(str, "", "Run when a primary goes down, comes back, or rejects after coming "
                                  "back, and when mail, the disk or the certificate nears its end.")
@@ -845,11 +856,11 @@ def _list_options(kind: Any, home: str) -> Iterator[Tuple[Tuple[str, str], Optio
 OPTIONS = dict([*_list_options(Config, "relay"), *_list_options(DomainConfig, "domain")])
 
 
-def parse_config(text: str, file: str, fqdn: str = "localhost") -> Config:
-    """`fqdn` is the machine's name, the default of `hostname`.  Raises ConfigError at the first fault."""
+def parse_config(text: str, file: str) -> Config:
+    """`hostname` stays empty where none is given.  Raises ConfigError at the first fault."""
     parser = _Parser(file)
     parser.read(text)
-    return parser.build(fqdn)
+    return parser.build()
 
 
 Given = Dict[str, Tuple[Any, int]]      # the options of a section: value and line
@@ -899,40 +910,23 @@ class _Parser:
         texts, line = [part.strip() for part, _, _ in parts], int(parts[0][2])
         row = OPTIONS.get((home, key))
         if row is None:
-            elsewhere = {name: " in [%s]" % where for where, name in OPTIONS}
-            here = {name: "" for where, name in OPTIONS if where == home}
-            raise self.fault(line, "unknown option '%s'%s" % (key, _meant(key, {**elsewhere, **here})))
+            places = {name: " in [%s]" % where for where, name in OPTIONS}
+            places.update((name, "") for where, name in OPTIONS if where == home)
+            raise self.fault(line, "unknown option '%s'%s" % (key, _meant(key, places)))
         if row.parse not in (str, parse_login):
             texts = [re.sub(r"(?:^|\s)[#;].*", "", text).strip() for text in texts]
         if len(parts) > 1 and not isinstance(row.parse, ListOf):
             raise self.fault(int(parts[1][2]), "this line, indented, goes on with '%s'" % key)
         try:
-            return self.value(row, " ".join(filter(None, texts))), line
+            return row.read(" ".join(filter(None, texts)), self.folder), line
         except ValueError as error:
             raise self.fault(line, "%s: %s" % (key, error)) from None
 
-    def value(self, row: Option, text: str) -> Any:
-        """Paths become whole ones.  Raises ValueError."""
-        if not row.default and text.lower() in ("", "none"):
-            return row.none
-        if not text:
-            raise ValueError("is empty")
-        if (row.parse is parse_file or text.startswith(row.paths)) and text not in ("stderr", "syslog"):
-            head = "file:" if "file:" in row.paths else ""
-            return head + os.path.join(self.folder, parse_file(text[len(head):].strip()))
-        value = row.parse(text)
-        if isinstance(value, (int, float)) and not row.low <= value <= row.high:
-            show = {DURATION: format_duration, OCTETS: format_size}.get(row.parse, str)
-            most = " at least" if row.high == INF else " to " + show(row.high)
-            raise ValueError("'%s' is out of range (%s%s)" % (text, show(row.low), most))
-        return value
-
-    def build(self, fqdn: str) -> Config:
+    def build(self) -> Config:
         flat: Dict[str, Any] = {"spool": os.path.join(self.folder, "spool")}
         for section in SECTIONS[:-1]:
             for key, (value, _) in self.sections[section].items():
                 flat[key if section == "relay" else "%s_%s" % (section, key)] = value
-        flat["hostname"] = flat.get("hostname") or fqdn
         self.check_pair(self.sections["tls"], "certificate", "key")
         self.check_pair(self.sections["bounces"], "username", "password")
         domains: Dict[str, DomainConfig] = {}
@@ -953,15 +947,14 @@ class _Parser:
                 raise self.fault(given[one][1], "%s needs %s beside it" % (one, other))
 
     def domain(self, name: str, given: Given) -> DomainConfig:
-        """Where one of the two pauses between attempts is set, the default of the other follows it."""
+        """Where retry_interval alone is set, it may be longer than the default of max_retry_interval."""
         cfg = DomainConfig(name, **{key: value for key, (value, _) in given.items()})
-        if cfg.max_retry_interval >= cfg.retry_interval:
+        if "retry_interval" not in given or cfg.max_retry_interval >= cfg.retry_interval:
             return cfg
-        lines = [given[key][1] for key in ("retry_interval", "max_retry_interval") if key in given]
-        if len(lines) > 1:
-            raise self.fault(max(lines), "max_retry_interval is smaller than retry_interval")
-        pause = cfg.retry_interval if "retry_interval" in given else cfg.max_retry_interval
-        return dataclasses.replace(cfg, retry_interval=pause, max_retry_interval=pause)
+        if "max_retry_interval" in given:
+            line = given["max_retry_interval"][1]
+            raise self.fault(line, "max_retry_interval is smaller than retry_interval")
+        return dataclasses.replace(cfg, max_retry_interval=cfg.retry_interval)
 
 
 def _meant(word: str, known: Mapping[str, str]) -> str:
@@ -970,9 +963,9 @@ def _meant(word: str, known: Mapping[str, str]) -> str:
     return " (did you mean '%s'%s?)" % (near[0], known[near[0]]) if near else ""
 
 
-def parse_recipients(text: str) -> Tuple[FrozenSet[str], List[Tuple[int, str]]]:
-    """The text of a recipients file: its addresses (as Path.key has them) and `@domain`s; and the lines that
-    hold neither, with their numbers.  In Postfix's maps, too, all behind the first blank is ignored."""
+def parse_recipients(text: str) -> Tuple[FrozenSet[str], List[int]]:
+    """The text of a recipients file: its addresses (as Path.key has them) and `@domain`s; and the numbers of
+    lines that hold neither.  In Postfix's maps, too, all behind the first blank is ignored."""
     found, wrong = set(), []
     for number, line in enumerate(map(str.strip, text.lstrip("\ufeff").split("\n")), 1):
         if line[:1] in ("", "#"):
@@ -982,37 +975,12 @@ def parse_recipients(text: str) -> Tuple[FrozenSet[str], List[Tuple[int, str]]]:
         try:
             found.add("@" + parse_domain(word[1:]) if word[0] == "@" else parse_key(word))
         except (ValueError, Refuse):
-            wrong.append((number, line))
+            wrong.append(number)
     return frozenset(found), wrong
 
 
 def is_listed(path: Path, entries: FrozenSet[str]) -> bool:
     return path.key in entries or "@" + path.domain in entries
-
-
-SAMPLE_HEAD = """\
-# etrn.conf - the configuration of etrn_relay.py, a backup mail exchanger.
-#
-# As it stands this file runs, unprivileged, on loopback: a try-out.  For a
-# real backup MX set hostname, listen and your domain; leave the rest alone.
-# Durations: 30s 5m 4h 7d 2w.  Sizes: 512K 50M 1G.  Lists: comma or space.
-# [defaults] takes the options of [domain example.com], for all domains;
-# [domain .example.com] means all subdomains of example.com.
-"""
-SAMPLE_VALUES = {("relay", "hostname"): "backup.example.net", ("relay", "listen"): "127.0.0.1:2525",
-                 ("domain", "primary"): "127.0.0.1:2526"}
-
-
-def format_sample() -> str:
-    """The text of etrn.conf.sample: every option with its default."""
-    out, last = [SAMPLE_HEAD.rstrip()], ""
-    for (section, name), row in OPTIONS.items():
-        if section != last:
-            out.append("\n[%s]" % ("domain example.com" if section == "domain" else section))
-        out += textwrap.wrap(row.text, 78, initial_indent="# ", subsequent_indent="# ")
-        last, value = section, SAMPLE_VALUES.get((section, name))
-        out.append("%s = %s" % (name, value) if value else "#%s = %s" % (name, row.default or "none"))
-    return "\n".join(out) + "\n"
 
 
 # == 5. LOG ====================================================================
@@ -1024,9 +992,10 @@ LEVELS = {"debug": 0, "info": 1, "warning": 2, "error": 3}
 NOTABLE = ("primary", "flush", "master")        # services that tell of more than one message
 
 
-def describe(error: OSError) -> str:
-    text = error.strerror or str(error)
-    return "%s: %s" % (error.filename, text) if error.filename and error.strerror else text
+def describe(error: Exception) -> str:
+    """With the name of the file that it is about."""
+    text, file = getattr(error, "strerror", None) or str(error), getattr(error, "filename", None)
+    return "%s: %s" % (file, text) if file else text
 
 
 def short_name(hostname: str) -> str:
@@ -3812,13 +3781,16 @@ RESOLV_CONF = "/etc/resolv.conf"        # alone means the system's resolver, wit
 class DnsError(Exception):
     """No usable answer.  For the primary's mail this is always temporary."""
 
-    def __init__(self, text: str, is_absent: bool = False) -> None:
-        super().__init__(text)
-        self.is_absent = is_absent      # a server says that there is no such name
+
+class NoSuchName(DnsError):
+    """A server says so."""
+
+
+class Truncated(DnsError):
+    """The whole answer comes by TCP."""
 
 
 class Answer(NamedTuple):
-    is_truncated: bool
     records: List[Any]          # A, AAAA: address; MX: (preference, host); PTR: host
     name: str                   # their owner: the name asked for, or the last alias in the packet
 
@@ -3876,10 +3848,11 @@ def parse_answer(packet: bytes, id: int, name: str, kind: int) -> Optional[Answe
     if not flags & 0x8000 or questions != 1 or asked != name.lower() or packet[at:at + 4] != question:
         raise DnsError("answer to another question")
     if flags & 0x0200:
-        return Answer(True, [], asked)
+        raise Truncated("a truncated answer")
+    if rcode == NXDOMAIN:
+        raise NoSuchName("no such name: %s" % name)
     if rcode:
-        raise DnsError("no such name: %s" % name if rcode == NXDOMAIN else "error code %d" % rcode,
-                       is_absent=rcode == NXDOMAIN)
+        raise DnsError("error code %d" % rcode)
     at += 4
     found: Dict[Tuple[str, int], List[Any]] = {}
     for _ in range(min(answers, DNS_RECORDS_MAX)):
@@ -3890,7 +3863,7 @@ def parse_answer(packet: bytes, id: int, name: str, kind: int) -> Optional[Answe
             found.setdefault((owner, its_kind), []).append(_parse_data(packet, at - size, size, its_kind))
     for _ in range(DNS_CNAMES_MAX + 1):
         if (asked, kind) in found or (asked, CNAME) not in found:
-            return Answer(False, found.get((asked, kind), []), asked)
+            return Answer(found.get((asked, kind), []), asked)
         asked = found[asked, CNAME][0]
     raise DnsError("its aliases have no end")
 
@@ -3948,15 +3921,13 @@ class Resolver:
                 break
             for is_stream in (False, True):
                 try:
-                    answer = _exchange(server, name, kind, end, is_stream)
-                    if not answer.is_truncated:
-                        return answer
-                    problem = "%s: a truncated answer" % (server,)
+                    return _exchange(server, name, kind, end, is_stream)
+                except NoSuchName:
+                    raise
                 except (OSError, DnsError) as error:
-                    if getattr(error, "is_absent", False):
-                        raise
                     problem = "%s: %s" % (server, error)
-                    break
+                    if not isinstance(error, Truncated):
+                        break
         raise DnsError("DNS lookup of %s failed: %s" % (name, problem))
 
     def addresses(self, host: str) -> List[str]:
@@ -3994,11 +3965,8 @@ class Resolver:
                 host = parse_domain(name)
                 if str(bare) in self.query(host, A if bare.version == 4 else AAAA, DNS_TRY_S):
                     return host
-        except ValueError:
-            pass                        # not the name of a host
-        except DnsError as error:
-            if not error.is_absent:
-                raise
+        except (ValueError, NoSuchName):
+            pass                        # it has none, or not that of a host
         return ""
 
 
@@ -4073,7 +4041,7 @@ def format_notice(hostname: str, target: str, sidecar: Mapping[str, Any], action
         "From: Mail Delivery System <MAILER-DAEMON@%s>" % hostname,
         "To: <%s>" % target if len(target.encode()) < FIELD_MAX else "To: undisclosed-recipients:;",
         "Subject: " + _TEXTS[action][0], "Date: " + format_date(int(now)),
-        "Message-ID: <%s@%s>" % (message_id, hostname), *_references(original),
+        "Message-ID: <%s@%s>" % (message_id, hostname),
         "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
         'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary],
         b"".join(data for _, _, data in parts)) + b"This is a MIME-encapsulated message.\r\n"
@@ -4087,14 +4055,6 @@ def _fields(lines: List[str], data: bytes) -> bytes:
     """The header before `data`."""
     encoding = [] if data.isascii() else ["Content-Transfer-Encoding: 8bit"]
     return "\r\n".join([*lines, *encoding, "", ""]).encode("utf-8")
-
-
-def _references(original: bytes) -> List[str]:
-    """The thread it belongs to, RFC 3834 3.1.5; only an ID that cannot be anything else."""
-    header = original[:HEADER_SCAN_MAX].partition(b"\r\n\r\n")[0]
-    found = re.search(rb"(?im)^message-id:[ \t]*(<[!-;=?-~]{3,250}>)[ \t]*\r?$", header)
-    id = found.group(1).decode("ascii") if found else ""
-    return ["In-Reply-To: " + id, "References: " + id] if id else []
 
 
 def _escape(text: str, longest: int = RESPONSE_MAX, plain: str = " -~") -> str:
@@ -5662,7 +5622,7 @@ class Loader:
             self.queue.flush(self.queue.destinations.matching(what))
 
 
-def is_gone(fault: Corrupt) -> bool:
+def is_gone(fault: Exception) -> bool:
     """Nothing is left to set aside: it was delivered, or taken out by hand."""
     return str(fault) == "the sidecar is gone"
 
@@ -6807,26 +6767,11 @@ def end_entries(queue: Queue, meant: Sequence[Destination], what: str, command: 
 # printable(), in HTML through escape().  Uses 2 LIMITS, 3 GRAMMAR, 6 LOOP (Now),
 # 7 SPOOL (states of a recipient), 9 SCHEDULE (states of a primary, counters).
 
-BOLD, RED = "1", "31"
-
-
-class Style(NamedTuple):
-    """How the output may look."""
-    is_coloured: bool = False
-
-    def paint(self, text: str, colour: str) -> str:
-        return "\033[%sm%s\033[0m" % (colour, text) if self.is_coloured else text
-
-
-PLAIN = Style()
-
-
-def format_table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), style: Style = PLAIN) -> str:
+def format_table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
     """Columns padded to their widest cell; those in `right` are flush right."""
     widths = [max(map(len, cells)) for cells in zip(*rows)]
     form = "  ".join("%%%ds" % (width if at in right else -width) for at, width in enumerate(widths))
-    head, *lines = [(form % tuple(row)).rstrip() for row in rows]
-    return "\n".join([style.paint(head, BOLD), *lines]) + "\n"
+    return "".join((form % tuple(row)).rstrip() + "\n" for row in rows)
 
 
 def say_next(at: Optional[Time], now: Time) -> str:
@@ -6851,7 +6796,7 @@ def public_status(status: Mapping[str, Any]) -> Dict[str, Any]:
     return out
 
 
-def format_status(status: Mapping[str, Any], now: Time, style: Style = PLAIN) -> str:
+def format_status(status: Mapping[str, Any], now: Time) -> str:
     spool, running = status["spool"], "not running"
     if status["pid"] is not None:
         running = "running for %s, process %d, %s" % (
@@ -6859,7 +6804,7 @@ def format_status(status: Mapping[str, Any], now: Time, style: Style = PLAIN) ->
     out = "etrn_relay %s: %s\nspool: %s, %s, %d held, %d corrupt, %s free\n" % (
         status["version"], running, plural(spool["messages"], "message"), format_size(spool["bytes"]),
         spool["held"], spool["corrupt"], format_size(spool["free"]))
-    out += style.paint("spool SICK: %s\n" % printable(spool["sick"]), RED) if spool["sick"] else ""
+    out += "spool SICK: %s\n" % printable(spool["sick"]) if spool["sick"] else ""
     out += "The spool is still being read.\n" if spool["loading"] else ""
     rows = [("DOMAIN", "PRIMARY", "SINCE", "QUEUED", "SIZE", "OLDEST", "NEXT TRY", *map(str.upper, COUNTERS))]
     remarks = ""
@@ -6873,10 +6818,10 @@ def format_status(status: Mapping[str, Any], now: Time, style: Style = PLAIN) ->
             remarks += "%s: at %s since an authenticated ETRN\n" % (name, printable(one["address"]))
         if one["last_error"]:
             remarks += "%s: %s\n" % (name, printable(one["last_error"]))
-    return "%s\n%s\n%s" % (out, format_table(rows, (3, 4, 7, 8, 9, 10, 11), style), remarks)
+    return "%s\n%s\n%s" % (out, format_table(rows, (3, 4, 7, 8, 9, 10, 11)), remarks)
 
 
-def format_queue(rows: Sequence[Mapping[str, Any]], now: Time, style: Style = PLAIN) -> str:
+def format_queue(rows: Sequence[Mapping[str, Any]], now: Time) -> str:
     """The rows of --queue --json for people, their sum, and a response of each domain."""
     if not rows:
         return "The queue is empty.\n"
@@ -6893,10 +6838,10 @@ def format_queue(rows: Sequence[Mapping[str, Any]], now: Time, style: Style = PL
     size, held = sum(row["size"] for row in rows), sum(row["state"] == "held" for row in rows)
     lines = ["%s, %s, %d held" % (plural(len(rows), "message"), format_size(size), held)]
     lines += ["%s: %s" % (printable(name), printable(text)) for name, text in responses.items()]
-    return format_table(out, (1, 2), style) + "\n" + "\n".join(lines) + "\n"
+    return format_table(out, (1, 2)) + "\n" + "\n".join(lines) + "\n"
 
 
-def format_envelope(sidecar: Mapping[str, Any], header: bytes, now: Time, style: Style = PLAIN) -> str:
+def format_envelope(sidecar: Mapping[str, Any], header: bytes, now: Time) -> str:
     """--show: one message, its recipients and its header."""
     client = {key: value or "none" for key, value in sidecar["client"].items()}
     pairs = [
@@ -6913,7 +6858,7 @@ def format_envelope(sidecar: Mapping[str, Any], header: bytes, now: Time, style:
                 say_next(one["next_attempt"], now), say_next(one["expires"], now))))
         if one["last_response"]:
             pairs.append(("", "%s ago: %s" % (say_age(one["last_attempt"], now), one["last_response"])))
-    lines = [style.paint("%-11s" % label, BOLD) + printable(text) for label, text in pairs]
+    lines = ["%-11s%s" % (label, printable(text)) for label, text in pairs]
     fields = header.decode("utf-8", "replace").split("\r\n")
     return "\n".join([*lines, "", *(printable(field.expandtabs(), 2000) for field in fields)])
 
@@ -6963,10 +6908,9 @@ class History:
         return [hours.get(one, (0, "off")) for one in range(hour - HISTORY_HOURS + 1, hour + 1)]
 
     def to_values(self, wall: Time) -> Dict[str, Any]:
-        """For history.json.  When the table is full, domains not seen for a week make room."""
-        if len(self.domains) >= HISTORY_DOMAINS_MAX:
-            week_ago = wall // 3600 - HISTORY_HOURS
-            self.domains = {name: hours for name, hours in self.domains.items() if max(hours) > week_ago}
+        """For history.json.  Domains not seen for a week make room for others."""
+        week_ago = wall // 3600 - HISTORY_HOURS
+        self.domains = {name: hours for name, hours in self.domains.items() if max(hours) > week_ago}
         return {"format": 2, "domains": {name: [[hour, *hours[hour]] for hour in sorted(hours)]
                                          for name, hours in self.domains.items()}}
 
@@ -6988,7 +6932,7 @@ class Facts(NamedTuple):
     started_at: Time
     min_free: int
     load_error: str                     # why the spool cannot be read, or empty
-    certificate: Tuple[Time, Time]      # its begin and end; zeros for none
+    certificate_end: Time               # 0 for none
     history: History
     notable: Sequence[Tuple[Time, str, str, str]]   # of the log: (time, service, text, level), newest last
 
@@ -7023,7 +6967,7 @@ def format_metrics(facts: Facts) -> str:
         ("spool_free_bytes", "Octets the spool's file system can still take.", spool["free"]),
         ("spool_held_messages", "Messages held by an operator.", spool["held"]),
         ("spool_corrupt_messages", "Messages set aside in corrupt/.", spool["corrupt"]),
-        ("certificate_expiry_timestamp_seconds", "When the certificate ends, or 0.", facts.certificate[1]))]
+        ("certificate_expiry_timestamp_seconds", "When the certificate ends, or 0.", facts.certificate_end))]
     families.append(("primary_state", "1 for the state the primary is in.", {
         '{%s,state="%s"}' % (label, state.value): one["primary"] == state.value
         for label, one in domains.items() for state in Primary}))
@@ -7083,13 +7027,10 @@ PAGE = """<!DOCTYPE html>
 <a href="/healthz">healthz</a></footer>
 </main></body></html>
 """
-PAGE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-
-
-def page_policy() -> str:
-    """Content-Security-Policy of the page: its one style sheet by hash, and nothing else from anywhere."""
-    digest = base64.b64encode(hashlib.sha256(PAGE_STYLE.encode("utf-8")).digest()).decode("ascii")
-    return "style-src 'sha256-%s'; %s" % (digest, PAGE_POLICY)
+# The page's one style sheet by its hash, and nothing else from anywhere.
+PAGE_POLICY = (
+    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; style-src 'sha256-%s'"
+    % base64.b64encode(hashlib.sha256(PAGE_STYLE.encode("ascii")).digest()).decode("ascii"))
 
 
 def escape(text: str) -> str:
@@ -7099,7 +7040,7 @@ def escape(text: str) -> str:
 
 def format_page(facts: Facts) -> str:
     """Domains in trouble come first, then those where most mail waits."""
-    status, host, now, end = facts.status, escape(facts.hostname), facts.now.wall, facts.certificate[1]
+    status, host, now, end = facts.status, escape(facts.hostname), facts.now.wall, facts.certificate_end
     spool, domains = status["spool"], status["domains"]
     names = sorted(filter(is_domain, domains), key=lambda name: (
         domains[name]["primary"] not in TROUBLES, -domains[name]["queued"], name))
@@ -7200,36 +7141,15 @@ class WatchedFiles:
         return self.stamp != last
 
 
-class CertificateFacts(NamedTuple):
-    names: Tuple[str, ...]      # of the subjectAltName, lower case; the common name where there is none
-    since: Time
-    until: Time
-
-
-def certificate_facts(path: str) -> Optional[CertificateFacts]:
-    """Those of the first certificate in a PEM file.  None where this Python cannot
-    tell: only a private function of ssl can.  Raises OSError, ValueError."""
+def read_certificate_end(path: str) -> Time:
+    """When the first certificate in a PEM file ends; 0 where this Python cannot tell: only a
+    private function of ssl can.  Raises OSError, ValueError."""
     decode = getattr(getattr(ssl, "_ssl", None), "_test_decode_cert", None)
-    if decode is None:
-        return None
-    found = decode(path)
-    names = [name for kind, name in found.get("subjectAltName", ()) if kind in ("DNS", "IP Address")]
-    subject = itertools.chain(*found.get("subject", ()))
-    names = names or [name for kind, name in subject if kind == "commonName"]
-    since, until = (float(ssl.cert_time_to_seconds(found[end])) for end in ("notBefore", "notAfter"))
-    return CertificateFacts(tuple(name.strip().lower() for name in names), since, until)
-
-
-def peer_certificate_facts(der: bytes) -> Optional[CertificateFacts]:
-    """Those of a certificate that a server showed.  Raises OSError, ValueError."""
-    with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:
-        file.write(ssl.DER_cert_to_PEM_cert(der))
-        file.flush()
-        return certificate_facts(file.name)
+    return float(ssl.cert_time_to_seconds(decode(path)["notAfter"])) if decode else 0.0
 
 
 class Certificate(WatchedFiles):
-    """What STARTTLS needs.  `dates`: begin and end, zero where they cannot be read."""
+    """What STARTTLS needs.  `end`: of its validity, 0 where that cannot be read."""
 
     def __init__(self, certificate: str, key: str) -> None:
         """Raises OSError when they are of no use."""
@@ -7246,10 +7166,9 @@ class Certificate(WatchedFiles):
                 with open(path, "rb"):
                     pass
             context.load_cert_chain(certificate, key, password="")      # a password is not asked for
-            facts = certificate_facts(certificate)
+            self.context, self.end = context, read_certificate_end(certificate)
         except (OSError, ValueError) as error:
             raise OSError(0, "certificate %s: %s" % (certificate, error)) from None
-        self.context, self.dates = context, (facts.since, facts.until) if facts else (0.0, 0.0)
 
     def renew(self, log: Log) -> None:
         """Before each handshake, and now and then.  Files may not belong together yet."""
@@ -7274,7 +7193,7 @@ class RecipientFile(WatchedFiles):
 
     def take(self, log: Log, result: Any) -> None:
         """What read_recipients() returned, or its exception."""
-        level = "warning"
+        self.level = "warning"
         if isinstance(result, Exception):
             text = "not read again: %s" % printable(str(result))
         elif not result[0]:
@@ -7284,13 +7203,14 @@ class RecipientFile(WatchedFiles):
             self.addresses, wrong = result
             text = "%d recipients" % len(self.addresses)
             if wrong:
-                text += "; not an address in line " + ", ".join(str(number) for number, _ in wrong[:10])
+                text += "; not an address in line " + ", ".join(map(str, wrong[:10]))
             else:
-                level = "info"
-        log.write("master", "%s: %s" % (self.paths[0], text), level)
+                self.level = "info"
+        self.remark = "%s: %s" % (self.paths[0], text)
+        log.write("master", self.remark, self.level)
 
 
-def read_recipients(path: str) -> Tuple[FrozenSet[str], List[Tuple[int, str]]]:
+def read_recipients(path: str) -> Tuple[FrozenSet[str], List[int]]:
     with open(path, encoding="utf-8", errors="replace") as file:
         return parse_recipients(file.read())
 
@@ -7300,26 +7220,6 @@ def recipient_paths(cfg: Config) -> List[str]:
                    if isinstance(one.recipients, str) and one.recipients.startswith("file:")})
 
 
-class Supervisor:
-    """Tells a service's manager of readiness and life, sd_notify(3).  Does nothing where there is none.
-    Its variables are taken out of the environment: they are not for the programs we start."""
-
-    def __init__(self, environ: MutableMapping[str, str]) -> None:
-        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
-        where, usec, pid = (environ.pop(name, "") for name in names)
-        self.address = os.fsencode("\0" + where[1:] if where[:1] == "@" else where)     # abstract, unix(7)
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if where else None
-        is_asked = where and usec.isdigit() and pid in ("", str(os.getpid()))
-        self.interval_s = int(usec) / 2e6 if is_asked else 0.0      # half of what it waits
-
-    def tell(self, *lines: str, wait_s: float = 0.0) -> None:
-        """A manager that does not listen must not stop the mail."""
-        if self.sock is not None:
-            with contextlib.suppress(OSError):
-                self.sock.settimeout(wait_s)
-                self.sock.sendto("\n".join(lines).encode("utf-8"), self.address)
-
-
 def bind(where: Endpoint, backlog: int) -> socket.socket:
     """A listening socket, for IPv6 alone where it is for IPv6.  Raises OSError with the address in it."""
     try:
@@ -7327,7 +7227,8 @@ def bind(where: Endpoint, backlog: int) -> socket.socket:
         sock = socket.create_server(address, family=family, backlog=backlog)
     except OSError as error:            # Python's own text has the address, too, in another form
         why = (error.strerror or str(error)).partition(" (while ")[0]
-        raise OSError(error.errno, "cannot listen on %s: %s" % (str(where), why)) from None
+        hint = "  (ports below 1024 need root)" if error.errno == errno.EACCES else ""
+        raise OSError(error.errno, "cannot listen on %s: %s%s" % (str(where), why, hint)) from None
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)          # connections inherit it
     sock.setblocking(False)
     return sock
@@ -7872,7 +7773,6 @@ class HttpServer:
     def __init__(self, server: "Server") -> None:
         self.server = server
         self.open = 0
-        self.texts: Dict[str, Tuple[float, str]] = {}       # path: (monotonic, as last made)
         self.makers: Dict[str, Tuple[Callable[[Facts], str], str]] = {
             "/": (format_page, "text/html"), "/metrics": (format_metrics, "text/plain; version=0.0.4"),
             "/status.json": (lambda facts: json.dumps(public_status(facts.status), indent=1) + "\n",
@@ -7917,10 +7817,7 @@ class HttpServer:
         if path not in self.makers:
             return format_http(404, "There is /, /metrics, /healthz and /status.json.\n")
         make, kind = self.makers[path]
-        made, text = self.texts.get(path, (-INF, ""))
-        if self.server.loop.now.mono - made >= PAGE_FRESH_S:        # made once, however many ask
-            text = make(self.server.facts())
-            self.texts[path] = (self.server.loop.now.mono, text)
+        text = make(self.server.facts())
         code = 503 if path == "/healthz" and text != "ok\n" else 200
         answer = format_http(code, text, kind=kind)
         return answer[:answer.index(b"\r\n\r\n") + 4] if method == "HEAD" else answer
@@ -7941,7 +7838,7 @@ def format_http(code: int, text: str, *fields: str, kind: str = "text/plain") ->
     body = text.encode("utf-8", "backslashreplace")
     lines = ["HTTP/1.0 %d %s" % (code, http.client.responses[code]),
              "Content-Type: %s; charset=utf-8" % kind, "Content-Length: %d" % len(body),
-             "Content-Security-Policy: %s" % page_policy(), "Cache-Control: no-store",
+             "Content-Security-Policy: %s" % PAGE_POLICY, "Cache-Control: no-store",
              "X-Content-Type-Options: nosniff", "X-Frame-Options: DENY", "Referrer-Policy: no-referrer",
              "Connection: close", *fields]
     return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + body
@@ -8023,7 +7920,6 @@ class Server:
         self.certificate: Optional[Certificate] = None
         self.smtp, self.http, self.control = SmtpServer(self), HttpServer(self), ControlServer(self)
         self.listeners: Dict[Tuple[str, Endpoint], Listener] = {}       # by kind, and as configured
-        self.supervisor = Supervisor({})
         self.started: Optional[float] = None            # monotonic
         self.started_at = self.loop.now.wall
         self.stopping: Optional[float] = None           # monotonic, when told to stop
@@ -8123,21 +8019,11 @@ class Server:
         self.log.write("master", "started: version %s, process %d, listening on %s%s, spool %s" % (
             __version__, os.getpid(), smtp, ", ODMR on " + odmr if odmr else "", printable(self.spool.path)))
         self.log.flush()
-        self.supervisor.tell("READY=1", "STATUS=" + self._say_state(), wait_s=NOTIFY_S)
-        if self.supervisor.interval_s:
-            self._ping()
         while not self._is_over():
             self.loop.turn(None if self.stopping is None else STOP_POLL_S)
             self.log.flush()
         self.close()
 
-    def _say_state(self) -> str:
-        return "%d messages waiting, %d connections" % (self.queue.destinations.sums()[0], self.smtp.open)
-
-    def _ping(self) -> None:
-        """From the loop: when that hangs, the manager hears nothing and starts us anew."""
-        self.supervisor.tell("WATCHDOG=1", "STATUS=" + self._say_state())
-        self.loop.later(self.supervisor.interval_s, self._ping)
 
     def status(self) -> Dict[str, Any]:
         return collect_status(self.queue, self.smtp.open, self.started, self.free)
@@ -8145,9 +8031,9 @@ class Server:
     def facts(self) -> Facts:
         """For the status page."""
         self._note_history()
-        dates = self.certificate.dates if self.certificate else (0.0, 0.0)
+        end = self.certificate.end if self.certificate else 0.0
         return Facts(self.loop.now, self.cfg.hostname, self.status(), self.started_at,
-                     self.cfg.min_free_space, self.queue.loader.error, dates, self.history, self.log.notable)
+                     self.cfg.min_free_space, self.queue.loader.error, end, self.history, self.log.notable)
 
     def command(self, request: Mapping[str, Any]) -> Answers:
         if request.get("command") == "status":
@@ -8177,7 +8063,7 @@ class Server:
         self.control.open()
         if self.certificate is not None:
             self.certificate.renew(self.log)
-        self.queue.alerts.sweep(self.free, self.certificate.dates[1] if self.certificate else 0.0)
+        self.queue.alerts.sweep(self.free, self.certificate.end if self.certificate else 0.0)
         self._note_history()
 
     def _heal(self) -> None:
@@ -8211,9 +8097,7 @@ class Server:
         if number in (signal.SIGTERM, signal.SIGINT):
             self.begin_stop()
         elif number == signal.SIGHUP:
-            self.supervisor.tell("RELOADING=1", "MONOTONIC_USEC=%d" % (time.monotonic_ns() // 1000))
             self._reload()
-            self.supervisor.tell("READY=1")
         elif number == signal.SIGUSR1:
             self.log.write("flush", "signal: site=all, messages=%d" % self.queue.destinations.sums()[0])
             self.queue.probe_all()
@@ -8235,7 +8119,7 @@ class Server:
         except (ConfigError, OSError) as error:
             if self.log.where != old_log:
                 self.log.reopen(old_log)
-            text = printable(describe(error) if isinstance(error, OSError) else str(error))
+            text = printable(describe(error))
             return self.log.write("master", "not reloaded, the old configuration stays: " + text, "error")
         # Sessions under way keep the old configuration and certificate to their end.
         self.cfg, self.recipient_files, self.logins, self.certificate = cfg, files, logins, certificate
@@ -8251,7 +8135,6 @@ class Server:
         if self.stopping is None:
             self.stopping = self.loop.now.mono
             self.log.write("master", "stopping")
-            self.supervisor.tell("STOPPING=1")
             for listener in self.listeners.values():
                 listener.close()
             self.listeners.clear()
@@ -8309,7 +8192,7 @@ def read_config(file: str) -> Config:
             text = stream.read()
     except UnicodeDecodeError as error:
         raise ConfigError(file, error.object[:error.start].count(b"\n") + 1, "not UTF-8") from None
-    cfg = parse_config(text, file, "")
+    cfg = parse_config(text, file)
     return cfg if cfg.hostname else dataclasses.replace(cfg, hostname=fully_qualified_name())
 
 
@@ -8324,55 +8207,63 @@ def fully_qualified_name() -> str:
 # == 17. MAIN ==================================================================
 # Arguments, commands, signals, exit status.  Uses all before.
 
-class Usage(Exception):
-    """Something is wrong with the command line."""
+class Failure(Exception):
+    """A command cannot do what it was asked: the text for standard error, and the exit status."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class Parser(argparse.ArgumentParser):
     """Exit status 64 instead of argparse's 2."""
 
     def error(self, message: str) -> Any:
-        raise Usage(message)
+        raise Failure(message + "\nTry --help.", EX_USAGE)
 
 
-ENDINGS = {"hold": "held", "release": "released", "delete": "deleted", "bounce": "returned to their senders"}
-PASSING_ERRORS = (*_FULL, errno.EIO, errno.EROFS, *ACCEPT_ERRORS)       # no fault of the configuration
+PASSING_ERRORS = (*_FULL, errno.EIO, errno.EROFS, errno.EADDRINUSE, errno.EADDRNOTAVAIL,
+                  *ACCEPT_ERRORS)       # no fault of the configuration
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """With `command`, one of COMMAND_LINE or empty, and `what` it is about.  Raises Failure."""
     parser = Parser(prog="etrn_relay.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE")
     parser.add_argument("-h", "--help", action="store_true")
     for option in ("--version", "--json", "--no-wait", "--raw", "--yes"):
         parser.add_argument(option, action="store_true")
     commands = parser.add_mutually_exclusive_group()
-    for name in ("check", "demo", "status"):
-        commands.add_argument("--" + name, action="store_true")
+    commands.add_argument("--demo", action="store_true")
     commands.add_argument("--print-unit", choices=sorted(UNITS))
-    commands.add_argument("--queue", nargs="?", const="all", metavar="DOMAIN")
-    for name in ("probe", "show", "export", "flush", *ENDINGS):
-        commands.add_argument("--" + name, metavar="ID|DOMAIN")
+    for name, (_, how, _) in COMMAND_LINE.items():
+        commands.add_argument("--" + name, **how)
     given = parser.parse_args(argv)
     for name, value in vars(given).items():
         if value == "":                 # of an unset variable in a script; it must not start a relay
-            raise Usage("argument --%s: is empty" % name)
-    for option, goes_with in (("no_wait", ["flush"]), ("raw", ["show"]), ("yes", ["delete", "bounce"]),
-                              ("json", ["check", "flush", "probe", "queue", "show", "status"])):
-        if getattr(given, option) and not any(getattr(given, name) for name in goes_with):
-            names = ", ".join("--" + name for name in goes_with)
-            raise Usage("--%s goes with %s" % (option.replace("_", "-"), names))
+            parser.error("argument --%s: is empty" % name)
+    given.command = next((name for name in COMMAND_LINE if getattr(given, name)), "")
+    given.what = given.command and getattr(given, given.command)
+    for option in ("json", "no_wait", "raw", "yes"):
+        names = [name for name, (_, _, options) in COMMAND_LINE.items() if option in options.split()]
+        if getattr(given, option) and given.command not in names:
+            parser.error("argument --%s: goes with --%s" % (option.replace("_", "-"), ", --".join(names)))
     return given
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return run_given(parse_arguments(sys.argv[1:] if argv is None else argv))
+        code = run_given(parse_arguments(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         print(error, file=sys.stderr)
         return EX_CONFIG
-    except Usage as error:
-        return complain("%s\nTry --help." % error, EX_USAGE)
+    except Failure as failure:
+        return complain(str(failure), failure.code)
     except SpoolBusy as error:
         return complain(str(error), EX_TEMPFAIL)
     except BrokenPipeError:             # the reader of our output has left
@@ -8390,45 +8281,20 @@ def complain(text: str, code: int) -> int:
     return code
 
 
-def say(text: str, end: str = "\n") -> None:
-    """What standard output cannot encode is printed escaped."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
-
-
 def run_given(given: argparse.Namespace) -> int:
     if given.demo:
         return play_demo()
     if given.help:
-        say((__doc__ or "").partition("\nQUEUE\n")[0].rstrip())
+        print((__doc__ or "").partition("\nQUEUE\n")[0].rstrip())
     elif given.version:
-        say("etrn_relay %s" % __version__)
+        print("etrn_relay %s" % __version__)
     elif given.print_unit:
-        say(format_unit(given.print_unit, find_config(given.config)), end="")
+        print(format_unit(given.print_unit, find_config(given.config)), end="")
+    elif given.command:
+        return COMMAND_LINE[given.command][0](open_config(given.config), given)
     else:
-        return run_command_line(given, open_config(given.config))
+        return serve(open_config(given.config))
     return EX_OK
-
-
-def run_command_line(given: argparse.Namespace, cfg: Config) -> int:
-    if given.check:
-        return check(cfg, given.json)
-    if given.probe:
-        return probe(cfg, given.probe, given.json)
-    if given.status:
-        return show_status(cfg, given.json)
-    if given.queue:
-        return show_queue(cfg, parse_what(given.queue), given.json)
-    if given.show:
-        return show_message(cfg, given.show.upper(), given.json, given.raw)
-    if given.export:
-        return export(cfg, parse_what(given.export))
-    if given.flush:
-        return flush(cfg, parse_what(given.flush), not given.no_wait, given.json)
-    for name in ENDINGS:
-        if getattr(given, name):
-            return change_queue(cfg, name, parse_what(getattr(given, name)), given.yes)
-    return serve(cfg)
 
 
 def find_config(given: Optional[str]) -> str:
@@ -8449,13 +8315,20 @@ def open_config(given: Optional[str]) -> Config:
 
 
 def parse_what(text: str) -> str:
-    """all, an ID in upper case, a domain, or @domain.  Raises Usage."""
-    if text.lower() == "all" or _ID.fullmatch(text.upper()):
-        return text.lower() if text.lower() == "all" else text.upper()
+    """all, an ID in upper case, a domain, or @domain."""
+    if text.lower() == "all":
+        return "all"
+    if _ID.fullmatch(text.upper()):
+        return text.upper()
     try:
         return "@" + parse_domain(text[1:]) if text[:1] == "@" else parse_domain(text)
     except ValueError:
-        raise Usage("'%s' is neither a domain, a queue ID, nor all" % printable(text, 100)) from None
+        raise argparse.ArgumentTypeError("%a is neither a domain, a queue ID, nor all" % text) from None
+
+
+def may_use(path: str, mode: int) -> bool:
+    """As the account that we act for, os.access(2)."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 class Account:
@@ -8475,27 +8348,29 @@ class Account:
                 raise OSError(0, "user = %s: only root can become another account" % name)
             self.name = name if os.geteuid() == 0 and self.uid != 0 else ""
 
-    def assume(self, spool: str) -> None:
-        """For the opening of spool and log; a spool that does not exist yet is made for the account."""
-        if self.name:
-            if not os.path.isdir(spool):
-                os.makedirs(spool, 0o700)
-                os.chown(spool, self.uid, self.gid)
-            os.initgroups(self.name, self.gid)
-            os.setegid(self.gid)
-            os.seteuid(self.uid)
-            if not os.access(spool, os.R_OK | os.W_OK | os.X_OK,
-                             effective_ids=os.access in os.supports_effective_ids):
+    @contextlib.contextmanager
+    def acting(self, spool: str = "") -> Iterator[None]:
+        """Within this the process is the account.  `spool` must be of use to it, and one that does not
+        exist yet is made for it."""
+        if not self.name:
+            yield
+            return
+        if spool and not os.path.isdir(spool):
+            os.makedirs(spool, 0o700)
+            os.chown(spool, self.uid, self.gid)
+        os.initgroups(self.name, self.gid)
+        os.setegid(self.gid)
+        os.seteuid(self.uid)
+        try:
+            if spool and not may_use(spool, os.R_OK | os.W_OK | os.X_OK):
                 raise OSError(0, "user = %s: that account cannot write the spool %s" % (self.name, spool))
-
-    def resume_root(self) -> None:
-        if self.name:
+            yield
+        finally:
             os.seteuid(0)
             os.setegid(os.getgid())
 
     def become(self) -> None:
         if self.name:
-            self.resume_root()
             os.setgid(self.gid)
             os.setuid(self.uid)
 
@@ -8504,20 +8379,13 @@ def serve(cfg: Config) -> int:
     """Run the relay in the foreground."""
     for number in (signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)       # until there is something to reread
-    supervisor, account, spool = Supervisor(os.environ), Account(cfg.user), Spool(cfg.spool)
-    account.assume(cfg.spool)
-    spool.open()
-    server = Server(cfg, spool, Log(cfg.log, cfg.log_level, cfg.hostname))
-    server.supervisor = supervisor
-    server.recipient_files, server.logins = server.read_files(cfg)
-    account.resume_root()
+    account, spool = Account(cfg.user), Spool(cfg.spool)
+    with account.acting(cfg.spool):
+        spool.open()
+        server = Server(cfg, spool, Log(cfg.log, cfg.log_level, cfg.hostname))
+        server.recipient_files, server.logins = server.read_files(cfg)
     server.certificate = server.load_certificate(cfg)
-    try:
-        server.listen(cfg)
-    except OSError as error:
-        hint = "  (ports below 1024 need root)" if error.errno == errno.EACCES else ""
-        is_passing = error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
-        return complain(describe(error) + hint, EX_TEMPFAIL if is_passing else EX_CONFIG)
+    server.listen(cfg)
     account.become()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: server.loop.post(server.on_signal, number))
@@ -8542,7 +8410,7 @@ def release_memory() -> None:
 # -- commands
 
 def connect_control(cfg: Config) -> Optional[socket.socket]:
-    """To the running relay; None where none runs.  Raises PermissionError."""
+    """To the running relay; None where none runs.  Raises Failure where we may not talk to it."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     directory = -1
     try:
@@ -8552,41 +8420,41 @@ def connect_control(cfg: Config) -> Optional[socket.socket]:
     except OSError as error:
         sock.close()
         if isinstance(error, PermissionError):
-            raise
+            raise Failure("may not talk to the relay: %s" % describe(error), EX_UNAVAILABLE) from None
         return None
     finally:
         close_quietly(directory)
 
 
 def is_running(cfg: Config) -> bool:
-    try:
+    """One that we may not talk to runs, too."""
+    with contextlib.suppress(Failure):
         sock = connect_control(cfg)
-    except PermissionError:
-        return True
-    if sock is not None:
+        if sock is None:
+            return False
         sock.close()
-    return sock is not None
+    return True
 
 
-def ask_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
-    """The answers to a command.  Where no relay runs, one without listeners gives them, for as long as
-    that takes.  The last one has "exit"."""
-    try:
-        sock = connect_control(cfg)
-    except PermissionError as error:
-        yield {"error": "may not talk to the relay: %s" % describe(error), "exit": EX_UNAVAILABLE}
-        return
-    if sock is None:
-        yield from ask_own_relay(cfg, request)
-        return
+def ask_relay(cfg: Config, command: str, what: str = "all", wait: bool = True) -> Iterator[Dict[str, Any]]:
+    """The answers to a command; the last one has "exit".  Where no relay runs, one without listeners
+    gives them, for as long as that takes.  Raises Failure at the end, with what was wrong."""
+    request = {"command": command, "what": what, "wait": wait}
+    sock = connect_control(cfg)
+    answer: Dict[str, Any] = {}
+    for answer in ask_own_relay(cfg, request) if sock is None else read_answers(sock, request):
+        if "error" not in answer:
+            yield answer
+    if "exit" not in answer:
+        raise Failure("the relay broke off", EX_UNAVAILABLE)
+    if "error" in answer:
+        raise Failure(answer["error"], answer["exit"])
+
+
+def read_answers(sock: socket.socket, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
     with sock, sock.makefile("rb") as lines:
         sock.sendall(json.dumps(request).encode("ascii") + b"\n")
-        for line in lines:
-            answer = json.loads(line)
-            yield answer
-            if "exit" in answer:
-                return
-    yield {"error": "the relay broke off", "exit": EX_UNAVAILABLE}
+        yield from map(json.loads, lines)
 
 
 def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
@@ -8595,10 +8463,9 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
         with tempfile.TemporaryDirectory(prefix="etrn-empty-") as folder:
             yield from ask_own_relay(dataclasses.replace(cfg, spool=folder, user=""), request)
         return
-    command, what = request["command"], str(request.get("what", "all"))
-    account, spool = Account(cfg.user), Spool(cfg.spool)
-    account.assume(cfg.spool)           # what root would write there the relay could not read
-    try:
+    command, what = request["command"], request["what"]
+    # What root would write there the relay could not read.
+    with Account(cfg.user).acting(cfg.spool), contextlib.closing(Spool(cfg.spool)) as spool:
         spool.open(is_relay=False)
         log = Log(cfg.log, "warning" if cfg.log == "stderr" else cfg.log_level, cfg.hostname)
         server = Server(cfg, spool, log)
@@ -8618,64 +8485,42 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
         if command == "flush":
             queue.sweep()               # what was tried often enough now goes back to its sender in this run
         server.close()
-    finally:
-        spool.close()
-        account.resume_root()
 
 
-def say_error(answer: Mapping[str, Any]) -> int:
-    return complain(answer["error"], answer["exit"]) if answer.get("error") else int(answer["exit"])
+def print_answer(given: argparse.Namespace, value: Any, form: Callable[[], str]) -> None:
+    """For a program, or for people."""
+    print(json.dumps(value, indent=1) if given.json else form().rstrip("\n"))
 
 
-def find_style() -> Style:
-    """Coloured on a terminal; not with NO_COLOR (no-color.org) or TERM=dumb."""
-    return Style(sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
+def show_status(cfg: Config, given: argparse.Namespace) -> int:
+    status, = ask_relay(cfg, "status")
+    print_answer(given, public_status(status), lambda: format_status(status, time.time()))
+    return EX_OK
 
 
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=True))
+def show_queue(cfg: Config, given: argparse.Namespace) -> int:
+    rows = read_rows(cfg, given.what)
+    print_answer(given, rows, lambda: format_queue(rows, time.time()))
+    return EX_OK
 
 
-def show_status(cfg: Config, as_json: bool) -> int:
-    *_, answer = ask_relay(cfg, {"command": "status"})
-    code = say_error(answer)
-    if code == EX_OK and as_json:
-        print_json(public_status(answer))
-    elif code == EX_OK:
-        say(format_status(answer, time.time(), find_style()), end="")
-    return code
-
-
-def show_queue(cfg: Config, what: str, as_json: bool) -> int:
-    rows, code = read_rows(cfg, what)
-    rows.sort(key=lambda row: (row["received"], row["id"]))
-    if code == EX_OK and as_json:
-        print_json(rows)
-    elif code == EX_OK:
-        say(format_queue(rows, time.time(), find_style()), end="")
-    return code
-
-
-def read_rows(cfg: Config, what: str) -> Tuple[List[Dict[str, Any]], int]:
-    """The contract's rows: what the sidecars say, and what the relay knows since they were written."""
+def read_rows(cfg: Config, what: str) -> List[Dict[str, Any]]:
+    """The contract's rows, oldest first: what the sidecars say, and what the relay knows since they were
+    written."""
     rows: List[Dict[str, Any]] = []
-    answer: Dict[str, Any] = {}
-    gc.disable()                        # a hundred thousand rows and no cycle among them
     with contextlib.closing(Spool(cfg.spool)) as spool:
-        for answer in ask_relay(cfg, {"command": "list", "what": what}):
+        for answer in ask_relay(cfg, "list", what):
             if "rows" in answer and spool.root < 0:
                 spool.open_to_read()
-            for id, state, due, expires, failures in answer.get("rows", ()):
+            for row in answer.get("rows", ()):
                 with contextlib.suppress(Corrupt, NotOurs, OSError, KeyError, TypeError):   # delivered since
-                    sidecar = spool.peek_sidecar(id)
-                    rows.append(make_row(sidecar, state, due, expires, failures, answer["error_of"]))
-    gc.enable()
-    return rows, say_error(answer)
+                    rows.append(make_row(spool.peek_sidecar(row[0]), row, answer["error_of"]))
+    return sorted(rows, key=lambda row: (row["received"], row["id"]))
 
 
-def make_row(sidecar: Mapping[str, Any], state: str, due: Optional[Time], expires: Time, failures: int,
-             error: str) -> Dict[str, Any]:
-    """Attempts to reach a primary that is down are not in the sidecars."""
+def make_row(sidecar: Mapping[str, Any], known: Sequence[Any], error: str) -> Dict[str, Any]:
+    """`known`: of list_entries().  Attempts to reach a primary that is down are not in the sidecars."""
+    _, state, due, expires, failures = known
     recipients = []
     for one in sidecar["recipients"]:
         if one["state"] == QUEUED:
@@ -8688,33 +8533,32 @@ def make_row(sidecar: Mapping[str, Any], state: str, due: Optional[Time], expire
             "recipients": recipients}
 
 
-def show_message(cfg: Config, id: str, as_json: bool, raw: bool) -> int:
+def show_message(cfg: Config, given: argparse.Namespace) -> int:
+    id = given.what
     with contextlib.closing(Spool(cfg.spool)) as spool:
         try:
             spool.open_to_read()
             if not (_ID.fullmatch(id) and spool.has(id + ".json")):
                 raise Corrupt("no such message")
-            sidecar, data = spool.look(id, "whole" if raw else "header")
+            sidecar, data = spool.look(id, "whole" if given.raw else "header")
         except (Corrupt, NotOurs, FileNotFoundError) as error:
             why = "no such message" if isinstance(error, FileNotFoundError) else error
-            return complain("%s: %s" % (printable(id, 40), why), EX_MISSING)
-    if raw:
+            raise Failure("%s: %s" % (printable(id, 40), why), EX_MISSING) from None
+    if given.raw:
         sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
         return EX_OK
-    news = {one["address"]: one for row in (read_rows(cfg, id)[0] if is_running(cfg) else [])
-            for one in row["recipients"]}
+    rows = read_rows(cfg, id) if is_running(cfg) else []
+    news = {one["address"]: one for row in rows for one in row["recipients"]}
     sidecar["recipients"] = [dict(one, **news.get(one["address"], {})) for one in sidecar["recipients"]]
-    if as_json:
-        print_json(dict(sidecar, header=data.decode("utf-8", "replace")))
-    else:
-        say(format_envelope(sidecar, data, time.time(), find_style()), end="")
+    print_answer(given, dict(sidecar, header=data.decode("utf-8", "replace")),
+                 lambda: format_envelope(sidecar, data, time.time()))
     return EX_OK
 
 
-def export(cfg: Config, what: str) -> int:
-    """The queued messages of a domain as mbox on standard output; they stay queued."""
-    count, code = 0, EX_OK
+def export(cfg: Config, given: argparse.Namespace) -> int:
+    """The queued messages of a domain as mbox on standard output; they stay queued.  Reads the files
+    themselves, so that it says what it must leave out."""
+    what, count, code = given.what, 0, EX_OK
     with contextlib.closing(Spool(cfg.spool)) as spool:
         if os.path.isdir(cfg.spool):
             spool.open_to_read()
@@ -8730,29 +8574,25 @@ def export(cfg: Config, what: str) -> int:
             except (Corrupt, NotOurs) as error:
                 if spool.has(id + ".json"):
                     code = complain("%s: left out: %s" % (id, error), EX_TEMPFAIL)
-    sys.stdout.buffer.flush()
     if not count and what != "all" and not Destinations(cfg).serves(what):
-        return complain("%s: no such domain here" % what, EX_MISSING)
+        raise Failure("%s: no such domain here" % what, EX_MISSING)
     return code
 
 
-def flush(cfg: Config, what: str, wait: bool, as_json: bool) -> int:
+def flush(cfg: Config, given: argparse.Namespace) -> int:
     """Without a running relay this one delivers, and so must wait."""
-    is_terminal = sys.stdout.isatty() and not as_json
+    wait, is_terminal = not given.no_wait, sys.stdout.isatty() and not given.json
     if not wait and not is_running(cfg):
         complain("no relay runs: this command delivers, and waits for it", EX_OK)
         wait = True
     answer: Dict[str, Any] = {}
-    for answer in ask_relay(cfg, {"command": "flush", "what": what, "wait": wait}):
+    for answer in ask_relay(cfg, "flush", given.what, wait):
         if is_terminal and "left" in answer:
             print("\r" + format_progress(answer["total"], answer["left"]), end="", flush=True)
-    if is_terminal and answer.get("queued") and wait:
+    if is_terminal and answer["queued"] and wait:
         print("\r" + format_progress(answer["queued"], answer["waiting"]))
-    code = say_error(answer)
-    if as_json:
-        print_json({key: value for key, value in answer.items() if key != "exit"})
-    elif "queued" in answer:
-        say("%s: %s" % (what, format_flush(answer, wait)))
+    code = int(answer.pop("exit"))
+    print_answer(given, answer, lambda: "%s: %s" % (given.what, format_flush(answer, wait)))
     return code
 
 
@@ -8767,24 +8607,31 @@ def format_flush(answer: Mapping[str, Any], waited: bool) -> str:
         answer["delivered"], answer["bounced"] + answer["expired"], answer["waiting"], held, reason)
 
 
-def change_queue(cfg: Config, command: str, what: str, yes: bool) -> int:
+ENDINGS = {"hold": "held", "release": "released", "delete": "deleted", "bounce": "returned to their senders"}
+
+
+def change_queue(cfg: Config, given: argparse.Namespace) -> int:
     """--hold, --release, --delete, --bounce."""
-    if what == "all" and command in ("delete", "bounce") and not yes:
-        is_terminal = sys.stdin is not None and sys.stdin.isatty()
-        if is_terminal:
-            print("Really %s all queued mail? [y/N] " % command, end="", flush=True)
-        reply = sys.stdin.readline() if sys.stdin is not None else ""
-        if not reply and not is_terminal:
-            raise Usage("--%s all needs --yes" % command)
-        if reply.strip().lower() not in ("y", "yes"):
-            print("Nothing was done.")
-            return EX_OK
-    *_, answer = ask_relay(cfg, {"command": command, "what": what})
-    code = say_error(answer)
-    if "count" in answer:
-        busy = "; %d left alone, in delivery at this moment" % answer["busy"] if answer.get("busy") else ""
-        say("%s: %s %s%s" % (what, plural(answer["count"], "message"), ENDINGS[command], busy))
-    return code
+    command, what = given.command, given.what
+    if what == "all" and command in ("delete", "bounce") and not given.yes and not is_sure(command):
+        print("Nothing was done.")
+        return EX_OK
+    *_, answer = ask_relay(cfg, command, what)
+    busy = "; %d left alone, in delivery at this moment" % answer["busy"] if answer.get("busy") else ""
+    print("%s: %s %s%s" % (what, plural(answer["count"], "message"), ENDINGS[command], busy))
+    return int(answer["exit"])
+
+
+def is_sure(command: str) -> bool:
+    """Asks who types, or reads what a script gives.  Raises Failure where there is nobody to ask."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        print("Really %s all queued mail? [y/N] " % command, end="", flush=True)
+    reply = sys.stdin.readline()
+    if not reply and not is_terminal:
+        raise Failure("--%s all needs --yes" % command, EX_USAGE)
+    return reply.strip().lower() in ("y", "yes")
+
 
 # -- --probe
 
@@ -8810,27 +8657,28 @@ def in_time(server: Server, seconds: float, calls: Sequence[Callable[[], Any]]) 
     return [results.get(number, TimeoutError("no answer in time")) for number in range(len(calls))]
 
 
-def probe(cfg: Config, what: str, as_json: bool) -> int:
+def probe(cfg: Config, given: argparse.Namespace) -> int:
     """The route of a domain, and what each host on it answers.  Nothing is sent."""
-    name = parse_what(what)
-    if cfg.domain(name) is None:
-        return complain("%s: no such domain here" % name, EX_MISSING)
-    server, [plan] = know_all(cfg, [name])
+    if cfg.domain(given.what) is None:
+        raise Failure("%s: no such domain here" % given.what, EX_MISSING)
+    server, [plan] = know_all(cfg, [given.what])
     route, = in_time(server, PROBE_ROUTE_S, [lambda: find_route(plan)])
     hops, problem = ([], str(route)) if isinstance(route, Exception) else route
     hosts = [dict(hop._asdict(), mail=None, takes_mail=False, error=None) for hop in hops]
     visits = [functools.partial(visit, plan, hop, host) for hop, host in zip(hops, hosts)]
     for host, late in zip(hosts, in_time(server, PROBE_HOSTS_S, visits)):
         host["error"] = host["error"] or late and str(late)
-    found = {"domain": name, "primary": format_primary(plan.primary), "error": problem or None}
-    if as_json:
-        print_json(dict(found, hosts=hosts))
-    for values in () if as_json else (found, *hosts):
-        texts = {key: ", ".join(one) if isinstance(one, tuple) else one for key, one in values.items()}
-        say("".join("%s: %s\n" % (key, printable(str(one))) for key, one in texts.items() if one is not None))
+    found = {"domain": plan.name, "primary": format_primary(plan.primary), "error": problem or None}
+    print_answer(given, dict(found, hosts=hosts), lambda: "\n\n".join(map(format_probe, (found, *hosts))))
     if any(host["takes_mail"] for host in hosts):
         return EX_OK
     return EX_TEMPFAIL if any(host["mail"] for host in hosts) else EX_UNAVAILABLE
+
+
+def format_probe(values: Mapping[str, Any]) -> str:
+    texts = {key: ", ".join(one) if isinstance(one, list) else str(one)
+             for key, one in values.items() if one is not None}
+    return "\n".join("%s: %s" % (key, printable(text)) for key, text in texts.items())
 
 
 def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
@@ -8841,14 +8689,11 @@ def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
         if client is None:
             raise PeerError(problem)
         with contextlib.closing(client):
-            found.update(greeting=client.greeting, extensions=tuple(
-                ("%s %s" % one).strip().upper() for one in client.esmtp_features.items()))
+            found.update(greeting=client.greeting, extensions=[
+                ("%s %s" % one).strip().upper() for one in client.esmtp_features.items()])
             if ssl is not None and isinstance(client.sock, ssl.SSLSocket):
                 der = client.sock.getpeercert(True) or b""
                 found.update(tls=client.sock.version(), sha256=hashlib.sha256(der).hexdigest())
-                facts = peer_certificate_facts(der)
-                if facts is not None:
-                    found.update(names=facts.names, until=format_date(int(facts.until)))
             for key, command in (("mail", "MAIL FROM:<>"), ("rcpt", "RCPT TO:<postmaster@%s>" % plan.name)):
                 code, text = client.ask(command, "", PROBE_REPLY_S)
                 found[key], found["takes_mail"] = reply_text(code, text), code // 100 == 2 and key == "rcpt"
@@ -8857,7 +8702,7 @@ def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
             with contextlib.suppress(PeerError, OSError):       # everything of interest was said before
                 client.ask("QUIT", "", PROBE_REPLY_S)
     except (PeerError, OSError, ValueError) as error:
-        found["error"] = describe(error) if isinstance(error, OSError) else str(error)
+        found["error"] = describe(error)
 
 
 # -- --check
@@ -8865,31 +8710,28 @@ def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
 Finding = Tuple[str, str, str]          # ok, warning or error; what it is about; text
 
 
-def check(cfg: Config, as_json: bool) -> int:
+def check(cfg: Config, given: argparse.Namespace) -> int:
     """Look at configuration, spool, ports, certificate and DNS; say what is wrong.  Nothing is changed."""
     found: List[Finding] = [("ok", "config", "%s: %s" % (cfg.file, plural(len(cfg.domains), "domain")))]
-    for part in (check_config, check_spool, check_ports):
-        try:
-            found.extend(part(cfg))
-        except (OSError, ValueError) as error:
-            text = describe(error) if isinstance(error, OSError) else str(error)
-            found.append(("error", part.__name__[6:], text))
     names = [name for name in cfg.domains if name[0] != "."]
     server, plans = know_all(cfg, names)
+    for part in (check_config, check_spool, check_ports):
+        try:
+            found.extend(part(server))
+        except (OSError, ValueError) as error:
+            found.append(("error", part.__name__[6:], describe(error)))
     calls: List[Callable[[], List[Finding]]] = [functools.partial(check_domain, cfg, plan) for plan in plans]
     calls.append(lambda: [("ok", "hostname", ", ".join(server.resolver.addresses(cfg.hostname)))])
     for name, result in zip([*names, "hostname"], in_time(server, CHECK_S, calls)):
         found += [("warning", name, str(result))] if isinstance(result, Exception) else result
-    if as_json:
-        print_json([dict(zip(("level", "what", "text"), one)) for one in found])
-    else:
-        say("\n".join("%-8s %s: %s" % (level, what, printable(text)) for level, what, text in found))
+    print_answer(given, [dict(zip(("level", "what", "text"), one)) for one in found], lambda: "\n".join(
+        "%-8s %s: %s" % (level, what, printable(text)) for level, what, text in found))
     return EX_CONFIG if any(level == "error" for level, _, _ in found) else EX_OK
 
 
-def check_config(cfg: Config) -> Iterator[Finding]:
-    if cfg.tls_certificate and ssl is not None:
-        Certificate(cfg.tls_certificate, cfg.tls_key)       # or an error for check() to tell
+def check_config(server: Server) -> Iterator[Finding]:
+    cfg = server.cfg
+    server.load_certificate(cfg)        # or an error for check() to tell
     if cfg.status_listen and not cfg.status_token and not parse_address(cfg.status_listen.host).is_loopback:
         yield "warning", "config", "whoever reaches %s reads the page: set a token" % str(cfg.status_listen)
     hidden = (cfg.status_token, cfg.bounces_password, *(one.password for one in cfg.domains.values()))
@@ -8898,9 +8740,10 @@ def check_config(cfg: Config) -> Iterator[Finding]:
             yield "warning", "config", "%s holds a secret, and everybody may read it: chmod o-r" % path
 
 
-def check_spool(cfg: Config) -> Iterator[Finding]:
+def check_spool(server: Server) -> Iterator[Finding]:
     """As the relay's account sees it: as that it opens spool, log, lists and passwords."""
-    folder, account = cfg.spool, Account(cfg.user)
+    cfg = server.cfg
+    folder, account, who = cfg.spool, Account(cfg.user), cfg.user or "this account"
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     is_new, kind, free = folder != cfg.spool, file_system(folder), shutil.disk_usage(folder).free
@@ -8910,28 +8753,21 @@ def check_spool(cfg: Config) -> Iterator[Finding]:
         yield "warning", "spool", "%s is on %s: gone with its container or a power cut" % (cfg.spool, kind)
     text = "%s: %s free, refuses below %s" % (cfg.spool, format_size(free), format_size(cfg.min_free_space))
     yield "error" if free < max(1, cfg.min_free_space) else "ok", "spool", text
-    try:
-        with contextlib.suppress(OSError):      # what it may not do is told below
-            account.assume(folder)
+    with account.acting():
         paths = [] if is_new and account.name else [folder]     # root makes a new spool
         parts = [os.path.join(cfg.spool, name) for name in ("lock", "incoming", "corrupt")]
         paths += filter(os.path.exists, parts)
         if cfg.log not in ("stderr", "syslog"):
             paths.append(cfg.log if os.path.isfile(cfg.log) else os.path.dirname(cfg.log))
         for path in paths:
-            if not os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-                yield "error", "spool", "%s cannot write %s" % (cfg.user or "this account", path)
+            if not may_use(path, os.W_OK):
+                yield "error", "spool", "%s cannot write %s" % (who, path)
         for path in filter(None, (cfg.tls_certificate, cfg.tls_key)):
-            if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
-                yield "warning", "config", "%s cannot read %s when it is renewed" % (
-                    cfg.user or "this account", path)
-        for path in recipient_paths(cfg):
-            for number, line in read_recipients(path)[1]:
-                yield "warning", "config", "%s:%d: not an address: %s" % (path, number, line)
-        for password in (cfg.bounces_password, *(one.password for one in cfg.domains.values())):
-            read_secret(password)               # or an error for check() to tell
-    finally:
-        account.resume_root()
+            if not may_use(path, os.R_OK):
+                yield "warning", "config", "%s cannot read %s when it is renewed" % (who, path)
+        for file in server.read_files(cfg)[0].values():         # or an error for check() to tell
+            if file.level == "warning":
+                yield "warning", "config", file.remark
 
 
 def file_system(folder: str) -> str:
@@ -8944,7 +8780,8 @@ def file_system(folder: str) -> str:
     return ""
 
 
-def check_ports(cfg: Config) -> Iterator[Finding]:
+def check_ports(server: Server) -> Iterator[Finding]:
+    cfg = server.cfg
     wanted = [*cfg.listen, *cfg.odmr_listen, *filter(None, [cfg.status_listen])]
     with contextlib.ExitStack() as stack:       # all at once: one may be in the way of another
         for where in () if is_running(cfg) else wanted:
@@ -9010,24 +8847,43 @@ def play_demo() -> int:
         with bind(Endpoint("127.0.0.1", 0), 1) as one, bind(Endpoint("127.0.0.1", 0), 1) as other:
             port, away = one.getsockname()[1], other.getsockname()[1]
         cfg = start_demo(stack, folder, name="backup", port=port, primary="127.0.0.1:%d" % away)
-        say("A backup MX for example.com is up on 127.0.0.1:%d.  The primary is down." % port)
+        print("A backup MX for example.com is up on 127.0.0.1:%d.  The primary is down." % port)
         with smtplib.SMTP("127.0.0.1", port, "sender.example.org") as client:
             for number in range(5):
                 client.sendmail("sender%d@example.org" % number, "user@example.com", "Subject: hi\n\n")
-        say("Five messages came in, and are safe on disk.  --queue shows:\n")
-        show_queue(cfg, "all", False)
+        print("Five messages came in, and are safe on disk.  --queue shows:\n")
+        print(format_queue(read_rows(cfg, "all"), time.time()))
         primary = start_demo(stack, folder, name="mail", port=away, primary="atrn")
-        say("\nThe primary is back.  The relay would find out, but it asks for its mail:")
+        print("The primary is back.  The relay would find out, but it asks for its mail:")
         with smtplib.SMTP("127.0.0.1", port, "mail.example.com") as client:
             client.ehlo()
             code, text = client.docmd("ETRN", "example.com")
-        say("ETRN example.com\n%d %s" % (code, text.decode("ascii")))
+        print("ETRN example.com\n%d %s" % (code, text.decode("ascii")))
         end = time.monotonic() + DEMO_WAIT_S
-        while read_rows(cfg, "all")[0] and time.monotonic() < end:
+        while read_rows(cfg, "all") and time.monotonic() < end:
             time.sleep(DEMO_POLL_S)
-        is_well = len(read_rows(primary, "all")[0]) == 5
-    say("The primary has them all.  Nothing was lost." if is_well else "Mail is still waiting.")
+        is_well = len(read_rows(primary, "all")) == 5
+    print("The primary has them all.  Nothing was lost." if is_well else "Mail is still waiting.")
     return EX_OK if is_well else EX_TEMPFAIL
+
+
+# -- the command line
+
+WHAT = {"type": parse_what}
+COMMAND_LINE: Dict[str, Tuple[Callable[[Config, argparse.Namespace], int], Dict[str, Any], str]] = {
+    # --name: (what does it, its argument as argparse has it, the options that go with it)
+    "check": (check, {"action": "store_true"}, "json"),
+    "status": (show_status, {"action": "store_true"}, "json"),
+    "queue": (show_queue, {"type": parse_what, "nargs": "?", "const": "all"}, "json"),
+    "show": (show_message, {"type": str.upper}, "json raw"),
+    "probe": (probe, WHAT, "json"),
+    "export": (export, WHAT, ""),
+    "flush": (flush, WHAT, "json no_wait"),
+    "hold": (change_queue, WHAT, ""),
+    "release": (change_queue, WHAT, ""),
+    "delete": (change_queue, WHAT, "yes"),
+    "bounce": (change_queue, WHAT, "yes"),
+}
 
 
 # -- --print-unit
@@ -9043,10 +8899,9 @@ After=network-online.target nss-lookup.target
 RequiresMountsFor=%(folders)s
 
 [Service]
-Type=notify
+Type=exec
 ExecStart=%(systemd)s
 ExecReload=/bin/sh -c "kill -HUP ${MAINPID}"
-WatchdogSec=60
 Restart=on-failure
 RestartSec=5
 RestartPreventExitStatus=78 64
@@ -9110,7 +8965,7 @@ HARDENING = ("NoNewPrivileges", "PrivateDevices", "ProtectControlGroups", "Prote
 
 
 def format_unit(kind: str, config: str) -> str:
-    """From the configuration, or as it would be without one.  Raises ConfigError and Usage."""
+    """From the configuration, or as it would be without one.  Raises ConfigError and Failure."""
     config = os.path.abspath(config)
     try:
         cfg = read_config(config)
@@ -9122,7 +8977,7 @@ def format_unit(kind: str, config: str) -> str:
     words = [sys.executable or "/usr/bin/python3", SCRIPT, "--config", config]
     for path in (*words, cfg.spool, cfg.log):
         if not path.isprintable():
-            raise Usage("%r cannot be written in a unit: give it another name" % path)
+            raise Failure("%r cannot be written in a unit: give it another name" % path, EX_USAGE)
     # The service manager makes a spool below /var/lib, if no colon is in it: that means something in
     # StateDirectory.  It makes none elsewhere: that would be on the wrong disk while its own is not mounted.
     is_state = cfg.spool.startswith("/var/lib/") and ":" not in cfg.spool
@@ -9149,13 +9004,9 @@ def quote_systemd(text: str) -> str:
 def hold_standard_files() -> None:
     """What was closed by who started us (`>&-`, rc.local, cron) becomes /dev/null: else the next file
     or socket would have its number, and be written to."""
-    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)      # takes the lowest number that is free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(fd, mode, closefd=False))
+            setattr(sys, name, open(os.devnull, mode))      # takes the lowest number that is free
 
 
 def run_main() -> None:

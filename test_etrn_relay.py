@@ -55,6 +55,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -1052,7 +1053,7 @@ class Configuration(Folder):
                 ("[domain a.example]", "delay_notice = 4h", "delay_notice", 14400),
                 ("[domain a.example]", "delay_notice = Off", "delay_notice", 0),
                 ("[domain a.example]", "retry_interval = 2h", "max_retry_interval", 7200),
-                ("[domain a.example]", "max_retry_interval = 5s", "retry_interval", 5),
+                ("[domain a.example]", "max_retry_interval = 5s", "max_retry_interval", 5),
                 ("[domain a.example]", "tls = SHA256:" + "AB:" * 31 + "cd", "tls",
                  "sha256:" + "ab" * 31 + "cd"),
                 ("[domain a.example]", "recipients = U@A.Example,\n  v@a.example\n", "recipients",
@@ -1130,6 +1131,32 @@ class Configuration(Folder):
         self.assertEqual(run("--config", file, "--status"), (78, "", "%s:2: not UTF-8\n" % file))
 
 
+SAMPLE_HEAD = """\
+# etrn.conf - the configuration of etrn_relay.py, a backup mail exchanger.
+#
+# As it stands this file runs, unprivileged, on loopback: a try-out.  For a
+# real backup MX set hostname, listen and your domain; leave the rest alone.
+# Durations: 30s 5m 4h 7d 2w.  Sizes: 512K 50M 1G.  Lists: comma or space.
+# [defaults] takes the options of [domain example.com], for all domains;
+# [domain .example.com] means all subdomains of example.com.
+"""
+SAMPLE_VALUES = {("relay", "hostname"): "backup.example.net", ("relay", "listen"): "127.0.0.1:2525",
+                 ("domain", "primary"): "127.0.0.1:2526"}
+
+
+def format_sample() -> str:
+    """The text of etrn.conf.sample: every option with its default.  To write it anew:
+    python3 -c 'import test_etrn_relay as t; print(t.format_sample(), end="")' > etrn.conf.sample"""
+    out, last = [SAMPLE_HEAD.rstrip()], ""
+    for (section, name), row in etrn.OPTIONS.items():
+        if section != last:
+            out.append("\n[%s]" % ("domain example.com" if section == "domain" else section))
+        out += textwrap.wrap(row.text, 78, initial_indent="# ", subsequent_indent="# ")
+        last, value = section, SAMPLE_VALUES.get((section, name))
+        out.append("%s = %s" % (name, value) if value else "#%s = %s" % (name, row.default or "none"))
+    return "\n".join(out) + "\n"
+
+
 class OptionTable(unittest.TestCase):
     """Options are declared once; this is the contract's table."""
 
@@ -1172,7 +1199,7 @@ class OptionTable(unittest.TestCase):
     def test_etrn_conf_sample_is_what_the_table_makes_and_parses(self) -> None:
         with open(SAMPLE, encoding="utf-8") as file:
             text = file.read()
-        self.assertEqual(text, etrn.format_sample())
+        self.assertEqual(text, format_sample())
         cfg = etrn.parse_config(text, "/x/etrn.conf")
         self.assertEqual((cfg.listen, list(cfg.domains)), ((("127.0.0.1", 2525),), ["example.com"]))
         every = etrn.parse_config(re.sub("(?m)^#([a-z_]+ = )", r"\1", text), "/x/etrn.conf")
@@ -1250,8 +1277,7 @@ class ConfigurationsOfTheWorld(unittest.TestCase):
             self.assertEqual(etrn.parse_recipients(text), (entries, []))
         found, wrong = etrn.parse_recipients(
             "a@b.example\nbob\n@\n@a..b\r\n\n<a@b.example>\nOK a@b.example\na@b@c\n")
-        self.assertEqual((found, wrong), ({"a@b.example"}, [
-            (2, "bob"), (3, "@"), (4, "@a..b"), (6, "<a@b.example>"), (7, "OK a@b.example"), (8, "a@b@c")]))
+        self.assertEqual((found, wrong), ({"a@b.example"}, [2, 3, 4, 6, 7, 8]))
         entries = frozenset(["u@a.example", "@b.example"])
         for text, expected in cases(self, [("<U@A.example>", True), ("<v@a.example>", False),
                 ("<any@B.example.>", True), ("<u@x.b.example>", False)]):
@@ -4945,7 +4971,6 @@ class Packets(unittest.TestCase):
 
     def records(self, kind: int, *records: bytes) -> Tuple[List[Any], str]:
         answer = self.parse(dns_answer(7, "a.example", kind, records), kind)
-        self.assertFalse(answer.is_truncated)
         return answer.records, answer.name
 
     def test_a_query_is_a_question_and_nothing_else(self) -> None:
@@ -5060,9 +5085,8 @@ class Nameservers(NameserverCase):
             self.assertEqual([how for how, _, _ in server.asked], how)
 
     def test_a_name_that_does_not_exist_is_an_error_and_one_without_records_is_not(self) -> None:
-        with self.assertRaisesRegex(etrn.DnsError, "no such name") as caught:
+        with self.assertRaisesRegex(etrn.NoSuchName, "no such name"):
             self.resolver().query("none.example", etrn.MX)
-        self.assertTrue(caught.exception.is_absent)
         self.assertEqual(self.resolver().query("bare.example", etrn.MX), [])
 
     def test_the_next_server_is_asked_when_one_fails(self) -> None:
@@ -5081,7 +5105,7 @@ class Nameservers(NameserverCase):
             with shorten(DNS_TRY_S=0.05, DNS_TOTAL_S=0.3), \
                     self.assertRaisesRegex(etrn.DnsError, "lookup of a.example failed") as caught:
                 self.resolver(silent).query("a.example", etrn.MX)
-            self.assertFalse(caught.exception.is_absent)
+            self.assertNotIsInstance(caught.exception, etrn.NoSuchName)
 
     def test_addresses_come_ipv4_first(self) -> None:
         resolver = self.resolver()
@@ -5310,17 +5334,6 @@ class Notices(unittest.TestCase):
             ours = data[:data.index(b"Undelivered Message")] if full else data
             self.assertLessEqual(max(map(len, ours.split(b"\r\n"))), 998)
             self.assertNotRegex(data, rb"\r(?!\n)|(?<!\r)\n|\0")
-
-    def test_a_notice_belongs_to_the_thread_of_its_message_and_believes_no_odd_id(self) -> None:
-        for header, expected in cases(self, [
-                (b"Message-ID: <a.b@x.example>\r\n", "<a.b@x.example>"),
-                (b"message-id:<a@b>\r\nSubject: x\r\n", "<a@b>"),
-                (b"Message-ID: <a@x>\r\n Bcc: v@x\r\n", "<a@x>"),
-                (b"Message-ID: <a b@x>\r\n", None), (b"Message-ID: \r\n <a@x>\r\n", None),
-                (b"Subject: x\r\n\r\nMessage-ID: <a@x>\r\n", None), (b"Message-ID: <\xe9@x>\r\n", None),
-                (b"Message-ID: <%s@x>\r\n" % (b"y" * 300), None)]):
-            message, _ = notice([verdict()], header)
-            self.assertEqual((message["References"], message["In-Reply-To"]), (expected, expected))
 
     def test_what_an_operator_returned_was_neither_refused_nor_waited_for(self) -> None:
         words = "Returned by the postmaster of the backup mail server"
@@ -7482,7 +7495,7 @@ def facts(**changes: Any) -> etrn.Facts:
               "domains": domains}
     notable = [(WALL - 90, "primary", text, "warning"), (WALL - 4, text, text, text)]
     return etrn.Facts(etrn.Now(1e9, WALL), "backup.example.net", status, WALL - 7200, 100 << 20, "",
-                      (WALL - 86400, WALL + 9e6), history, notable)._replace(**changes)
+                      WALL + 9e6, history, notable)._replace(**changes)
 
 
 TAGS = ("html head meta title style body main header h1 h2 p dl div dt dd small section span b figure "
@@ -7568,17 +7581,16 @@ class Page(unittest.TestCase):
     def test_the_policy_allows_this_very_style_and_nothing_else(self) -> None:
         style = etrn.format_page(facts()).partition("<style>")[2].partition("</style>")[0]
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-        nothing = dict.fromkeys(["default-src", "base-uri", "form-action", "frame-ancestors"], "'none'")
-        for policy, expected in cases(self, [
-                (etrn.PAGE_POLICY, nothing),
-                (etrn.page_policy(), dict(nothing, **{"style-src": "'sha256-%s'" % digest}))]):
-            self.assertEqual(dict(part.strip().partition(" ")[::2] for part in policy.split(";")), expected)
+        expected = dict.fromkeys(["default-src", "base-uri", "form-action", "frame-ancestors"], "'none'")
+        expected["style-src"] = "'sha256-%s'" % digest
+        parts = [part.strip().partition(" ") for part in etrn.PAGE_POLICY.split(";")]
+        self.assertEqual({name: value for name, _, value in parts}, expected)
 
     def test_metrics_are_prometheus_text(self) -> None:
         families = parse_metrics(etrn.format_metrics(facts(text=FOREIGN)))
         self.assertFalse(any("notice:" in labels for _, samples in families.values() for labels in samples))
         self.assertEqual(sum(families["etrn_relay_primary_state"][1].values()), 3)
-        bare = facts(certificate=(0.0, 0.0), spool={"sick": "EIO"})
+        bare = facts(certificate_end=0.0, spool={"sick": "EIO"})
         bare.status["domains"].clear()
         ill = parse_metrics(etrn.format_metrics(bare))
         label = 'domain="example.com"'
@@ -7701,7 +7713,7 @@ class PageOverHttp(Pages):
             self.assertEqual(fetch(port, path, "HEAD")[::2], (200, ""))
             self.assertEqual(int(fields["Content-Length"]), len(body.encode()))
             for name, value in (("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"),
-                                ("Content-Security-Policy", etrn.page_policy())):
+                                ("Content-Security-Policy", etrn.PAGE_POLICY)):
                 self.assertEqual(fields[name], value)
         for method in cases(self, ["POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "FLUSH"]):
             status, fields, _ = fetch(port, "/", method)
@@ -7884,19 +7896,17 @@ class Terminal(unittest.TestCase):
             "client": {"address": "192.0.2.7", "helo": FOREIGN, "tls": None},
             "recipients": [recipient, dict(recipient, state="delivered", address="done@example.com")]}
 
-    def texts(self, style: etrn.Style) -> List[str]:
+    def texts(self) -> List[str]:
         status, header = facts(text=FOREIGN * 3).status, ("Subject: " + FOREIGN).encode("utf-8", "replace")
-        return [etrn.format_queue(self.rows, WALL, style), etrn.format_status(status, WALL, style),
-                etrn.format_envelope(self.sidecar, header, WALL, style)]
+        return [etrn.format_queue(self.rows, WALL), etrn.format_status(status, WALL),
+                etrn.format_envelope(self.sidecar, header, WALL)]
 
-    def test_nothing_foreign_reaches_the_terminal_and_colours_change_no_column(self) -> None:
-        for plain, coloured in zip(self.texts(etrn.PLAIN), self.texts(etrn.Style(True))):
-            self.assertTrue(all(c.isprintable() or c == "\n" for c in plain))
-            self.assertEqual(re.sub("\033\\[[0-9]+m", "", coloured), plain)
-            self.assertIn("\033[1m", coloured)
+    def test_nothing_foreign_reaches_the_terminal(self) -> None:
+        for text in self.texts():
+            self.assertTrue(all(c.isprintable() or c == "\n" for c in text))
 
     def test_queue_status_and_envelope_say_what_is_asked(self) -> None:
-        queue, status, envelope = self.texts(etrn.PLAIN)
+        queue, status, envelope = self.texts()
         offline = facts(text="x.example", spool={"sick": "EIO", "loading": True}).status
         offline.update(pid=None, uptime=None)   # type: ignore[attr-defined]
         for text, pattern in cases(self, [
@@ -7973,9 +7983,9 @@ class Units(Folder):
             self.assertEqual((code, out, "cannot be written in a unit" in errors), (64, "", True))
 
     def test_a_systemd_unit_gives_what_the_configuration_needs_and_no_more(self) -> None:
-        always = ["Type=notify", "ProtectSystem=strict", "NoNewPrivileges=yes", "Restart=on-failure",
+        always = ["Type=exec", "ProtectSystem=strict", "NoNewPrivileges=yes", "Restart=on-failure",
                   'ExecReload=/bin/sh -c "kill -HUP ${MAINPID}"', "RestartPreventExitStatus=78 64",
-                  "CapabilityBoundingSet=CAP_NET_BIND_SERVICE", "WatchdogSec=60", "UMask=0077"]
+                  "CapabilityBoundingSet=CAP_NET_BIND_SERVICE", "UMask=0077"]
         for text, lines, absent in cases(self, [
                 ("spool = /var/lib/etrn_relay/q", [
                     "DynamicUser=yes", "StateDirectory=etrn_relay/q", "ReadWritePaths="],
@@ -8099,9 +8109,7 @@ class Probes(Asking):
             pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(file.read())).hexdigest()
         for policy in cases(self, ["may", "require", "sha256:" + pin]):
             code, host, text = self.probe(primary.address, "tls = %s\n" % policy)
-            self.assertEqual((code, host["names"], host["sha256"], host["tls"][:6]),
-                             (0, ["mx.primary.example"], pin, "TLSv1."))
-            self.assertIn("until: ", text)
+            self.assertEqual((code, host["sha256"], host["tls"][:6]), (0, pin, "TLSv1."))
         for policy, code, word in cases(self, [("none", 0, "takes_mail: True"), ("verify", 69, "failed"),
                                                ("sha256:" + "0" * 64, 69, pin)]):
             got, _, text = self.probe(primary.address, "tls = %s\n" % policy)
@@ -8182,7 +8190,7 @@ class Checks(Asking):
         with open(os.path.join(self.folder, "users"), "w", encoding="utf-8") as file:
             file.write("\ufeffuser@%s OK\r\nnonsense\n" % DOMAIN)
         for level, text, options in cases(self, [
-                ("warning", "users:2: not an address: nonsense", {"domain": "recipients = file:users"}),
+                ("warning", "; not an address in line 2", {"domain": "recipients = file:users"}),
                 ("error", "none: No such file", {"bounces": "username = u\npassword = file: none"}),
                 ("error", "none.pem", {"bounces": "[tls]\ncertificate = none.pem\nkey = none.key"}),
                 ("error", "/users: [SSL]", {"bounces": "[tls]\ncertificate = users\nkey = users"}),
@@ -8275,7 +8283,7 @@ class Demonstration(Folder):
             self.assertIn(word, done.stdout)
 
 
-# -- service managers
+# -- a server that only the test turns
 
 def clocked(clock: Clock) -> Any:
     """The relay's two clocks are this one."""
@@ -8299,67 +8307,6 @@ def idle_server(test: Folder, text: str = "", domain: str = "") -> Iterator[etrn
         spool.close()
 
 
-class Supervision(Relays):
-    """Readiness, reload, watchdog and the stop are told to a service manager, sd_notify(3)."""
-
-    def manager(self, address: str) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.addCleanup(self.sock.close)
-        self.sock.bind(address)
-        self.sock.setblocking(False)
-
-    def heard(self, word: str = "") -> List[str]:
-        """What was said in the next datagram, or in the next with that word; nothing when there is none."""
-        with contextlib.suppress(BlockingIOError):
-            lines = self.sock.recv(4096).decode("utf-8").split("\n")
-            return lines if not word or word in lines else self.heard(word)
-        return []
-
-    def test_a_service_manager_hears_of_readiness_reload_watchdog_and_the_stop(self) -> None:
-        abstract = ["\0etrn-test-%d" % os.getpid()] if sys.platform == "linux" else []
-        for address in cases(self, [os.path.join(self.folder, "notify"), *abstract]):
-            self.manager(address)
-            given = {"NOTIFY_SOCKET": address.replace("\0", "@"), "WATCHDOG_USEC": "300000"}
-            with mock.patch.dict(os.environ, given):
-                relay = self.relay()
-            self.assertEqual(wait(self.heard), ["READY=1", "STATUS=0 messages waiting, 0 connections"])
-            for _ in range(3):
-                self.assertEqual(wait(lambda: self.heard("WATCHDOG=1"))[1][:7], "STATUS=")
-            relay.signal(signal.SIGHUP)
-            self.assertRegex(wait(lambda: self.heard("RELOADING=1"))[1], r"^MONOTONIC_USEC=\d+$")
-            wait(lambda: self.heard("READY=1"))
-            self.assertEqual((relay.end(), bool(self.heard("STOPPING=1"))), (0, True))
-
-    def test_the_watchdog_is_not_fed_when_the_loop_hangs(self) -> None:
-        clock, where = Clock(), os.path.join(self.folder, "n")
-        self.manager(where)
-        with clocked(clock), idle_server(self) as server:
-            server.supervisor = etrn.Supervisor({"NOTIFY_SOCKET": where, "WATCHDOG_USEC": "30000000"})
-            self.addCleanup(server.supervisor.sock.close)
-            server.loop.turn(0.0)
-            server._ping()
-            for seconds, said in cases(self, [(0, ["WATCHDOG=1"]), (14.9, []), (0.2, ["WATCHDOG=1"]), (0, []),
-                                              (200, ["WATCHDOG=1"]), (1, [])]):
-                clock.advance(seconds)
-                if seconds:
-                    self.assertEqual(self.heard(), [])          # no turn of the loop, no word
-                    server.loop.turn(0.0)
-                self.assertEqual(self.heard()[:1], said)        # at half the interval
-
-    def test_what_a_service_manager_says_is_for_us_alone(self) -> None:
-        asked = {"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "2000000"}
-        for environ, interval in cases(self, [
-                ({}, 0), ({"WATCHDOG_USEC": "2000000"}, 0), (asked, 1), (dict(asked, WATCHDOG_PID="1"), 0),
-                (dict(asked, WATCHDOG_PID=str(os.getpid())), 1), (dict(asked, WATCHDOG_USEC="x"), 0),
-                (dict(asked, WATCHDOG_USEC="0"), 0)]):
-            given = dict(environ, HOME="/")
-            supervisor = etrn.Supervisor(given)
-            self.assertEqual((supervisor.interval_s, given), (interval, {"HOME": "/"}))
-            supervisor.tell("READY=1")                          # nobody listens: no matter
-            if supervisor.sock is not None:
-                supervisor.sock.close()
-
-
 # -- certificates
 
 class Certificates(Folder):
@@ -8370,35 +8317,27 @@ class Certificates(Folder):
             file.write(text)
         return file.name
 
-    def test_names_and_dates_are_read_where_this_python_can(self) -> None:
+    def test_the_end_is_read_where_this_python_can(self) -> None:
         pem = PEMS["one.pem"]
-        names = ("localhost", "primary.example", "127.0.0.1")
-        facts = etrn.CertificateFacts(names, 1577836800.0, 4733510400.0)
         for text in cases(self, [pem, PEMS["one.key"] + pem, "Attributes\n" + pem, pem + PEMS["two.pem"]]):
-            self.assertEqual(etrn.certificate_facts(self.path_of(text)), facts)
-        self.assertEqual(etrn.peer_certificate_facts(ssl.PEM_cert_to_DER_cert(pem)), facts)
+            self.assertEqual(etrn.read_certificate_end(self.path_of(text)), 4733510400.0)
         with shorten(ssl=None):         # type: ignore[arg-type]
-            self.assertIsNone(etrn.certificate_facts(self.path_of(pem)))
-        decode = ssl._ssl._test_decode_cert     # type: ignore[attr-defined]
+            self.assertEqual(etrn.read_certificate_end(self.path_of(pem)), 0.0)
         with mock.patch.object(ssl, "_ssl", None):
-            self.assertIsNone(etrn.peer_certificate_facts(ssl.PEM_cert_to_DER_cert(pem)))
-
-        def decode_less(path: str) -> Any:
-            return {key: value for key, value in decode(path).items() if key != "subjectAltName"}
-        with mock.patch.object(ssl, "_ssl", types.SimpleNamespace(_test_decode_cert=decode_less)):
-            self.assertEqual(etrn.certificate_facts(self.path_of(pem)), facts._replace(names=("one",)))
+            self.assertEqual(etrn.read_certificate_end(self.path_of(pem)), 0.0)
 
     def test_garbage_is_refused_and_nothing_else_happens(self) -> None:
         chance, whole = random.Random(4), ssl.PEM_cert_to_DER_cert(PEMS["one.pem"])
         framed = "-----BEGIN CERTIFICATE-----\n%s\n-----END CERTIFICATE-----\n"
         for text in cases(self, ["", PEMS["one.key"], PEMS["one.pem"][:200], framed % "@@", framed % "MIAA"]):
-            self.assertRaises((ValueError, OSError), etrn.certificate_facts, self.path_of(text))
+            self.assertRaises((ValueError, OSError), etrn.read_certificate_end, self.path_of(text))
         for _ in range(500):
             data = bytearray(whole)
             for _ in range(chance.randint(1, 4)):
                 data[chance.randrange(len(data))] = chance.randrange(256)
             with contextlib.suppress(ValueError, OSError):
-                self.assertIsInstance(etrn.peer_certificate_facts(bytes(data)), etrn.CertificateFacts)
+                text = ssl.DER_cert_to_PEM_cert(bytes(data))
+                self.assertIsInstance(etrn.read_certificate_end(self.path_of(text)), float)
 
 
 def make_certificate(test: unittest.TestCase, folder: str, name: str = "backup.example.net",
@@ -8435,7 +8374,7 @@ class Watchfulness(Folder):
                                  ["certificate: the certificate %s %s" % (files[0], expires)] * bool(expires))
             make_certificate(self, self.folder, days=90)    # no client asks for STARTTLS, and yet it is seen
             self.assertEqual(self.swept(server, told, clock, 86500), [])
-            self.assertAlmostEqual(server.certificate.dates[1], time.time() + 90 * 86400, delta=60)
+            self.assertAlmostEqual(server.certificate.end, time.time() + 90 * 86400, delta=60)
 
     def test_a_disk_that_fills_is_noticed_though_no_mail_comes(self) -> None:
         clock, text = Clock(), "[alerts]\nmail = a@b.example\n"
