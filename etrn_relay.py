@@ -184,8 +184,8 @@ OVERSIZE_FACTOR = 2             # who sends more than this times the limit is cu
 
 # -- the loop
 THREADS_MAX = 64                # for dials, names, alerts: what waits for others
-RECEIVE_OCTETS = 16384          # read from one peer at a time: none holds the others up, and no part of a
-                                # TLS record (RFC 8446 5.1) stays where the selector does not see it
+RECEIVE_OCTETS = 65536          # read from one peer at a time, so that none holds the others up
+COMMANDS_OCTETS = 4096          # ... of commands, which cost more
 OUTPUT_MAX = 65536              # octets of replies left unread before we stop reading from a client
 SPILL_OCTETS = 131072           # of a body in memory before they are given to the spool
 UNWRITTEN_MAX, UNWRITTEN_TOTAL = 524288, 33554432       # octets of one body, of all; then clients wait
@@ -1181,7 +1181,7 @@ class Stream:
     come go to on_data().  on_end() is called once, when the peer sends no more: with "" at its end,
     else with the error, and then the socket is closed.  on_closed() is called once, however that came."""
     __slots__ = ("loop", "sock", "on_data", "on_end", "on_closed", "on_sent", "out", "mask", "moved",
-                 "is_paused", "is_ended", "is_closing", "is_closed", "handshake")
+                 "piece", "is_paused", "is_ended", "is_closing", "is_closed", "handshake")
 
     def __init__(self, loop: Loop, sock: socket.socket, on_data: Callable[[bytes], None],
                  on_end: Callable[[str], None]) -> None:
@@ -1192,6 +1192,7 @@ class Stream:
         self.out = bytearray()
         self.mask = 0                   # as the selector knows
         self.moved = loop.now.mono      # when octets last went either way
+        self.piece = RECEIVE_OCTETS     # read at a time
         self.is_paused = self.is_ended = self.is_closing = self.is_closed = False
         self.handshake: Optional[Callable[[], None]] = None
         self._watch()
@@ -1205,6 +1206,7 @@ class Stream:
         self.is_paused = is_paused
         if self.handshake is None:
             self._watch()
+            self._read_on()
 
     def secure(self, context: Callable[[], "ssl.SSLContext"], then: Callable[[], None]) -> None:
         """STARTTLS as server, once our 220 has gone out in the clear."""
@@ -1281,13 +1283,14 @@ class Stream:
         if not mask & selectors.EVENT_READ or self.is_closed or self.is_ended or self.is_paused:
             return
         try:
-            data = self.sock.recv(RECEIVE_OCTETS)
+            data = self.sock.recv(self.piece)
         except WANTS:
             return
         except (OSError, ValueError) as error:
             return self._fail(getattr(error, "strerror", "") or str(error))
         self.moved = self.loop.now.mono
         if data:
+            self._read_on()
             return self.on_data(data)
         self.is_ended = True
         self._watch()
@@ -1295,6 +1298,12 @@ class Stream:
             self.on_end("")
         elif not self.out:
             self.close()
+
+    def _read_on(self) -> None:
+        """The selector does not know of what lies in the TLS layer."""
+        is_tls = ssl is not None and isinstance(self.sock, ssl.SSLSocket)
+        if is_tls and not self.is_paused and self.sock.pending():       # type: ignore[attr-defined]
+            self.loop.post(self._ready, selectors.EVENT_READ)
 
     def _push(self) -> None:
         try:
@@ -7503,6 +7512,8 @@ class SmtpServer:
         session, draft, stream = client.session, client.draft, client.stream
         if client.is_ended and session.waiting is None and client in self.clients:
             return self._leave(client)
+        # Some hundreds of commands are carried out at a time, so that no flood of them holds others up.
+        stream.piece = COMMANDS_OCTETS if session.mode is Mode.COMMAND else RECEIVE_OCTETS
         is_behind = len(stream.out) >= OUTPUT_MAX or len(session.buffer) >= RECEIVE_OCTETS or (
             draft is not None and draft.asked + len(draft.pending) >= self._share())
         if is_behind != stream.is_paused:
