@@ -3026,8 +3026,9 @@ def format_received(session: Session, transaction: Transaction, id: str, now: Ti
 # 3 GRAMMAR, 4 CONFIG, and Now of 6 LOOP.
 
 NOTICES, ALERTS = "notice:", "alert:"   # begin the names of destinations that are not domains of ours
-WAITS = {"atrn": "waits to be collected by the domain's own mail server (ATRN)",
-         "etrn": "waits for the domain's own mail server to say where it is (authenticated ETRN)"}
+WAITS: Dict[Hosts, str] = {
+    "atrn": "waits to be collected by the domain's own mail server (ATRN)",
+    "etrn": "waits for the domain's own mail server to say where it is (authenticated ETRN)"}
 UNCOLLECTED = "the domain's own mail server did not come for it in time"
 COUNTERS = ("accepted", "delivered", "bounced", "deferred", "expired")
 
@@ -3098,24 +3099,24 @@ class Change(NamedTuple):
     lasted: float               # seconds in the state before
 
 
-class State(enum.Enum):
-    """Of an entry."""
-    READY, LATER, SENDING, HELD = 1, 2, 3, 4
+class State(enum.IntEnum):
+    """Of an entry.  Each keys a table at every step of a message: a number is the quickest key."""
+    READY, LATER, SENDING, HELD = range(4)
 
 
 class Entry:
     """One message in a destination's queue.  Small, because a hundred thousand may wait."""
-    __slots__ = ("id", "size", "received", "deadline", "due", "attempts", "base", "tries", "answers",
-                 "round", "state", "is_held", "is_delay_told", "is_ours")
+    __slots__ = ("id", "size", "received", "deadline", "due", "tries", "base", "answers", "round", "state",
+                 "is_held", "is_delay_told", "is_ours")
 
     def __init__(self, id: str, size: int, received: Time, attempts: int = 0, is_held: bool = False,
                  is_delay_told: bool = False, is_ours: bool = False) -> None:
         self.id, self.size, self.received = id, size, received
         self.deadline = 0.0             # monotonic: a jump of the wall clock makes no mail older
         self.due = 0.0                  # monotonic, when LATER
-        self.attempts = attempts        # failed ones, as the sidecar has them ...
-        self.base = 0                   # ... and the destination's failures that these include
-        self.tries = min(attempts, ATTEMPTS_MIN - 1)    # since the clock last jumped; one must be new
+        # Failed attempts since the clock last jumped are `tries` and the destination's failures since `base`,
+        # which its sidecar does not know of yet.  One must be new before it expires.
+        self.tries, self.base = min(attempts, ATTEMPTS_MIN - 1), 0
         self.answers = 0                # to this very message; they set its pause
         self.round = 0                  # flushes until it was last given to a connection
         self.state = State.READY
@@ -3130,16 +3131,15 @@ class EntryQueue:
     def __init__(self, name: str, cfg: DomainConfig) -> None:
         self.name, self.cfg = name, cfg
         self.entries: Dict[str, Entry] = {}     # in the order they came
-        self.ready: List[Tuple[float, str]] = []        # heaps; an entry may have left its place in them
-        self.later: List[Tuple[float, str]] = []
-        self.count = dict.fromkeys(State, 0)
+        self.by_state: Dict[State, collections.OrderedDict[str, Entry]] = {     # READY: in the order they go
+            state: collections.OrderedDict() for state in State}
+        self.later: List[Tuple[float, str]] = []        # a heap of LATER ones, and of some that were
         self.octets = 0
         self.is_held = False            # --hold DOMAIN: later mail, too
         self.next_look = INF            # monotonic, when the next entry expires or its delay is told
         self.rounds = 0                 # flushes, all told
         self.flushing: Set[str] = set()         # IDs that the present flush has yet to try
-        self.sending: Set[str] = set()          # IDs that connections have, and ...
-        self.late: Set[str] = set()             # ... of these the ones whose answer is late
+        self.late: Set[str] = set()             # IDs of those SENDING that keep no other waiting
         self.failures = 0               # attempts to reach the primary that failed, all told
         self.counters = dict.fromkeys(COUNTERS, 0)
 
@@ -3147,7 +3147,6 @@ class EntryQueue:
         """A new message, or one found in the spool with a pause still to run."""
         self.entries[entry.id] = entry
         self.octets += entry.size
-        self.count[entry.state] += 1
         entry.base = self.failures
         entry.due = now.mono + min(pause, self.cfg.max_retry_interval)
         self.set_deadline(entry, now)
@@ -3165,45 +3164,32 @@ class EntryQueue:
 
     def _put(self, entry: Entry, state: State) -> None:
         """The only place that changes an entry's state."""
+        self.by_state[entry.state].pop(entry.id, None)
         if state is State.SENDING:
             entry.round = self.rounds
         else:
-            self.sending.discard(entry.id)
             self.late.discard(entry.id)
             if entry.is_held or self.is_held:
                 state = State.HELD
                 self.flushing.discard(entry.id)
-        self.count[entry.state] -= 1
-        self.count[state] += 1
         entry.state = state
-        if state in (State.READY, State.LATER):
-            heap = self.ready if state is State.READY else self.later
-            heapq.heappush(heap, self._place(entry))
-            if len(heap) > 2 * len(self.entries) + 1000:        # much was held, or removed by hand
-                heap[:] = sorted(self._place(one) for one in self.entries.values() if one.state is state)
-
-    def _place(self, entry: Entry) -> Tuple[float, str]:
-        return (entry.received if entry.state is State.READY else entry.due), entry.id
-
-    def _pop(self) -> Entry:
-        """The oldest that is READY.  There is one: the counts say so."""
-        while True:
-            entry = self.entries.get(heapq.heappop(self.ready)[1])
-            if entry is not None and entry.state is State.READY:
-                self._put(entry, State.SENDING)
-                return entry
+        self.by_state[state][entry.id] = entry
+        if state is State.LATER:
+            heapq.heappush(self.later, (entry.due, entry.id))
 
     def urge(self, entry: Entry) -> None:
-        """A client waits for this one: before all others."""
+        """If it is due, it goes before all others."""
         if entry.state is State.READY:
-            heapq.heappush(self.ready, (-entry.received, entry.id))
+            self.by_state[State.READY].move_to_end(entry.id, last=False)
 
     def release(self) -> None:
-        """Everything but held mail is due now."""
-        for entry in self.entries.values() if self.count[State.LATER] else ():
-            if entry.state is State.LATER:
-                self._put(entry, State.READY)
+        """Everything but held mail is due now, oldest first."""
+        for entry in list(self.by_state[State.LATER].values()):
+            self._put(entry, State.READY)
         self.later.clear()
+        ready = self.by_state[State.READY]
+        for entry in sorted(ready.values(), key=lambda entry: (entry.received, entry.id)):
+            ready.move_to_end(entry.id)
 
     def put_off(self, entry: Entry, now: Now, pause: float) -> None:
         """Tried, and to be tried again; at once when a flush came meanwhile."""
@@ -3212,31 +3198,29 @@ class EntryQueue:
         self._put(entry, State.LATER if entry.round == self.rounds else State.READY)
 
     def give_back(self, entry: Entry) -> None:
-        """Not tried after all."""
+        """Its pause is over, or it was not tried after all: older than most, it is the next."""
         self._put(entry, State.READY)
+        self.urge(entry)
 
     def take_out(self, entry: Entry) -> None:
-        """To be ended by an operator or its age: nobody else gets it."""
+        """To be ended by an operator or its age: nobody else gets it, and none waits for it."""
         self._put(entry, State.SENDING)
+        self.late.add(entry.id)
 
     def drop(self, id: str) -> None:
         entry = self.entries.pop(id)
-        self.count[entry.state] -= 1
+        del self.by_state[entry.state][id]
         self.octets -= entry.size
-        for ids in (self.flushing, self.sending, self.late):
-            ids.discard(id)
+        self.flushing.discard(id)
+        self.late.discard(id)
 
-    # -- holds
-
-    def hold(self, entries: Iterable[Entry], on: bool) -> None:
-        """By themselves.  An entry that is being sent is held if it comes back."""
-        for entry in entries:
-            entry.is_held = on
-            is_held = on or self.is_held
-            if entry.state is not State.SENDING and is_held != (entry.state is State.HELD):
-                self._forget_tries(entry)       # released mail has its chance, however old it became
-                self._put(entry, State.READY)
-                self.next_look = min(self.next_look, entry.deadline)
+    def hold(self, entry: Entry, on: bool) -> None:
+        """By itself.  One that is being sent is held if it comes back."""
+        entry.is_held = on
+        if entry.state is not State.SENDING and (on or self.is_held) != (entry.state is State.HELD):
+            self._forget_tries(entry)   # released mail has its chance, however old it became
+            self._put(entry, State.READY)
+            self.next_look = min(self.next_look, entry.deadline)
 
     def hold_all(self, on: bool) -> List[Entry]:
         """All of it and all that comes later, or none.  Returns those that were held by themselves and
@@ -3244,28 +3228,25 @@ class EntryQueue:
         alone = [entry for entry in self.entries.values() if entry.is_held and not on]
         self.is_held = on
         for entry in self.entries.values():
-            self.hold([entry], entry.is_held and on)
+            self.hold(entry, entry.is_held and on)
         return alone
-
-    # -- attempts and ages
 
     def count_attempt(self, entry: Entry, is_whole: bool = True) -> int:
         """It was tried, and answered; whole, or there are recipients left.  Returns the number of
         attempts its sidecar does not know of yet."""
-        new = 1 + self.failures - entry.base
-        entry.attempts += new
+        new = 1 + self.failed_since(entry)
         entry.tries += new
         entry.base = self.failures
         entry.answers += is_whole
         return new
 
-    def attempts(self, entry: Entry) -> int:
-        """Those its sidecar knows, and the failed connections since."""
-        return entry.attempts + self.failures - entry.base
+    def failed_since(self, entry: Entry) -> int:
+        """Failed connections that its sidecar does not know of yet."""
+        return self.failures - entry.base
 
     def _forget_tries(self, entry: Entry) -> None:
         """It must be tried anew before it may expire; the attempts are told all the same."""
-        entry.attempts, entry.tries, entry.base = self.attempts(entry), 0, self.failures
+        entry.tries = -self.failed_since(entry)
 
     def oldest(self) -> Optional[Time]:
         """When the oldest message came; they are kept in the order they came."""
@@ -3286,11 +3267,10 @@ class Destination(EntryQueue):
         super().__init__(name, cfg)
         # the primary
         self.state, self.since, self.last_error = Primary.UNKNOWN, now.mono, ""
-        self.down_since = now.mono
+        self.down_since = now.mono      # monotonic; it has answered no message since then; INF when it has
         self.recovered = -INF           # monotonic, end of the last outage or of the last rejecting
         self.heard = -INF               # monotonic, when it last answered anything well
         self.is_proven = False          # has taken a message since it was last away
-        self.is_answering = False       # has answered a message, well or not, since then
         self.hang_ups = 0               # in a row, after refusals
         self.tried: Set[str] = set()    # messages that went alone since it last took one
         self.refused: Set[str] = set()  # messages refused in a row during the grace, and ...
@@ -3301,11 +3281,10 @@ class Destination(EntryQueue):
         self.last_flush = -INF          # monotonic
         # the way there
         self.limit, self.taken = 1, 0   # connections allowed now, and messages taken since it was raised
-        self.dialling = 0
         self.next_try = self.last_try = now.mono
         self.last_urged = -INF          # when it was tried last because something asked for it
         self.is_urged = False           # a fresh connection is wanted, whatever hangs
-        self.may_chunk = self.may_pipeline = True       # False: it answered out of step
+        self.may_pipeline = True        # and send a window of messages; False: it answered out of step
         self.size_limit = 0             # its SIZE, 0 when it named none
         self.route: List[Hop] = []      # where the last good connection led, best first
         self.route_seen = 0.0           # wall
@@ -3316,12 +3295,16 @@ class Destination(EntryQueue):
     def waits_for(self) -> str:
         """What must happen before we can connect; empty when we can try at any time.  Else there are no
         probes, questions, cut-through or failed attempts: mail waits until somebody comes for it."""
-        return "" if self.home or isinstance(self.cfg.primary, tuple) else WAITS.get(self.cfg.primary, "")
+        return "" if self.home else WAITS.get(self.cfg.primary, "")
 
     @property
     def trouble(self) -> str:
         """Why mail is still here: what went wrong last, or what it waits for."""
         return self.last_error or self.waits_for
+
+    @property
+    def is_steady(self) -> bool:
+        return self.state is Primary.UP and self.is_proven
 
     @property
     def label(self) -> str:
@@ -3345,44 +3328,40 @@ class Destination(EntryQueue):
         has yet to prove itself one goes alone, each in its turn: a message that it will never take
         keeps no other waiting, and neither does one whose answer is late."""
         self._wake(now)
-        out: List[Entry] = []
+        ready = self.by_state[State.READY]
         if self.is_proven:
-            while len(out) < most and self.count[State.READY]:
-                out.append(self._pop())
-        elif now.mono >= self.next_try and self.sending <= self.late and self.count[State.READY]:
-            seen = [self._pop()]
-            while seen[-1].id in self.tried and self.count[State.READY]:
-                seen.append(self._pop())
-            if seen[-1].id in self.tried:       # all had their turn: another round, from the oldest
+            taken = list(itertools.islice(ready.values(), most))
+        elif not ready or now.mono < self.next_try or self.by_state[State.SENDING].keys() - self.late:
+            return []
+        else:
+            if ready.keys() <= self.tried:      # all had their turn: another round, from the oldest
                 self.tried.clear()
-                seen.reverse()
-            out = [seen.pop()]
-            for entry in seen:
-                self._put(entry, State.READY)
-            self.tried.add(out[0].id)
+            taken = [next(entry for entry in ready.values() if entry.id not in self.tried)]
+            self.tried.add(taken[0].id)
             self.last_try = self.last_urged = now.mono
-        self.sending.update(entry.id for entry in out)
-        return out
+        for entry in taken:
+            self._put(entry, State.SENDING)
+        return taken
 
     def _wake(self, now: Now) -> None:
         """READY are those whose pause is over; of a primary that rejects one, whichever is due first."""
         while self.later and (self.later[0][0] <= now.mono
-                              or (self.state is Primary.REJECTING and not self.count[State.READY])):
+                              or (self.state is Primary.REJECTING and not self.by_state[State.READY])):
             due, id = heapq.heappop(self.later)
-            entry = self.entries.get(id)
-            if entry is not None and entry.state is State.LATER and entry.due == due:
-                self._put(entry, State.READY)
+            entry = self.by_state[State.LATER].get(id)
+            if entry is not None and entry.due == due:
+                self.give_back(entry)
 
     def flush(self, now: Now) -> bool:
         """ETRN, --flush, SIGUSR1.  False when one is under way already; even then there will be another
         look."""
         is_fresh = not self.flushing
         self.rounds += 1                # what is being sent goes again at once if it is put off
-        if self.count[State.LATER] or now.mono - self.last_flush >= TRIGGER_S:  # a flood costs no walk each
+        if self.by_state[State.LATER] or now.mono - self.last_flush >= TRIGGER_S:   # a flood: no walk each
             self.release()
             self.last_flush = now.mono
             if not self.waits_for:
-                self.flushing.update(id for id, entry in self.entries.items() if entry.state is State.READY)
+                self.flushing.update(self.by_state[State.READY])
         if self.waits_for:
             return True                 # it is due, for the next who comes
         self.trigger(now)
@@ -3396,32 +3375,32 @@ class Destination(EntryQueue):
 
     # -- when to connect
 
-    def wanted(self, now: Now, answering: int, hanging: int, others: int = 0) -> bool:
-        """Whether to dial now.  `answering`: greeted connections; `hanging`: those whose answer is
-        late (while the primary is not up: late since then); `others`: questions and messages read
-        ahead, which wait beside what is READY."""
+    def wanted(self, now: Now, answering: int, hanging: int, dialling: int = 0, others: int = 0) -> bool:
+        """Whether to dial now.  `answering`: greeted connections; `hanging`: those whose answer is late
+        (while the primary is not up: late since then); `dialling`: on their way; `others`: questions and
+        messages read ahead, which wait beside what is READY."""
         self._wake(now)
-        waiting = self.count[State.READY] + others
+        waiting = len(self.by_state[State.READY]) + others
         if self.waits_for or self.is_collecting or not waiting or now.mono < self.next_try:
             return False
         is_bearable = hanging <= max(self.cfg.connections, LATE_MAX)
-        if self.state is Primary.UP and self.is_proven:
-            has_place = answering + self.dialling < min(self.limit, self.cfg.connections)
-            return has_place and waiting > self.dialling and (is_bearable or self.is_urged)
+        if self.is_steady:
+            has_place = answering + dialling < self.limit
+            return has_place and waiting > dialling and (is_bearable or self.is_urged)
         if answering:
             return False
         if self.is_urged:               # ETRN and the like start a fresh connection, whatever hangs
             return True
         if self.state is Primary.UP:    # it greets, but answers to canaries are late
-            return not self.dialling and is_bearable
-        return self.dialling + hanging < HANGING_MAX
+            return not dialling and is_bearable
+        return dialling + hanging < HANGING_MAX
 
     def wake(self, now: Now, others: int = 0) -> Optional[float]:
         """The monotonic time at which wanted() or take() may change by itself."""
         if self.waits_for or self.is_collecting:
             return None
         times = [due for due, _ in self.later[:1]]
-        waiting = others or self.count[State.READY] or (self.state is Primary.REJECTING and self.later)
+        waiting = others or self.by_state[State.READY] or (self.state is Primary.REJECTING and self.later)
         if self.next_try > now.mono and waiting:
             times.append(self.next_try)
         return min(times, default=None)
@@ -3433,11 +3412,10 @@ class Destination(EntryQueue):
         return min(self.cfg.probe_interval, max(PROBE_FIRST_S, grown))
 
     def on_dial(self, now: Now) -> None:
-        self.dialling += 1
         if self.is_urged:
             self.last_urged = now.mono
         self.last_try, self.is_urged = now.mono, False
-        if not (self.state is Primary.UP and self.is_proven):
+        if not self.is_steady:
             self.next_try = now.mono + self._pause(now)
 
     # -- what happens to the primary
@@ -3450,8 +3428,7 @@ class Destination(EntryQueue):
         elif event is Event.AWAY:
             self.failures += 1
             self.last_error, self.is_proven, self.limit = why, False, 1
-            if self.is_answering:       # else it greets and hangs up: the same outage goes on
-                self.down_since, self.is_answering = now.mono, False
+            self.down_since = min(self.down_since, now.mono)    # who greets and hangs up is away all the time
             if not self.is_urged:
                 self.flushing.clear()   # a flush that finds it away is over
                 self.next_try = max(self.next_try, self.last_try + self._pause(now))
@@ -3466,11 +3443,10 @@ class Destination(EntryQueue):
             self.next_try, self.last_error, self.hang_ups = now.mono, "", 0
             if was is not Primary.UNKNOWN:
                 self.recovered = now.mono
-            self.release()
-            return change
-        self.is_proven, self.limit = False, 1
-        if after is Primary.DOWN:
-            self.release()              # mail waits for the primary now, and not for the end of a pause
+        else:
+            self.is_proven, self.limit = False, 1
+        if after in (Primary.UP, Primary.DOWN):
+            self.release()              # mail waits for the primary, and not for the end of a pause
         elif after is Primary.REJECTING:
             self.last_error, self.is_urged = why, False
             self.next_try = now.mono + self.cfg.probe_interval
@@ -3478,8 +3454,7 @@ class Destination(EntryQueue):
         return change
 
     def on_taken(self, now: Now) -> Optional[Change]:
-        self.heard = now.mono
-        self.is_answering, self.hang_ups = True, 0
+        self.heard, self.down_since, self.hang_ups = now.mono, INF, 0
         self.verdicts.append(False)
         for ids in (self.tried, self.refused, self.refused_good):
             ids.clear()
@@ -3493,7 +3468,7 @@ class Destination(EntryQueue):
     def on_deferred(self, now: Now) -> None:
         """A 4xx, or a 5xx that is not believed yet.  Three canaries put off are greylisting: all must
         be offered once."""
-        self.is_answering = True
+        self.down_since = INF
         self.verdicts.append(True)
         if self.state is Primary.REJECTING:
             self.next_try = now.mono + self.cfg.probe_interval
@@ -3507,6 +3482,7 @@ class Destination(EntryQueue):
     def on_refused(self, now: Now, id: str, good: Iterable[str], why: str) -> Optional[Change]:
         """A message was refused, 5xx for all.  `good`: those of its recipients that the primary took
         before.  One message or recipient counts once, however often it is tried."""
+        self.down_since = INF
         if not self.is_recovering(now):
             self.refused.clear()
         elif len(self.refused) < REFUSED_ROW:
@@ -3515,7 +3491,6 @@ class Destination(EntryQueue):
             self.refused_good.update(good)
         if max(len(self.refused), len(self.refused_good)) < REFUSED_ROW:
             return None
-        self.is_answering = True
         return self.on(Event.REFUSES, now, why)
 
     def slow_down(self, now: Now) -> None:
@@ -3537,7 +3512,7 @@ class Destination(EntryQueue):
         """The primary is another one: the way there, and how it takes mail, are to be found out anew."""
         self.on(Event.LEFT, now)
         self.route, self.size_limit = [], 0
-        self.is_proven, self.limit, self.may_chunk, self.may_pipeline = False, 1, True, True
+        self.is_proven, self.limit, self.may_pipeline = False, 1, True
 
     # -- what its word is worth
 
@@ -3596,7 +3571,7 @@ class Destination(EntryQueue):
             if entry.state is State.HELD:
                 continue
             if not self.waits_for:
-                had_chance = entry.tries + self.failures - entry.base >= ATTEMPTS_MIN
+                had_chance = entry.tries + self.failed_since(entry) >= ATTEMPTS_MIN
             if entry.deadline <= now.mono and entry.state is not State.SENDING and had_chance:
                 expired.append(entry)
                 continue
@@ -3621,11 +3596,9 @@ class Destination(EntryQueue):
     # -- for state.json
 
     def to_values(self, now: Now) -> Dict[str, Any]:
-        def in_wall(mono: float) -> Time:
-            return max(0.0, now.to_wall(mono)) if mono > -INF else 0.0
-        return {"primary": self.state.value, "since": in_wall(self.since),
-                "recovered": in_wall(self.recovered), "last_error": self.last_error,
-                "held": self.is_held, "size_limit": self.size_limit,
+        return {"primary": self.state.value, "since": max(0.0, now.to_wall(self.since)),
+                "recovered": max(0.0, now.to_wall(self.recovered)),     # never is -INF
+                "last_error": self.last_error, "held": self.is_held, "size_limit": self.size_limit,
                 "route": [list(hop) for hop in self.route], "route_seen": self.route_seen,
                 "route_of": format_primary(self.cfg.primary), "counters": dict(self.counters)}
 
@@ -3865,7 +3838,7 @@ class Destinations:
         """Messages, octets and held ones."""
         every = self.all.values()
         return (sum(len(one.entries) for one in every), sum(one.octets for one in every),
-                sum(one.count[State.HELD] for one in every))
+                sum(len(one.by_state[State.HELD]) for one in every))
 
 
 # == 10. DNS ===================================================================
@@ -4340,7 +4313,7 @@ def find_route(plan: Plan) -> Tuple[List[Hop], str]:
     """Hosts to try in order, and a warning when they are remembered ones.  Raises PeerError: whatever
     the DNS says, the mail is kept."""
     if plan.primary in WAITS:
-        raise PeerError("mail for %s %s" % (plan.name, WAITS[str(plan.primary)]))
+        raise PeerError("mail for %s %s" % (plan.name, WAITS[plan.primary]))
     try:
         hops = find_mx_route(plan) if isinstance(plan.primary, str) else find_host_route(plan, plan.primary)
         return hops[:ROUTE_HOSTS_MAX], ""
@@ -4810,9 +4783,9 @@ class Connection:
             self._on_lost("%s says what it was not asked for" % str(self.hop))
 
     def note_features(self) -> None:
-        one = self.destination
-        self.is_pipelining = "pipelining" in self.features and one.may_pipeline
-        self.is_chunking = "chunking" in self.features and one.may_chunk
+        may_pipeline = self.destination.may_pipeline
+        self.is_pipelining = may_pipeline and "pipelining" in self.features
+        self.is_chunking = may_pipeline and "chunking" in self.features
 
     def has_room(self) -> bool:
         """Nothing goes behind a final dot: RFC 2920 3.1 allows it, but Haraka answers 503 to it and
@@ -4903,7 +4876,7 @@ class Connection:
                     raise unfit(str(self.hop), code, text)
                 if not self.awaited:
                     if self.is_pipelining and self.answered:
-                        self.destination.may_pipeline = self.destination.may_chunk = False
+                        self.destination.may_pipeline = False
                     raise unfit("%s says what it was not asked for" % str(self.hop), code, text)
                 self._on_reply(code, text)
         except PeerError as error:
@@ -4965,7 +4938,7 @@ class Connection:
             if self.courses:
                 error = "conversation with %s timed out" % self.hop.host
                 if self.is_pipelining and self.courses[0].awaited > 1:  # it may lose what is sent ahead
-                    self.destination.may_pipeline = self.destination.may_chunk = False
+                    self.destination.may_pipeline = False
                     error += "; no PIPELINING until the next start"
                 self._on_lost(error)
             else:
@@ -5145,7 +5118,7 @@ def out_of_step(connection: Connection, command: str, code: int, text: bytes) ->
     """No word about a message.  Messages go again one by one, without window and PIPELINING; where that
     is so already, the peer is odd, and the message is put off."""
     was_ahead = connection.is_pipelining or connection.is_chunking
-    connection.destination.may_chunk = connection.destination.may_pipeline = False
+    connection.destination.may_pipeline = False
     error = "%s answers %s with %s" % (connection.hop, command, reply_text(code, text))
     connection.remark = error + ("; no PIPELINING until the next start" if was_ahead else "")
     connection.is_leaving = connection.is_astray = True
@@ -5536,7 +5509,7 @@ class Queue:
     def _refresh(self, one: Destination, entry: Entry, sidecar: Sidecar) -> Dict[str, Dict[str, Any]]:
         """The queued recipients, by address, with the failed connections, which are counted in memory
         alone.  What the primary said of the message itself stays said."""
-        new, error = one.attempts(entry) - entry.attempts, one.trouble
+        new, error = one.failed_since(entry), one.trouble
         people = {person["address"]: person for person in sidecar["recipients"] if person["state"] == QUEUED}
         for person in people.values():
             person["expires"] = max(0.0, self.now.to_wall(entry.deadline))
@@ -5601,7 +5574,7 @@ class Queue:
         for one in meant if not on else ():
             one.watched_since = self.now.mono
         if meant and what in meant[0].entries:
-            meant[0].hold([meant[0].entries[what]], on)
+            meant[0].hold(meant[0].entries[what], on)
             self.spool.ask(done, "record", what, {"held": on}, {})
             self.deliveries.attend(meant[0])
             return 1
@@ -5814,7 +5787,7 @@ class Deliveries:
         others = len(traffic.questions) + len(traffic.fetched)
         # Now that the primary is not up: what hangs since before that must not keep us from trying.
         hanging = sum(one.state is Primary.UP or connection.waits_since >= one.since for connection in late)
-        while one.wanted(now, answering, hanging, others) and self._may_dial(one):
+        while one.wanted(now, answering, hanging, len(traffic.dials), others) and self._may_dial(one):
             self._dial(one, traffic)
         at = one.wake(now, others)
         if at is not None and at < traffic.alarm:
@@ -5926,9 +5899,8 @@ class Deliveries:
         return False
 
     def _dial(self, one: Destination, traffic: Traffic) -> None:
-        if len(traffic.dials) >= HANGING_MAX and not (one.state is Primary.UP and one.is_proven):
+        if len(traffic.dials) >= HANGING_MAX and not one.is_steady:
             traffic.dials.pop(0).cut()          # it hangs, and somebody asked for a fresh one
-            one.dialling -= 1
         one.on_dial(self.loop.now)
         self.dialling += 1
         mine = Dial()
@@ -5966,7 +5938,6 @@ class Deliveries:
             return
         traffic = self.of(one)
         traffic.dials.remove(mine)
-        one.dialling -= 1
         self.queue.callers.note(one, [hop.address for hop in result.hops])
         if result.warning and result.warning != one.last_error:
             self.log.write("primary", "%s: %s" % (one.label, printable(result.warning)), "warning")
@@ -6041,7 +6012,6 @@ class Deliveries:
             traffic = self.of(one)
             while traffic.dials:
                 traffic.dials.pop().cut()
-            one.dialling = 0
             self._give_back_fetched(one)
             for connection in [other for other in traffic.connections if not other.collects]:
                 connection.is_former = True
@@ -6062,7 +6032,8 @@ class Deliveries:
         """Others go on without it, and its messages stay with it."""
         one = connection.destination
         connection.is_late = True
-        one.late.update(one.sending - {entry.id for entry, _, _ in self.of(one).fetched})
+        fetched = {entry.id for entry, _, _ in self.of(one).fetched}
+        one.late.update(one.by_state[State.SENDING].keys() - fetched)
 
     def sweep(self) -> None:
         """Once a second: deadlines of replies, and answers that are late."""
@@ -6239,7 +6210,6 @@ class Judgement:
                                     or (is_answer and one.state is not Primary.REJECTING)):
             if kinds != {"refused"} or not one.is_final(now, None, False):
                 one.on_deferred(now)
-            one.is_answering = True
         if one.state is Primary.REJECTING or one.cfg.is_notices:
             return      # it is not itself; and who takes our notices is nobody's recipient here
         may_ask = one.cfg.recipients == "verify" and one.is_itself(now)
@@ -6640,7 +6610,7 @@ def answer_etrn(queue: Queue, what: str, address: str, name: str, username: str 
     """RFC 1985 5.3: one line, never 251.  `username`: of a client that authenticated for these domains."""
     known = queue.destinations
     meant = [one for one in known.matching(what) if not one.cfg.is_notices]
-    count = sum(len(one.entries) - one.count[State.HELD] for one in meant)
+    count = sum(len(one.entries) - len(one.by_state[State.HELD]) for one in meant)
     is_owner = bool(username) and all(cfg.username == username for cfg in known.meant(what))
     if not known.serves(what):
         reply = Reply(459, "4.7.1", "Node %s not allowed: not served here" % what)
@@ -6693,7 +6663,7 @@ def answer_atrn(queue: Queue, username: str, domains: Sequence[str], address: st
 
 
 def waiting_at(one: Destination) -> int:
-    return one.count[State.READY] + one.count[State.LATER]
+    return len(one.by_state[State.READY]) + len(one.by_state[State.LATER])
 
 
 def why_not_collected(queue: Queue, asked: Sequence[Destination]) -> str:
@@ -6705,7 +6675,7 @@ def why_not_collected(queue: Queue, asked: Sequence[Destination]) -> str:
     if not any(map(waiting_at, asked)):
         if any(one.is_held and one.entries for one in asked):
             return "the queue is held"
-        if any(one.count[State.SENDING] for one in asked):
+        if any(one.by_state[State.SENDING] for one in asked):
             return "it is being delivered"
     return "shutting down" if queue.is_stopping else ""
 
@@ -6774,7 +6744,7 @@ def list_entries(queue: Queue, meant: Sequence[Destination], what: str) -> Answe
         for at in range(0, len(entries), LIST_BATCH):
             yield {"error_of": error, "rows": [
                 (entry.id, *say_state(one, entry, queue.now), to_wall(entry.deadline, queue.now),
-                 one.attempts(entry) - entry.attempts) for entry in entries[at:at + LIST_BATCH]]}
+                 one.failed_since(entry)) for entry in entries[at:at + LIST_BATCH]]}
     yield {"exit": EX_OK}
 
 
@@ -6794,7 +6764,7 @@ def flush_and_watch(queue: Queue, meant: Sequence[Destination], what: str, wait:
     if meant and all(one.is_held for one in meant):
         yield {"error": "the queue for %s is held" % what, "exit": EX_TEMPFAIL}
         return
-    held = sum(one.count[State.HELD] for one in meant)
+    held = sum(len(one.by_state[State.HELD]) for one in meant)
     watch = Watch((entry.id for one in meant for entry in one.entries.values()
                    if entry.state is not State.HELD), True)
     queue.watches.append(watch)
