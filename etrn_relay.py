@@ -3637,25 +3637,22 @@ class RecipientCache:
     def __init__(self) -> None:
         self.known: Dict[str, Tuple[bool, Time]] = {}       # address: (good, until)
         self.accept_all: Dict[str, Tuple[bool, Time]] = {}  # domain: (takes any local part, until)
-        self.good_until: Dict[str, Time] = {}   # domain: until when one of its recipients is known good
-        self.bad_row: Dict[str, int] = {}       # domain: refused in a row, none good between them
+        # By domain: how many were refused in a row, and until when one is known to be good.
+        self.rows: Dict[str, Tuple[int, Time]] = {}
         self.is_dirty = False
 
     def learn(self, address: str, is_good: bool, now: Time) -> None:
-        address = address.lower()
-        domain = address.rpartition("@")[2]
-        self._keep(address, is_good, now + (GOOD_S if is_good else BAD_S))
-        self.bad_row[domain] = 0 if is_good else self.bad_row.get(domain, 0) + 1
+        self._keep(address.lower(), is_good, now + (GOOD_S if is_good else BAD_S))
         self.is_dirty = True
         if len(self.known) > RECIPIENTS_MAX:
             kept = sorted(self.known.items(), key=lambda item: item[1])[RECIPIENTS_MAX // 10:]
             self.known = dict(kept)     # a tenth is forgotten at once: the bad and the oldest
 
     def _keep(self, address: str, is_good: bool, until: Time) -> None:
-        self.known[address] = (is_good, until)
-        if is_good:
-            domain = address.rpartition("@")[2]
-            self.good_until[domain] = max(until, self.good_until.get(domain, 0.0))
+        self.known[address] = is_good, until
+        domain = address.rpartition("@")[2]
+        refused, good_until = self.rows.get(domain, (0, 0.0))
+        self.rows[domain] = (0, max(until, good_until)) if is_good else (refused + 1, good_until)
 
     def learn_accept_all(self, domain: str, takes_all: bool, now: Time) -> None:
         self.accept_all[domain] = (takes_all, now + ACCEPT_ALL_S)
@@ -3667,7 +3664,7 @@ class RecipientCache:
         """What a primary that was not itself said since then."""
         self.known = {address: (is_good, until) for address, (is_good, until) in self.known.items()
                       if is_good or not address.endswith("@" + domain) or until - BAD_S < since}
-        self.bad_row.pop(domain, None)
+        self.rows[domain] = 0, self.rows.get(domain, (0, 0.0))[1]
         self.is_dirty = True
 
     def knows(self, address: str, now: Time) -> Optional[bool]:
@@ -3689,7 +3686,8 @@ class RecipientCache:
 
     def is_doubted(self, domain: str, now: Time) -> bool:
         """Five refused in a row, and no good one known: perhaps it refuses everybody who is asked about."""
-        return self.bad_row.get(domain, 0) >= BAD_ROW and self.good_until.get(domain, 0.0) <= now
+        refused, good_until = self.rows.get(domain, (0, 0.0))
+        return refused >= BAD_ROW and good_until <= now
 
     def to_values(self, now: Time) -> Dict[str, Any]:
         self.is_dirty = False
@@ -3734,12 +3732,13 @@ class Rate:
 
     def __init__(self) -> None:
         self.minute = 0
-        self.counts: Dict[str, int] = {}
+        self.counts: Dict[str, int] = collections.Counter()
 
     def is_over(self, network: str, most: int, now: Now) -> bool:
         if int(now.mono // 60) != self.minute:
-            self.minute, self.counts = int(now.mono // 60), {}
-        self.counts[network] = self.counts.get(network, 0) + 1
+            self.minute = int(now.mono // 60)
+            self.counts.clear()
+        self.counts[network] += 1
         return self.counts[network] > most
 
 
