@@ -4245,9 +4245,9 @@ def _explain(hostname: str, sidecar: Mapping[str, Any], action: str, told: Told,
 
 # == 12. DELIVERY ==============================================================
 # The way to a primary and the talk with it.  dial() finds the route, connects,
-# and does with smtplib what comes before the mail, in a thread.  After that the
-# connection is the loop's, and each transaction is a generator, an exchange, that
-# yields command groups and is sent the replies.  Nothing goes behind a final dot.
+# and does what comes before the mail, in a thread.  After that the connection is
+# the loop's, and each transaction is a generator, an exchange, that yields command
+# groups and is sent the replies.  Nothing goes behind a final dot.
 # Uses 2 LIMITS, 3 GRAMMAR, 4 CONFIG, 6 LOOP, 9 SCHEDULE, 10 DNS.
 
 class PeerError(Exception):
@@ -4256,7 +4256,7 @@ class PeerError(Exception):
     def __init__(self, text: str, closing: bool = False) -> None:
         super().__init__(text)
         self.closing = closing          # the peer said so, with 421, and read nothing behind that
-        self.replies: List[Tuple[int, bytes]] = []      # that came before it to the group under way
+        self.replies: List[Said] = []   # that came before it to the group under way
 
 
 class TlsError(PeerError):
@@ -4314,73 +4314,52 @@ def find_route(plan: Plan) -> Tuple[List[Hop], str]:
     if plan.primary in WAITS:
         raise PeerError("mail for %s %s" % (plan.name, WAITS[plan.primary]))
     try:
-        hops = find_mx_route(plan) if isinstance(plan.primary, str) else find_host_route(plan, plan.primary)
-        return hops[:ROUTE_HOSTS_MAX], ""
+        return find_hops(plan, plan.name.rpartition(":")[2])[:ROUTE_HOSTS_MAX], ""
     except DnsError as error:
         if plan.last_route:
             return list(plan.last_route), "%s; using the route that worked last" % error
         raise PeerError(str(error)) from None
 
 
-def resolve(plan: Plan, hosts: Iterable[Endpoint]) -> Tuple[List[Hop], Optional[DnsError]]:
-    """All their addresses, and what went wrong with one of them."""
-    hops, problem = [], None
-    for host, port in hosts:
-        try:
-            hops += [Hop(host, address, port) for address in plan.resolver.addresses(host)]
-        except DnsError as error:
-            problem = error
-    return hops, problem
-
-
-def find_host_route(plan: Plan, hosts: Sequence[Endpoint]) -> List[Hop]:
-    hops, problem = resolve(plan, hosts)
-    if problem and not hops:
-        raise problem
-    others = [hop for hop in hops if not is_own(hop, plan.listeners)]
-    if not others:
-        raise PeerError("mail for %s loops back to this host: %s" % (plan.name, hops[0]))
-    return others
-
-
-def find_mx_route(plan: Plan) -> List[Hop]:
-    """Notices, whose targets strangers choose, go to public addresses only."""
-    if not plan.cfg.is_notices:
-        return find_mx_hops(plan, plan.name)
-    domain = plan.name.partition(":")[2]
-    hops = ([Hop(domain, parse_literal(domain), SMTP_PORT)] if domain.startswith("[")
-            else find_mx_hops(plan, domain))
-    hops = [hop for hop in hops
-            if parse_address(hop.address).is_global and not is_own(hop, plan.listeners)]
+def find_hops(plan: Plan, domain: str) -> List[Hop]:
+    """Never this host and, among MX hosts, nothing of equal or higher preference, RFC 5321 5.1.  Notices,
+    whose targets strangers choose, go to public addresses only."""
+    is_mx, hops = isinstance(plan.primary, str), []
+    problem: Exception = PeerError("mail for %s loops back to this host" % domain)
+    for hosts in find_hosts(plan, domain):
+        equal = []
+        for host, port in hosts:
+            try:
+                equal += [Hop(host, address, port) for address in plan.resolver.addresses(host)]
+            except DnsError as error:
+                problem = error
+        is_here = any(is_own(hop, plan.listeners) for hop in equal)
+        if is_mx and (is_here or plan.hostname in [host for host, _ in hosts]):
+            break
+        hops += equal if not is_here else []
     if not hops:
-        raise PeerError("mail for %s has no route to a public address" % domain)
+        raise problem
+    if is_mx and plan.cfg.is_notices:
+        hops = [hop for hop in hops if parse_address(hop.address).is_global]
+        if not hops:
+            raise PeerError("mail for %s has no route to a public address" % domain)
     return hops
 
 
-def find_mx_hops(plan: Plan, domain: str) -> List[Hop]:
-    """RFC 5321 5.1.  Neither this host nor anything of equal or higher preference; equal ones in random
-    order."""
+def find_hosts(plan: Plan, domain: str) -> Iterable[List[Endpoint]]:
+    """Those of equal preference together, in random order; the best first."""
+    if not isinstance(plan.primary, str):
+        return [[host] for host in plan.primary]
+    if domain.startswith("["):
+        return [[Endpoint(parse_literal(domain), SMTP_PORT)]]
     found: List[Tuple[int, str]] = plan.resolver.query(domain, MX)
-    records = sorted(one for one in found if one[1])
+    records = [one for one in found if one[1]]
     if found and not records:           # RFC 7505
         raise PeerError("%s has a null MX record: it says it takes no mail" % domain)
-    hops: List[Hop] = []
-    problem: Optional[DnsError] = None
-    for _, group in itertools.groupby(records or [(0, domain)], key=lambda record: record[0]):
-        hosts = [host for _, host in group]
-        random.shuffle(hosts)
-        equal, error = resolve(plan, [Endpoint(host, SMTP_PORT) for host in hosts])
-        problem = error or problem
-        if plan.hostname in hosts or any(is_own(hop, plan.listeners) for hop in equal):
-            if not hops and not problem:
-                raise PeerError("mail for %s loops back to this host: no MX host is preferred to it" % domain)
-            break
-        hops += equal
-        if len(hops) >= ROUTE_HOSTS_MAX:
-            break
-    if problem and not hops:
-        raise problem
-    return hops
+    groups: Dict[int, List[Endpoint]] = {}
+    for preference, host in random.sample(records, len(records)) or [(0, domain)]:
+        groups.setdefault(preference, []).append(Endpoint(host, SMTP_PORT))
+    return [hosts for _, hosts in sorted(groups.items())]
 
 
 # -- dialling, in a thread
@@ -4445,33 +4424,37 @@ def connect_each(hops: Sequence[Hop],
                 sock.close()
 
 
+Said = Tuple[int, bytes]                # a reply: code and text
+
+
 class Replies:
     """A peer's replies, read strictly: smtplib takes garbage for codes like -1, and reads a reply that
     never ends."""
+    _LINE = re.compile(rb"[2-5][0-9][0-9](?:[ -]|$)")
 
     def __init__(self, host: str) -> None:
         self.host, self.pending = host, b""
         self.lines: List[bytes] = []    # of the reply under way
         self.octets = 0
 
-    def feed(self, data: bytes) -> Iterator[Tuple[int, bytes]]:
+    def feed(self, data: bytes) -> Iterator[Said]:
         """Whole replies, as they come.  Raises PeerError."""
-        self.pending += data
-        while True:
-            line, end, rest = self.pending.partition(b"\n")
-            if self.octets + len(line) > REPLY_OCTETS_MAX or len(self.lines) >= REPLY_LINES_MAX:
-                raise PeerError("endless reply from %s" % self.host)
-            if not end:
-                return
-            line, self.pending = line.rstrip(b"\r"), rest
+        *lines, self.pending = (self.pending + data).split(b"\n")
+        for line in lines:
+            line = line.rstrip(b"\r")
             self.lines.append(line)
-            if not re.match(rb"[2-5][0-9][0-9](?:[ -]|$)", line) or line[:3] != self.lines[0][:3]:
+            self.octets += len(line)
+            if self.octets > REPLY_OCTETS_MAX or len(self.lines) > REPLY_LINES_MAX:
+                raise PeerError("endless reply from %s" % self.host)
+            if not self._LINE.match(line) or line[:3] != self.lines[0][:3]:
                 shown = printable(line[:100].decode("latin-1"))
                 raise PeerError("reply of %s is not SMTP: %s" % (self.host, shown))
-            self.octets += len(line)
             if line[3:4] != b"-":
-                lines, self.lines, self.octets = self.lines, [], 0
-                yield int(line[:3]), b"\n".join(one[4:] for one in lines)
+                text = b"\n".join([one[4:] for one in self.lines])
+                self.lines, self.octets = [], 0
+                yield int(line[:3]), text
+        if self.octets + len(self.pending) > REPLY_OCTETS_MAX:
+            raise PeerError("endless reply from %s" % self.host)
 
 
 def reply_text(code: int, text: bytes) -> str:
@@ -4500,89 +4483,97 @@ def is_no_such_user(code: int, text: bytes) -> bool:
     return status in NO_SUCH_USER if code // 100 == 5 and status else code in (550, 551, 553)
 
 
-class Dialer(smtplib.SMTP):
-    """smtplib's client for greeting, EHLO, STARTTLS and AUTH, with a total deadline and a bounded size
-    for each reply.  Addresses never pass through it: quoteaddr() would rewrite them."""
+def parse_features(text: bytes) -> Dict[str, str]:
+    """What a reply to EHLO offers: keywords in lower case, and what follows each.  Old servers
+    write AUTH=LOGIN."""
+    lines = [re.split("[ =]", line.strip(), maxsplit=1) for line in text.decode("latin-1").split("\n")[1:]]
+    return {word.lower(): "".join(rest) for word, *rest in lines if word}
 
-    def __init__(self, hostname: str, hop: Hop, sock: socket.socket, early: bytes = b"") -> None:
-        super().__init__(local_hostname=hostname)       # without a host it does not connect
-        self._host, self.hop, self.sock, self.end = hop.host, hop, sock, 0.0
+
+class Dialer:
+    """What comes before the mail, in a thread: greeting, EHLO, STARTTLS, AUTH."""
+
+    def __init__(self, hostname: str, hop: Hop, sock: socket.socket) -> None:
+        self.hostname, self.hop, self.sock = hostname, hop, sock
+        self.greeting = ""
+        self.features: Dict[str, str] = {}
         self.replies = Replies(hop.host)
-        self.whole: Deque[Tuple[int, bytes]] = collections.deque(self.replies.feed(early))
+        self.whole: Deque[Said] = collections.deque()       # came, and are not yet asked for
 
-    def getreply(self) -> Tuple[int, bytes]:
-        assert self.sock is not None
+    def close(self) -> None:
+        self.sock.close()
+
+    def get_reply(self, end: float) -> Said:
+        """`end`: monotonic, for all of it."""
         while not self.whole:
-            left = self.end - time.monotonic()
+            left = end - time.monotonic()
             if left <= 0:
-                raise PeerError("conversation with %s timed out" % self._host)
+                raise PeerError("conversation with %s timed out" % self.hop.host)
             self.sock.settimeout(left)
             try:
                 data = self.sock.recv(RECEIVE_OCTETS)
             except socket.timeout:
                 continue
             if not data:
-                raise PeerError("lost connection with %s" % self._host)
+                raise PeerError("lost connection with %s" % self.hop.host)
             self.whole.extend(self.replies.feed(data))
         return self.whole.popleft()
 
-    def ask(self, command: str, argument: str = "", seconds: float = COMMAND_S) -> Tuple[int, bytes]:
-        self.end = time.monotonic() + seconds
-        if self.sock is not None:
-            self.sock.settimeout(seconds)
-        code, text = self.docmd(command, argument)
+    def ask(self, command: str, seconds: Optional[float] = None) -> Said:
+        end = time.monotonic() + (seconds or COMMAND_S)
+        self.sock.settimeout(seconds or COMMAND_S)
+        self.sock.sendall(command.encode("ascii") + b"\r\n")
+        code, text = self.get_reply(end)
         if code == 421:
             raise unfit(str(self.hop), code, text)
         return code, text
 
-    def open(self, policy: str = "none", login: Optional[Tuple[str, str]] = None,
-             tls_first: bool = False) -> None:
-        """Raises PeerError, always temporary for the mail, or OSError.  A 5xx greeting says nothing
-        about the mail."""
-        self.end = time.monotonic() + COMMAND_S
-        if tls_first:                   # RFC 8314 3.3
+    def open(self, policy: str, login: Optional[Tuple[str, str]] = None, early: bytes = b"") -> None:
+        """`early`: octets that came before.  Raises PeerError, always temporary for the mail, or
+        OSError.  A 5xx greeting says nothing about the mail."""
+        end, is_smtps = time.monotonic() + COMMAND_S, login is not None and self.hop.port == SMTPS_PORT
+        self.whole.extend(self.replies.feed(early))
+        if is_smtps:                    # RFC 8314 3.3
             self._wrap(policy)
-        code, text = self.getreply()
+        code, text = self.get_reply(end)
         self.greeting = reply_text(code, text)
         if code != 220:
             raise unfit("%s refused to talk to us" % str(self.hop), code, text)
-        if text.split(b" ")[0].decode("ascii", "replace").lower() == self.local_hostname.lower():
+        if text.split(b" ")[0].decode("ascii", "replace").lower() == self.hostname.lower():
             raise PeerError("mail loops back to this host: %s greets with our own name" % str(self.hop))
         self.hello()
-        if not tls_first:
+        if not is_smtps:
             self.secure(policy)
         if login is not None:
             self.log_in(*login)
 
     def hello(self) -> None:
-        self.end = time.monotonic() + COMMAND_S
-        code, text = self.ehlo()
+        """What was offered before is forgotten."""
+        code, text = self.ask("EHLO " + self.hostname)
+        self.features = parse_features(text) if code == 250 else {}
         if code >= 500:
-            self.esmtp_features = {}
-            code, text = self.helo()    # RFC 5321 3.2
+            code, text = self.ask("HELO " + self.hostname)      # RFC 5321 3.2
         if code != 250:
-            raise unfit("host %s refused our greeting" % self._host, code, text)
+            raise unfit("host %s refused our greeting" % self.hop.host, code, text)
 
     def secure(self, policy: str) -> None:
         """STARTTLS as the `tls` option says."""
-        is_offered = "starttls" in self.esmtp_features
+        is_offered = "starttls" in self.features
         if policy == "none" or (policy == "may" and not (is_offered and ssl)):
             return
         if ssl is None:
             raise PeerError("tls = %s, but this Python has no ssl module" % policy)
         if not is_offered:
             name = policy.partition(":")[0]
-            raise PeerError("%s does not offer STARTTLS, and tls = %s" % (self._host, name))
+            raise PeerError("%s does not offer STARTTLS, and tls = %s" % (self.hop.host, name))
         try:
             code, text = self.ask("STARTTLS")
             if code != 220:
-                raise TlsError("%s answers STARTTLS with %s" % (self._host, reply_text(code, text)))
+                raise TlsError("%s answers STARTTLS with %s" % (self.hop.host, reply_text(code, text)))
             if self.whole or self.replies.pending:      # forged, to be taken for a reply within TLS
-                raise TlsError("%s sends data behind its STARTTLS reply" % self._host)
+                raise TlsError("%s sends data behind its STARTTLS reply" % self.hop.host)
             self._wrap(policy)
-            self.helo_resp = self.ehlo_resp = None
-            self.esmtp_features = {}    # what was offered in the clear does not count, RFC 3207 4.2
-            self.hello()                # TLS 1.3 shows only now that the other side did not agree
+            self.hello()                # RFC 3207 4.2; and TLS 1.3 shows only now that the other side agreed
         except (PeerError, OSError) as error:       # it offers what makes it fall over
             if isinstance(error, TlsError) or getattr(error, "closing", False):
                 raise
@@ -4591,40 +4582,40 @@ class Dialer(smtplib.SMTP):
     def _wrap(self, policy: str) -> None:
         """Certificates are verified only where the option says so: as between mail servers everywhere,
         opportunistic TLS is against listeners, not against liars."""
-        assert self.sock is not None
+        host = self.hop.host
         try:
             context = ssl.create_default_context()
             if policy != "verify":
                 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
             self.sock.settimeout(CONNECT_S)
-            self.sock = wrapped = context.wrap_socket(self.sock, server_hostname=self._host)
+            self.sock = wrapped = context.wrap_socket(self.sock, server_hostname=host)
         except (OSError, ValueError) as error:
-            raise TlsError("TLS with %s failed: %s" % (self._host, printable(str(error), 200))) from None
+            raise TlsError("TLS with %s failed: %s" % (host, printable(str(error), 200))) from None
         found = hashlib.sha256(wrapped.getpeercert(binary_form=True) or b"").hexdigest()
         if policy.startswith("sha256:") and found != policy[7:]:
-            raise PeerError("the certificate of %s is not the pinned one: sha256:%s" % (self._host, found))
+            raise PeerError("the certificate of %s is not the pinned one: sha256:%s" % (host, found))
 
     def log_in(self, username: str, password: str) -> None:
         """AUTH at a smarthost, RFC 4954, in UTF-8 as RFC 4616 2 has it.  What it answers says nothing
         about the mail."""
         def encode(text: str) -> str:
             return base64.b64encode(text.encode("utf-8")).decode("ascii")
-        offered = self.esmtp_features.get("auth", "").upper().split()
+        offered = self.features.get("auth", "").upper().split()
         if "PLAIN" in offered:
-            code, text = self.ask("AUTH", "PLAIN " + encode("\0%s\0%s" % (username, password)))
+            code, text = self.ask("AUTH PLAIN " + encode("\0%s\0%s" % (username, password)))
         elif "LOGIN" in offered:
-            code, text = self.ask("AUTH", "LOGIN " + encode(username))
+            code, text = self.ask("AUTH LOGIN " + encode(username))
             if code == 334:
                 code, text = self.ask(encode(password))
         elif "CRAM-MD5" in offered:
-            code, text = self.ask("AUTH", "CRAM-MD5")
+            code, text = self.ask("AUTH CRAM-MD5")
             if code == 334:
                 digest = hmac.new(password.encode("utf-8"), base64.b64decode(text), "md5").hexdigest()
                 code, text = self.ask(encode("%s %s" % (username, digest)))
         else:
-            raise PeerError("AUTH at %s failed: it offers none of PLAIN, LOGIN, CRAM-MD5" % self._host)
+            raise PeerError("AUTH at %s failed: it offers none of PLAIN, LOGIN, CRAM-MD5" % self.hop.host)
         if code != 235:
-            raise unfit("AUTH at %s failed" % self._host, code, text)
+            raise unfit("AUTH at %s failed" % self.hop.host, code, text)
 
 
 def read_secret(password: str) -> str:
@@ -4664,19 +4655,18 @@ def dial(plan: Plan) -> Dialled:
     return Dialled(None, problem, tuple(hops), warning)
 
 
-def greet(plan: Plan, hop: Hop, sock: socket.socket, policy: str) -> Tuple[Optional[Dialer], str]:
-    """A client that may send mail, or the reason why not."""
+def greet(plan: Plan, hop: Hop, sock: socket.socket, policy: str,
+          early: bytes = b"") -> Tuple[Optional[Dialer], str]:
+    """In a thread: a client that may send mail, or the reason why not."""
     login = plan.login
     if login is not None and policy in ("none", "may"):
         policy = "require"              # no password goes in the clear
     client = Dialer(plan.hostname, hop, sock)
     try:
-        client.open(policy, login and (login[0], read_secret(login[1])),
-                    login is not None and hop.port == SMTPS_PORT)
+        client.open(policy, login and (login[0], read_secret(login[1])), early)
         return client, ""
-    except (PeerError, smtplib.SMTPException, OSError, ValueError) as error:
+    except (PeerError, OSError, ValueError) as error:
         client.close()
-        sock.close()
         if isinstance(error, TlsError) and policy == "may":
             with contextlib.suppress(OSError):
                 again = socket.create_connection((hop.address, hop.port), CONNECT_S)
@@ -4685,18 +4675,6 @@ def greet(plan: Plan, hop: Hop, sock: socket.socket, policy: str) -> Tuple[Optio
             return None, str(error)
         why = printable(getattr(error, "strerror", "") or str(error))
         return None, "lost connection with %s: %s" % (hop.host, why)
-
-
-def take_over(hostname: str, hop: Hop, sock: socket.socket, early: bytes) -> Dialled:
-    """In a thread.  ATRN: the client turned into a server on the connection that it made, RFC 2645
-    5.2.1.  No STARTTLS: a client that only passes lines on, like fetchmail, could not take part in it."""
-    try:
-        client = Dialer(hostname, hop, sock, early)
-        client.open()
-        return Dialled(client)
-    except (PeerError, smtplib.SMTPException, OSError) as error:
-        sock.close()
-        return Dialled(None, "%s: %s" % (str(hop), printable(str(error))))
 
 
 # -- connections, in the loop
@@ -4717,7 +4695,6 @@ class CommandGroup(NamedTuple):
     rest: Optional[Rest] = None
 
 
-Said = Tuple[int, bytes]                # a reply: code and text
 Exchange = Generator[CommandGroup, List[Said], None]
 ExchangeForReply = Generator[CommandGroup, List[Said], Said]
 
@@ -4762,8 +4739,8 @@ class Connection:
                  on_room: Callable[[Connection], None],
                  on_end: Callable[[Connection, str], None]) -> None:
         assert client.sock is not None
-        self.destination, self.hop, self.hostname = destination, client.hop, client.local_hostname
-        self.features, self.replies = client.esmtp_features, client.replies
+        self.destination, self.hop, self.hostname = destination, client.hop, client.hostname
+        self.features, self.replies = client.features, client.replies
         self.loop, self.read_block, self.on_room, self.on_end = loop, read_block, on_room, on_end
         self.courses: Deque[Course] = collections.deque()
         self.awaited = 0                # replies
@@ -5951,7 +5928,7 @@ class Deliveries:
         self.attend(one)
 
     def _open(self, one: Destination, client: Dialer) -> Connection:
-        size = client.esmtp_features.get("size", "").strip()        # RFC 1870 3; it may be anything
+        size = client.features.get("size", "").strip()      # RFC 1870 3; it may be anything
         limit = int(size) if re.fullmatch(r"[0-9]{1,18}", size) else 0
         one.size_limit = limit if limit >= SIZE_LEAST else 0
         connection = Connection(one, client, self.loop, self.spool.ask, self._feed, self._on_end)
@@ -6059,9 +6036,9 @@ class Deliveries:
 
         def on_taken_over(result: Any) -> None:
             self.arriving.remove(arriving)
-            if isinstance(result, Exception) or result.client is None:
+            client, error = (None, str(result)) if isinstance(result, Exception) else result
+            if client is None:
                 sock.close()
-                error = str(result) if isinstance(result, Exception) else result.error
                 for one in collected:
                     one.is_collecting, one.last_error = False, error
                 self.log.write("smtp", "%s: %s" % (",".join(one.label for one in collected), error))
@@ -6070,14 +6047,15 @@ class Deliveries:
                 self.queue.tell(one, one.on(Event.HEARD, self.loop.now))
                 one.is_proven = one.state is not Primary.REJECTING      # who comes is there: no canary
                 one.next_try = self.loop.now.mono
-            connection = self._open(collected[0], result.client)
+            connection = self._open(collected[0], client)
             connection.collects, connection.left = tuple(collected), collections.deque(collected[1:])
             connection.stream.on_closed = on_over
             if connection.is_over:
                 return self._on_collected(connection, "it broke off")
             self._feed(connection)
-        hostname = self.queue.cfg.hostname
-        self.loop.in_thread(lambda: take_over(hostname, hop, sock, early), on_taken_over)
+        # No STARTTLS: a client that only passes lines on, like fetchmail, could not take part in it.
+        plan = self.plan(collected[0])
+        self.loop.in_thread(lambda: greet(plan, hop, sock, "none", early), on_taken_over)
 
     def _on_collected(self, connection: Connection, error: str) -> None:
         self._give_back_fetched(connection.destination)
@@ -8961,7 +8939,7 @@ def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
             raise PeerError(problem)
         with contextlib.closing(client):
             found.update(greeting=client.greeting, extensions=tuple(
-                ("%s %s" % one).strip().upper() for one in client.esmtp_features.items()))
+                ("%s %s" % one).strip().upper() for one in client.features.items()))
             if ssl is not None and isinstance(client.sock, ssl.SSLSocket):
                 der = client.sock.getpeercert(True) or b""
                 found.update(tls=client.sock.version(), sha256=hashlib.sha256(der).hexdigest())
@@ -8969,12 +8947,12 @@ def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
                 if facts is not None:
                     found.update(names=facts.names, until=format_date(int(facts.until)))
             for key, command in (("mail", "MAIL FROM:<>"), ("rcpt", "RCPT TO:<postmaster@%s>" % plan.name)):
-                code, text = client.ask(command, "", PROBE_REPLY_S)
+                code, text = client.ask(command, PROBE_REPLY_S)
                 found[key], found["takes_mail"] = reply_text(code, text), code // 100 == 2 and key == "rcpt"
                 if code // 100 != 2:
                     break
             with contextlib.suppress(PeerError, OSError):       # everything of interest was said before
-                client.ask("QUIT", "", PROBE_REPLY_S)
+                client.ask("QUIT", PROBE_REPLY_S)
     except (PeerError, OSError, ValueError) as error:
         found["error"] = describe(error) if isinstance(error, OSError) else str(error)
 

@@ -3783,7 +3783,7 @@ def greeted(stage: Any, extensions: Iterable[str]) -> Any:
     """A Dialer that has done its work."""
     offered = {one.partition(" ")[0].lower(): one.partition(" ")[2] for one in extensions}
     return types.SimpleNamespace(
-        sock=stage, hop=HOP, esmtp_features=offered, local_hostname="backup.example.net", whole=[],
+        sock=stage, hop=HOP, features=offered, hostname="backup.example.net", whole=[],
         replies=etrn.Replies(HOP.host), close=lambda: None)
 
 
@@ -4685,14 +4685,13 @@ class Dialling(Folder):
             primary = self.primary(**{stage: said}, **({"EHLO": "502 what?"} if stage == "HELO" else {}))
             primary.extensions = ["SIZE", "STARTTLS"] if stage == "STARTTLS" else ["SIZE"]
             seconds = 20.0 if said is not HANG else 1.0 if is_there else 0.2    # then a second visit must do
-            with shorten(COMMAND_S=seconds), mock.patch.object(
-                    etrn.Dialer.ask, "__defaults__", ("", seconds)):
+            with shorten(COMMAND_S=seconds):
                 found = self.dial(primary, tls="may")           # TLS that does not come about: in the clear
             self.assertEqual(found.client is not None, is_there, found.error)
             if said == "220 Backup.Example.net hi":
                 self.assertIn("loops back", found.error)
             if is_there and stage == "STARTTLS":
-                self.assertIn("starttls", found.client.esmtp_features)
+                self.assertIn("starttls", found.client.features)
             primary.stop()
 
         def drip(_: str) -> object:
@@ -4760,7 +4759,7 @@ class Dialling(Folder):
                 ("CRAM-MD5", [(334, base64.b64encode(b"<1@x>")), (235, b"")], ["AUTH CRAM-MD5", digest], ""),
                 ("GSSAPI", [], [], "it offers none of PLAIN, LOGIN, CRAM-MD5")]):
             client = etrn.Dialer("backup.example.net", HOP, mock.Mock())
-            client.esmtp_features = {"auth": offered}
+            client.features = {"auth": offered}
             client.ask = mock.Mock(side_effect=script)          # type: ignore[method-assign]
             with contextlib.ExitStack() as stack:
                 if error:
@@ -4774,8 +4773,8 @@ class Dialling(Folder):
             ours, theirs = socket.socketpair()
             theirs.sendall(b"220 customer\r\n" if not early else b"")
             theirs.close()
-            found = etrn.take_over("backup.example.net", HOP, ours, early)
-            self.assertEqual((found.client, bool(found.error)), (None, True))
+            client, error = etrn.greet(make_plan(config().defaults, "atrn"), HOP, ours, "none", early)
+            self.assertEqual((client, bool(error)), (None, True))
 
 
 class Hanging(Relays):
@@ -7014,7 +7013,7 @@ class Odmr(Secured):
         self.assertEqual(len(relay.queue()), 2)
 
     def test_a_bug_at_the_turn_costs_its_client_alone(self) -> None:
-        relay = self.odmr(1, take_over=None)            # instead of the function
+        relay = self.odmr(1, greet=None)            # instead of the function
         for _ in range(2):
             with self.visit() as wire:
                 self.assertEqual((wire.say("ATRN")[:3], wire.lines.read()), ("250", b""))
