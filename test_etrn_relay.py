@@ -6073,8 +6073,9 @@ class TlsPrimaries(Secured):
         with mock.patch.dict(os.environ, store):
             client, error, *_ = etrn.dial(make_plan(cfg, (etrn.Endpoint("127.0.0.1", primary.port),)))
         if client is not None:
-            with client:
-                client.sendmail("a@b.example", "u@" + DOMAIN, MESSAGE)
+            with contextlib.closing(client):
+                for said in ("MAIL FROM:<a@b.example>", "RCPT TO:<u@%s>" % DOMAIN, "DATA", "x\r\n."):
+                    client.ask(said)
         return len(primary.messages) == 1, error
 
     def test_each_policy_with_a_primary_that_offers_tls(self) -> None:
@@ -6877,7 +6878,7 @@ class Odmr(Secured):
                          "250 2.0.0 OK now reversing the connection")
         wait(relay.is_empty, "an empty spool")
         self.assertEqual([without_received(data) for _, _, data in customer.messages], bodies)
-        self.assertEqual((customer.log[0], customer.log[-1]), ("ehlo backup.example.net", "QUIT"))
+        self.assertEqual((customer.log[0], customer.log[-1]), ("EHLO backup.example.net", "QUIT"))
         relay.logged(r"flush\[\d+\]: atrn: site=ourdom\.example, client=unknown\[127\.0\.0\.1\], messages=25")
         relay.logged(r"to=<user@ourdom\.example>, relay=gw\.example\[127\.0\.0\.1\]:\d+, .* status=sent")
         self.gone(relay)
@@ -6942,7 +6943,7 @@ class Odmr(Secured):
     def test_who_is_silent_gives_way_to_the_next_and_what_was_said_early_counts(self) -> None:
         relay, customer = self.odmr(1, ATRN_SILENT_S=0.0), self.primary()
         for early, heard in cases(self, [(b"", ["250 "]),
-                                         (b"220 early ESMTP\r\n250 early\r\n", ["250 ", "ehlo", "MAIL"])]):
+                                         (b"220 early ESMTP\r\n250 early\r\n", ["250 ", "EHLO", "MAIL"])]):
             wait(lambda: relay.queue()[0]["state"] == "queued", "it to be written down")
             self.gone(relay)
             with self.visit() as silent, self.visit() as other:
@@ -8051,7 +8052,7 @@ class Probes(Asking):
         self.assertEqual([host["greeting"], host["mail"], host["rcpt"], *sorted(host["extensions"])], [
             "220 primary.example ESMTP", "250 2.1.0 ok", "250 2.1.5 ok", "8BITMIME", "DSN", "PIPELINING",
             "SIZE 1000000", "SMTPUTF8"])
-        half = ["ehlo backup.example.net", "MAIL FROM:<>", "RCPT TO:<postmaster@%s>" % DOMAIN, "QUIT"]
+        half = ["EHLO backup.example.net", "MAIL FROM:<>", "RCPT TO:<postmaster@%s>" % DOMAIN, "QUIT"]
         self.assertEqual((primary.log, primary.messages), (half * 2, []))
         for word in ("primary.example ESMTP", "PIPELINING", "takes_mail: True"):
             self.assertIn(word, text)
@@ -8164,7 +8165,7 @@ class Checks(Asking):
     def test_the_primary_is_reached_or_there_is_somebody_who_may_come(self) -> None:
         primary = self.primary().start()
         self.found("ok", "it answers", primary=primary.address)
-        self.assertEqual(primary.log, ["ehlo backup.example.net"])
+        self.assertEqual(primary.log, ["EHLO backup.example.net"])
         primary.stop()
         self.found("warning", "Connection refused", primary=primary.address)
         login, odmr = "username = u\npassword = p", "odmr_listen = 127.0.0.1:0"
