@@ -4198,7 +4198,7 @@ _MEANINGS: Tuple[Tuple[str, str, str], ...] = (
     ("no such name|lookup of|no address is known", "The addressee's mail server cannot be found.", _AGAIN),
     ("loops back", "No mail server is known for this domain other than its backup servers.", _AGAIN),
     ("null MX", "The domain declares that it takes no mail.", _ASK),
-    ("lost connection|was cut|is not SMTP|endless reply|not asked for|before it was asked",
+    ("lost connection|was cut|is not SMTP|endless reply|not asked for",
      "The addressee's mail server broke the conversation off.", _AGAIN),
     ("Returned by the postmaster", "The postmaster of the backup mail server returned it.", _AGAIN),
     (r"^[45]\.7\.\d", "The addressee's mail server does not want this message, or its sender.", _ASK),
@@ -4337,6 +4337,8 @@ def find_hops(plan: Plan, domain: str) -> List[Hop]:
         if is_mx and (is_here or plan.hostname in [host for host, _ in hosts]):
             break
         hops += equal if not is_here else []
+        if len(hops) >= ROUTE_HOSTS_MAX:
+            break
     if not hops:
         raise problem
     if is_mx and plan.cfg.is_notices:
@@ -4573,7 +4575,7 @@ class Dialer:
             if self.whole or self.replies.pending:      # forged, to be taken for a reply within TLS
                 raise TlsError("%s sends data behind its STARTTLS reply" % self.hop.host)
             self._wrap(policy)
-            self.hello()                # RFC 3207 4.2; and TLS 1.3 shows only now that the other side agreed
+            self.hello()                # RFC 3207 4.2; and TLS 1.3 shows only now that it did not agree
         except (PeerError, OSError) as error:       # it offers what makes it fall over
             if isinstance(error, TlsError) or getattr(error, "closing", False):
                 raise
@@ -4701,32 +4703,36 @@ ExchangeForReply = Generator[CommandGroup, List[Said], Said]
 
 class Course:
     """An exchange on its way over a connection."""
-    __slots__ = ("exchange", "group", "unsent", "replies", "awaited", "has_body")
+    __slots__ = ("exchange", "group", "said", "replies")
 
     def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
-        self.group = next(exchange)
-        self.unsent: Deque[bytes] = collections.deque(self.group.commands)
-        self.replies: List[Tuple[int, bytes]] = []
-        self.awaited = 0
-        self.has_body = False           # its end of data may have reached the peer
+        self.exchange, self.group = exchange, next(exchange)
+        self.said = 0                   # commands of the group
+        self.replies: List[Said] = []   # to them
+
+    @property
+    def is_said(self) -> bool:
+        return self.said == len(self.group.commands)
+
+    @property
+    def has_body(self) -> bool:
+        """Its end of data may have reached the peer."""
+        return self.is_said and (self.group.is_last or self.group.rest is not None)
 
     def seconds(self) -> float:
         """That the next reply may take."""
-        at = len(self.replies)
-        command = self.group.commands[at] if at < len(self.group.commands) else b""
+        command = self.group.commands[len(self.replies)]
         if command == b"DATA\r\n":
             return DATA_S
         return END_OF_DATA_S if command[:5] == b"BDAT " else self.group.seconds
 
     def go_on(self) -> bool:
-        """With the replies of a whole group.  False when all is said and done."""
-        replies, self.replies = self.replies, []
+        """With the replies to a whole group.  False when all is said and done."""
+        replies, self.said, self.replies = self.replies, 0, []
         try:
             self.group = self.exchange.send(replies)
         except StopIteration:
             return False
-        self.unsent.extend(self.group.commands)
         return True
 
 
@@ -4738,7 +4744,6 @@ class Connection:
     def __init__(self, destination: Destination, client: Dialer, loop: Loop, read_block: Callable[..., None],
                  on_room: Callable[[Connection], None],
                  on_end: Callable[[Connection, str], None]) -> None:
-        assert client.sock is not None
         self.destination, self.hop, self.hostname = destination, client.hop, client.hostname
         self.features, self.replies = client.features, client.replies
         self.loop, self.read_block, self.on_room, self.on_end = loop, read_block, on_room, on_end
@@ -4747,8 +4752,7 @@ class Connection:
         self.taken = self.answered = 0  # messages
         self.left: Deque[Destination] = collections.deque()     # ATRN: whose turn has not come
         self.collects: Tuple[Destination, ...] = ()             # ATRN: all it came for
-        self.due = loop.now.mono + IDLE_CONNECTION_S    # monotonic: the next reply, or the end of idleness
-        self.waits_since = loop.now.mono
+        self.waits_since = loop.now.mono        # for the next reply, or for something to say
         self.is_late = self.is_leaving = self.is_over = self.is_former = False
         self.is_pulling = self.is_astray = False
         self.introduced: List[str] = []         # the client that the peer was told of last
@@ -4773,13 +4777,11 @@ class Connection:
             return True
         last = self.courses[-1]
         return (self.is_pipelining and self.is_chunking and bool(self.taken) and not self.is_late
-                and last.group.is_last and not last.unsent and not self.destination.cfg.xclient
+                and last.group.is_last and last.is_said and not self.destination.cfg.xclient
                 and len(self.courses) < CHUNK_MESSAGES and self.awaited < CHUNK_REPLIES
                 and len(self.stream.out) < CHUNK_OCTETS)
 
     def say(self, exchange: Exchange) -> None:
-        if not self.courses:
-            self.waits_since = self.loop.now.mono
         with contextlib.suppress(StopIteration):        # it had nothing to say, and has told so
             self.courses.append(Course(exchange))
         self._pump()
@@ -4796,33 +4798,27 @@ class Connection:
     def cut(self) -> None:
         self._on_lost("conversation with %s was cut" % self.hop.host)
 
-    def _expect(self) -> None:
-        """Until when the next reply must come, or something must be left to say."""
-        seconds = self.courses[0].seconds() if self.courses else IDLE_CONNECTION_S
-        self.due = self.loop.now.mono + seconds
-
     def _pump(self) -> None:
         """All that may be said now, in one piece."""
         out: List[bytes] = []
-        rest = None
+        if self.is_pulling or (self.awaited and not self.is_pipelining):
+            return
         for course in self.courses:
-            while course.unsent and not self.is_pulling and (self.is_pipelining or not self.awaited):
-                out.append(course.unsent.popleft())
-                course.awaited += 1
-                self.awaited += 1
-                if self.awaited == 1:
-                    self.waits_since = self.loop.now.mono
-                if not course.unsent:
-                    rest = course.group.rest
-                    course.has_body = course.has_body or course.group.is_last or rest is not None
-                    self.is_pulling = rest is not None
-            if course.unsent or not course.group.is_last or self.is_pulling:
+            group, end = course.group, None if self.is_pipelining else course.said + 1
+            commands = group.commands[course.said:end]
+            out += commands
+            course.said += len(commands)
+            if not course.is_said or not group.is_last or group.rest is not None:
                 break
-        if out:
-            self._expect()
-            self.stream.send(b"".join(out))
-            if rest is not None:
-                self._pull(rest, out[-1][-2:])
+        if not out:
+            return
+        if not self.awaited:
+            self.waits_since = self.loop.now.mono
+        self.awaited += len(out)
+        self.is_pulling = course.is_said and group.rest is not None
+        self.stream.send(b"".join(out))
+        if group.rest is not None and self.is_pulling:
+            self._pull(group.rest, out[-1][-2:])
 
     def _pull(self, rest: Rest, held: bytes) -> None:
         """A large body's next block, when the one before is out.  `held`: what came just before it."""
@@ -4836,7 +4832,6 @@ class Connection:
             if after.offset >= rest.size:
                 self.is_pulling = False
                 self.waits_since = self.loop.now.mono
-                self._expect()
                 self.stream.send(data + (b".\r\n" if rest.is_stuffed else b""))
                 return self._pump()
             self.stream.on_sent = lambda: self._pull(after, (held + block)[-2:])
@@ -4846,14 +4841,6 @@ class Connection:
     def _on_data(self, data: bytes) -> None:
         try:
             for code, text in self.replies.feed(data):
-                if code == 421:
-                    if self.awaited:
-                        self._on_reply(code, text)
-                    raise unfit(str(self.hop), code, text)
-                if not self.awaited:
-                    if self.is_pipelining and self.answered:
-                        self.destination.may_pipeline = False
-                    raise unfit("%s says what it was not asked for" % str(self.hop), code, text)
                 self._on_reply(code, text)
         except PeerError as error:
             return self._on_lost(str(error), error.closing)
@@ -4866,19 +4853,21 @@ class Connection:
             self.on_room(self)
 
     def _on_reply(self, code: int, text: bytes) -> None:
-        course = self.courses[0]
-        if not course.awaited:
-            raise PeerError("%s answers before it was asked" % str(self.hop))
-        course.replies.append((code, text))
-        course.awaited -= 1
-        self.awaited -= 1
-        self.is_late = False
-        self.waits_since = self.loop.now.mono
-        if code != 421 and not course.awaited and not course.unsent and not course.go_on():
-            self.courses.popleft()
-            if self.is_astray and self.courses:         # whose replies come next is not known
-                raise PeerError(self.remark)
-        self._expect()
+        if self.awaited:
+            course = self.courses[0]
+            course.replies.append((code, text))
+            self.awaited -= 1
+            self.is_late, self.waits_since = False, self.loop.now.mono
+            if code != 421 and len(course.replies) == len(course.group.commands) and not course.go_on():
+                self.courses.popleft()
+                if self.is_astray and self.courses:     # whose replies come next is not known
+                    raise PeerError(self.remark)
+        elif code != 421:
+            if self.is_pipelining and self.answered:
+                self.destination.may_pipeline = False
+            raise unfit("%s says what it was not asked for" % str(self.hop), code, text)
+        if code == 421:
+            raise unfit(str(self.hop), code, text)
 
     def _on_stream_end(self, why: str) -> None:
         self._on_lost("lost connection with %s%s" % (self.hop.host, why and ": " + why))
@@ -4904,29 +4893,34 @@ class Connection:
     def sweep(self) -> bool:
         """Once a second: deadlines, and who has nothing to say any more.  True when its answer is late
         since now."""
-        now = self.loop.now.mono
         if self.is_over:
             return False
-        if self.is_pulling or self.stream.out:
-            if now - self.stream.moved > BLOCK_S:
-                self._on_lost("conversation with %s timed out" % self.hop.host)
-        elif now >= self.due:
-            if self.courses:
-                error = "conversation with %s timed out" % self.hop.host
-                if self.is_pipelining and self.courses[0].awaited > 1:  # it may lose what is sent ahead
-                    self.destination.may_pipeline = False
-                    error += "; no PIPELINING until the next start"
-                self._on_lost(error)
-            else:
-                self.leave()
-        was, self.is_late = self.is_late, self.is_waiting(LATE_S)
-        return self.is_late and not was
+        seconds = self.courses[0].seconds() if self.courses else IDLE_CONNECTION_S
+        if self.silent_s() < (BLOCK_S if self.is_sending else seconds):
+            was, self.is_late = self.is_late, self.is_waiting(LATE_S)
+            return self.is_late and not was
+        if not self.courses:
+            self.leave()
+            return False
+        course, error = self.courses[0], "conversation with %s timed out" % self.hop.host
+        if self.is_pipelining and not self.is_sending and course.said - len(course.replies) > 1:
+            self.destination.may_pipeline = False       # it may lose what is sent ahead
+            error += "; no PIPELINING until the next start"
+        self._on_lost(error)
+        return False
+
+    @property
+    def is_sending(self) -> bool:
+        return self.is_pulling or bool(self.stream.out)
+
+    def silent_s(self) -> float:
+        """Seconds since something came, or went out as long as something has to."""
+        moved = self.stream.moved if self.is_sending else 0.0
+        return self.loop.now.mono - max(self.waits_since, moved)
 
     def is_waiting(self, seconds: float) -> bool:
         """Whether its answer has not come for so long."""
-        moved = self.stream.moved if self.is_pulling or self.stream.out else 0.0
-        waits = self.loop.now.mono - max(self.waits_since, moved)
-        return bool(self.courses) and not self.is_over and waits > seconds
+        return bool(self.courses) and not self.is_over and self.silent_s() > seconds
 
 
 def stuff(held: bytes, block: bytes) -> bytes:
@@ -4954,29 +4948,31 @@ class Delivery:
     def __init__(self, connection: Connection, sidecar: Dict[str, Any], people: List[Dict[str, Any]],
                  body: bytes) -> None:
         self.connection, self.sidecar, self.people, self.body = connection, sidecar, people, body
-        self.rest = Rest(sidecar["id"], len(body), sidecar["size"], not connection.is_chunking)
-        self.is_whole = self.rest.offset >= self.rest.size
+        self.rest: Optional[Rest] = None                # of the body
         self.verdicts: List[Verdict] = []
         self.accepted: List[Dict[str, Any]] = []        # recipients
         self.replies: List[Said] = []                   # to the envelope
 
     def run(self) -> Exchange:
-        connection = self.connection
+        connection, size = self.connection, self.sidecar["size"]
         if connection.destination.cfg.xclient:
             yield from introduce(connection, self.sidecar)
-        is_utf8 = needs_utf8(self.sidecar, self.body)
-        status, problem = self.find_obstacle(is_utf8)
-        if problem:
-            self.verdicts = [Verdict(one["address"], "deferred", status, problem, remote="")
-                             for one in self.people]
-            return
+        is_utf8, limit = needs_utf8(self.sidecar, self.body), connection.destination.size_limit
+        # What this peer cannot have; its notice will say why in the end.
+        if limit and size > limit:
+            problem = "message of %d octets exceeds the primary's limit of %d" % (size, limit)
+            return self.put_off("5.3.4", problem)
+        if is_utf8 and "smtputf8" not in connection.features:
+            return self.put_off("5.6.7", "the primary does not offer SMTPUTF8, which this message needs")
+        if len(self.body) < size:
+            self.rest = Rest(self.sidecar["id"], len(self.body), size, not connection.is_chunking)
         commands = envelope(connection.features, self.sidecar, self.people, is_utf8)
         if connection.is_chunking:
             code, text = yield from self.send_chunk(commands)
-            self.sort(self.replies)
+            self.sort()
         else:
-            code, text = yield from self.send_envelope(commands)
-            self.sort(self.replies)
+            code, text = yield from self.send_envelope([*commands, b"DATA\r\n"])
+            self.sort()
             code, text = yield from self.send_data(code, text)
         if self.accepted and code in OUT_OF_STEP:
             raise out_of_step(connection, "DATA", code, text)
@@ -4984,19 +4980,10 @@ class Delivery:
         connection.answered += bool(self.verdicts)
         connection.taken += any(verdict.kind == "sent" for verdict in self.verdicts)
 
-    def find_obstacle(self, is_utf8: bool) -> Tuple[str, str]:
-        """What this peer cannot have, status and text; its notice will say why in the end."""
-        limit, size = self.connection.destination.size_limit, self.sidecar["size"]
-        if limit and size > limit:
-            return "5.3.4", "message of %d octets exceeds the primary's limit of %d" % (size, limit)
-        if is_utf8 and "smtputf8" not in self.connection.features:
-            return "5.6.7", "the primary does not offer SMTPUTF8, which this message needs"
-        return "", ""
-
     def send_chunk(self, commands: List[bytes]) -> ExchangeForReply:
         """RFC 3030.  The RSET shows that the verdict was not some other command's."""
-        commands = [*commands, b"BDAT %d LAST\r\n" % self.rest.size + self.body]
-        groups = [CommandGroup(commands + [b"RSET\r\n"], is_last=True)] if self.is_whole else [
+        commands = [*commands, b"BDAT %d LAST\r\n" % self.sidecar["size"] + self.body]
+        groups = [CommandGroup(commands + [b"RSET\r\n"], is_last=True)] if self.rest is None else [
             CommandGroup(commands, rest=self.rest), CommandGroup([b"RSET\r\n"], is_last=True)]
         try:
             for group in groups:
@@ -5015,22 +5002,19 @@ class Delivery:
     def send_envelope(self, commands: List[bytes]) -> ExchangeForReply:
         """With the question for the data, and its answer.  Without PIPELINING each command waits for the
         reply before it: none is said in vain."""
-        if self.connection.is_pipelining:
-            *self.replies, said = yield CommandGroup(commands + [b"DATA\r\n"])
-            return said
-        self.replies = yield CommandGroup(commands[:1])
-        if self.replies[0][0] // 100 == 2:
-            self.replies += yield CommandGroup(commands[1:])
-        if not any(code // 100 == 2 for code, _ in self.replies[1:]):
-            return 503, b""             # nobody was accepted: DATA is not said
-        said, = yield CommandGroup([b"DATA\r\n"])
-        return said
+        is_ahead = self.connection.is_pipelining
+        for group in [commands] if is_ahead else [commands[:1], commands[1:-1], commands[-1:]]:
+            replies = yield CommandGroup(group)
+            self.replies += replies
+            if not any(code // 100 == 2 for code, _ in replies):
+                break
+        return self.replies.pop() if len(self.replies) == len(commands) else (503, b"")
 
     def send_data(self, code: int, text: bytes) -> ExchangeForReply:
         """As DATA's answer allows.  Returns the answer that counts."""
         if code == 354 and self.accepted:
-            data = stuff(b"\r\n", self.body) + (b".\r\n" if self.is_whole else b"")
-            said, = yield CommandGroup([data], END_OF_DATA_S, True, None if self.is_whole else self.rest)
+            data = stuff(b"\r\n", self.body) + (b".\r\n" if self.rest is None else b"")
+            said, = yield CommandGroup([data], END_OF_DATA_S, True, self.rest)
             return said
         if code == 354:                 # to nobody, too, the data must have an end: RFC 2920 3.1
             yield CommandGroup([b".\r\n", b"RSET\r\n"], END_OF_DATA_S, True)
@@ -5041,9 +5025,9 @@ class Delivery:
             yield CommandGroup([b"RSET\r\n"], is_last=True)
         return code, text
 
-    def sort(self, replies: Sequence[Said]) -> None:
+    def sort(self) -> None:
         """What MAIL and RCPT were answered, as far as they were."""
-        mail, words = replies[0] if replies else (421, b"")
+        mail, words = self.replies[0] if self.replies else (421, b"")
         if mail == 421:
             return
         if mail // 100 == 4 and self.connection.taken:
@@ -5053,7 +5037,7 @@ class Delivery:
         elif mail // 100 != 2:
             self.give(self.people, mail, words)
         put_off = []
-        for one, (code, text) in zip(self.people, replies[1:] if mail // 100 == 2 else []):
+        for one, (code, text) in zip(self.people, self.replies[1:] if mail // 100 == 2 else []):
             if code in OUT_OF_STEP:
                 raise out_of_step(self.connection, "RCPT", code, text)
             if code == 552 and reply_status(code, text) in ("5.0.0", "5.5.3"):      # RFC 5321 4.5.3.1.10
@@ -5076,11 +5060,15 @@ class Delivery:
         self.verdicts += [Verdict(one["address"], kind, status, words, host, is_good, is_told)
                           for one in people]
 
+    def put_off(self, status: str, problem: str) -> None:
+        self.verdicts = [Verdict(one["address"], "deferred", status, problem, "") for one in self.people]
+
     def on_lost(self, error: PeerError) -> None:
         """What it said before it hung up stays said."""
         if not (self.verdicts or self.accepted):
+            self.replies += error.replies
             with contextlib.suppress(PeerError):
-                self.sort([*self.replies, *error.replies])
+                self.sort()
         if self.connection.is_astray:
             self.verdicts.clear()       # whose they were is not known
         self.connection.answered += any(verdict.remote for verdict in self.verdicts)
@@ -5143,8 +5131,7 @@ def introduce(connection: Connection, sidecar: Mapping[str, Any]) -> Exchange:
         helo = helo if re.fullmatch(r"[!-~]+", helo) and helo[0] != "[" else "[%s]" % known["ADDR"]
         (code, text), = yield CommandGroup([("EHLO %s\r\n" % helo).encode("ascii")])
         if code // 100 == 2:
-            lines = [line.decode("latin-1").split() for line in text.split(b"\n")[1:] if line.strip()]
-            connection.features = {name.lower(): " ".join(values) for name, *values in lines}
+            connection.features = parse_features(text)
             connection.note_features()
 
 
