@@ -3052,11 +3052,6 @@ class Hop(NamedTuple):
     def __str__(self) -> str:
         return "%s[%s]:%d" % (self.host, self.address, self.port)
 
-    @property
-    def where(self) -> str:
-        """For people: an address is not said twice."""
-        return str(self if self.host != self.address else Endpoint(self.address, self.port))
-
 
 class Verdict(NamedTuple):
     """What became of one recipient: from the wire to sidecar, log and notice."""
@@ -4314,7 +4309,7 @@ def find_route(plan: Plan) -> Tuple[List[Hop], str]:
     if plan.primary in WAITS:
         raise PeerError("mail for %s %s" % (plan.name, WAITS[plan.primary]))
     try:
-        return find_hops(plan, plan.name.rpartition(":")[2])[:ROUTE_HOSTS_MAX], ""
+        return find_hops(plan, plan.name.partition(":")[2] or plan.name)[:ROUTE_HOSTS_MAX], ""
     except DnsError as error:
         if plan.last_route:
             return list(plan.last_route), "%s; using the route that worked last" % error
@@ -4366,7 +4361,7 @@ def find_hosts(plan: Plan, domain: str) -> Iterable[List[Endpoint]]:
 
 # -- dialling, in a thread
 
-def begin_connect(hop: Hop) -> socket.socket:
+def begin_connect(hop: Hop, mine: Dial) -> socket.socket:
     """A socket on its way to a host.  A peer that dies without a word is noticed within a minute."""
     family, where = socket_address(hop.address, hop.port)
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -4383,6 +4378,7 @@ def begin_connect(hop: Hop) -> socket.socket:
     except OSError:
         sock.close()
         raise
+    mine.sockets.append(sock)
     return sock
 
 
@@ -4390,40 +4386,34 @@ def connect_each(hops: Sequence[Hop],
                  mine: Optional[Dial] = None) -> Iterator[Tuple[Hop, Union[socket.socket, OSError]]]:
     """Hosts in order, each with a connected socket or the reason why not.  One that does not answer is
     not waited for: the next is tried beside it after a moment (RFC 8305 5)."""
-    mine, waiting = mine or Dial(), list(hops)
-    trying: Dict[socket.socket, Hop] = {}
-    end = 0.0
+    mine, waiting, end = mine or Dial(), list(hops), 0.0
     with selectors.DefaultSelector() as selector:
         try:
-            while (waiting or trying) and not mine.is_former:
+            while (waiting or selector.get_map()) and not mine.is_former:
                 if waiting:
-                    hop = waiting.pop(0)
-                    end = time.monotonic() + CONNECT_S
+                    hop, end = waiting.pop(0), time.monotonic() + CONNECT_S
                     try:
-                        sock = begin_connect(hop)
+                        selector.register(begin_connect(hop, mine), selectors.EVENT_WRITE, hop)
                     except OSError as error:
                         yield hop, error
                         continue
-                    selector.register(sock, selectors.EVENT_WRITE)
-                    trying[sock] = hop
-                    mine.sockets.append(sock)
                 pause = end - time.monotonic()
                 if waiting:
                     pause = STAGGER_S if waiting[0].host == hop.host else HOST_STAGGER_S
                 for key, _ in selector.select(max(0.0, pause)):
-                    sock = key.fileobj          # type: ignore[assignment]
+                    sock: Any = key.fileobj
                     selector.unregister(sock)
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     if code:
                         sock.close()
-                    yield trying.pop(sock), OSError(code, os.strerror(code)) if code else sock
+                    yield key.data, OSError(code, os.strerror(code)) if code else sock
                 if not waiting and time.monotonic() >= end:
-                    for hop in trying.values():
-                        yield hop, OSError(errno.ETIMEDOUT, "Connection timed out")
+                    for key in selector.get_map().values():
+                        yield key.data, OSError(errno.ETIMEDOUT, "Connection timed out")
                     return
         finally:
-            for sock in trying:
-                sock.close()
+            for key in selector.get_map().values():
+                key.fileobj.close()     # type: ignore[union-attr]
 
 
 Said = Tuple[int, bytes]                # a reply: code and text
@@ -4648,7 +4638,8 @@ def dial(plan: Plan) -> Dialled:
     problem = ""
     for hop, sock in connect_each(hops, plan.mine):
         if isinstance(sock, OSError):
-            problem = problem or "connect to %s: %s" % (hop.where, sock.strerror or sock)
+            where = hop if hop.host != hop.address else Endpoint(hop.address, hop.port)
+            problem = problem or "connect to %s: %s" % (str(where), sock.strerror or sock)
             continue
         client, why = greet(plan, hop, sock, plan.cfg.tls)
         if client is not None:
@@ -4893,21 +4884,22 @@ class Connection:
     def sweep(self) -> bool:
         """Once a second: deadlines, and who has nothing to say any more.  True when its answer is late
         since now."""
-        if self.is_over:
-            return False
-        seconds = self.courses[0].seconds() if self.courses else IDLE_CONNECTION_S
-        if self.silent_s() < (BLOCK_S if self.is_sending else seconds):
-            was, self.is_late = self.is_late, self.is_waiting(LATE_S)
-            return self.is_late and not was
-        if not self.courses:
-            self.leave()
-            return False
-        course, error = self.courses[0], "conversation with %s timed out" % self.hop.host
+        course = self.courses[0] if self.courses else None
+        seconds = course.seconds() if course is not None else IDLE_CONNECTION_S
+        if self.silent_s() >= (BLOCK_S if self.is_sending else seconds):
+            if course is None:
+                self.leave()
+            else:
+                self._on_overdue(course)
+        was, self.is_late = self.is_late, self.is_waiting(LATE_S)
+        return self.is_late and not was
+
+    def _on_overdue(self, course: Course) -> None:
+        error = "conversation with %s timed out" % self.hop.host
         if self.is_pipelining and not self.is_sending and course.said - len(course.replies) > 1:
             self.destination.may_pipeline = False       # it may lose what is sent ahead
             error += "; no PIPELINING until the next start"
         self._on_lost(error)
-        return False
 
     @property
     def is_sending(self) -> bool:
