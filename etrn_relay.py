@@ -3178,13 +3178,11 @@ class EntryQueue:
             self.by_state[State.READY].move_to_end(entry.id, last=False)
 
     def release(self) -> None:
-        """Everything but held mail is due now, oldest first."""
-        for entry in list(self.by_state[State.LATER].values()):
-            self._put(entry, State.READY)
+        """Everything but held mail is due now.  What was tried before is older than what was not."""
+        later = self.by_state[State.LATER].values()
+        for entry in sorted(later, key=lambda entry: (entry.received, entry.id), reverse=True):
+            self.give_back(entry)
         self.later.clear()
-        ready = self.by_state[State.READY]
-        for entry in sorted(ready.values(), key=lambda entry: (entry.received, entry.id)):
-            ready.move_to_end(entry.id)
 
     def put_off(self, entry: Entry, now: Now, pause: float) -> None:
         """Tried, and to be tried again; at once when a flush came meanwhile."""

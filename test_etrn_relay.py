@@ -3532,9 +3532,9 @@ class Schedule(unittest.TestCase):
                 self.assertEqual(one.is_recovering(self.clock.now), is_end)
 
     def test_what_goes_next(self) -> None:
-        one, now = self.begin("", "DOWN"), self.clock.now
+        one, now = self.begin(), self.clock.now
         for id, age in (("B03", 30), ("B01", 10), ("B02", 20)):
-            one.add(etrn.Entry(id, 100, self.clock.wall - age), now)
+            one.add(etrn.Entry(id, 100, self.clock.wall - age), now, 60)
         one.on(etrn.Event.HEARD, now)
         self.assertEqual([entry.id for entry in one.take(9, now)], ["B03"])     # alone: the canary
         one.on_taken(now)
