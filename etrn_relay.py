@@ -3502,10 +3502,11 @@ class Destination(EntryQueue):
         return self.hang_ups == 1
 
     def on_left(self, now: Now) -> None:
-        """The primary is another one: the way there, and how it takes mail, are to be found out anew."""
+        """The primary is another one: the way there, and how it takes mail, are found out anew, at once."""
         self.on(Event.LEFT, now)
         self.route, self.size_limit = [], 0
         self.is_proven, self.limit, self.may_pipeline = False, 1, True
+        self.trigger(now)
 
     # -- what its word is worth
 
@@ -3804,7 +3805,6 @@ class Destinations:
         for one in moved:
             one.home, one.last_error = address, ""
             one.on_left(now)
-            one.trigger(now)
         return moved
 
     def reconfigure(self, cfg: Config, now: Now) -> List[Destination]:
@@ -3817,8 +3817,6 @@ class Destinations:
             self._set_home(one)
             if one.cfg.primary != old or (one.waits_for and one.state is Primary.DOWN):
                 one.on_left(now)
-                one.heard = -INF
-                one.trigger(now)
                 changed.append(one)
             one.limit = min(one.limit, one.cfg.connections)
             one.next_try = min(one.next_try, now.mono + one.cfg.probe_interval)
