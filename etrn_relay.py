@@ -2934,8 +2934,9 @@ def format_received(session: Session, transaction: Transaction, id: str, now: Ti
 # 3 GRAMMAR, 4 CONFIG, and Now of 6 LOOP.
 
 NOTICES, ALERTS = "notice:", "alert:"   # begin the names of destinations that are not domains of ours
-WAITS = {"atrn": "waits to be collected by the domain's own mail server (ATRN)",
-         "etrn": "waits for the domain's own mail server to say where it is (authenticated ETRN)"}
+WAITS: Dict[Hosts, str] = {
+    "atrn": "waits to be collected by the domain's own mail server (ATRN)",
+    "etrn": "waits for the domain's own mail server to say where it is (authenticated ETRN)"}
 UNCOLLECTED = "the domain's own mail server did not come for it in time"
 COUNTERS = ("accepted", "delivered", "bounced", "deferred", "expired")
 
@@ -2958,11 +2959,6 @@ class Hop(NamedTuple):
 
     def __str__(self) -> str:
         return "%s[%s]:%d" % (self.host, self.address, self.port)
-
-    @property
-    def where(self) -> str:
-        """For people: an address is not said twice."""
-        return str(self if self.host != self.address else Endpoint(self.address, self.port))
 
 
 class Verdict(NamedTuple):
@@ -3006,24 +3002,24 @@ class Change(NamedTuple):
     lasted: float               # seconds in the state before
 
 
-class State(enum.Enum):
-    """Of an entry."""
-    READY, LATER, SENDING, HELD = 1, 2, 3, 4
+class State(enum.IntEnum):
+    """Of an entry.  Each keys a table at every step of a message: a number is the quickest key."""
+    READY, LATER, SENDING, HELD = range(4)
 
 
 class Entry:
     """One message in a destination's queue.  Small, because a hundred thousand may wait."""
-    __slots__ = ("id", "size", "received", "deadline", "due", "attempts", "base", "tries", "answers",
-                 "round", "state", "is_held", "is_delay_told", "is_ours")
+    __slots__ = ("id", "size", "received", "deadline", "due", "tries", "base", "answers", "round", "state",
+                 "is_held", "is_delay_told", "is_ours")
 
     def __init__(self, id: str, size: int, received: Time, attempts: int = 0, is_held: bool = False,
                  is_delay_told: bool = False, is_ours: bool = False) -> None:
         self.id, self.size, self.received = id, size, received
         self.deadline = 0.0             # monotonic: a jump of the wall clock makes no mail older
         self.due = 0.0                  # monotonic, when LATER
-        self.attempts = attempts        # failed ones, as the sidecar has them ...
-        self.base = 0                   # ... and the destination's failures that these include
-        self.tries = min(attempts, ATTEMPTS_MIN - 1)    # since the clock last jumped; one must be new
+        # Failed attempts since the clock last jumped are `tries` and the destination's failures since `base`,
+        # which its sidecar does not know of yet.  One must be new before it expires.
+        self.tries, self.base = min(attempts, ATTEMPTS_MIN - 1), 0
         self.answers = 0                # to this very message; they set its pause
         self.round = 0                  # flushes until it was last given to a connection
         self.state = State.READY
@@ -3038,16 +3034,15 @@ class EntryQueue:
     def __init__(self, name: str, cfg: DomainConfig) -> None:
         self.name, self.cfg = name, cfg
         self.entries: Dict[str, Entry] = {}     # in the order they came
-        self.ready: List[Tuple[float, str]] = []        # heaps; an entry may have left its place in them
-        self.later: List[Tuple[float, str]] = []
-        self.count = dict.fromkeys(State, 0)
+        self.by_state: Dict[State, collections.OrderedDict[str, Entry]] = {     # READY: in the order they go
+            state: collections.OrderedDict() for state in State}
+        self.later: List[Tuple[float, str]] = []        # a heap of LATER ones, and of some that were
         self.octets = 0
         self.is_held = False            # --hold DOMAIN: later mail, too
         self.next_look = INF            # monotonic, when the next entry expires or its delay is told
         self.rounds = 0                 # flushes, all told
         self.flushing: Set[str] = set()         # IDs that the present flush has yet to try
-        self.sending: Set[str] = set()          # IDs that connections have, and ...
-        self.late: Set[str] = set()             # ... of these the ones whose answer is late
+        self.late: Set[str] = set()             # IDs of those SENDING that keep no other waiting
         self.failures = 0               # attempts to reach the primary that failed, all told
         self.counters = dict.fromkeys(COUNTERS, 0)
 
@@ -3055,7 +3050,6 @@ class EntryQueue:
         """A new message, or one found in the spool with a pause still to run."""
         self.entries[entry.id] = entry
         self.octets += entry.size
-        self.count[entry.state] += 1
         entry.base = self.failures
         entry.due = now.mono + min(pause, self.cfg.max_retry_interval)
         self.set_deadline(entry, now)
@@ -3073,44 +3067,29 @@ class EntryQueue:
 
     def _put(self, entry: Entry, state: State) -> None:
         """The only place that changes an entry's state."""
+        self.by_state[entry.state].pop(entry.id, None)
         if state is State.SENDING:
             entry.round = self.rounds
         else:
-            self.sending.discard(entry.id)
             self.late.discard(entry.id)
             if entry.is_held or self.is_held:
                 state = State.HELD
                 self.flushing.discard(entry.id)
-        self.count[entry.state] -= 1
-        self.count[state] += 1
         entry.state = state
-        if state in (State.READY, State.LATER):
-            heap = self.ready if state is State.READY else self.later
-            heapq.heappush(heap, self._place(entry))
-            if len(heap) > 2 * len(self.entries) + 1000:        # much was held, or removed by hand
-                heap[:] = sorted(self._place(one) for one in self.entries.values() if one.state is state)
-
-    def _place(self, entry: Entry) -> Tuple[float, str]:
-        return (entry.received if entry.state is State.READY else entry.due), entry.id
-
-    def _pop(self) -> Entry:
-        """The oldest that is READY.  There is one: the counts say so."""
-        while True:
-            entry = self.entries.get(heapq.heappop(self.ready)[1])
-            if entry is not None and entry.state is State.READY:
-                self._put(entry, State.SENDING)
-                return entry
+        self.by_state[state][entry.id] = entry
+        if state is State.LATER:
+            heapq.heappush(self.later, (entry.due, entry.id))
 
     def urge(self, entry: Entry) -> None:
-        """A client waits for this one: before all others."""
+        """If it is due, it goes before all others."""
         if entry.state is State.READY:
-            heapq.heappush(self.ready, (-entry.received, entry.id))
+            self.by_state[State.READY].move_to_end(entry.id, last=False)
 
     def release(self) -> None:
-        """Everything but held mail is due now."""
-        for entry in self.entries.values() if self.count[State.LATER] else ():
-            if entry.state is State.LATER:
-                self._put(entry, State.READY)
+        """Everything but held mail is due now.  What was tried before is older than what was not."""
+        later = self.by_state[State.LATER].values()
+        for entry in sorted(later, key=lambda entry: (entry.received, entry.id), reverse=True):
+            self.give_back(entry)
         self.later.clear()
 
     def put_off(self, entry: Entry, now: Now, pause: float) -> None:
@@ -3120,31 +3099,29 @@ class EntryQueue:
         self._put(entry, State.LATER if entry.round == self.rounds else State.READY)
 
     def give_back(self, entry: Entry) -> None:
-        """Not tried after all."""
+        """Its pause is over, or it was not tried after all: older than most, it is the next."""
         self._put(entry, State.READY)
+        self.urge(entry)
 
     def take_out(self, entry: Entry) -> None:
-        """To be ended by an operator or its age: nobody else gets it."""
+        """To be ended by an operator or its age: nobody else gets it, and none waits for it."""
         self._put(entry, State.SENDING)
+        self.late.add(entry.id)
 
     def drop(self, id: str) -> None:
         entry = self.entries.pop(id)
-        self.count[entry.state] -= 1
+        del self.by_state[entry.state][id]
         self.octets -= entry.size
-        for ids in (self.flushing, self.sending, self.late):
-            ids.discard(id)
+        self.flushing.discard(id)
+        self.late.discard(id)
 
-    # -- holds
-
-    def hold(self, entries: Iterable[Entry], on: bool) -> None:
-        """By themselves.  An entry that is being sent is held if it comes back."""
-        for entry in entries:
-            entry.is_held = on
-            is_held = on or self.is_held
-            if entry.state is not State.SENDING and is_held != (entry.state is State.HELD):
-                self._forget_tries(entry)       # released mail has its chance, however old it became
-                self._put(entry, State.READY)
-                self.next_look = min(self.next_look, entry.deadline)
+    def hold(self, entry: Entry, on: bool) -> None:
+        """By itself.  One that is being sent is held if it comes back."""
+        entry.is_held = on
+        if entry.state is not State.SENDING and (on or self.is_held) != (entry.state is State.HELD):
+            self._forget_tries(entry)   # released mail has its chance, however old it became
+            self._put(entry, State.READY)
+            self.next_look = min(self.next_look, entry.deadline)
 
     def hold_all(self, on: bool) -> List[Entry]:
         """All of it and all that comes later, or none.  Returns those that were held by themselves and
@@ -3152,28 +3129,25 @@ class EntryQueue:
         alone = [entry for entry in self.entries.values() if entry.is_held and not on]
         self.is_held = on
         for entry in self.entries.values():
-            self.hold([entry], entry.is_held and on)
+            self.hold(entry, entry.is_held and on)
         return alone
-
-    # -- attempts and ages
 
     def count_attempt(self, entry: Entry, is_whole: bool = True) -> int:
         """It was tried, and answered; whole, or there are recipients left.  Returns the number of
         attempts its sidecar does not know of yet."""
-        new = 1 + self.failures - entry.base
-        entry.attempts += new
+        new = 1 + self.failed_since(entry)
         entry.tries += new
         entry.base = self.failures
         entry.answers += is_whole
         return new
 
-    def attempts(self, entry: Entry) -> int:
-        """Those its sidecar knows, and the failed connections since."""
-        return entry.attempts + self.failures - entry.base
+    def failed_since(self, entry: Entry) -> int:
+        """Failed connections that its sidecar does not know of yet."""
+        return self.failures - entry.base
 
     def _forget_tries(self, entry: Entry) -> None:
         """It must be tried anew before it may expire; the attempts are told all the same."""
-        entry.attempts, entry.tries, entry.base = self.attempts(entry), 0, self.failures
+        entry.tries = -self.failed_since(entry)
 
     def oldest(self) -> Optional[Time]:
         """When the oldest message came; they are kept in the order they came."""
@@ -3194,11 +3168,10 @@ class Destination(EntryQueue):
         super().__init__(name, cfg)
         # the primary
         self.state, self.since, self.last_error = Primary.UNKNOWN, now.mono, ""
-        self.down_since = now.mono
+        self.down_since = now.mono      # monotonic; it has answered no message since then; INF when it has
         self.recovered = -INF           # monotonic, end of the last outage or of the last rejecting
         self.heard = -INF               # monotonic, when it last answered anything well
         self.is_proven = False          # has taken a message since it was last away
-        self.is_answering = False       # has answered a message, well or not, since then
         self.hang_ups = 0               # in a row, after refusals
         self.tried: Set[str] = set()    # messages that went alone since it last took one
         self.refused: Set[str] = set()  # messages refused in a row during the grace, and ...
@@ -3209,11 +3182,10 @@ class Destination(EntryQueue):
         self.last_flush = -INF          # monotonic
         # the way there
         self.limit, self.taken = 1, 0   # connections allowed now, and messages taken since it was raised
-        self.dialling = 0
         self.next_try = self.last_try = now.mono
         self.last_urged = -INF          # when it was tried last because something asked for it
         self.is_urged = False           # a fresh connection is wanted, whatever hangs
-        self.may_chunk = self.may_pipeline = True       # False: it answered out of step
+        self.may_pipeline = True        # and send a window of messages; False: it answered out of step
         self.size_limit = 0             # its SIZE, 0 when it named none
         self.route: List[Hop] = []      # where the last good connection led, best first
         self.route_seen = 0.0           # wall
@@ -3224,12 +3196,16 @@ class Destination(EntryQueue):
     def waits_for(self) -> str:
         """What must happen before we can connect; empty when we can try at any time.  Else there are no
         probes, questions, cut-through or failed attempts: mail waits until somebody comes for it."""
-        return "" if self.home or isinstance(self.cfg.primary, tuple) else WAITS.get(self.cfg.primary, "")
+        return "" if self.home else WAITS.get(self.cfg.primary, "")
 
     @property
     def trouble(self) -> str:
         """Why mail is still here: what went wrong last, or what it waits for."""
         return self.last_error or self.waits_for
+
+    @property
+    def is_steady(self) -> bool:
+        return self.state is Primary.UP and self.is_proven
 
     @property
     def label(self) -> str:
@@ -3253,44 +3229,40 @@ class Destination(EntryQueue):
         has yet to prove itself one goes alone, each in its turn: a message that it will never take
         keeps no other waiting, and neither does one whose answer is late."""
         self._wake(now)
-        out: List[Entry] = []
+        ready = self.by_state[State.READY]
         if self.is_proven:
-            while len(out) < most and self.count[State.READY]:
-                out.append(self._pop())
-        elif now.mono >= self.next_try and self.sending <= self.late and self.count[State.READY]:
-            seen = [self._pop()]
-            while seen[-1].id in self.tried and self.count[State.READY]:
-                seen.append(self._pop())
-            if seen[-1].id in self.tried:       # all had their turn: another round, from the oldest
+            taken = list(itertools.islice(ready.values(), most))
+        elif not ready or now.mono < self.next_try or self.by_state[State.SENDING].keys() - self.late:
+            return []
+        else:
+            if ready.keys() <= self.tried:      # all had their turn: another round, from the oldest
                 self.tried.clear()
-                seen.reverse()
-            out = [seen.pop()]
-            for entry in seen:
-                self._put(entry, State.READY)
-            self.tried.add(out[0].id)
+            taken = [next(entry for entry in ready.values() if entry.id not in self.tried)]
+            self.tried.add(taken[0].id)
             self.last_try = self.last_urged = now.mono
-        self.sending.update(entry.id for entry in out)
-        return out
+        for entry in taken:
+            self._put(entry, State.SENDING)
+        return taken
 
     def _wake(self, now: Now) -> None:
         """READY are those whose pause is over; of a primary that rejects one, whichever is due first."""
         while self.later and (self.later[0][0] <= now.mono
-                              or (self.state is Primary.REJECTING and not self.count[State.READY])):
+                              or (self.state is Primary.REJECTING and not self.by_state[State.READY])):
             due, id = heapq.heappop(self.later)
-            entry = self.entries.get(id)
-            if entry is not None and entry.state is State.LATER and entry.due == due:
-                self._put(entry, State.READY)
+            entry = self.by_state[State.LATER].get(id)
+            if entry is not None and entry.due == due:
+                self.give_back(entry)
 
     def flush(self, now: Now) -> bool:
         """ETRN, --flush, SIGUSR1.  False when one is under way already; even then there will be another
         look."""
         is_fresh = not self.flushing
         self.rounds += 1                # what is being sent goes again at once if it is put off
-        if self.count[State.LATER] or now.mono - self.last_flush >= TRIGGER_S:  # a flood costs no walk each
+        if self.by_state[State.LATER] or now.mono - self.last_flush >= TRIGGER_S:   # a flood: no walk each
             self.release()
             self.last_flush = now.mono
             if not self.waits_for:
-                self.flushing.update(id for id, entry in self.entries.items() if entry.state is State.READY)
+                self.flushing.update(self.by_state[State.READY])
         if self.waits_for:
             return True                 # it is due, for the next who comes
         self.trigger(now)
@@ -3304,32 +3276,32 @@ class Destination(EntryQueue):
 
     # -- when to connect
 
-    def wanted(self, now: Now, answering: int, hanging: int, others: int = 0) -> bool:
-        """Whether to dial now.  `answering`: greeted connections; `hanging`: those whose answer is
-        late (while the primary is not up: late since then); `others`: questions and messages read
-        ahead, which wait beside what is READY."""
+    def wanted(self, now: Now, answering: int, hanging: int, dialling: int = 0, others: int = 0) -> bool:
+        """Whether to dial now.  `answering`: greeted connections; `hanging`: those whose answer is late
+        (while the primary is not up: late since then); `dialling`: on their way; `others`: questions and
+        messages read ahead, which wait beside what is READY."""
         self._wake(now)
-        waiting = self.count[State.READY] + others
+        waiting = len(self.by_state[State.READY]) + others
         if self.waits_for or self.is_collecting or not waiting or now.mono < self.next_try:
             return False
         is_bearable = hanging <= max(self.cfg.connections, LATE_MAX)
-        if self.state is Primary.UP and self.is_proven:
-            has_place = answering + self.dialling < min(self.limit, self.cfg.connections)
-            return has_place and waiting > self.dialling and (is_bearable or self.is_urged)
+        if self.is_steady:
+            has_place = answering + dialling < self.limit
+            return has_place and waiting > dialling and (is_bearable or self.is_urged)
         if answering:
             return False
         if self.is_urged:               # ETRN and the like start a fresh connection, whatever hangs
             return True
         if self.state is Primary.UP:    # it greets, but answers to canaries are late
-            return not self.dialling and is_bearable
-        return self.dialling + hanging < HANGING_MAX
+            return not dialling and is_bearable
+        return dialling + hanging < HANGING_MAX
 
     def wake(self, now: Now, others: int = 0) -> Optional[float]:
         """The monotonic time at which wanted() or take() may change by itself."""
         if self.waits_for or self.is_collecting:
             return None
         times = [due for due, _ in self.later[:1]]
-        waiting = others or self.count[State.READY] or (self.state is Primary.REJECTING and self.later)
+        waiting = others or self.by_state[State.READY] or (self.state is Primary.REJECTING and self.later)
         if self.next_try > now.mono and waiting:
             times.append(self.next_try)
         return min(times, default=None)
@@ -3341,11 +3313,10 @@ class Destination(EntryQueue):
         return min(self.cfg.probe_interval, max(PROBE_FIRST_S, grown))
 
     def on_dial(self, now: Now) -> None:
-        self.dialling += 1
         if self.is_urged:
             self.last_urged = now.mono
         self.last_try, self.is_urged = now.mono, False
-        if not (self.state is Primary.UP and self.is_proven):
+        if not self.is_steady:
             self.next_try = now.mono + self._pause(now)
 
     # -- what happens to the primary
@@ -3358,8 +3329,7 @@ class Destination(EntryQueue):
         elif event is Event.AWAY:
             self.failures += 1
             self.last_error, self.is_proven, self.limit = why, False, 1
-            if self.is_answering:       # else it greets and hangs up: the same outage goes on
-                self.down_since, self.is_answering = now.mono, False
+            self.down_since = min(self.down_since, now.mono)    # who greets and hangs up is away all the time
             if not self.is_urged:
                 self.flushing.clear()   # a flush that finds it away is over
                 self.next_try = max(self.next_try, self.last_try + self._pause(now))
@@ -3374,11 +3344,10 @@ class Destination(EntryQueue):
             self.next_try, self.last_error, self.hang_ups = now.mono, "", 0
             if was is not Primary.UNKNOWN:
                 self.recovered = now.mono
-            self.release()
-            return change
-        self.is_proven, self.limit = False, 1
-        if after is Primary.DOWN:
-            self.release()              # mail waits for the primary now, and not for the end of a pause
+        else:
+            self.is_proven, self.limit = False, 1
+        if after in (Primary.UP, Primary.DOWN):
+            self.release()              # mail waits for the primary, and not for the end of a pause
         elif after is Primary.REJECTING:
             self.last_error, self.is_urged = why, False
             self.next_try = now.mono + self.cfg.probe_interval
@@ -3386,8 +3355,7 @@ class Destination(EntryQueue):
         return change
 
     def on_taken(self, now: Now) -> Optional[Change]:
-        self.heard = now.mono
-        self.is_answering, self.hang_ups = True, 0
+        self.heard, self.down_since, self.hang_ups = now.mono, INF, 0
         self.verdicts.append(False)
         for ids in (self.tried, self.refused, self.refused_good):
             ids.clear()
@@ -3401,7 +3369,7 @@ class Destination(EntryQueue):
     def on_deferred(self, now: Now) -> None:
         """A 4xx, or a 5xx that is not believed yet.  Three canaries put off are greylisting: all must
         be offered once."""
-        self.is_answering = True
+        self.down_since = INF
         self.verdicts.append(True)
         if self.state is Primary.REJECTING:
             self.next_try = now.mono + self.cfg.probe_interval
@@ -3415,6 +3383,7 @@ class Destination(EntryQueue):
     def on_refused(self, now: Now, id: str, good: Iterable[str], why: str) -> Optional[Change]:
         """A message was refused, 5xx for all.  `good`: those of its recipients that the primary took
         before.  One message or recipient counts once, however often it is tried."""
+        self.down_since = INF
         if not self.is_recovering(now):
             self.refused.clear()
         elif len(self.refused) < REFUSED_ROW:
@@ -3423,7 +3392,6 @@ class Destination(EntryQueue):
             self.refused_good.update(good)
         if max(len(self.refused), len(self.refused_good)) < REFUSED_ROW:
             return None
-        self.is_answering = True
         return self.on(Event.REFUSES, now, why)
 
     def slow_down(self, now: Now) -> None:
@@ -3442,10 +3410,11 @@ class Destination(EntryQueue):
         return self.hang_ups == 1
 
     def on_left(self, now: Now) -> None:
-        """The primary is another one: the way there, and how it takes mail, are to be found out anew."""
+        """The primary is another one: the way there, and how it takes mail, are found out anew, at once."""
         self.on(Event.LEFT, now)
         self.route, self.size_limit = [], 0
-        self.is_proven, self.limit, self.may_chunk, self.may_pipeline = False, 1, True, True
+        self.is_proven, self.limit, self.may_pipeline = False, 1, True
+        self.trigger(now)
 
     # -- what its word is worth
 
@@ -3504,7 +3473,7 @@ class Destination(EntryQueue):
             if entry.state is State.HELD:
                 continue
             if not self.waits_for:
-                had_chance = entry.tries + self.failures - entry.base >= ATTEMPTS_MIN
+                had_chance = entry.tries + self.failed_since(entry) >= ATTEMPTS_MIN
             if entry.deadline <= now.mono and entry.state is not State.SENDING and had_chance:
                 expired.append(entry)
                 continue
@@ -3529,11 +3498,9 @@ class Destination(EntryQueue):
     # -- for state.json
 
     def to_values(self, now: Now) -> Dict[str, Any]:
-        def in_wall(mono: float) -> Time:
-            return max(0.0, now.to_wall(mono)) if mono > -INF else 0.0
-        return {"primary": self.state.value, "since": in_wall(self.since),
-                "recovered": in_wall(self.recovered), "last_error": self.last_error,
-                "held": self.is_held, "size_limit": self.size_limit,
+        return {"primary": self.state.value, "since": max(0.0, now.to_wall(self.since)),
+                "recovered": max(0.0, now.to_wall(self.recovered)),     # never is -INF
+                "last_error": self.last_error, "held": self.is_held, "size_limit": self.size_limit,
                 "route": [list(hop) for hop in self.route], "route_seen": self.route_seen,
                 "route_of": format_primary(self.cfg.primary), "counters": dict(self.counters)}
 
@@ -3572,25 +3539,22 @@ class RecipientCache:
     def __init__(self) -> None:
         self.known: Dict[str, Tuple[bool, Time]] = {}       # address: (good, until)
         self.accept_all: Dict[str, Tuple[bool, Time]] = {}  # domain: (takes any local part, until)
-        self.good_until: Dict[str, Time] = {}   # domain: until when one of its recipients is known good
-        self.bad_row: Dict[str, int] = {}       # domain: refused in a row, none good between them
+        # By domain: how many were refused in a row, and until when one is known to be good.
+        self.rows: Dict[str, Tuple[int, Time]] = {}
         self.is_dirty = False
 
     def learn(self, address: str, is_good: bool, now: Time) -> None:
-        address = address.lower()
-        domain = address.rpartition("@")[2]
-        self._keep(address, is_good, now + (GOOD_S if is_good else BAD_S))
-        self.bad_row[domain] = 0 if is_good else self.bad_row.get(domain, 0) + 1
+        self._keep(address.lower(), is_good, now + (GOOD_S if is_good else BAD_S))
         self.is_dirty = True
         if len(self.known) > RECIPIENTS_MAX:
             kept = sorted(self.known.items(), key=lambda item: item[1])[RECIPIENTS_MAX // 10:]
             self.known = dict(kept)     # a tenth is forgotten at once: the bad and the oldest
 
     def _keep(self, address: str, is_good: bool, until: Time) -> None:
-        self.known[address] = (is_good, until)
-        if is_good:
-            domain = address.rpartition("@")[2]
-            self.good_until[domain] = max(until, self.good_until.get(domain, 0.0))
+        self.known[address] = is_good, until
+        domain = address.rpartition("@")[2]
+        refused, good_until = self.rows.get(domain, (0, 0.0))
+        self.rows[domain] = (0, max(until, good_until)) if is_good else (refused + 1, good_until)
 
     def learn_accept_all(self, domain: str, takes_all: bool, now: Time) -> None:
         self.accept_all[domain] = (takes_all, now + ACCEPT_ALL_S)
@@ -3602,7 +3566,7 @@ class RecipientCache:
         """What a primary that was not itself said since then."""
         self.known = {address: (is_good, until) for address, (is_good, until) in self.known.items()
                       if is_good or not address.endswith("@" + domain) or until - BAD_S < since}
-        self.bad_row.pop(domain, None)
+        self.rows[domain] = 0, self.rows.get(domain, (0, 0.0))[1]
         self.is_dirty = True
 
     def knows(self, address: str, now: Time) -> Optional[bool]:
@@ -3624,7 +3588,8 @@ class RecipientCache:
 
     def is_doubted(self, domain: str, now: Time) -> bool:
         """Five refused in a row, and no good one known: perhaps it refuses everybody who is asked about."""
-        return self.bad_row.get(domain, 0) >= BAD_ROW and self.good_until.get(domain, 0.0) <= now
+        refused, good_until = self.rows.get(domain, (0, 0.0))
+        return refused >= BAD_ROW and good_until <= now
 
     def to_values(self, now: Time) -> Dict[str, Any]:
         self.is_dirty = False
@@ -3669,12 +3634,13 @@ class Rate:
 
     def __init__(self) -> None:
         self.minute = 0
-        self.counts: Dict[str, int] = {}
+        self.counts: Dict[str, int] = collections.Counter()
 
     def is_over(self, network: str, most: int, now: Now) -> bool:
         if int(now.mono // 60) != self.minute:
-            self.minute, self.counts = int(now.mono // 60), {}
-        self.counts[network] = self.counts.get(network, 0) + 1
+            self.minute = int(now.mono // 60)
+            self.counts.clear()
+        self.counts[network] += 1
         return self.counts[network] > most
 
 
@@ -3747,7 +3713,6 @@ class Destinations:
         for one in moved:
             one.home, one.last_error = address, ""
             one.on_left(now)
-            one.trigger(now)
         return moved
 
     def reconfigure(self, cfg: Config, now: Now) -> List[Destination]:
@@ -3760,8 +3725,6 @@ class Destinations:
             self._set_home(one)
             if one.cfg.primary != old or (one.waits_for and one.state is Primary.DOWN):
                 one.on_left(now)
-                one.heard = -INF
-                one.trigger(now)
                 changed.append(one)
             one.limit = min(one.limit, one.cfg.connections)
             one.next_try = min(one.next_try, now.mono + one.cfg.probe_interval)
@@ -3773,7 +3736,7 @@ class Destinations:
         """Messages, octets and held ones."""
         every = self.all.values()
         return (sum(len(one.entries) for one in every), sum(one.octets for one in every),
-                sum(one.count[State.HELD] for one in every))
+                sum(len(one.by_state[State.HELD]) for one in every))
 
 
 # == 10. DNS ===================================================================
@@ -4125,7 +4088,7 @@ _MEANINGS: Tuple[Tuple[str, str, str], ...] = (
     ("no such name|lookup of|no address is known", "The addressee's mail server cannot be found.", _AGAIN),
     ("loops back", "No mail server is known for this domain other than its backup servers.", _AGAIN),
     ("null MX", "The domain declares that it takes no mail.", _ASK),
-    ("lost connection|was cut|is not SMTP|endless reply|not asked for|before it was asked",
+    ("lost connection|was cut|is not SMTP|endless reply|not asked for",
      "The addressee's mail server broke the conversation off.", _AGAIN),
     ("Returned by the postmaster", "The postmaster of the backup mail server returned it.", _AGAIN),
     (r"^[45]\.7\.\d", "The addressee's mail server does not want this message, or its sender.", _ASK),
@@ -4183,7 +4146,7 @@ class PeerError(Exception):
     def __init__(self, text: str, closing: bool = False) -> None:
         super().__init__(text)
         self.closing = closing          # the peer said so, with 421, and read nothing behind that
-        self.replies: List[Tuple[int, bytes]] = []      # that came before it to the group under way
+        self.replies: List[Said] = []   # that came before it to the group under way
 
 
 class TlsError(PeerError):
@@ -4239,80 +4202,63 @@ def find_route(plan: Plan) -> Tuple[List[Hop], str]:
     """Hosts to try in order, and a warning when they are remembered ones.  Raises PeerError: whatever
     the DNS says, the mail is kept."""
     if plan.primary in WAITS:
-        raise PeerError("mail for %s %s" % (plan.name, WAITS[str(plan.primary)]))
+        raise PeerError("mail for %s %s" % (plan.name, WAITS[plan.primary]))
     try:
-        hops = find_mx_route(plan) if isinstance(plan.primary, str) else find_host_route(plan, plan.primary)
-        return hops[:ROUTE_HOSTS_MAX], ""
+        return find_hops(plan, plan.name.partition(":")[2] or plan.name)[:ROUTE_HOSTS_MAX], ""
     except DnsError as error:
         if plan.last_route:
             return list(plan.last_route), "%s; using the route that worked last" % error
         raise PeerError(str(error)) from None
 
 
-def resolve(plan: Plan, hosts: Iterable[Endpoint]) -> Tuple[List[Hop], Optional[DnsError]]:
-    """All their addresses, and what went wrong with one of them."""
-    hops, problem = [], None
-    for host, port in hosts:
-        try:
-            hops += [Hop(host, address, port) for address in plan.resolver.addresses(host)]
-        except DnsError as error:
-            problem = error
-    return hops, problem
-
-
-def find_host_route(plan: Plan, hosts: Sequence[Endpoint]) -> List[Hop]:
-    hops, problem = resolve(plan, hosts)
-    if problem and not hops:
-        raise problem
-    others = [hop for hop in hops if not is_own(hop, plan.listeners)]
-    if not others:
-        raise PeerError("mail for %s loops back to this host: %s" % (plan.name, hops[0]))
-    return others
-
-
-def find_mx_route(plan: Plan) -> List[Hop]:
-    """Notices, whose targets strangers choose, go to public addresses only."""
-    if not plan.cfg.is_notices:
-        return find_mx_hops(plan, plan.name)
-    domain = plan.name.partition(":")[2]
-    hops = ([Hop(domain, parse_literal(domain), SMTP_PORT)] if domain.startswith("[")
-            else find_mx_hops(plan, domain))
-    hops = [hop for hop in hops
-            if parse_address(hop.address).is_global and not is_own(hop, plan.listeners)]
-    if not hops:
-        raise PeerError("mail for %s has no route to a public address" % domain)
-    return hops
-
-
-def find_mx_hops(plan: Plan, domain: str) -> List[Hop]:
-    """RFC 5321 5.1.  Neither this host nor anything of equal or higher preference; equal ones in random
-    order."""
-    found: List[Tuple[int, str]] = plan.resolver.query(domain, MX)
-    records = sorted(one for one in found if one[1])
-    if found and not records:           # RFC 7505
-        raise PeerError("%s has a null MX record: it says it takes no mail" % domain)
-    hops: List[Hop] = []
-    problem: Optional[DnsError] = None
-    for _, group in itertools.groupby(records or [(0, domain)], key=lambda record: record[0]):
-        hosts = [host for _, host in group]
-        random.shuffle(hosts)
-        equal, error = resolve(plan, [Endpoint(host, SMTP_PORT) for host in hosts])
-        problem = error or problem
-        if plan.hostname in hosts or any(is_own(hop, plan.listeners) for hop in equal):
-            if not hops and not problem:
-                raise PeerError("mail for %s loops back to this host: no MX host is preferred to it" % domain)
+def find_hops(plan: Plan, domain: str) -> List[Hop]:
+    """Never this host and, among MX hosts, nothing of equal or higher preference, RFC 5321 5.1.  Notices,
+    whose targets strangers choose, go to public addresses only."""
+    is_mx, hops = isinstance(plan.primary, str), []
+    problem: Exception = PeerError("mail for %s loops back to this host" % domain)
+    for hosts in find_hosts(plan, domain):
+        equal = []
+        for host, port in hosts:
+            try:
+                equal += [Hop(host, address, port) for address in plan.resolver.addresses(host)]
+            except DnsError as error:
+                problem = error
+        is_here = any(is_own(hop, plan.listeners) for hop in equal)
+        if is_mx and (is_here or plan.hostname in [host for host, _ in hosts]):
             break
-        hops += equal
+        hops += equal if not is_here else []
         if len(hops) >= ROUTE_HOSTS_MAX:
             break
-    if problem and not hops:
+        if len(hops) >= ROUTE_HOSTS_MAX:
+            break
+    if not hops:
         raise problem
+    if is_mx and plan.cfg.is_notices:
+        hops = [hop for hop in hops if parse_address(hop.address).is_global]
+        if not hops:
+            raise PeerError("mail for %s has no route to a public address" % domain)
     return hops
+
+
+def find_hosts(plan: Plan, domain: str) -> Iterable[List[Endpoint]]:
+    """Those of equal preference together, in random order; the best first."""
+    if not isinstance(plan.primary, str):
+        return [[host] for host in plan.primary]
+    if domain.startswith("["):
+        return [[Endpoint(parse_literal(domain), SMTP_PORT)]]
+    found: List[Tuple[int, str]] = plan.resolver.query(domain, MX)
+    records = [one for one in found if one[1]]
+    if found and not records:           # RFC 7505
+        raise PeerError("%s has a null MX record: it says it takes no mail" % domain)
+    groups: Dict[int, List[Endpoint]] = {}
+    for preference, host in random.sample(records, len(records)) or [(0, domain)]:
+        groups.setdefault(preference, []).append(Endpoint(host, SMTP_PORT))
+    return [hosts for _, hosts in sorted(groups.items())]
 
 
 # -- dialling, in a thread
 
-def begin_connect(hop: Hop) -> socket.socket:
+def begin_connect(hop: Hop, mine: Dial) -> socket.socket:
     """A socket on its way to a host.  A peer that dies without a word is noticed within a minute."""
     family, where = socket_address(hop.address, hop.port)
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -4329,6 +4275,7 @@ def begin_connect(hop: Hop) -> socket.socket:
     except OSError:
         sock.close()
         raise
+    mine.sockets.append(sock)
     return sock
 
 
@@ -4336,69 +4283,67 @@ def connect_each(hops: Sequence[Hop],
                  mine: Optional[Dial] = None) -> Iterator[Tuple[Hop, Union[socket.socket, OSError]]]:
     """Hosts in order, each with a connected socket or the reason why not.  One that does not answer is
     not waited for: the next is tried beside it after a moment (RFC 8305 5)."""
-    mine, waiting = mine or Dial(), list(hops)
-    trying: Dict[socket.socket, Hop] = {}
-    end = 0.0
+    mine, waiting, end = mine or Dial(), list(hops), 0.0
     with selectors.DefaultSelector() as selector:
         try:
-            while (waiting or trying) and not mine.is_former:
+            while (waiting or selector.get_map()) and not mine.is_former:
                 if waiting:
-                    hop = waiting.pop(0)
-                    end = time.monotonic() + CONNECT_S
+                    hop, end = waiting.pop(0), time.monotonic() + CONNECT_S
                     try:
-                        sock = begin_connect(hop)
+                        selector.register(begin_connect(hop, mine), selectors.EVENT_WRITE, hop)
                     except OSError as error:
                         yield hop, error
                         continue
-                    selector.register(sock, selectors.EVENT_WRITE)
-                    trying[sock] = hop
-                    mine.sockets.append(sock)
                 pause = end - time.monotonic()
                 if waiting:
                     pause = STAGGER_S if waiting[0].host == hop.host else HOST_STAGGER_S
                 for key, _ in selector.select(max(0.0, pause)):
-                    sock = key.fileobj          # type: ignore[assignment]
+                    sock: Any = key.fileobj
                     selector.unregister(sock)
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                     if code:
                         sock.close()
-                    yield trying.pop(sock), OSError(code, os.strerror(code)) if code else sock
+                    yield key.data, OSError(code, os.strerror(code)) if code else sock
                 if not waiting and time.monotonic() >= end:
-                    for hop in trying.values():
-                        yield hop, OSError(errno.ETIMEDOUT, "Connection timed out")
+                    for key in selector.get_map().values():
+                        yield key.data, OSError(errno.ETIMEDOUT, "Connection timed out")
                     return
         finally:
-            for sock in trying:
-                sock.close()
+            for key in selector.get_map().values():
+                key.fileobj.close()     # type: ignore[union-attr]
+
+
+Said = Tuple[int, bytes]                # a reply: code and text
 
 
 class Replies:
     """A peer's replies, read strictly: smtplib takes garbage for codes like -1, and reads a reply that
     never ends."""
+    _LINE = re.compile(rb"[2-5][0-9][0-9](?:[ -]|$)")
 
     def __init__(self, host: str) -> None:
         self.host, self.pending = host, b""
         self.lines: List[bytes] = []    # of the reply under way
         self.octets = 0
 
-    def feed(self, data: bytes) -> Iterator[Tuple[int, bytes]]:
+    def feed(self, data: bytes) -> Iterator[Said]:
         """Whole replies, as they come.  Raises PeerError."""
-        self.pending += data
-        while True:
-            line, end, rest = self.pending.partition(b"\n")
-            if self.octets + len(line) > REPLY_OCTETS_MAX or len(self.lines) >= REPLY_LINES_MAX:
-                raise PeerError("endless reply from %s" % self.host)
-            if not end:
-                return
-            line, self.pending = line.rstrip(b"\r"), rest
+        *lines, self.pending = (self.pending + data).split(b"\n")
+        for line in lines:
+            line = line.rstrip(b"\r")
             self.lines.append(line)
-            if not re.match(rb"[2-5][0-9][0-9](?:[ -]|$)", line) or line[:3] != self.lines[0][:3]:
+            self.octets += len(line)
+            if self.octets > REPLY_OCTETS_MAX or len(self.lines) > REPLY_LINES_MAX:
+                raise PeerError("endless reply from %s" % self.host)
+            if not self._LINE.match(line) or line[:3] != self.lines[0][:3]:
                 shown = printable(line[:100].decode("latin-1"))
                 raise PeerError("reply of %s is not SMTP: %s" % (self.host, shown))
-            self.octets += len(line)
             if line[3:4] != b"-":
-                lines, self.lines, self.octets = self.lines, [], 0
-                yield int(line[:3]), b"\n".join(one[4:] for one in lines)
+                text = b"\n".join([one[4:] for one in self.lines])
+                self.lines, self.octets = [], 0
+                yield int(line[:3]), text
+        if self.octets + len(self.pending) > REPLY_OCTETS_MAX:
+            raise PeerError("endless reply from %s" % self.host)
 
 
 def reply_text(code: int, text: bytes) -> str:
@@ -4428,46 +4373,52 @@ def is_no_such_user(code: int, text: bytes) -> bool:
 
 
 class Dialer(smtplib.SMTP):
-    """smtplib's client for greeting, EHLO, STARTTLS and AUTH, with a total deadline and a bounded size
-    for each reply.  Addresses never pass through it: quoteaddr() would rewrite them."""
+    """smtplib's client for greeting, EHLO, STARTTLS and AUTH, in a thread, with a deadline and a bounded
+    size for each reply.  Addresses never pass through it: quoteaddr() would rewrite them."""
 
-    def __init__(self, hostname: str, hop: Hop, sock: socket.socket, early: bytes = b"") -> None:
+    def __init__(self, hostname: str, hop: Hop, sock: socket.socket) -> None:
         super().__init__(local_hostname=hostname)       # without a host it does not connect
-        self._host, self.hop, self.sock, self.end = hop.host, hop, sock, 0.0
+        self.hop, self.sock, self.end = hop, sock, 0.0
+        self.greeting = ""
         self.replies = Replies(hop.host)
-        self.whole: Deque[Tuple[int, bytes]] = collections.deque(self.replies.feed(early))
+        self.whole: Deque[Said] = collections.deque()       # came, and are not yet asked for
 
-    def getreply(self) -> Tuple[int, bytes]:
+    def set_deadline(self, seconds: float) -> None:
+        """For the next command and its reply."""
+        assert self.sock is not None
+        self.sock.settimeout(seconds)
+        self.end = time.monotonic() + seconds
+
+    def getreply(self) -> Said:
         assert self.sock is not None
         while not self.whole:
             left = self.end - time.monotonic()
             if left <= 0:
-                raise PeerError("conversation with %s timed out" % self._host)
+                raise PeerError("conversation with %s timed out" % self.hop.host)
             self.sock.settimeout(left)
             try:
                 data = self.sock.recv(RECEIVE_OCTETS)
             except socket.timeout:
                 continue
             if not data:
-                raise PeerError("lost connection with %s" % self._host)
+                raise PeerError("lost connection with %s" % self.hop.host)
             self.whole.extend(self.replies.feed(data))
         return self.whole.popleft()
 
-    def ask(self, command: str, argument: str = "", seconds: float = COMMAND_S) -> Tuple[int, bytes]:
-        self.end = time.monotonic() + seconds
-        if self.sock is not None:
-            self.sock.settimeout(seconds)
-        code, text = self.docmd(command, argument)
+    def ask(self, command: str, seconds: Optional[float] = None) -> Said:
+        self.set_deadline(seconds or COMMAND_S)
+        code, text = self.docmd(command)
         if code == 421:
             raise unfit(str(self.hop), code, text)
         return code, text
 
-    def open(self, policy: str = "none", login: Optional[Tuple[str, str]] = None,
-             tls_first: bool = False) -> None:
-        """Raises PeerError, always temporary for the mail, or OSError.  A 5xx greeting says nothing
-        about the mail."""
-        self.end = time.monotonic() + COMMAND_S
-        if tls_first:                   # RFC 8314 3.3
+    def open(self, policy: str, login: Optional[Tuple[str, str]] = None, early: bytes = b"") -> None:
+        """`early`: octets that came before.  Raises PeerError, always temporary for the mail, or
+        OSError.  A 5xx greeting says nothing about the mail."""
+        is_smtps = login is not None and self.hop.port == SMTPS_PORT
+        self.set_deadline(COMMAND_S)
+        self.whole.extend(self.replies.feed(early))
+        if is_smtps:                    # RFC 8314 3.3
             self._wrap(policy)
         code, text = self.getreply()
         self.greeting = reply_text(code, text)
@@ -4476,19 +4427,19 @@ class Dialer(smtplib.SMTP):
         if text.split(b" ")[0].decode("ascii", "replace").lower() == self.local_hostname.lower():
             raise PeerError("mail loops back to this host: %s greets with our own name" % str(self.hop))
         self.hello()
-        if not tls_first:
+        if not is_smtps:
             self.secure(policy)
         if login is not None:
             self.log_in(*login)
 
     def hello(self) -> None:
-        self.end = time.monotonic() + COMMAND_S
+        """What was offered before is forgotten."""
+        self.set_deadline(COMMAND_S)
         code, text = self.ehlo()
         if code >= 500:
-            self.esmtp_features = {}
             code, text = self.helo()    # RFC 5321 3.2
         if code != 250:
-            raise unfit("host %s refused our greeting" % self._host, code, text)
+            raise unfit("host %s refused our greeting" % self.hop.host, code, text)
 
     def secure(self, policy: str) -> None:
         """STARTTLS as the `tls` option says."""
@@ -4499,17 +4450,15 @@ class Dialer(smtplib.SMTP):
             raise PeerError("tls = %s, but this Python has no ssl module" % policy)
         if not is_offered:
             name = policy.partition(":")[0]
-            raise PeerError("%s does not offer STARTTLS, and tls = %s" % (self._host, name))
+            raise PeerError("%s does not offer STARTTLS, and tls = %s" % (self.hop.host, name))
         try:
             code, text = self.ask("STARTTLS")
             if code != 220:
-                raise TlsError("%s answers STARTTLS with %s" % (self._host, reply_text(code, text)))
+                raise TlsError("%s answers STARTTLS with %s" % (self.hop.host, reply_text(code, text)))
             if self.whole or self.replies.pending:      # forged, to be taken for a reply within TLS
-                raise TlsError("%s sends data behind its STARTTLS reply" % self._host)
+                raise TlsError("%s sends data behind its STARTTLS reply" % self.hop.host)
             self._wrap(policy)
-            self.helo_resp = self.ehlo_resp = None
-            self.esmtp_features = {}    # what was offered in the clear does not count, RFC 3207 4.2
-            self.hello()                # TLS 1.3 shows only now that the other side did not agree
+            self.hello()                # RFC 3207 4.2; and TLS 1.3 shows only now that it did not agree
         except (PeerError, OSError) as error:       # it offers what makes it fall over
             if isinstance(error, TlsError) or getattr(error, "closing", False):
                 raise
@@ -4519,17 +4468,18 @@ class Dialer(smtplib.SMTP):
         """Certificates are verified only where the option says so: as between mail servers everywhere,
         opportunistic TLS is against listeners, not against liars."""
         assert self.sock is not None
+        host = self.hop.host
         try:
             context = ssl.create_default_context()
             if policy != "verify":
                 context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
             self.sock.settimeout(CONNECT_S)
-            self.sock = wrapped = context.wrap_socket(self.sock, server_hostname=self._host)
+            self.sock = wrapped = context.wrap_socket(self.sock, server_hostname=host)
         except (OSError, ValueError) as error:
-            raise TlsError("TLS with %s failed: %s" % (self._host, printable(str(error), 200))) from None
+            raise TlsError("TLS with %s failed: %s" % (host, printable(str(error), 200))) from None
         found = hashlib.sha256(wrapped.getpeercert(binary_form=True) or b"").hexdigest()
         if policy.startswith("sha256:") and found != policy[7:]:
-            raise PeerError("the certificate of %s is not the pinned one: sha256:%s" % (self._host, found))
+            raise PeerError("the certificate of %s is not the pinned one: sha256:%s" % (host, found))
 
     def log_in(self, username: str, password: str) -> None:
         """AUTH at a smarthost, RFC 4954, in UTF-8 as RFC 4616 2 has it.  What it answers says nothing
@@ -4538,20 +4488,20 @@ class Dialer(smtplib.SMTP):
             return base64.b64encode(text.encode("utf-8")).decode("ascii")
         offered = self.esmtp_features.get("auth", "").upper().split()
         if "PLAIN" in offered:
-            code, text = self.ask("AUTH", "PLAIN " + encode("\0%s\0%s" % (username, password)))
+            code, text = self.ask("AUTH PLAIN " + encode("\0%s\0%s" % (username, password)))
         elif "LOGIN" in offered:
-            code, text = self.ask("AUTH", "LOGIN " + encode(username))
+            code, text = self.ask("AUTH LOGIN " + encode(username))
             if code == 334:
                 code, text = self.ask(encode(password))
         elif "CRAM-MD5" in offered:
-            code, text = self.ask("AUTH", "CRAM-MD5")
+            code, text = self.ask("AUTH CRAM-MD5")
             if code == 334:
                 digest = hmac.new(password.encode("utf-8"), base64.b64decode(text), "md5").hexdigest()
                 code, text = self.ask(encode("%s %s" % (username, digest)))
         else:
-            raise PeerError("AUTH at %s failed: it offers none of PLAIN, LOGIN, CRAM-MD5" % self._host)
+            raise PeerError("AUTH at %s failed: it offers none of PLAIN, LOGIN, CRAM-MD5" % self.hop.host)
         if code != 235:
-            raise unfit("AUTH at %s failed" % self._host, code, text)
+            raise unfit("AUTH at %s failed" % self.hop.host, code, text)
 
 
 def read_secret(password: str) -> str:
@@ -4582,7 +4532,8 @@ def dial(plan: Plan) -> Dialled:
     problem = ""
     for hop, sock in connect_each(hops, plan.mine):
         if isinstance(sock, OSError):
-            problem = problem or "connect to %s: %s" % (hop.where, sock.strerror or sock)
+            where = hop if hop.host != hop.address else Endpoint(hop.address, hop.port)
+            problem = problem or "connect to %s: %s" % (str(where), sock.strerror or sock)
             continue
         client, why = greet(plan, hop, sock, plan.cfg.tls)
         if client is not None:
@@ -4591,19 +4542,18 @@ def dial(plan: Plan) -> Dialled:
     return Dialled(None, problem, tuple(hops), warning)
 
 
-def greet(plan: Plan, hop: Hop, sock: socket.socket, policy: str) -> Tuple[Optional[Dialer], str]:
-    """A client that may send mail, or the reason why not."""
+def greet(plan: Plan, hop: Hop, sock: socket.socket, policy: str,
+          early: bytes = b"") -> Tuple[Optional[Dialer], str]:
+    """In a thread: a client that may send mail, or the reason why not."""
     login = plan.login
     if login is not None and policy in ("none", "may"):
         policy = "require"              # no password goes in the clear
     client = Dialer(plan.hostname, hop, sock)
     try:
-        client.open(policy, login and (login[0], read_secret(login[1])),
-                    login is not None and hop.port == SMTPS_PORT)
+        client.open(policy, login and (login[0], read_secret(login[1])), early)
         return client, ""
-    except (PeerError, smtplib.SMTPException, OSError, ValueError) as error:
+    except (PeerError, OSError, ValueError) as error:
         client.close()
-        sock.close()
         if isinstance(error, TlsError) and policy == "may":
             with contextlib.suppress(OSError):
                 again = socket.create_connection((hop.address, hop.port), CONNECT_S)
@@ -4612,18 +4562,6 @@ def greet(plan: Plan, hop: Hop, sock: socket.socket, policy: str) -> Tuple[Optio
             return None, str(error)
         why = printable(getattr(error, "strerror", "") or str(error))
         return None, "lost connection with %s: %s" % (hop.host, why)
-
-
-def take_over(hostname: str, hop: Hop, sock: socket.socket, early: bytes) -> Dialled:
-    """In a thread.  ATRN: the client turned into a server on the connection that it made, RFC 2645
-    5.2.1.  No STARTTLS: a client that only passes lines on, like fetchmail, could not take part in it."""
-    try:
-        client = Dialer(hostname, hop, sock, early)
-        client.open()
-        return Dialled(client)
-    except (PeerError, smtplib.SMTPException, OSError) as error:
-        sock.close()
-        return Dialled(None, "%s: %s" % (str(hop), printable(str(error))))
 
 
 # -- connections, in the loop
@@ -4644,39 +4582,42 @@ class CommandGroup(NamedTuple):
     rest: Optional[Rest] = None
 
 
-Said = Tuple[int, bytes]                # a reply: code and text
 Exchange = Generator[CommandGroup, List[Said], None]
 ExchangeForReply = Generator[CommandGroup, List[Said], Said]
 
 
 class Course:
     """An exchange on its way over a connection."""
-    __slots__ = ("exchange", "group", "unsent", "replies", "awaited", "has_body")
+    __slots__ = ("exchange", "group", "said", "replies")
 
     def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
-        self.group = next(exchange)
-        self.unsent: Deque[bytes] = collections.deque(self.group.commands)
-        self.replies: List[Tuple[int, bytes]] = []
-        self.awaited = 0
-        self.has_body = False           # its end of data may have reached the peer
+        self.exchange, self.group = exchange, next(exchange)
+        self.said = 0                   # commands of the group
+        self.replies: List[Said] = []   # to them
+
+    @property
+    def is_said(self) -> bool:
+        return self.said == len(self.group.commands)
+
+    @property
+    def has_body(self) -> bool:
+        """Its end of data may have reached the peer."""
+        return self.is_said and (self.group.is_last or self.group.rest is not None)
 
     def seconds(self) -> float:
         """That the next reply may take."""
-        at = len(self.replies)
-        command = self.group.commands[at] if at < len(self.group.commands) else b""
+        command = self.group.commands[len(self.replies)]
         if command == b"DATA\r\n":
             return DATA_S
         return END_OF_DATA_S if command[:5] == b"BDAT " else self.group.seconds
 
     def go_on(self) -> bool:
-        """With the replies of a whole group.  False when all is said and done."""
-        replies, self.replies = self.replies, []
+        """With the replies to a whole group.  False when all is said and done."""
+        replies, self.said, self.replies = self.replies, 0, []
         try:
             self.group = self.exchange.send(replies)
         except StopIteration:
             return False
-        self.unsent.extend(self.group.commands)
         return True
 
 
@@ -4688,7 +4629,6 @@ class Connection:
     def __init__(self, destination: Destination, client: Dialer, loop: Loop, read_block: Callable[..., None],
                  on_room: Callable[[Connection], None],
                  on_end: Callable[[Connection, str], None]) -> None:
-        assert client.sock is not None
         self.destination, self.hop, self.hostname = destination, client.hop, client.local_hostname
         self.features, self.replies = client.esmtp_features, client.replies
         self.loop, self.read_block, self.on_room, self.on_end = loop, read_block, on_room, on_end
@@ -4697,21 +4637,21 @@ class Connection:
         self.taken = self.answered = 0  # messages
         self.left: Deque[Destination] = collections.deque()     # ATRN: whose turn has not come
         self.collects: Tuple[Destination, ...] = ()             # ATRN: all it came for
-        self.due = loop.now.mono + IDLE_CONNECTION_S    # monotonic: the next reply, or the end of idleness
-        self.waits_since = loop.now.mono
+        self.waits_since = loop.now.mono        # for the next reply, or for something to say
         self.is_late = self.is_leaving = self.is_over = self.is_former = False
         self.is_pulling = self.is_astray = False
         self.introduced: List[str] = []         # the client that the peer was told of last
         self.remark = ""                        # for the log, once
         self.note_features()
+        assert client.sock is not None
         self.stream = Stream(loop, client.sock, self._on_data, self._on_stream_end)
         if client.whole or self.replies.pending:
             self._on_lost("%s says what it was not asked for" % str(self.hop))
 
     def note_features(self) -> None:
-        one = self.destination
-        self.is_pipelining = "pipelining" in self.features and one.may_pipeline
-        self.is_chunking = "chunking" in self.features and one.may_chunk
+        may_pipeline = self.destination.may_pipeline
+        self.is_pipelining = may_pipeline and "pipelining" in self.features
+        self.is_chunking = may_pipeline and "chunking" in self.features
 
     def has_room(self) -> bool:
         """Nothing goes behind a final dot: RFC 2920 3.1 allows it, but Haraka answers 503 to it and
@@ -4723,13 +4663,11 @@ class Connection:
             return True
         last = self.courses[-1]
         return (self.is_pipelining and self.is_chunking and bool(self.taken) and not self.is_late
-                and last.group.is_last and not last.unsent and not self.destination.cfg.xclient
+                and last.group.is_last and last.is_said and not self.destination.cfg.xclient
                 and len(self.courses) < CHUNK_MESSAGES and self.awaited < CHUNK_REPLIES
                 and len(self.stream.out) < CHUNK_OCTETS)
 
     def say(self, exchange: Exchange) -> None:
-        if not self.courses:
-            self.waits_since = self.loop.now.mono
         with contextlib.suppress(StopIteration):        # it had nothing to say, and has told so
             self.courses.append(Course(exchange))
         self._pump()
@@ -4746,33 +4684,27 @@ class Connection:
     def cut(self) -> None:
         self._on_lost("conversation with %s was cut" % self.hop.host)
 
-    def _expect(self) -> None:
-        """Until when the next reply must come, or something must be left to say."""
-        seconds = self.courses[0].seconds() if self.courses else IDLE_CONNECTION_S
-        self.due = self.loop.now.mono + seconds
-
     def _pump(self) -> None:
         """All that may be said now, in one piece."""
         out: List[bytes] = []
-        rest = None
+        if self.is_pulling or (self.awaited and not self.is_pipelining):
+            return
         for course in self.courses:
-            while course.unsent and not self.is_pulling and (self.is_pipelining or not self.awaited):
-                out.append(course.unsent.popleft())
-                course.awaited += 1
-                self.awaited += 1
-                if self.awaited == 1:
-                    self.waits_since = self.loop.now.mono
-                if not course.unsent:
-                    rest = course.group.rest
-                    course.has_body = course.has_body or course.group.is_last or rest is not None
-                    self.is_pulling = rest is not None
-            if course.unsent or not course.group.is_last or self.is_pulling:
+            group, end = course.group, None if self.is_pipelining else course.said + 1
+            commands = group.commands[course.said:end]
+            out += commands
+            course.said += len(commands)
+            if not course.is_said or not group.is_last or group.rest is not None:
                 break
-        if out:
-            self._expect()
-            self.stream.send(b"".join(out))
-            if rest is not None:
-                self._pull(rest, out[-1][-2:])
+        if not out:
+            return
+        if not self.awaited:
+            self.waits_since = self.loop.now.mono
+        self.awaited += len(out)
+        self.is_pulling = course.is_said and group.rest is not None
+        self.stream.send(b"".join(out))
+        if group.rest is not None and self.is_pulling:
+            self._pull(group.rest, out[-1][-2:])
 
     def _pull(self, rest: Rest, held: bytes) -> None:
         """A large body's next block, when the one before is out.  `held`: what came just before it."""
@@ -4786,7 +4718,6 @@ class Connection:
             if after.offset >= rest.size:
                 self.is_pulling = False
                 self.waits_since = self.loop.now.mono
-                self._expect()
                 self.stream.send(data + (b".\r\n" if rest.is_stuffed else b""))
                 return self._pump()
             self.stream.on_sent = lambda: self._pull(after, (held + block)[-2:])
@@ -4796,14 +4727,6 @@ class Connection:
     def _on_data(self, data: bytes) -> None:
         try:
             for code, text in self.replies.feed(data):
-                if code == 421:
-                    if self.awaited:
-                        self._on_reply(code, text)
-                    raise unfit(str(self.hop), code, text)
-                if not self.awaited:
-                    if self.is_pipelining and self.answered:
-                        self.destination.may_pipeline = self.destination.may_chunk = False
-                    raise unfit("%s says what it was not asked for" % str(self.hop), code, text)
                 self._on_reply(code, text)
         except PeerError as error:
             return self._on_lost(str(error), error.closing)
@@ -4816,19 +4739,21 @@ class Connection:
             self.on_room(self)
 
     def _on_reply(self, code: int, text: bytes) -> None:
-        course = self.courses[0]
-        if not course.awaited:
-            raise PeerError("%s answers before it was asked" % str(self.hop))
-        course.replies.append((code, text))
-        course.awaited -= 1
-        self.awaited -= 1
-        self.is_late = False
-        self.waits_since = self.loop.now.mono
-        if code != 421 and not course.awaited and not course.unsent and not course.go_on():
-            self.courses.popleft()
-            if self.is_astray and self.courses:         # whose replies come next is not known
-                raise PeerError(self.remark)
-        self._expect()
+        if self.awaited:
+            course = self.courses[0]
+            course.replies.append((code, text))
+            self.awaited -= 1
+            self.is_late, self.waits_since = False, self.loop.now.mono
+            if code != 421 and len(course.replies) == len(course.group.commands) and not course.go_on():
+                self.courses.popleft()
+                if self.is_astray and self.courses:     # whose replies come next is not known
+                    raise PeerError(self.remark)
+        elif code != 421:
+            if self.is_pipelining and self.answered:
+                self.destination.may_pipeline = False
+            raise unfit("%s says what it was not asked for" % str(self.hop), code, text)
+        if code == 421:
+            raise unfit(str(self.hop), code, text)
 
     def _on_stream_end(self, why: str) -> None:
         self._on_lost("lost connection with %s%s" % (self.hop.host, why and ": " + why))
@@ -4854,29 +4779,35 @@ class Connection:
     def sweep(self) -> bool:
         """Once a second: deadlines, and who has nothing to say any more.  True when its answer is late
         since now."""
-        now = self.loop.now.mono
-        if self.is_over:
-            return False
-        if self.is_pulling or self.stream.out:
-            if now - self.stream.moved > BLOCK_S:
-                self._on_lost("conversation with %s timed out" % self.hop.host)
-        elif now >= self.due:
-            if self.courses:
-                error = "conversation with %s timed out" % self.hop.host
-                if self.is_pipelining and self.courses[0].awaited > 1:  # it may lose what is sent ahead
-                    self.destination.may_pipeline = self.destination.may_chunk = False
-                    error += "; no PIPELINING until the next start"
-                self._on_lost(error)
-            else:
+        course = self.courses[0] if self.courses else None
+        seconds = course.seconds() if course is not None else IDLE_CONNECTION_S
+        if self.silent_s() >= (BLOCK_S if self.is_sending else seconds):
+            if course is None:
                 self.leave()
+            else:
+                self._on_overdue(course)
         was, self.is_late = self.is_late, self.is_waiting(LATE_S)
         return self.is_late and not was
 
+    def _on_overdue(self, course: Course) -> None:
+        error = "conversation with %s timed out" % self.hop.host
+        if self.is_pipelining and not self.is_sending and course.said - len(course.replies) > 1:
+            self.destination.may_pipeline = False       # it may lose what is sent ahead
+            error += "; no PIPELINING until the next start"
+        self._on_lost(error)
+
+    @property
+    def is_sending(self) -> bool:
+        return self.is_pulling or bool(self.stream.out)
+
+    def silent_s(self) -> float:
+        """Seconds since something came, or went out as long as something has to."""
+        moved = self.stream.moved if self.is_sending else 0.0
+        return self.loop.now.mono - max(self.waits_since, moved)
+
     def is_waiting(self, seconds: float) -> bool:
         """Whether its answer has not come for so long."""
-        moved = self.stream.moved if self.is_pulling or self.stream.out else 0.0
-        waits = self.loop.now.mono - max(self.waits_since, moved)
-        return bool(self.courses) and not self.is_over and waits > seconds
+        return bool(self.courses) and not self.is_over and self.silent_s() > seconds
 
 
 def stuff(held: bytes, block: bytes) -> bytes:
@@ -4904,29 +4835,31 @@ class Delivery:
     def __init__(self, connection: Connection, sidecar: Dict[str, Any], people: List[Dict[str, Any]],
                  body: bytes) -> None:
         self.connection, self.sidecar, self.people, self.body = connection, sidecar, people, body
-        self.rest = Rest(sidecar["id"], len(body), sidecar["size"], not connection.is_chunking)
-        self.is_whole = self.rest.offset >= self.rest.size
+        self.rest: Optional[Rest] = None                # of the body
         self.verdicts: List[Verdict] = []
         self.accepted: List[Dict[str, Any]] = []        # recipients
         self.replies: List[Said] = []                   # to the envelope
 
     def run(self) -> Exchange:
-        connection = self.connection
+        connection, size = self.connection, self.sidecar["size"]
         if connection.destination.cfg.xclient:
             yield from introduce(connection, self.sidecar)
-        is_utf8 = needs_utf8(self.sidecar, self.body)
-        status, problem = self.find_obstacle(is_utf8)
-        if problem:
-            self.verdicts = [Verdict(one["address"], "deferred", status, problem, remote="")
-                             for one in self.people]
-            return
+        is_utf8, limit = needs_utf8(self.sidecar, self.body), connection.destination.size_limit
+        # What this peer cannot have; its notice will say why in the end.
+        if limit and size > limit:
+            problem = "message of %d octets exceeds the primary's limit of %d" % (size, limit)
+            return self.put_off("5.3.4", problem)
+        if is_utf8 and "smtputf8" not in connection.features:
+            return self.put_off("5.6.7", "the primary does not offer SMTPUTF8, which this message needs")
+        if len(self.body) < size:
+            self.rest = Rest(self.sidecar["id"], len(self.body), size, not connection.is_chunking)
         commands = envelope(connection.features, self.sidecar, self.people, is_utf8)
         if connection.is_chunking:
             code, text = yield from self.send_chunk(commands)
-            self.sort(self.replies)
+            self.sort()
         else:
-            code, text = yield from self.send_envelope(commands)
-            self.sort(self.replies)
+            code, text = yield from self.send_envelope([*commands, b"DATA\r\n"])
+            self.sort()
             code, text = yield from self.send_data(code, text)
         if self.accepted and code in OUT_OF_STEP:
             raise out_of_step(connection, "DATA", code, text)
@@ -4934,19 +4867,10 @@ class Delivery:
         connection.answered += bool(self.verdicts)
         connection.taken += any(verdict.kind == "sent" for verdict in self.verdicts)
 
-    def find_obstacle(self, is_utf8: bool) -> Tuple[str, str]:
-        """What this peer cannot have, status and text; its notice will say why in the end."""
-        limit, size = self.connection.destination.size_limit, self.sidecar["size"]
-        if limit and size > limit:
-            return "5.3.4", "message of %d octets exceeds the primary's limit of %d" % (size, limit)
-        if is_utf8 and "smtputf8" not in self.connection.features:
-            return "5.6.7", "the primary does not offer SMTPUTF8, which this message needs"
-        return "", ""
-
     def send_chunk(self, commands: List[bytes]) -> ExchangeForReply:
         """RFC 3030.  The RSET shows that the verdict was not some other command's."""
-        commands = [*commands, b"BDAT %d LAST\r\n" % self.rest.size + self.body]
-        groups = [CommandGroup(commands + [b"RSET\r\n"], is_last=True)] if self.is_whole else [
+        commands = [*commands, b"BDAT %d LAST\r\n" % self.sidecar["size"] + self.body]
+        groups = [CommandGroup(commands + [b"RSET\r\n"], is_last=True)] if self.rest is None else [
             CommandGroup(commands, rest=self.rest), CommandGroup([b"RSET\r\n"], is_last=True)]
         try:
             for group in groups:
@@ -4965,22 +4889,19 @@ class Delivery:
     def send_envelope(self, commands: List[bytes]) -> ExchangeForReply:
         """With the question for the data, and its answer.  Without PIPELINING each command waits for the
         reply before it: none is said in vain."""
-        if self.connection.is_pipelining:
-            *self.replies, said = yield CommandGroup(commands + [b"DATA\r\n"])
-            return said
-        self.replies = yield CommandGroup(commands[:1])
-        if self.replies[0][0] // 100 == 2:
-            self.replies += yield CommandGroup(commands[1:])
-        if not any(code // 100 == 2 for code, _ in self.replies[1:]):
-            return 503, b""             # nobody was accepted: DATA is not said
-        said, = yield CommandGroup([b"DATA\r\n"])
-        return said
+        is_ahead = self.connection.is_pipelining
+        for group in [commands] if is_ahead else [commands[:1], commands[1:-1], commands[-1:]]:
+            replies = yield CommandGroup(group)
+            self.replies += replies
+            if not any(code // 100 == 2 for code, _ in replies):
+                break
+        return self.replies.pop() if len(self.replies) == len(commands) else (503, b"")
 
     def send_data(self, code: int, text: bytes) -> ExchangeForReply:
         """As DATA's answer allows.  Returns the answer that counts."""
         if code == 354 and self.accepted:
-            data = stuff(b"\r\n", self.body) + (b".\r\n" if self.is_whole else b"")
-            said, = yield CommandGroup([data], END_OF_DATA_S, True, None if self.is_whole else self.rest)
+            data = stuff(b"\r\n", self.body) + (b".\r\n" if self.rest is None else b"")
+            said, = yield CommandGroup([data], END_OF_DATA_S, True, self.rest)
             return said
         if code == 354:                 # to nobody, too, the data must have an end: RFC 2920 3.1
             yield CommandGroup([b".\r\n", b"RSET\r\n"], END_OF_DATA_S, True)
@@ -4991,9 +4912,9 @@ class Delivery:
             yield CommandGroup([b"RSET\r\n"], is_last=True)
         return code, text
 
-    def sort(self, replies: Sequence[Said]) -> None:
+    def sort(self) -> None:
         """What MAIL and RCPT were answered, as far as they were."""
-        mail, words = replies[0] if replies else (421, b"")
+        mail, words = self.replies[0] if self.replies else (421, b"")
         if mail == 421:
             return
         if mail // 100 == 4 and self.connection.taken:
@@ -5003,7 +4924,7 @@ class Delivery:
         elif mail // 100 != 2:
             self.give(self.people, mail, words)
         put_off = []
-        for one, (code, text) in zip(self.people, replies[1:] if mail // 100 == 2 else []):
+        for one, (code, text) in zip(self.people, self.replies[1:] if mail // 100 == 2 else []):
             if code in OUT_OF_STEP:
                 raise out_of_step(self.connection, "RCPT", code, text)
             if code == 552 and reply_status(code, text) in ("5.0.0", "5.5.3"):      # RFC 5321 4.5.3.1.10
@@ -5026,11 +4947,15 @@ class Delivery:
         self.verdicts += [Verdict(one["address"], kind, status, words, host, is_good, is_told)
                           for one in people]
 
+    def put_off(self, status: str, problem: str) -> None:
+        self.verdicts = [Verdict(one["address"], "deferred", status, problem, "") for one in self.people]
+
     def on_lost(self, error: PeerError) -> None:
         """What it said before it hung up stays said."""
         if not (self.verdicts or self.accepted):
+            self.replies += error.replies
             with contextlib.suppress(PeerError):
-                self.sort([*self.replies, *error.replies])
+                self.sort()
         if self.connection.is_astray:
             self.verdicts.clear()       # whose they were is not known
         self.connection.answered += any(verdict.remote for verdict in self.verdicts)
@@ -5044,7 +4969,7 @@ def out_of_step(connection: Connection, command: str, code: int, text: bytes) ->
     """No word about a message.  Messages go again one by one, without window and PIPELINING; where that
     is so already, the peer is odd, and the message is put off."""
     was_ahead = connection.is_pipelining or connection.is_chunking
-    connection.destination.may_chunk = connection.destination.may_pipeline = False
+    connection.destination.may_pipeline = False
     error = "%s answers %s with %s" % (connection.hop, command, reply_text(code, text))
     connection.remark = error + ("; no PIPELINING until the next start" if was_ahead else "")
     connection.is_leaving = connection.is_astray = True
@@ -5093,7 +5018,7 @@ def introduce(connection: Connection, sidecar: Mapping[str, Any]) -> Exchange:
         helo = helo if re.fullmatch(r"[!-~]+", helo) and helo[0] != "[" else "[%s]" % known["ADDR"]
         (code, text), = yield CommandGroup([("EHLO %s\r\n" % helo).encode("ascii")])
         if code // 100 == 2:
-            lines = [line.decode("latin-1").split() for line in text.split(b"\n")[1:] if line.strip()]
+            lines = [line.split() for line in text.decode("latin-1").split("\n")[1:] if line.strip()]
             connection.features = {name.lower(): " ".join(values) for name, *values in lines}
             connection.note_features()
 
@@ -5435,7 +5360,7 @@ class Queue:
     def _refresh(self, one: Destination, entry: Entry, sidecar: Sidecar) -> Dict[str, Dict[str, Any]]:
         """The queued recipients, by address, with the failed connections, which are counted in memory
         alone.  What the primary said of the message itself stays said."""
-        new, error = one.attempts(entry) - entry.attempts, one.trouble
+        new, error = one.failed_since(entry), one.trouble
         people = {person["address"]: person for person in sidecar["recipients"] if person["state"] == QUEUED}
         for person in people.values():
             person["expires"] = max(0.0, self.now.to_wall(entry.deadline))
@@ -5500,7 +5425,7 @@ class Queue:
         for one in meant if not on else ():
             one.watched_since = self.now.mono
         if meant and what in meant[0].entries:
-            meant[0].hold([meant[0].entries[what]], on)
+            meant[0].hold(meant[0].entries[what], on)
             self.spool.ask(done, "record", what, {"held": on}, {})
             self.deliveries.attend(meant[0])
             return 1
@@ -5713,7 +5638,7 @@ class Deliveries:
         others = len(traffic.questions) + len(traffic.fetched)
         # Now that the primary is not up: what hangs since before that must not keep us from trying.
         hanging = sum(one.state is Primary.UP or connection.waits_since >= one.since for connection in late)
-        while one.wanted(now, answering, hanging, others) and self._may_dial(one):
+        while one.wanted(now, answering, hanging, len(traffic.dials), others) and self._may_dial(one):
             self._dial(one, traffic)
         at = one.wake(now, others)
         if at is not None and at < traffic.alarm:
@@ -5825,9 +5750,8 @@ class Deliveries:
         return False
 
     def _dial(self, one: Destination, traffic: Traffic) -> None:
-        if len(traffic.dials) >= HANGING_MAX and not (one.state is Primary.UP and one.is_proven):
+        if len(traffic.dials) >= HANGING_MAX and not one.is_steady:
             traffic.dials.pop(0).cut()          # it hangs, and somebody asked for a fresh one
-            one.dialling -= 1
         one.on_dial(self.loop.now)
         self.dialling += 1
         mine = Dial()
@@ -5865,7 +5789,6 @@ class Deliveries:
             return
         traffic = self.of(one)
         traffic.dials.remove(mine)
-        one.dialling -= 1
         self.queue.callers.note(one, [hop.address for hop in result.hops])
         if result.warning and result.warning != one.last_error:
             self.log.write("primary", "%s: %s" % (one.label, printable(result.warning)), "warning")
@@ -5880,7 +5803,7 @@ class Deliveries:
         self.attend(one)
 
     def _open(self, one: Destination, client: Dialer) -> Connection:
-        size = client.esmtp_features.get("size", "").strip()        # RFC 1870 3; it may be anything
+        size = client.esmtp_features.get("size", "").strip()      # RFC 1870 3; it may be anything
         limit = int(size) if re.fullmatch(r"[0-9]{1,18}", size) else 0
         one.size_limit = limit if limit >= SIZE_LEAST else 0
         connection = Connection(one, client, self.loop, self.spool.ask, self._feed, self._on_end)
@@ -5940,7 +5863,6 @@ class Deliveries:
             traffic = self.of(one)
             while traffic.dials:
                 traffic.dials.pop().cut()
-            one.dialling = 0
             self._give_back_fetched(one)
             for connection in [other for other in traffic.connections if not other.collects]:
                 connection.is_former = True
@@ -5961,7 +5883,8 @@ class Deliveries:
         """Others go on without it, and its messages stay with it."""
         one = connection.destination
         connection.is_late = True
-        one.late.update(one.sending - {entry.id for entry, _, _ in self.of(one).fetched})
+        fetched = {entry.id for entry, _, _ in self.of(one).fetched}
+        one.late.update(one.by_state[State.SENDING].keys() - fetched)
 
     def sweep(self) -> None:
         """Once a second: deadlines of replies, and answers that are late."""
@@ -5988,9 +5911,9 @@ class Deliveries:
 
         def on_taken_over(result: Any) -> None:
             self.arriving.remove(arriving)
-            if isinstance(result, Exception) or result.client is None:
+            client, error = (None, str(result)) if isinstance(result, Exception) else result
+            if client is None:
                 sock.close()
-                error = str(result) if isinstance(result, Exception) else result.error
                 for one in collected:
                     one.is_collecting, one.last_error = False, error
                 self.log.write("smtp", "%s: %s" % (",".join(one.label for one in collected), error))
@@ -5999,14 +5922,15 @@ class Deliveries:
                 self.queue.tell(one, one.on(Event.HEARD, self.loop.now))
                 one.is_proven = one.state is not Primary.REJECTING      # who comes is there: no canary
                 one.next_try = self.loop.now.mono
-            connection = self._open(collected[0], result.client)
+            connection = self._open(collected[0], client)
             connection.collects, connection.left = tuple(collected), collections.deque(collected[1:])
             connection.stream.on_closed = on_over
             if connection.is_over:
                 return self._on_collected(connection, "it broke off")
             self._feed(connection)
-        hostname = self.queue.cfg.hostname
-        self.loop.in_thread(lambda: take_over(hostname, hop, sock, early), on_taken_over)
+        # No STARTTLS: a client that only passes lines on, like fetchmail, could not take part in it.
+        plan = self.plan(collected[0])
+        self.loop.in_thread(lambda: greet(plan, hop, sock, "none", early), on_taken_over)
 
     def _on_collected(self, connection: Connection, error: str) -> None:
         self._give_back_fetched(connection.destination)
@@ -6138,7 +6062,6 @@ class Judgement:
                                     or (is_answer and one.state is not Primary.REJECTING)):
             if kinds != {"refused"} or not one.is_final(now, None, False):
                 one.on_deferred(now)
-            one.is_answering = True
         if one.state is Primary.REJECTING or one.cfg.is_notices:
             return      # it is not itself; and who takes our notices is nobody's recipient here
         may_ask = one.cfg.recipients == "verify" and one.is_itself(now)
@@ -6538,7 +6461,7 @@ def answer_etrn(queue: Queue, what: str, address: str, name: str, username: str 
     """RFC 1985 5.3: one line, never 251.  `username`: of a client that authenticated for these domains."""
     known = queue.destinations
     meant = [one for one in known.matching(what) if not one.cfg.is_notices]
-    count = sum(len(one.entries) - one.count[State.HELD] for one in meant)
+    count = sum(len(one.entries) - len(one.by_state[State.HELD]) for one in meant)
     is_owner = bool(username) and all(cfg.username == username for cfg in known.meant(what))
     if not known.serves(what):
         reply = Reply(459, "4.7.1", "Node %s not allowed: not served here" % what)
@@ -6591,7 +6514,7 @@ def answer_atrn(queue: Queue, username: str, domains: Sequence[str], address: st
 
 
 def waiting_at(one: Destination) -> int:
-    return one.count[State.READY] + one.count[State.LATER]
+    return len(one.by_state[State.READY]) + len(one.by_state[State.LATER])
 
 
 def why_not_collected(queue: Queue, asked: Sequence[Destination]) -> str:
@@ -6603,7 +6526,7 @@ def why_not_collected(queue: Queue, asked: Sequence[Destination]) -> str:
     if not any(map(waiting_at, asked)):
         if any(one.is_held and one.entries for one in asked):
             return "the queue is held"
-        if any(one.count[State.SENDING] for one in asked):
+        if any(one.by_state[State.SENDING] for one in asked):
             return "it is being delivered"
     return "shutting down" if queue.is_stopping else ""
 
@@ -6672,7 +6595,7 @@ def list_entries(queue: Queue, meant: Sequence[Destination], what: str) -> Answe
         for at in range(0, len(entries), LIST_BATCH):
             yield {"error_of": error, "rows": [
                 (entry.id, *say_state(one, entry, queue.now), to_wall(entry.deadline, queue.now),
-                 one.attempts(entry) - entry.attempts) for entry in entries[at:at + LIST_BATCH]]}
+                 one.failed_since(entry)) for entry in entries[at:at + LIST_BATCH]]}
     yield {"exit": EX_OK}
 
 
@@ -6692,7 +6615,7 @@ def flush_and_watch(queue: Queue, meant: Sequence[Destination], what: str, wait:
     if meant and all(one.is_held for one in meant):
         yield {"error": "the queue for %s is held" % what, "exit": EX_TEMPFAIL}
         return
-    held = sum(one.count[State.HELD] for one in meant)
+    held = sum(len(one.by_state[State.HELD]) for one in meant)
     watch = Watch((entry.id for one in meant for entry in one.entries.values()
                    if entry.state is not State.HELD), True)
     queue.watches.append(watch)
@@ -8706,12 +8629,12 @@ def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
                 der = client.sock.getpeercert(True) or b""
                 found.update(tls=client.sock.version(), sha256=hashlib.sha256(der).hexdigest())
             for key, command in (("mail", "MAIL FROM:<>"), ("rcpt", "RCPT TO:<postmaster@%s>" % plan.name)):
-                code, text = client.ask(command, "", PROBE_REPLY_S)
+                code, text = client.ask(command, PROBE_REPLY_S)
                 found[key], found["takes_mail"] = reply_text(code, text), code // 100 == 2 and key == "rcpt"
                 if code // 100 != 2:
                     break
             with contextlib.suppress(PeerError, OSError):       # everything of interest was said before
-                client.ask("QUIT", "", PROBE_REPLY_S)
+                client.ask("QUIT", PROBE_REPLY_S)
     except (PeerError, OSError, ValueError) as error:
         found["error"] = describe(error)
 

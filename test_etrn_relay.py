@@ -3543,7 +3543,6 @@ class Schedule(unittest.TestCase):
             self.assertEqual(one.wanted(now, 0, 0), is_tried)
             if is_tried:
                 one.on_dial(now)
-                one.dialling = 0
                 one.on(etrn.Event.AWAY, now)
 
     STATES = {      # the state after each event: HEARD TAKEN AWAY REFUSES PARDONED LEFT
@@ -3561,9 +3560,10 @@ class Schedule(unittest.TestCase):
                 self.assertEqual(one.is_recovering(self.clock.now), is_end)
 
     def test_what_goes_next(self) -> None:
-        one, now = self.begin("", "UP"), self.clock.now
+        one, now = self.begin(), self.clock.now
         for id, age in (("B03", 30), ("B01", 10), ("B02", 20)):
-            one.add(etrn.Entry(id, 100, self.clock.wall - age), now)
+            one.add(etrn.Entry(id, 100, self.clock.wall - age), now, 60)
+        one.on(etrn.Event.HEARD, now)
         self.assertEqual([entry.id for entry in one.take(9, now)], ["B03"])     # alone: the canary
         one.on_taken(now)
         found = one.take(9, now)
@@ -3572,15 +3572,16 @@ class Schedule(unittest.TestCase):
         for expected in ([found[0]], []):       # what was being sent when a flush came goes again, once
             one.put_off(found[0], now, 3000)
             self.assertEqual(one.take(9, now), expected)
-        one.hold([found[1]], True)              # while it is sent: held when it comes back
+        one.hold(found[1], True)              # while it is sent: held when it comes back
         one.give_back(found[1])
-        one.hold([found[0]], True)
+        one.hold(found[0], True)
         one.put_off(found[2], now, 3000)
         now = self.clock.advance(60)
         self.assertEqual((one.flush(now), one.flush(now), one.take(9, now)), (True, False, found[2:]))
         one.hold_all(True)
         one.drop(found[2].id)
-        self.assertEqual((one.count[etrn.State.HELD], one.wanted(self.clock.advance(60), 0, 0)), (2, False))
+        self.assertEqual((len(one.by_state[etrn.State.HELD]), one.wanted(self.clock.advance(60), 0, 0)),
+                         (2, False))
 
     def test_a_5xx_is_final_after_the_grace_only(self) -> None:
         one = self.begin("", "DOWN")
@@ -4018,7 +4019,7 @@ class Delivery(Played):
             ids, is_ahead = [self.put(b"%d\r\n" % number) for number in range(3)], way is not WAYS[1]
             self.deliver(primary, *ids)
             self.assertEqual(self.words(*ids), "suu" if is_ahead else "sdu")
-            self.assertEqual((self.one.may_pipeline, self.one.may_chunk), (False, False))
+            self.assertFalse(self.one.may_pipeline)
             self.assertEqual(primary.log[-1] == "QUIT", way is not WAYS[2])     # others are in flight there
             self.assertEqual("no PIPELINING" in self.connection.remark, is_ahead)
             self.assertIn("with %d" % code, self.connection.remark)
@@ -4713,8 +4714,7 @@ class Dialling(Folder):
             primary = self.primary(**{stage: said}, **({"EHLO": "502 what?"} if stage == "HELO" else {}))
             primary.extensions = ["SIZE", "STARTTLS"] if stage == "STARTTLS" else ["SIZE"]
             seconds = 20.0 if said is not HANG else 1.0 if is_there else 0.2    # then a second visit must do
-            with shorten(COMMAND_S=seconds), mock.patch.object(
-                    etrn.Dialer.ask, "__defaults__", ("", seconds)):
+            with shorten(COMMAND_S=seconds):
                 found = self.dial(primary, tls="may")           # TLS that does not come about: in the clear
             self.assertEqual(found.client is not None, is_there, found.error)
             if said == "220 Backup.Example.net hi":
@@ -4802,8 +4802,8 @@ class Dialling(Folder):
             ours, theirs = socket.socketpair()
             theirs.sendall(b"220 customer\r\n" if not early else b"")
             theirs.close()
-            found = etrn.take_over("backup.example.net", HOP, ours, early)
-            self.assertEqual((found.client, bool(found.error)), (None, True))
+            client, error = etrn.greet(make_plan(config().defaults, "atrn"), HOP, ours, "none", early)
+            self.assertEqual((client, bool(error)), (None, True))
 
 
 class Hanging(Relays):
@@ -7030,7 +7030,7 @@ class Odmr(Secured):
         self.assertEqual(len(relay.queue()), 2)
 
     def test_a_bug_at_the_turn_costs_its_client_alone(self) -> None:
-        relay = self.odmr(1, take_over=None)            # instead of the function
+        relay = self.odmr(1, greet=None)            # instead of the function
         for _ in range(2):
             with self.visit() as wire:
                 self.assertEqual((wire.say("ATRN")[:3], wire.lines.read()), ("250", b""))
@@ -7459,14 +7459,14 @@ class Sums(unittest.TestCase):
                 clock.advance(seconds=chance.randrange(9))
                 one.add(etrn.Entry(id, chance.randrange(1, 5000), clock.wall), clock.now)
             elif chance.random() < 0.5:
-                one.hold([one.entries[id]], not one.entries[id].is_held)
+                one.hold(one.entries[id], not one.entries[id].is_held)
             else:
                 one.drop(id)
             entries = list(one.entries.values())
-            self.assertEqual((one.octets, one.count[etrn.State.HELD], one.oldest()), (
+            self.assertEqual((one.octets, len(one.by_state[etrn.State.HELD]), one.oldest()), (
                 sum(entry.size for entry in entries), sum(entry.is_held for entry in entries),
                 min((entry.received for entry in entries), default=None)))
-            self.assertEqual(sum(one.count.values()), len(entries))
+            self.assertEqual(sum(map(len, one.by_state.values())), len(entries))
 
 
 # -- the status page
@@ -9388,7 +9388,7 @@ class Soak(Played):
 
     def flap(self) -> None:
         self.is_up, self.steady = not self.is_up, max(self.steady, self.sim.clock.mono)
-        self.in_doubt |= self.sim.one.sending
+        self.in_doubt.update(self.sim.one.by_state[etrn.State.SENDING])
         for puppet in list(self.sim.puppets) if not self.is_up else ():
             self.sim.loop.post(puppet.on_end, "")
 
@@ -9426,7 +9426,7 @@ class Soak(Played):
             queue.reconfigure(sim.cfg)
         elif what == "start":
             self.note_ends()
-            self.in_doubt |= sim.one.sending
+            self.in_doubt.update(sim.one.by_state[etrn.State.SENDING])
             sim.restart()
         else:
             for id in [DOMAIN] if what == "hold" else list(sim.one.entries)[:3]:
@@ -9436,15 +9436,13 @@ class Soak(Played):
 
     def check(self) -> None:
         sim, one = self.sim, self.sim.one
-        states = collections.Counter(entry.state for entry in one.entries.values())
-        self.assertEqual({state: count for state, count in one.count.items() if count}, dict(states))
+        for state, its in one.by_state.items():
+            self.assertEqual(set(its), {id for id, entry in one.entries.items() if entry.state is state})
         self.assertEqual(one.octets, sum(entry.size for entry in one.entries.values()))
-        sending = {id for id, entry in one.entries.items() if entry.state is etrn.State.SENDING}
-        self.assertEqual(one.sending, sending)
-        self.assertTrue(1 <= one.limit <= one.cfg.connections and one.dialling >= 0)
-        self.assertLessEqual(max(len(one.ready), len(one.later)), 2 * len(self.came) + 1000)
+        self.assertTrue(1 <= one.limit <= one.cfg.connections)
+        self.assertLessEqual(len(one.later), 2 * len(self.came) + 1000)
         if not sim.puppets and not sim.loop.posted:
-            self.assertEqual(states[etrn.State.SENDING], 0)
+            self.assertFalse(one.by_state[etrn.State.SENDING])
         offered = {id: at for at, id in sim.offered}
         for id, entry in one.entries.items():
             if entry.state is not etrn.State.HELD and self.is_up:
