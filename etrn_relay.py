@@ -2481,13 +2481,6 @@ class Stage(enum.Enum):
     CHUNKS = "BDAT in progress"
 
 
-@dataclasses.dataclass
-class Door:
-    """What the server lets a session know, which keeps it over a SIGHUP."""
-    cfg: Config
-    has_tls: bool = False
-
-
 def too_big(limit: float) -> Reply:
     return Reply(552, "5.3.4", "Message size exceeds the limit of %d octets" % limit)
 
@@ -2497,13 +2490,14 @@ NEEDS_SMTPUTF8 = Reply(553, "5.6.7", "Address needs SMTPUTF8")
 
 
 class Session:
-    """The dialogue with one client.  greet(), receive(), resume() and shut()
-    return actions in the order in which they must take effect."""
+    """The dialogue with one client.  greet(), receive(), resume() and shut() return
+    actions in the order in which they must take effect.  It keeps its configuration
+    over a SIGHUP."""
 
-    def __init__(self, door: Door, address: str, challenge: bytes, is_odmr: bool = False) -> None:
-        self.door = door
-        self.cfg = door.cfg
-        self.limit = door.cfg.max_message_size or INF
+    def __init__(self, cfg: Config, has_tls: bool, address: str, challenge: bytes,
+                 is_odmr: bool = False) -> None:
+        self.cfg, self.has_tls = cfg, has_tls
+        self.limit = cfg.max_message_size or INF
         self.address = address
         self.challenge = challenge      # for CRAM-MD5, RFC 2195 2: no two sessions have the same
         self.is_odmr = is_odmr          # on a port of odmr_listen
@@ -2728,7 +2722,7 @@ class Session:
         self.send(Reply(250, "", "\n".join([self.cfg.hostname, *(self.extensions() if esmtp else [])])))
 
     def extensions(self) -> List[str]:
-        tls = ["STARTTLS"] if self.door.has_tls and not self.tls else []
+        tls = ["STARTTLS"] if self.has_tls and not self.tls else []
         auth = ["AUTH CRAM-MD5" + " PLAIN" * bool(self.tls)] if self.cfg.has_logins else []
         if self.is_odmr:
             return [*tls, *auth, "ATRN", "ENHANCEDSTATUSCODES"]
@@ -2809,7 +2803,7 @@ class Session:
     def do_starttls(self, text: str) -> Story:
         """RFC 3207 4.  What came behind the command in the clear would later seem
         to come from within TLS: such a client is turned away."""
-        demand(self.door.has_tls, 502, "5.5.1", "STARTTLS not offered")
+        demand(self.has_tls, 502, "5.5.1", "STARTTLS not offered")
         demand(not text, 501, "5.5.4", "Syntax: STARTTLS")
         demand(not self.tls, 503, "5.5.1", "TLS is active already")
         if self.buffer:
@@ -7271,7 +7265,6 @@ class Client:
     draft: Optional[Draft] = None
     is_greeted: bool = False            # greet_pause is over
     awaits_name: bool = False           # a MAIL was accepted, and its answer waits for the DNS
-    is_ended: bool = False              # it sends no more
     collects: Sequence[Destination] = ()        # what an ATRN just granted is for
 
 
@@ -7309,9 +7302,9 @@ class SmtpServer:
             return sock.close()
         token = secrets.token_hex(12) if self.cfg.has_logins else ""
         challenge = "<%s.%d@%s>" % (token, self.loop.now.wall, self.cfg.hostname)
-        session = Session(self.server.door, address, challenge.encode("ascii"), is_odmr)
-        now = self.loop.now.mono
-        client = Client(session, network, self.server.certificate, now, now)
+        certificate, now = self.server.certificate, self.loop.now.mono
+        session = Session(self.cfg, certificate is not None, address, challenge.encode("ascii"), is_odmr)
+        client = Client(session, network, certificate, now, now)
         client.stream = Stream(self.loop, sock, functools.partial(self._guard, client, self._on_data),
                                functools.partial(self._on_end, client))
         client.stream.on_closed = lambda: self._on_closed(client)
@@ -7361,7 +7354,6 @@ class SmtpServer:
 
     def _on_end(self, client: Client, why: str) -> None:
         """It sends no more; what it asked is answered all the same."""
-        client.is_ended = True
         if client.stream.handshake is not None:
             self.log.write("smtpd", "%s from %s" % (why or "TLS handshake failed", client.session.peer))
         if why or client.session.waiting is None:
@@ -7433,7 +7425,7 @@ class SmtpServer:
     def _look(self, client: Client) -> None:
         """Read on, or wait for the disk or the client."""
         session, draft, stream = client.session, client.draft, client.stream
-        if client.is_ended and session.waiting is None and client in self.clients:
+        if stream.is_ended and session.waiting is None and client in self.clients:
             return self._leave(client)
         # Some hundreds of commands are carried out at a time, so that no flood of them holds others up.
         stream.piece = COMMANDS_OCTETS if session.mode is Mode.COMMAND else RECEIVE_OCTETS
@@ -7863,10 +7855,6 @@ class Server:
         self.history = History()
         self.is_sick = False                            # as the log was told of the spool
         self.free = 0                                   # octets, as the last sweep saw
-
-    @property
-    def door(self) -> Door:
-        return Door(self.cfg, self.certificate is not None)
 
     # -- opening
 

@@ -1439,7 +1439,7 @@ def new_session(size_limit: int = 0, domain: str = "", is_odmr: bool = False, tl
                 **relay: Any) -> etrn.Session:
     text = "\n".join("%s = %s" % pair for pair in relay.items())
     cfg = config("max_message_size = %d\n%s" % (size_limit, text), domain + DIALOGUE_DOMAINS)
-    session = etrn.Session(etrn.Door(cfg), "192.0.2.7", CHALLENGE, is_odmr)
+    session = etrn.Session(cfg, False, "192.0.2.7", CHALLENGE, is_odmr)
     session.tls = tls
     return session
 
@@ -1793,7 +1793,7 @@ class Logins(unittest.TestCase):
                 *[(b"EHLO x\r\nSTARTTLS\r\n" + rest, b"", ["250", "501"], True)
                   for rest in (b"NOOP\r\n", b"\n", b"RSET\r\nMAIL FROM:<a@b.example>\r\n")]]):
             session = new_session(domain=LOGIN)
-            session.door.has_tls = True
+            session.has_tls = True
             player = Player(session, {"starttls": ("TLSv1.3", "x")})
             player.receive(first)
             player.receive(behind)
@@ -2222,7 +2222,7 @@ class Whims(Player):
 class Fuzz(unittest.TestCase):
     def played(self, data: bytes, cuts: Iterable[int], options: Dict[str, Any], has_tls: bool) -> Player:
         session = new_session(**options)
-        session.door.has_tls = has_tls
+        session.has_tls = has_tls
         player = Whims(session)
         for piece in pieces(data, cuts):
             player.receive(piece)
