@@ -3355,8 +3355,8 @@ class Recording(Folder):
         for changed, others in cases(self, [*((one, people) for one in SpoolPeople.variants(state)),
                                             *((state, one) for one in SpoolPeople.variants(people))]):
             queue = etrn.Queue(sim.cfg, sim.queue.spool, sim.loop, sim.journal)
-            queue.state.load(changed, others)       # costs only what was learned
-            queue.state.save()
+            queue.load_state(changed, others)       # costs only what was learned
+            queue.save_state()
             queue.sweep()
             sim.loop.turn()
             for one in queue.destinations.all.values():
@@ -3402,7 +3402,7 @@ a queue ID in use is taken again :: if self._has(own + ".json") or self._has(own
 a body of any octets is sent :: digest.hexdigest() != sidecar["sha256"]: => False:
 a sick spool heals by itself :: ("probe")\n        except OSError => ("probe")\n        except ()
 a corrupt pair is deleted :: self._rename(id + kind, target) => self._unlink(id + kind)
-a deferral is insisted on :: if len(deferred) == len(judged) => if False
+a deferral is insisted on :: len(deferred) < len(judged)) => True)
 a full disk keeps delivered mail :: if error.errno != errno.ENOENT and error.errno not in _FULL: => if True:
 a part enters before its body :: "json"):\n            with self._ => "json")[::-1]:\n            with self._
 an old message changes before its parts :: for part in fresh:\n            self._write_part => \
@@ -4172,12 +4172,12 @@ class Simulation:
         self.puppets.clear()
         self.journal = etrn.Log("stderr", "debug", "backup.example.net")
         self.queue = etrn.Queue(self.cfg, PuppetSpool(self.spool, self.loop), self.loop, self.journal)
-        self.queue.state.load(self.spool.load_state("state.json"), self.spool.load_state("recipients.json"))
+        self.queue.load_state(self.spool.load_state("state.json"), self.spool.load_state("recipients.json"))
         self.queue.loader.load()
         self.turn()
 
     def restart(self, asleep: str = "0") -> None:
-        self.queue.state.save()
+        self.queue.save_state()
         self.turn()
         self.clock.advance(days=float(asleep))
         self.begin()
@@ -9473,7 +9473,7 @@ class Soak(Played):
         if what in ("flush", "pardon"):
             getattr(queue, what)(queue.destinations.matching("all"))
         elif what == "client":
-            queue.callers.on_client(HOP.address)
+            queue.on_client(HOP.address)
         elif what == "jump":
             sim.clock.wall += self.chance.choice([-7200, -100, 100, 7200, 30 * 86400, -30 * 86400])
         elif what == "reload":
