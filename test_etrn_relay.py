@@ -2932,7 +2932,7 @@ class SpoolPeople(Folder):
         os.symlink("ABCDE3.json", self.at("ABCDE3.json"))
         os.symlink("nowhere", self.at("ABCDE4.json"))
         for id in cases(self, ["ABCDE%d" % number for number in range(1, 9)]):
-            self.assertEqual({type(one) for one in self.found(id)}, {etrn.Corrupt})
+            self.assertEqual({isinstance(one, etrn.Corrupt) for one in self.found(id)}, {True})
         self.assertEqual((list(self.restart()), self.spool.count_corrupt()), (["ABCDE0"], 9))
         shutil.rmtree(self.at("corrupt"))           # people tidy up
         self.assertIn("moved to corrupt/: ABCDE0.json ABCDE0.eml", self.spool.set_aside("ABCDE0", "why"))
