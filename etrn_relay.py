@@ -5246,11 +5246,13 @@ def verify(connection: Connection, address: str, then: Callable[[str, str], None
 #   judge()     what a primary's answers mean, also when it answers 550 to all
 #   Recorder    what is written down, what senders are told, and what a full disk does
 #   Alerts      who is told
-# Who makes an entry SENDING, or took it out, has it alone, and gives it back, puts it off
-# or lets it leave.  Nobody else ends it meanwhile, whatever an operator orders.
+# Who made an entry SENDING has it alone, and gives it back, puts it off or lets it leave.
+# Nobody else ends it meanwhile, whatever an operator orders.
+# What waits in between is a generator of steps, and Queue.run() goes on with it.
 
 Sidecar = Dict[str, Any]
 People = Mapping[str, Mapping[str, Any]]        # address: what changes of a recipient in the sidecar
+Steps = Generator[Any, Any, Any]        # yields what it asks of the spool, seconds, or work for a thread
 Decision = Callable[[Optional[Reply]], None]    # gets a refusal, or None for "the message is ours"
 
 
@@ -5297,13 +5299,27 @@ class Queue:
         self.last_id = max(self.last_id + 1, time.time_ns() // 1000)
         return "%X" % self.last_id
 
+    def run(self, steps: Steps, result: Any = None) -> None:
+        """Go on with them, with the result of the last one."""
+        try:
+            wish = steps.send(result)
+        except StopIteration:
+            return
+        go_on = functools.partial(self.run, steps)
+        if isinstance(wish, tuple):
+            self.spool.ask(go_on, *wish)
+        elif isinstance(wish, float):
+            self.loop.later(wish, go_on)
+        else:
+            self.loop.in_thread(wish, go_on)
+
     # -- a message comes
 
     def admit(self, found: Summary, is_ours: bool = False) -> Destination:
         """An entry, unless it is there already."""
         one = self.destinations.get(self.destinations.name_for(found.kind, found.domain), self.now)
         if found.is_finished:           # a crash came before its removal
-            self.recorder.remove(found.id, lambda: None)
+            self.run(self.recorder.ask("remove", found.id))
         elif found.id not in one.entries:
             entry = Entry(found.id, found.size, found.received, found.attempts, found.is_held,
                           found.is_delay_told, is_ours)
@@ -5341,17 +5357,15 @@ class Queue:
             one.counters["accepted"] += 1
             answer(None)
 
-    def hand_back(self, one: Destination, entry: Entry, verdict: Verdict) -> None:
+    def hand_back(self, one: Destination, entry: Entry, verdict: Verdict) -> Steps:
         """The client gets the refusal once the message has left the spool."""
         code, _, text = verdict.response.partition(" ")
         text = text[len(verdict.status):].lstrip(" ") if text.startswith(verdict.status) else text
         text = text.encode("ascii", "backslashreplace").decode("ascii")         # RFC 6531 3.7.4
         _, answer = self.waiters.pop(entry.id)
-
-        def removed() -> None:
-            self.leave(one, entry, "bounced")
-            answer(Reply(int(code), verdict.status, text))
-        self.recorder.remove(entry.id, removed)
+        yield from self.recorder.ask("remove", entry.id)
+        self.leave(one, entry, "bounced")
+        answer(Reply(int(code), verdict.status, text))
 
     def own_sidecar(self, id: str, kind: str, target: str, data: bytes) -> Sidecar:
         """Of mail of our own, from the null reverse-path."""
@@ -5468,69 +5482,65 @@ class Queue:
         for one in list(self.destinations.all.values()):
             expired, delayed = one.look(self.now)
             for entry in expired:
-                self.end(one, entry, "expired", "4.4.7", UNCOLLECTED if one.waits_for else one.last_error)
+                error = UNCOLLECTED if one.waits_for else one.last_error
+                self.run(self.end(one, entry, "expired", "4.4.7", error))
             for entry in delayed:
-                self._tell_delay(one, entry)
+                self.run(self._tell_delay(one, entry))
             is_needed = one.entries or one.is_held or one.is_collecting or one.name in self.cfg.domains
             if not is_needed and self.deliveries.forget(one):
                 del self.destinations.all[one.name]     # of a notice, or a subdomain somebody wrote to once
                 self.note_hosts(one, ())
 
-    def end(self, one: Destination, entry: Entry, kind: str, status: str = "", error: str = "") -> None:
+    def end(self, one: Destination, entry: Entry, kind: str, status: str = "", error: str = "") -> Steps:
         """Expired, bounced or deleted; record() makes the notice of the first two.  A message whose last
         answer names a fault of its own (5.3.4, 5.6.7) expires with that, not as a timeout."""
         one.take_out(entry)
         if kind == "deleted":
-            return self.recorder.remove(entry.id, lambda: self.leave(one, entry, kind))
+            yield from self.recorder.ask("remove", entry.id)
+            return self.leave(one, entry, kind)
+        found = yield from look(entry.id)
+        if isinstance(found, Exception):
+            return self.on_fault(one, entry, found)
+        people, judged = self._refresh(one, entry, found[0]), []
+        for address, person in people.items():
+            if kind != "expired" or person["last_status"][:1] != "5":
+                person["last_status"] = status
+            person.update(state=EXPIRED if kind == "expired" else BOUNCED,
+                          last_response=error or person["last_response"])
+            judged.append(Verdict(address, kind, person["last_status"], person["last_response"],
+                                  "" if error else person["last_remote"]))
+            self.log_delivery(entry, judged[-1])
+        one.counters[kind] += 1
+        done = yield from self.recorder.record(entry.id, found[0], judged, people)
+        if isinstance(done, Exception):
+            return self.on_fault(one, entry, done)
+        self.leave(one, entry, kind)
 
-        def ended(done: Any) -> None:
-            if isinstance(done, Exception):
-                self.on_fault(one, entry, done)
-            else:
-                self.leave(one, entry, kind)
-
-        def looked(found: Any) -> None:
-            if isinstance(found, Exception):
-                return self.on_fault(one, entry, found)
-            people, judged = self._refresh(one, entry, found[0]), []
-            for address, person in people.items():
-                if kind != "expired" or person["last_status"][:1] != "5":
-                    person["last_status"] = status
-                person.update(state=EXPIRED if kind == "expired" else BOUNCED,
-                              last_response=error or person["last_response"])
-                judged.append(Verdict(address, kind, person["last_status"], person["last_response"],
-                                      "" if error else person["last_remote"]))
-                self.log_delivery(entry, judged[-1])
-            one.counters[kind] += 1
-            self.recorder.record(entry.id, found[0], judged, people, ended)
-        self.recorder.look(entry.id, looked)
-
-    def _tell_delay(self, one: Destination, entry: Entry) -> None:
+    def _tell_delay(self, one: Destination, entry: Entry) -> Steps:
         """Tell the sender, once, that a message waits."""
         entry.is_delay_told = True
-
-        def looked(found: Any) -> None:
-            if isinstance(found, Exception):
-                entry.is_delay_told = not isinstance(found, OSError)        # again at the next look
-                return
-            told = [Verdict(person["address"], "delayed", person["last_status"] or "4.4.1",
-                            person["last_response"], person["last_remote"])
-                    for person in self._refresh(one, entry, found[0]).values() if not person.get("delayed")]
-            people = {verdict.address: {"delayed": True} for verdict in told}
-            self.recorder.record(entry.id, found[0], told, people, lambda done: None)
-        self.recorder.look(entry.id, looked)
+        found = yield from look(entry.id)
+        if isinstance(found, Exception):
+            entry.is_delay_told = not isinstance(found, OSError)        # again at the next look
+            return
+        told = [Verdict(person["address"], "delayed", person["last_status"] or "4.4.1",
+                        person["last_response"], person["last_remote"])
+                for person in self._refresh(one, entry, found[0]).values() if not person.get("delayed")]
+        people = {verdict.address: {"delayed": True} for verdict in told}
+        yield from self.recorder.record(entry.id, found[0], told, people)
 
     def keep_attempts(self) -> None:
         """At the end of a run.  Of mail past its lifetime failed connections are written down, so that
         a --flush from cron, too, has tried it often enough one day."""
-        def keep(one: Destination, entry: Entry, found: Any) -> None:
+        def keep(one: Destination, entry: Entry) -> Steps:
+            found = yield from look(entry.id)
             if not isinstance(found, Exception):
                 people = self._refresh(one, entry, found[0])
-                self.recorder.record(entry.id, found[0], [], people, lambda done: None, False)
+                yield from self.recorder.record(entry.id, found[0], [], people, False)
         for one in self.destinations.all.values():
             for entry in one.entries.values() if one.failures else ():
                 if entry.deadline <= self.now.mono and entry.state in (State.READY, State.LATER):
-                    self.recorder.look(entry.id, functools.partial(keep, one, entry))
+                    self.run(keep(one, entry))
 
     def _refresh(self, one: Destination, entry: Entry, sidecar: Sidecar) -> Dict[str, Dict[str, Any]]:
         """The queued recipients, by address, with the failed connections, which are counted in memory
@@ -5681,8 +5691,7 @@ class Loader:
     """Reads the spool into the queue; mail is accepted meanwhile."""
 
     def __init__(self, queue: Queue) -> None:
-        self.queue, self.spool, self.log, self.loop = queue, queue.spool, queue.log, queue.loop
-        self.unread: List[str] = []     # IDs, the oldest last
+        self.queue, self.spool, self.log = queue, queue.spool, queue.log
         self.early: Set[str] = set()    # flushes asked for while it was being read
         self.is_busy = False
         self.loads = 0
@@ -5695,54 +5704,26 @@ class Loader:
         """All of it, or some messages.  Again at SIGHUP, for pairs that were copied in."""
         if self.is_busy:
             self.again = 0.0            # what was copied since may be behind the reader
-            return
-        self.is_busy, self.again, self.trouble = True, INF, ""
-        if ids is None:
-            self.spool.ask(self._on_list, "list")
         else:
-            self._on_list((ids, []))
+            self.is_busy, self.again, self.trouble = True, INF, ""
+            self.queue.run(self._load(ids))
 
-    def _on_list(self, result: Any) -> None:
-        self.error = self.trouble = printable(str(result)) if isinstance(result, Exception) else ""
-        if self.error:
-            return self._end()
+    def _load(self, ids: Optional[List[str]]) -> Steps:
+        found = (yield ("list",)) if ids is None else (ids, [])
+        self.error = self.trouble = printable(str(found)) if isinstance(found, Exception) else ""
+        ids, alone = ([], []) if self.error else found
         known = {id for one in self.queue.destinations.all.values() for id in one.entries}
-        ids, alone = result
-        self.unread = [id for id in reversed(ids) if id not in known]
-        self.loads += 1
+        unread = [id for id in ids if id not in known]
+        self.loads += not self.error
         for id in alone:
             self.queue.set_aside(id, "a body without a sidecar")
-        self._load_next()
-
-    def _load_next(self) -> None:
-        ids = [self.unread.pop() for _ in range(min(LOAD_BATCH, len(self.unread)))]
-        if not ids:
-            return self._end()
-
-        def loaded(results: Any) -> None:
-            for id, result in zip(ids, [results] * len(ids) if isinstance(results, Exception) else results):
-                self._take(id, False, result)
-            self._load_next()
-        self.spool.ask(loaded, "load", ids, self.loads > 1)
-
-    def _take(self, id: str, is_split: bool, found: Any) -> None:
-        if isinstance(found, list) and (is_split or len(found) == 1 or not self.spool.may_write):
-            for part in found:
-                self.queue.admit(part)
-        elif isinstance(found, list):   # of version 0.1, about several domains: it is split durably first
-            self.spool.ask(functools.partial(self._take, id, True), "convert", id)
-        elif isinstance(found, BlockingIOError):
-            self.again = min(self.again, COPY_S)        # it may still be being copied in
-        elif isinstance(found, NotOurs):
-            self.log.write("qmgr", "%s: left alone: %s" % (id, found), "warning")
-        elif not isinstance(found, Corrupt):
-            self.trouble = "%s: %s" % (id, printable(str(found)))
-            if not self.is_busy and self.again == INF:          # a split failed after the rest was read
-                self._end()
-        elif not isinstance(found, Gone):
-            self.queue.set_aside(id, found)
-
-    def _end(self) -> None:
+        for at in range(0, len(unread), LOAD_BATCH):
+            batch = unread[at:at + LOAD_BATCH]
+            results = yield "load", batch, self.loads > 1
+            if isinstance(results, Exception):
+                results = [results] * len(batch)
+            for id, result in zip(batch, results):
+                yield from self._take(id, result)
         self.is_busy = False
         if self.trouble:
             self.log.write("qmgr", "the spool could not be read whole: %s; trying again in %s" % (
@@ -5751,9 +5732,24 @@ class Loader:
         else:
             self.pause = RETRY_DISK_S
         if self.again < INF:
-            self.loop.later(self.again, self.load)
+            self.queue.loop.later(self.again, self.load)
         while self.early:
             self.queue.flush(self.queue.destinations.matching(self.early.pop()))
+
+    def _take(self, id: str, found: Any) -> Steps:
+        if isinstance(found, list) and len(found) > 1 and self.spool.may_write:
+            found = yield "convert", id         # of version 0.1, about several domains: split durably first
+        if isinstance(found, list):
+            for part in found:
+                self.queue.admit(part)
+        elif isinstance(found, BlockingIOError):
+            self.again = min(self.again, COPY_S)        # it may still be being copied in
+        elif isinstance(found, NotOurs):
+            self.log.write("qmgr", "%s: left alone: %s" % (id, found), "warning")
+        elif not isinstance(found, Corrupt):
+            self.trouble = "%s: %s" % (id, printable(str(found)))
+        elif not isinstance(found, Gone):
+            self.queue.set_aside(id, found)
 
 
 STRANGER = "?"                          # keys the question whether a primary takes any address
@@ -6080,7 +6076,7 @@ class Deliveries:
     # -- ATRN: the client's connection turns around
 
     def turn_around(self, collected: Sequence[Destination], hop: Hop, sock: socket.socket, early: bytes,
-                    on_over: Callable[[], None]) -> None:
+                    on_over: Callable[[], None]) -> Steps:
         """ATRN was granted.  From here on the socket is ours; `on_over` is called when that has ended."""
         for one in collected:
             one.is_collecting, one.last_try = True, self.loop.now.mono
@@ -6088,27 +6084,25 @@ class Deliveries:
         mine, hostname = Dial(), self.queue.cfg.hostname
         mine.sockets.append(sock)
         self.arriving[mine] = collected
-
-        def on_taken_over(result: Any) -> None:
-            del self.arriving[mine]
-            if isinstance(result, Exception):
-                result = Dialled(None, str(result))
-            if result.client is None:
-                sock.close()
-                self.log.write("smtp", "%s: %s" % (",".join(one.label for one in collected), result.error))
-                self._on_collected(collected, result.error)
-                return on_over()
-            for one in collected:
-                self.queue.tell(one, one.on(Event.HEARD, self.loop.now))
-                one.is_proven = one.state is not Primary.REJECTING      # who comes is there: no canary
-                one.next_try = self.loop.now.mono
-            connection = self._open(collected[0], result.client)
-            connection.collects, connection.left = tuple(collected), collections.deque(collected[1:])
-            connection.stream.on_closed = on_over
-            if connection.is_over:
-                return self._on_collected(collected, "it broke off")
-            self._feed(connection)
-        self.loop.in_thread(lambda: take_over(hostname, hop, sock, early), on_taken_over)
+        result = yield lambda: take_over(hostname, hop, sock, early)
+        del self.arriving[mine]
+        if isinstance(result, Exception):
+            result = Dialled(None, str(result))
+        if result.client is None:
+            sock.close()
+            self.log.write("smtp", "%s: %s" % (",".join(one.label for one in collected), result.error))
+            self._on_collected(collected, result.error)
+            return on_over()
+        for one in collected:
+            self.queue.tell(one, one.on(Event.HEARD, self.loop.now))
+            one.is_proven = one.state is not Primary.REJECTING      # who comes is there: no canary
+            one.next_try = self.loop.now.mono
+        connection = self._open(collected[0], result.client)
+        connection.collects, connection.left = tuple(collected), collections.deque(collected[1:])
+        connection.stream.on_closed = on_over
+        if connection.is_over:
+            return self._on_collected(collected, "it broke off")
+        self._feed(connection)
 
     def _on_collected(self, collected: Sequence[Destination], error: str) -> None:
         for one in collected:
@@ -6207,11 +6201,11 @@ def judge(queue: Queue, one: Destination, connection: Connection, entry: Entry, 
         judged.append(verdict)
     if entry.id in queue.waiters:
         if len(verdicts) == len(people) and all(verdict.kind == "refused" for verdict in verdicts):
-            return queue.hand_back(one, entry, verdicts[0])
+            return queue.run(queue.hand_back(one, entry, verdicts[0]))
         queue.let_go(entry.id)
     for verdict in judged:
         queue.log_delivery(entry, verdict, str(connection.hop), now.mono - connection.waits_since)
-    settle(queue, one, entry, sidecar, due, judged)
+    queue.run(settle(queue, one, entry, sidecar, due, judged))
 
 
 def learn(queue: Queue, one: Destination, entry: Entry, verdicts: List[Verdict], known: Set[str]) -> None:
@@ -6239,7 +6233,7 @@ def learn(queue: Queue, one: Destination, entry: Entry, verdicts: List[Verdict],
 
 
 def settle(queue: Queue, one: Destination, entry: Entry, sidecar: Sidecar, due: Sequence[Dict[str, Any]],
-           judged: List[Verdict]) -> None:
+           judged: List[Verdict]) -> Steps:
     """Write the verdicts down; the message stays SENDING until that is done."""
     now, kinds = queue.now, {verdict.kind for verdict in judged}
     for kind in kinds:
@@ -6248,7 +6242,8 @@ def settle(queue: Queue, one: Destination, entry: Entry, sidecar: Sidecar, due: 
     known = {verdict.address for verdict in judged}
     before = {person["address"]: person for person in sidecar["recipients"] if person["state"] == QUEUED}
     if kinds == {"sent"} and len(known) == len(before) and not wanted_notices(sidecar, judged):
-        return queue.recorder.remove(entry.id, lambda: queue.leave(one, entry, "delivered"))
+        yield from queue.recorder.ask("remove", entry.id)
+        return queue.leave(one, entry, "delivered")
     # Not all of it is done: when is it tried again?
     left = [person["address"] for person in due if person["address"] not in known]
     attempts = one.count_attempt(entry, not left)
@@ -6272,19 +6267,17 @@ def settle(queue: Queue, one: Destination, entry: Entry, sidecar: Sidecar, due: 
     pauses = [person["next_attempt"] - now.wall for address, person in before.items()
               if address not in people]
     pauses += [pause] * bool(deferred)
-
-    def settled(done: Any) -> None:
-        if isinstance(done, Corrupt):
-            queue.on_fault(one, entry, done)
-        elif done is True:
-            queue.leave(one, entry, "bounced" if "bounced" in kinds else "delivered")
-        elif done is False and left:
-            one.give_back(entry)
-            queue.deliveries.attend(one)
-        else:
-            error = str(done) if isinstance(done, Exception) else "".join(deferred[:1])
-            queue.put_off(one, entry, max(0.0, min(pauses, default=pause)), error)
-    queue.recorder.record(entry.id, sidecar, judged, people, settled, len(deferred) < len(judged))
+    done = yield from queue.recorder.record(entry.id, sidecar, judged, people, len(deferred) < len(judged))
+    if isinstance(done, Corrupt):
+        queue.on_fault(one, entry, done)
+    elif done is True:
+        queue.leave(one, entry, "bounced" if "bounced" in kinds else "delivered")
+    elif done is False and left:
+        one.give_back(entry)
+        queue.deliveries.attend(one)
+    else:
+        error = str(done) if isinstance(done, Exception) else "".join(deferred[:1])
+        queue.put_off(one, entry, max(0.0, min(pauses, default=pause)), error)
 
 
 # By the kind of a verdict: the action of the notice that tells of it, RFC 3464 2.3.3.
@@ -6296,88 +6289,80 @@ NOTICE_NAMES = {"failed": ("FAILURE", "non-delivery notification"),
 Notice = Tuple[str, bytes, Sidecar]     # ID, body, sidecar
 
 
+def look(id: str, what: str = "") -> Steps:
+    """A sidecar, with nothing, the "header" or the "whole" of its message; or an exception."""
+    found = yield "look", [id], what, NOTICE_FULL_MAX
+    return found[0] if isinstance(found, list) else found
+
+
 class Recorder:
     """What is written down: removals, changed sidecars, and the notices that go before.  Also on a full disk
     it is tried until that takes it, because a delivery that is not written down would happen twice."""
 
     def __init__(self, queue: Queue) -> None:
-        self.queue, self.loop, self.spool, self.log = queue, queue.loop, queue.spool, queue.log
+        self.queue, self.log = queue, queue.log
         self.waiting = 0                # outcomes that the disk has not taken
         self.is_behind = False          # since these were too many, and until they are half as many
 
-    def look(self, id: str, then: Callable[[Any], None], what: str = "") -> None:
-        """`then` gets (sidecar, nothing or header or whole message), or an exception."""
-        self.spool.ask(lambda found: then(found[0] if isinstance(found, list) else found), "look",
-                       [id], what, NOTICE_FULL_MAX)
-
-    def _ask(self, then: Callable[[Any], None], what: str, id: str, *values: Any, must: bool = True) -> None:
-        """Until the disk takes it; what need not be, once.  `then` gets the result, or Corrupt, or what else
-        is wrong with what need not be."""
-        def answered(result: Any) -> None:
+    def ask(self, what: str, id: str, *values: Any, must: bool = True) -> Steps:
+        """Until the disk takes it; what need not be, once.  Returns the result, or Corrupt, or what else is
+        wrong with what need not be."""
+        while True:
+            self.waiting += 1
+            self.is_behind = self.is_behind or self.waiting >= UNRECORDED_MAX
+            result = yield (what, id, *values)
             self.waiting -= 1
             if self.is_behind and self.waiting <= UNRECORDED_MAX // 2:
                 self.is_behind = False
                 self.queue.deliveries.go_on()
-            if isinstance(result, Exception) and not isinstance(result, Corrupt):
-                text, done = printable(str(result)), "removed" if what == "remove" else "recorded"
-                self.log.write("qmgr", "%s: cannot be %s%s: %s" % (
-                    id, done, ", trying again" * must, text), "error")
-                if must:
-                    self.queue.settle(id, "deferred", text)
-                    again = functools.partial(self._ask, then, what, id, *values)
-                    return self.loop.later(RETRY_DISK_S, again)
-            then(result)
-            if what == "remove" or result is True:
+            if what == "remove" and result is None or result is True:
                 self.log.write("qmgr", "%s: removed" % id)
-        self.waiting += 1
-        self.is_behind = self.is_behind or self.waiting >= UNRECORDED_MAX
-        question = (what, id, *values)
-        self.spool.ask(answered, *question)
-
-    def remove(self, id: str, then: Callable[[], None]) -> None:
-        """Nothing of the message is left to do: it leaves the spool."""
-        self._ask(lambda result: then(), "remove", id)
+            if not isinstance(result, Exception) or isinstance(result, Corrupt):
+                return result
+            text, done = printable(str(result)), "removed" if what == "remove" else "recorded"
+            self.log.write("qmgr", "%s: cannot be %s%s: %s" % (
+                id, done, ", trying again" * must, text), "error")
+            if not must:
+                return result
+            self.queue.settle(id, "deferred", text)
+            yield RETRY_DISK_S
 
     def record(self, id: str, sidecar: Sidecar, judged: Sequence[Verdict], people: People,
-               then: Callable[[Any], None], must: bool = True) -> None:
-        """Change the sidecar's recipients, by address, and tell senders of what was judged.  `then`
-        gets whether the message has left the spool, or Corrupt.  Not `must`: a deferral that cannot be
-        written costs only knowledge; `then` gets the error."""
+               must: bool = True) -> Steps:
+        """Change the sidecar's recipients, by address, and tell senders of what was judged.  Returns whether
+        the message has left the spool, or Corrupt.  Not `must`: a deferral that cannot be written costs
+        only knowledge; it returns the error."""
+        notices = yield from self._make_notices(sidecar, judged, people)
+        # The spool makes notices durable before it marks their cause.
+        done = yield from self.ask("record", id, {}, people, notices, must=must)
+        if isinstance(done, Corrupt):   # an earlier try may have made them durable all the same
+            self.queue.loader.load([own for own, _, _ in notices])
+        elif not isinstance(done, Exception):
+            for _, data, its in notices:
+                self.queue.accept(its, len(data))
+        return done
+
+    def _make_notices(self, sidecar: Sidecar, judged: Sequence[Verdict], people: People) -> Steps:
         wanted = wanted_notices(sidecar, judged)
         target = sidecar["sender"] if "@" in sidecar["sender"] else ""      # not <postmaster> alone
         if not target and wanted:       # a failure without a sender is told to [bounces] postmaster, once
             wanted = {action: its for action, its in wanted.items() if action == "failed"}
             target = "" if sidecar["kind"] == "alert" else self.queue.cfg.bounces_postmaster
             if wanted and (not target or any(one.address == target for one in wanted["failed"])):
-                self.log.write("bounce", "%s: double bounce: dropped, nobody to tell" % id)
+                self.log.write("bounce", "%s: double bounce: dropped, nobody to tell" % sidecar["id"])
                 wanted = {}
         if not wanted:
-            return self._ask(then, "record", id, {}, people, must=must)
+            return []
         is_full = sidecar["ret"] == "FULL" and sidecar["size"] <= NOTICE_FULL_MAX and "failed" in wanted
+        found = yield from look(sidecar["id"], "whole" if is_full else "header")
+        while isinstance(found, OSError):
+            yield RETRY_DISK_S
+            found = yield from look(sidecar["id"], "whole" if is_full else "header")
+        original = found[1] if isinstance(found, tuple) else b""
         told = dict(sidecar, recipients=[dict(one, **people.get(one["address"], {}))
                                          for one in sidecar["recipients"]])
-
-        def looked(found: Any) -> None:
-            if isinstance(found, OSError):
-                again = functools.partial(self.record, id, sidecar, judged, people, then)
-                return self.loop.later(RETRY_DISK_S, again)
-            original = found[1] if isinstance(found, tuple) else b""
-            notices = [self._make_notice(told, target, action, its, original, is_full and bool(original))
-                       for action, its in wanted.items()]
-            self._record_behind(notices, id, people, then)
-        self.look(id, looked, "whole" if is_full else "header")
-
-    def _record_behind(self, notices: List[Notice], id: str, people: People,
-                       then: Callable[[Any], None]) -> None:
-        """The spool makes notices durable before it marks their cause."""
-        def written(done: Any) -> None:
-            if isinstance(done, Corrupt):       # an earlier try may have made them durable
-                self.queue.loader.load([own for own, _, _ in notices])
-            else:
-                for _, data, its in notices:
-                    self.queue.accept(its, len(data))
-            then(done)
-        self._ask(written, "record", id, {}, people, notices)
+        return [self._make_notice(told, target, action, its, original, is_full and bool(original))
+                for action, its in wanted.items()]
 
     def _make_notice(self, sidecar: Sidecar, target: str, action: str, verdicts: List[Verdict],
                      original: bytes, is_full: bool) -> Notice:
@@ -6464,19 +6449,15 @@ class Alerts:
                 untold = self.untold.setdefault(tell, collections.deque())
                 untold.append((cfg, alert))
                 if len(untold) == 1:
-                    self._tell_next(tell)
+                    self.queue.run(self._tell_all(tell))
 
-    def _tell_next(self, tell: Tell) -> None:
+    def _tell_all(self, tell: Tell) -> Steps:
         untold = self.untold[tell]
-        cfg, alert = untold[0]
-
-        def told(error: Any) -> None:
+        while untold:
+            error = yield functools.partial(tell, *untold[0])
             if error:
                 self.queue.log.write("master", "alert not told by %s" % printable(str(error)), "error")
             untold.popleft()
-            if untold:
-                self._tell_next(tell)
-        self.queue.loop.in_thread(lambda: tell(cfg, alert), told)
 
     def _mail(self, alert: Dict[str, Any]) -> None:
         cfg, id = self.queue.cfg, self.queue.new_id()
@@ -6756,7 +6737,7 @@ def end_entries(queue: Queue, meant: Sequence[Destination], what: str, command: 
             else:
                 count += 1
                 queue.log.write("qmgr", "%s: %s by command" % (entry.id, ending[0]))
-                queue.end(one, entry, *ending)
+                queue.run(queue.end(one, entry, *ending))
         while watch.left:
             yield None
     finally:
@@ -7598,8 +7579,9 @@ class SmtpServer:
             host, port = session.address, 0
 
         def turn() -> None:
-            self.queue.deliveries.turn_around(client.collects, Hop(host, session.address, port),
-                                              stream.detach(), bytes(came), stream.on_closed)
+            self.queue.run(self.queue.deliveries.turn_around(
+                client.collects, Hop(host, session.address, port), stream.detach(), bytes(came),
+                stream.on_closed))
         stream.on_data, stream.on_sent = came.extend, turn
         stream.send(b"")
 

@@ -9003,13 +9003,22 @@ class Layers(unittest.TestCase):
         methods = {getattr(node, "name", "") for node, _, name in self.nodes if name == "SPOOL"}
         for node, _, name in self.nodes:
             path = path_of(node.func) if isinstance(node, ast.Call) else ""
-            if (path.endswith("spool.ask") or (path, name) == ("self._ask", "QUEUE")) and (
-                    not isinstance(node.args[1], ast.Starred)):
-                if getattr(node.args[1], "value", None) not in methods:
+            asked: List[Any] = []           # the method's name, and values for it
+            if path.endswith("spool.ask"):
+                asked = node.args[1:]
+            elif path.endswith("recorder.ask"):
+                asked = node.args
+            elif name == "QUEUE" and isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple):
+                asked = node.value.elts
+            elif name == "QUEUE" and isinstance(node, ast.Yield) and node.value is not None and (
+                    any(path_of(one) == "self" for one in ast.walk(node.value))):
+                yield node.lineno, "a thread that sees state"
+            if asked and not isinstance(asked[0], ast.Starred) and path_of(asked[0]) != "what":
+                if getattr(asked[0], "value", None) not in methods:
                     yield node.lineno, "no method of Spool"
-                if "self" in map(path_of, node.args[2:]) or any(
+                if "self" in map(path_of, asked[1:]) or any(
                         isinstance(one, ast.Lambda) or path_of(one) == "functools.partial"
-                        for value in node.args[2:] for one in ast.walk(value)):
+                        for value in asked[1:] for one in ast.walk(value)):
                     yield node.lineno, "no data"
             elif path.endswith("in_thread") and any(path_of(one) == "self" for one in ast.walk(node.args[0])):
                 yield node.lineno, "a thread that sees state"
@@ -9052,7 +9061,9 @@ class Layers(unittest.TestCase):
         "closures": [("QUEUE", line) for line in (
             "self.spool.ask(f, 'remov', id)", "self.spool.ask(f, 'remove', lambda: 1)", "spool.commit([])",
             "self.spool.ask(f, 'save', functools.partial(f))", "self.queue.spool.remove([id])",
-            "spool.ask(f, 'record', self)", "x.in_thread(lambda: self.x, f)", "x.in_thread(self.work, f)")],
+            "spool.ask(f, 'record', self)", "x.in_thread(lambda: self.x, f)", "x.in_thread(self.work, f)",
+            "yield 'remov', id", "yield 'remove', lambda: 1", "yield lambda: self.x",
+            "x.recorder.ask('remov', id)")],
         "imports": [("SPOOL", "import shutil"), ("QUEUE", "from os import unlink"), ("SERVER", "import json"),
                     ("MAIN", "import asyncio")],
         "sizes": [("QUEUE", "x = '%s'" % ("y" * 110))]}
