@@ -5457,9 +5457,8 @@ class Queue:
             self.alerts.on_state(one, event, text)
 
     def note_hosts(self, one: Destination, hosts: Iterable[Hop]) -> None:
-        self.hosts[one.name] = frozenset(hop.address for hop in hosts)
-        if not self.hosts[one.name] or one.cfg.is_notices:
-            del self.hosts[one.name]
+        if not one.cfg.is_notices:
+            self.hosts[one.name] = frozenset(hop.address for hop in hosts)
 
     def on_client(self, address: str) -> None:
         """Somebody connected.  A primary that does so is back."""
@@ -5489,7 +5488,7 @@ class Queue:
             is_needed = one.entries or one.is_held or one.is_collecting or one.name in self.cfg.domains
             if not is_needed and self.deliveries.forget(one):
                 del self.destinations.all[one.name]     # of a notice, or a subdomain somebody wrote to once
-                self.note_hosts(one, ())
+                self.hosts.pop(one.name, None)
 
     def end(self, one: Destination, entry: Entry, kind: str, status: str = "", error: str = "") -> Steps:
         """Expired, bounced or deleted; record() makes the notice of the first two.  A message whose last
@@ -5872,7 +5871,7 @@ class Deliveries:
 
     def _fetch(self, one: Destination, traffic: Traffic) -> None:
         """Have the next messages read, so that connections need not wait for the disk.  Where the disk is
-        behind nothing is given out until go_on(), because a crash would send it again."""
+        behind nothing is given out, because a crash would send it again."""
         has_taker = any(not (other.is_late or other.is_leaving) for other in traffic.connections)
         is_full = traffic.is_fetching or len(traffic.fetched) > FETCH_LOW
         if is_full or not has_taker or self.queue.recorder.is_behind:
@@ -5901,11 +5900,6 @@ class Deliveries:
         fetched = self.of(one).fetched
         while fetched:
             one.give_back(fetched.popleft()[0])
-
-    def go_on(self) -> None:
-        """The disk has caught up."""
-        for connection in self.all():
-            self.attend(connection.destination)
 
     # -- dialling
 
@@ -6286,7 +6280,6 @@ ACTIONS = {"bounced": "failed", "expired": "failed", "sent": "relayed", "delayed
 NOTICE_NAMES = {"failed": ("FAILURE", "non-delivery notification"),
                 "delayed": ("DELAY", "delay notification"),
                 "relayed": ("SUCCESS", "delivery status notification")}
-Notice = Tuple[str, bytes, Sidecar]     # ID, body, sidecar
 
 
 def look(id: str, what: str = "") -> Steps:
@@ -6314,7 +6307,8 @@ class Recorder:
             self.waiting -= 1
             if self.is_behind and self.waiting <= UNRECORDED_MAX // 2:
                 self.is_behind = False
-                self.queue.deliveries.go_on()
+                for connection in self.queue.deliveries.all():
+                    self.queue.deliveries.attend(connection.destination)
             if what == "remove" and result is None or result is True:
                 self.log.write("qmgr", "%s: removed" % id)
             if not isinstance(result, Exception) or isinstance(result, Corrupt):
@@ -6343,6 +6337,7 @@ class Recorder:
         return done
 
     def _make_notices(self, sidecar: Sidecar, judged: Sequence[Verdict], people: People) -> Steps:
+        """Returns for each an ID, the body and the sidecar."""
         wanted = wanted_notices(sidecar, judged)
         target = sidecar["sender"] if "@" in sidecar["sender"] else ""      # not <postmaster> alone
         if not target and wanted:       # a failure without a sender is told to [bounces] postmaster, once
@@ -6361,17 +6356,15 @@ class Recorder:
         original = found[1] if isinstance(found, tuple) else b""
         told = dict(sidecar, recipients=[dict(one, **people.get(one["address"], {}))
                                          for one in sidecar["recipients"]])
-        return [self._make_notice(told, target, action, its, original, is_full and bool(original))
-                for action, its in wanted.items()]
-
-    def _make_notice(self, sidecar: Sidecar, target: str, action: str, verdicts: List[Verdict],
-                     original: bytes, is_full: bool) -> Notice:
-        id = self.queue.new_id()
-        data = format_notice(self.queue.cfg.hostname, target, sidecar, action, verdicts, original, is_full,
-                             self.queue.now.wall, secrets.token_hex(12), id)
-        self.log.write("bounce", "%s: %s %s: %s" % (
-            sidecar["id"], "sender" if sidecar["sender"] else "postmaster", NOTICE_NAMES[action][1], id))
-        return id, data, self.queue.own_sidecar(id, "notice", target, data)
+        notices: List[Tuple[str, bytes, Sidecar]] = []
+        for action, verdicts in wanted.items():
+            id = self.queue.new_id()
+            data = format_notice(self.queue.cfg.hostname, target, told, action, verdicts, original,
+                                 is_full and bool(original), self.queue.now.wall, secrets.token_hex(12), id)
+            notices.append((id, data, self.queue.own_sidecar(id, "notice", target, data)))
+            self.log.write("bounce", "%s: %s %s: %s" % (
+                told["id"], "sender" if told["sender"] else "postmaster", NOTICE_NAMES[action][1], id))
+        return notices
 
 
 def wanted_notices(sidecar: Sidecar, judged: Sequence[Verdict]) -> Dict[str, List[Verdict]]:
@@ -6588,6 +6581,7 @@ def why_not_collected(queue: Queue, asked: Sequence[Destination]) -> str:
 
 
 Answers = Generator[Optional[Dict[str, Any]], None, None]
+Request = Mapping[str, Any]             # "command", "what", "wait"
 
 
 def collect_status(queue: Queue, connections: int, started: Optional[float], free: int) -> Dict[str, Any]:
@@ -6618,30 +6612,7 @@ def to_wall(mono: float, now: Now) -> Time:
     return round(now.to_wall(mono), 3)
 
 
-def run_command(queue: Queue, request: Mapping[str, Any]) -> Answers:
-    """Any request of the control socket but "status".  What is wrong with it is said in an answer."""
-    command, what = str(request.get("command")), str(request.get("what", "all"))
-    is_patient = bool(request.get("wait", True))
-    if command == "flush" and queue.loader.is_busy:
-        queue.loader.early.add(what)            # what is read only later goes, too
-    while queue.loader.is_busy and (is_patient or command != "flush"):
-        yield None                      # what is asked about may not have been read yet
-    meant = queue.destinations.matching(what)
-    if command not in ("list", "flush", "hold", "release", "delete", "bounce"):
-        yield {"error": "unknown command", "exit": EX_USAGE}
-    elif what != "all" and not meant and not queue.destinations.serves(what):
-        yield {"error": "%s: no such domain or message here" % printable(what, 100), "exit": EX_MISSING}
-    elif command == "list":
-        yield from list_entries(queue, meant, what)
-    elif command == "flush":
-        yield from flush_and_watch(queue, meant, what, is_patient)
-    elif command in ("hold", "release"):
-        yield from change_hold(queue, what, command == "hold")
-    else:
-        yield from end_entries(queue, meant, what, command)
-
-
-def list_entries(queue: Queue, meant: Sequence[Destination], what: str) -> Answers:
+def list_entries(queue: Queue, meant: Sequence[Destination], what: str, _: Request) -> Answers:
     """What is not in the sidecars, which the command reads itself: state, next try, expiry, and failed
     attempts to reach the primary."""
     for one in meant:
@@ -6665,8 +6636,10 @@ def say_state(one: Destination, entry: Entry, now: Now) -> Tuple[str, Optional[T
     return state, to_wall(due, now)
 
 
-def flush_and_watch(queue: Queue, meant: Sequence[Destination], what: str, wait: bool) -> Answers:
-    """Deliver now.  With `wait` until each message queued at the start has left or failed once."""
+def flush_and_watch(queue: Queue, meant: Sequence[Destination], what: str, request: Request) -> Answers:
+    """Deliver now.  Unless told not to wait: until each message queued at the start has left or failed
+    once."""
+    wait = request.get("wait", True)
     if meant and all(one.is_held for one in meant):
         yield {"error": "the queue for %s is held" % what, "exit": EX_TEMPFAIL}
         return
@@ -6705,26 +6678,26 @@ def settle_idle(watch: Watch, meant: Sequence[Destination]) -> None:
                 watch.settle(id, "deferred", one.trouble)
 
 
-def change_hold(queue: Queue, what: str, on: bool) -> Answers:
+def change_hold(queue: Queue, _: Sequence[Destination], what: str, request: Request) -> Answers:
     done: List[Any] = []
-    count = queue.hold(what, on, done.append)
+    count = queue.hold(what, request["command"] == "hold", done.append)
     while not done:
         yield None
     if isinstance(done[0], Exception):
         yield {"error": "cannot be recorded: %s" % printable(str(done[0])), "exit": EX_TEMPFAIL}
     else:
-        state = "held" if on else "released"
+        state = {"hold": "held", "release": "released"}[request["command"]]
         queue.log.write("qmgr", "%s: %s by command, %d messages" % (what, state, count))
         yield {"count": count, "exit": EX_OK}
 
 
-def end_entries(queue: Queue, meant: Sequence[Destination], what: str, command: str) -> Answers:
+def end_entries(queue: Queue, meant: Sequence[Destination], what: str, request: Request) -> Answers:
     """--delete and --bounce.  What is being sent at this moment is left alone and counted."""
     pairs = [(one, entry) for one in meant for entry in list(one.entries.values())
              if what not in one.entries or entry.id == what]
     watch = Watch(entry.id for _, entry in pairs)
     queue.watches.append(watch)
-    ending = ("deleted",) if command == "delete" else (
+    ending = ("deleted",) if request["command"] == "delete" else (
         "bounced", "5.0.0", "Returned by the postmaster of the backup mail server")
     count = busy = 0
     try:
@@ -6744,6 +6717,26 @@ def end_entries(queue: Queue, meant: Sequence[Destination], what: str, command: 
         queue.watches.remove(watch)
     late = watch.counts["deferred"]     # the disk is full, or worse
     yield {"count": count - late, "busy": busy + late, "exit": EX_TEMPFAIL if busy + late else EX_OK}
+
+
+COMMANDS_OF_QUEUE = {"list": list_entries, "flush": flush_and_watch, "hold": change_hold,
+                     "release": change_hold, "delete": end_entries, "bounce": end_entries}
+
+
+def run_command(queue: Queue, request: Request) -> Answers:
+    """Any request of the control socket but "status".  What is wrong with it is said in an answer."""
+    command, what = str(request.get("command")), str(request.get("what", "all"))
+    if command == "flush" and queue.loader.is_busy:
+        queue.loader.early.add(what)            # what is read only later goes, too
+    while queue.loader.is_busy and (command != "flush" or request.get("wait", True)):
+        yield None                      # what is asked about may not have been read yet
+    meant = queue.destinations.matching(what)
+    if command not in COMMANDS_OF_QUEUE:
+        yield {"error": "unknown command", "exit": EX_USAGE}
+    elif what != "all" and not meant and not queue.destinations.serves(what):
+        yield {"error": "%s: no such domain or message here" % printable(what, 100), "exit": EX_MISSING}
+    else:
+        yield from COMMANDS_OF_QUEUE[command](queue, meant, what, request)
 
 
 # == 15. STATUS ================================================================
