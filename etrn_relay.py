@@ -5265,7 +5265,7 @@ class Watch:
         self.counts = dict.fromkeys(("delivered", "bounced", "expired", "deferred", "deleted"), 0)
         self.error = ""                 # why a message failed
 
-    def settle(self, id: str, kind: str, error: str = "") -> None:
+    def note(self, id: str, kind: str, error: str = "") -> None:
         if id in self.left:
             self.left.discard(id)
             self.counts[kind] += 1
@@ -5312,6 +5312,12 @@ class Queue:
             self.loop.later(wish, go_on)
         else:
             self.loop.in_thread(wish, go_on)
+
+    def _know_domains(self) -> None:
+        """Those that have a section of their own, whether mail came for them yet or not."""
+        for name in self.cfg.domains:
+            if name[0] != ".":
+                self.destinations.get(name, self.now)
 
     # -- a message comes
 
@@ -5379,19 +5385,19 @@ class Queue:
 
     def put_off(self, one: Destination, entry: Entry, pause: float, error: str) -> None:
         one.put_off(entry, self.now, pause)
-        self.settle(entry.id, "deferred", error)
+        self.note(entry.id, "deferred", error)
         self.deliveries.attend(one)
 
     def leave(self, one: Destination, entry: Entry, kind: str) -> None:
         """It has left the spool."""
         one.drop(entry.id)
         self.fresh.pop(entry.id, None)
-        self.settle(entry.id, kind)
+        self.note(entry.id, kind)
         self.let_go(entry.id)
 
-    def settle(self, id: str, kind: str, error: str = "") -> None:
+    def note(self, id: str, kind: str, error: str = "") -> None:
         for watch in self.watches:
-            watch.settle(id, kind, error)
+            watch.note(id, kind, error)
 
     def on_fault(self, one: Destination, entry: Entry, fault: Exception) -> None:
         """A message could not be read."""
@@ -5578,13 +5584,12 @@ class Queue:
 
     def probe_all(self) -> None:
         """SIGUSR1: every primary is asked, whether mail waits for it or not."""
-        for name in self.cfg.domains:
-            if name[0] != ".":
-                one = self.destinations.get(name, self.now)
-                if not one.entries and not one.waits_for:
-                    one.trigger(self.now)
-                    self.deliveries.ask(one, "", lambda word, text: None)
-        self.flush(self.destinations.matching("all"))
+        meant = self.destinations.matching("all")
+        for one in meant:
+            if not (one.entries or one.waits_for or one.cfg.is_notices):
+                one.trigger(self.now)
+                self.deliveries.ask(one, "", lambda word, text: None)
+        self.flush(meant)
 
     def pardon(self, meant: Iterable[Destination]) -> None:
         """--flush: the operator says that rejecting primaries are themselves again."""
@@ -5603,9 +5608,8 @@ class Queue:
     def hold(self, what: str, on: bool, done: Callable[[Any], None]) -> int:
         """An ID, a domain (later mail for it, too), or all.  Returns the number of messages meant;
         `done` is called when it is on stable storage."""
-        for name in [*self.cfg.domains, what]:      # no mail may have come for them yet
-            if name[0] not in ".@" and self.cfg.domain(name) is not None:
-                self.destinations.get(name, self.now)
+        if what[0] != "@" and self.cfg.domain(what) is not None:
+            self.destinations.get(what, self.now)       # a subdomain that no mail has come for yet
         meant = self.destinations.matching(what)
         for one in meant if not on else ():
             one.watched_since = self.now.mono
@@ -5625,6 +5629,7 @@ class Queue:
         """SIGHUP."""
         self.cfg = cfg
         changed = self.destinations.reconfigure(cfg, self.now)
+        self._know_domains()
         for one in changed:
             self.recipients.forget_bad(one.name)        # another primary has other recipients
             self.recipients.accept_all.pop(one.name, None)
@@ -5649,20 +5654,17 @@ class Queue:
         sites = {one.name: dict(one.to_values(self.now), told=one.name in self.alerts.told)
                  for one in self.destinations.all.values()}
         state = {"format": 1, "saved": self.now.wall, "sites": sites, "homes": dict(self.destinations.homes)}
-
-        def saved(result: Any) -> None:
-            self._on_saved(result)
-            then(result)
-        if self.recipients.is_dirty:
-            values = self.recipients.to_values(self.now.wall)
-            self.spool.ask(self._on_saved, "save", "recipients.json", values)
         self.is_dirty = False
-        self.spool.ask(saved, "save", "state.json", state)
+        if self.recipients.is_dirty:
+            self.run(self._save("recipients.json", self.recipients.to_values(self.now.wall)))
+        self.run(self._save("state.json", state, then))
 
-    def _on_saved(self, result: Any) -> None:
+    def _save(self, name: str, values: Any, then: Callable[[Any], None] = lambda result: None) -> Steps:
+        result = yield "save", name, values
         self.log_failure(result)
         if isinstance(result, Exception):
             self.is_dirty = self.recipients.is_dirty = True     # again with the next save
+        then(result)
 
     def load_state(self, state: Mapping[str, Any], recipients: Mapping[str, Any]) -> None:
         """What was known before the restart.  What does not make sense is forgotten."""
@@ -5672,6 +5674,7 @@ class Queue:
             cfg = self.cfg.domains.get(name)
             if cfg is not None and cfg.primary == "etrn" and is_address(address):
                 self.destinations.homes[name] = address
+        self._know_domains()
         for name, values in sites.items() if isinstance(sites, dict) else ():
             with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError, OverflowError):
                 # A hold is an operator's order.  It stands even where the rest makes no sense.
@@ -5823,6 +5826,8 @@ class Deliveries:
         hanging = sum(one.state is Primary.UP or connection.waits_since >= one.since for connection in late)
         while one.wanted(now, answering, hanging, others) and self._may_dial(one):
             self._dial(one, traffic)
+            if len(late) > max(LATE_MAX, one.cfg.connections):
+                late.pop(0).cut()       # the oldest of those that hang makes room
         at = one.wake(now, others)
         if at is not None and not now.mono < traffic.alarm <= at:       # else a timer comes soon enough
             traffic.alarm = at
@@ -5922,10 +5927,6 @@ class Deliveries:
         plan = self.plan(one)._replace(mine=mine)
         traffic.dials.append(mine)
         self.loop.in_thread(lambda: dial(plan), functools.partial(self._on_dialled, one, mine))
-        late = [connection for connection in traffic.connections if connection.is_late
-                and not connection.collects]
-        if len(late) > max(LATE_MAX, one.cfg.connections):
-            late[0].cut()               # the oldest of those that hang makes room
 
     def plan(self, one: Destination) -> Plan:
         cfg, now = self.queue.cfg, self.loop.now
@@ -6318,7 +6319,7 @@ class Recorder:
                 id, done, ", trying again" * must, text), "error")
             if not must:
                 return result
-            self.queue.settle(id, "deferred", text)
+            self.queue.note(id, "deferred", text)
             yield RETRY_DISK_S
 
     def record(self, id: str, sidecar: Sidecar, judged: Sequence[Verdict], people: People,
@@ -6588,9 +6589,6 @@ def collect_status(queue: Queue, connections: int, started: Optional[float], fre
     """`started`: monotonic, None where no relay runs."""
     now, domains = queue.now, {}
     messages, octets, held = queue.destinations.sums()
-    for name in queue.cfg.domains:
-        if name[0] != ".":
-            queue.destinations.get(name, now)
     for one in sorted(queue.destinations.all.values(), key=lambda one: one.name):
         if one.entries or not one.cfg.is_notices:
             is_probing = bool(one.entries) and one.state is not Primary.UP and not one.waits_for
@@ -6656,7 +6654,7 @@ def flush_and_watch(queue: Queue, meant: Sequence[Destination], what: str, reque
         last = -1
         while wait and watch.left:
             if len(watch.left) == last:
-                settle_idle(watch, meant)
+                end_idle(watch, meant)
             else:
                 last = len(watch.left)
                 yield {"total": watch.total, "left": last}
@@ -6669,13 +6667,13 @@ def flush_and_watch(queue: Queue, meant: Sequence[Destination], what: str, reque
                exit=EX_OK if not waiting or not wait else EX_UNAVAILABLE if is_away else EX_TEMPFAIL)
 
 
-def settle_idle(watch: Watch, meant: Sequence[Destination]) -> None:
+def end_idle(watch: Watch, meant: Sequence[Destination]) -> None:
     """What is not tried in this flush any more is not waited for: its primary is away, or it is held, or
     to be collected."""
     for one in meant:
         for id in watch.left.intersection(one.entries) - one.flushing:
             if one.entries[id].state is not State.SENDING and not one.is_collecting:
-                watch.settle(id, "deferred", one.trouble)
+                watch.note(id, "deferred", one.trouble)
 
 
 def change_hold(queue: Queue, _: Sequence[Destination], what: str, request: Request) -> Answers:
