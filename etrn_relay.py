@@ -5515,10 +5515,10 @@ class Queue:
             judged.append(Verdict(address, kind, person["last_status"], person["last_response"],
                                   "" if error else person["last_remote"]))
             self.log_delivery(entry, judged[-1])
-        one.counters[kind] += 1
         done = yield from self.recorder.record(entry.id, found[0], judged, people)
         if isinstance(done, Exception):
             return self.on_fault(one, entry, done)
+        one.counters[kind] += 1
         self.leave(one, entry, kind)
 
     def _tell_delay(self, one: Destination, entry: Entry) -> Steps:
