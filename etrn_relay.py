@@ -6350,10 +6350,11 @@ class Recorder:
         if not wanted:
             return []
         is_full = sidecar["ret"] == "FULL" and sidecar["size"] <= NOTICE_FULL_MAX and "failed" in wanted
-        found = yield from look(sidecar["id"], "whole" if is_full else "header")
+        what = "whole" if is_full else "header"
+        found = yield from look(sidecar["id"], what)
         while isinstance(found, OSError):
             yield RETRY_DISK_S
-            found = yield from look(sidecar["id"], "whole" if is_full else "header")
+            found = yield from look(sidecar["id"], what)
         original = found[1] if isinstance(found, tuple) else b""
         told = dict(sidecar, recipients=[dict(one, **people.get(one["address"], {}))
                                          for one in sidecar["recipients"]])
