@@ -214,7 +214,6 @@ ORPHAN_S, COPY_S = 3600.0, 5.0          # a lone half, or a pair that makes no s
 SIDECAR_MAX = STATE_MAX = 256 << 20     # octets; far more than max_recipients and RECIPIENTS_MAX can fill
 TIME_MAX = 253402300800.0       # dates of the year 10000 cannot be written, RFC 5322 3.3
 RETRY_DISK_S, RETRY_READ_S = 5.0, 300.0         # after a failed write; the longest after a failed read
-FLUSH_LOOK_S = 1.0              # a --flush that waits looks so often for what was held meanwhile
 LOAD_BATCH, END_BATCH, LIST_BATCH = 200, 500, 1000      # messages loaded, ended or listed in one go
 STATE_SAVE_S, HISTORY_SAVE_S = 60.0, 3600.0     # changes are saved no more often: flash wears out
 
@@ -1375,6 +1374,10 @@ class Corrupt(Exception):
     """A pair that cannot be trusted; its text says why.  It goes to corrupt/."""
 
 
+class Gone(Corrupt):
+    """The sidecar is not there: the message was delivered, or taken out by hand."""
+
+
 class NotOurs(Exception):
     """A pair that may not be read, or that a newer version wrote.  It stays; the text says why."""
 
@@ -1532,7 +1535,7 @@ class SpoolFolder:
             if error.errno in _REFUSED:
                 raise NotOurs("the %s may not be read: %s" % (what, error.strerror)) from None
             if error.errno == errno.ENOENT:
-                raise Corrupt("the %s is gone" % what) from None
+                raise (Gone if what == "sidecar" else Corrupt)("the %s is gone" % what) from None
             if error.errno in (errno.ELOOP, errno.ENXIO):
                 raise Corrupt("the %s is not a file" % what) from None
             raise
@@ -5058,36 +5061,29 @@ def verify(connection: Connection, address: str, then: Callable[[str, str], None
 #   Queue       owns the messages from their 250 to their end: age, cut-through, commands
 #   Loader      reads the spool at the start and at SIGHUP
 #   Deliveries  owns the connections to primaries: how many there are, what each is given
-#   Judgement   what a primary's answers mean, also when it answers 550 to all
+#   judge()     what a primary's answers mean, also when it answers 550 to all
 #   Recorder    what is written down, what senders are told, and what a full disk does
-#   StateFile, Callers, Alerts: what is learnt, whose addresses are known, who is told
+#   Alerts      who is told
+# Who made an entry SENDING has it alone, and gives it back, puts it off or lets it leave.
+# Nobody else ends it meanwhile, whatever an operator orders.
+# What waits in between is a generator of steps, and Queue.run() goes on with it.
 
 Sidecar = Dict[str, Any]
 People = Mapping[str, Mapping[str, Any]]        # address: what changes of a recipient in the sidecar
-
-
-class Ids:
-    """Queue IDs: the time in microseconds, never the same twice, in upper-case hex: a spool sorts by age."""
-
-    def __init__(self) -> None:
-        self.last = 0
-
-    def new(self) -> str:
-        self.last = max(self.last + 1, time.time_ns() // 1000)
-        return "%X" % self.last
+Steps = Generator[Any, Any, Any]        # yields what it asks of the spool, seconds, or work for a thread
+Decision = Callable[[Optional[Reply]], None]    # gets a refusal, or None for "the message is ours"
 
 
 class Watch:
     """A command that waits: done when each of its messages has left or failed once."""
 
-    def __init__(self, ids: Iterable[str], needs_primary: bool) -> None:
+    def __init__(self, ids: Iterable[str]) -> None:
         self.left = set(ids)
-        self.needs_primary = needs_primary
         self.total = len(self.left)
         self.counts = dict.fromkeys(("delivered", "bounced", "expired", "deferred", "deleted"), 0)
-        self.error = ""                 # why a primary could not be reached
+        self.error = ""                 # why a message failed
 
-    def settle(self, id: str, kind: str, error: str = "") -> None:
+    def note(self, id: str, kind: str, error: str = "") -> None:
         if id in self.left:
             self.left.discard(id)
             self.counts[kind] += 1
@@ -5099,23 +5095,47 @@ class Queue:
 
     def __init__(self, cfg: Config, spool: SpoolThreads, loop: Loop, log: Log) -> None:
         self.cfg, self.spool, self.loop, self.log = cfg, spool, loop, log
-        self.ids, self.destinations, self.recipients = Ids(), Destinations(cfg), RecipientCache()
+        self.destinations, self.recipients = Destinations(cfg), RecipientCache()
         self.loader, self.deliveries = Loader(self), Deliveries(self)
-        self.judgement, self.recorder = Judgement(self), Recorder(self)
-        self.state, self.callers, self.alerts = StateFile(self), Callers(self), Alerts(self)
+        self.recorder, self.alerts = Recorder(self), Alerts(self)
         self.listeners: Endpoints = ()
         self.watches: List[Watch] = []
-        self.waiters: Dict[str, Callable[[Optional[Reply]], None]] = {}     # by ID: clients in cut-through
+        self.waiters: Dict[str, Tuple[Destination, Decision]] = {}    # by ID: clients in cut-through
         self.fresh: Dict[str, Tuple[str, ...]] = {}     # by ID: recipients not yet logged as deferred
+        self.hosts: Dict[str, FrozenSet[str]] = {}      # by destination: addresses, as last routed
         self.corrupt = 0                # messages in corrupt/
+        self.last_id = 0
         self.is_stopping = self.is_dirty = False
-        self.is_serving = False         # else a command's own run, without listeners
-        self.only = ""                  # ... and what that is about
         self.drift = loop.now.wall - loop.now.mono
 
     @property
     def now(self) -> Now:
         return self.loop.now
+
+    def new_id(self) -> str:
+        """The time in microseconds, never the same twice, in upper-case hex: a spool sorts by age."""
+        self.last_id = max(self.last_id + 1, time.time_ns() // 1000)
+        return "%X" % self.last_id
+
+    def run(self, steps: Steps, result: Any = None) -> None:
+        """Go on with them, with the result of the last one."""
+        try:
+            wish = steps.send(result)
+        except StopIteration:
+            return
+        go_on = functools.partial(self.run, steps)
+        if isinstance(wish, tuple):
+            self.spool.ask(go_on, *wish)
+        elif isinstance(wish, float):
+            self.loop.later(wish, go_on)
+        else:
+            self.loop.in_thread(wish, go_on)
+
+    def _know_domains(self) -> None:
+        """Those that have a section of their own, whether mail came for them yet or not."""
+        for name in self.cfg.domains:
+            if name[0] != ".":
+                self.destinations.get(name, self.now)
 
     # -- a message comes
 
@@ -5123,33 +5143,53 @@ class Queue:
         """An entry, unless it is there already."""
         one = self.destinations.get(self.destinations.name_for(found.kind, found.domain), self.now)
         if found.is_finished:           # a crash came before its removal
-            self.recorder.remove(found.id, lambda: None)
+            self.run(self.recorder.ask("remove", found.id))
         elif found.id not in one.entries:
             entry = Entry(found.id, found.size, found.received, found.attempts, found.is_held,
                           found.is_delay_told, is_ours)
             one.add(entry, self.now, found.next_attempt - self.now.wall)
-            if not is_ours:
-                self.deliveries.attend(one)
-        return one
-
-    def accept(self, sidecar: Sidecar, size: int, is_undecided: bool = False) -> Destination:
-        """A message that is on stable storage now.  `is_undecided`: cut_through() comes next."""
-        self._look_at_clock()           # before the next sweep: a jump is about the mail before this one
-        jump = self.now.wall - sidecar["received"]
-        if abs(jump) > CLOCK_JUMP_S:    # ... and this one came before it, and was at the disk
-            shift_times(sidecar, jump)
-            self.spool.ask(self.log_failure, "shift", [sidecar["id"]], jump)
-        one = self.admit(summarize(dict(sidecar, size=size)), True)
-        self.is_dirty = True
-        self.fresh[sidecar["id"]] = tuple(person["address"] for person in sidecar["recipients"])
-        self.log.write("qmgr", "%s: from=<%s>, size=%d, nrcpt=%d (queue active)" % (
-            sidecar["id"], printable(sidecar["sender"]), size, len(sidecar["recipients"])))
-        if one.waits_for and not one.is_collecting:
-            self._log_waiting(one, one.waits_for)
-        if not is_undecided:
-            one.counters["accepted"] += 1
             self.deliveries.attend(one)
         return one
+
+    def accept(self, sidecar: Sidecar, size: int, answer: Optional[Decision] = None) -> None:
+        """A message that is on stable storage now.  `answer`: its client waits, if that is worth it, for the
+        primary's verdict (cut-through).  It gets the refusal of all recipients, and then the message is
+        gone, or None: the message was taken, or stays queued."""
+        self._look_at_clock()           # before the next sweep: a jump is about the mail before this one
+        id, jump = sidecar["id"], self.now.wall - sidecar["received"]
+        if abs(jump) > CLOCK_JUMP_S:    # ... and this one came before it, and was at the disk
+            shift_times(sidecar, jump)
+            self.spool.ask(self.log_failure, "shift", [id], jump)
+        one = self.admit(summarize(dict(sidecar, size=size)), True)
+        self.is_dirty = True
+        self.fresh[id] = tuple(person["address"] for person in sidecar["recipients"])
+        self.log.write("qmgr", "%s: from=<%s>, size=%d, nrcpt=%d (queue active)" % (
+            id, printable(sidecar["sender"]), size, len(sidecar["recipients"])))
+        if one.waits_for and not one.is_collecting:
+            self.log_waiting(one, one.waits_for)
+        self.waiters[id] = one, answer or (lambda refusal: None)
+        if answer and one.may_cut_through(self.now) and not (self.is_stopping or self.recorder.is_behind):
+            one.urge(one.entries[id])
+            self.loop.later(CUT_THROUGH_S, lambda: self.let_go(id))
+        else:
+            self.let_go(id)
+
+    def let_go(self, id: str) -> None:
+        """The client waits no longer: the message is ours."""
+        if id in self.waiters:
+            one, answer = self.waiters.pop(id)
+            one.counters["accepted"] += 1
+            answer(None)
+
+    def hand_back(self, one: Destination, entry: Entry, verdict: Verdict) -> Steps:
+        """The client gets the refusal once the message has left the spool."""
+        code, _, text = verdict.response.partition(" ")
+        text = text[len(verdict.status):].lstrip(" ") if text.startswith(verdict.status) else text
+        text = text.encode("ascii", "backslashreplace").decode("ascii")         # RFC 6531 3.7.4
+        _, answer = self.waiters.pop(entry.id)
+        yield from self.recorder.ask("remove", entry.id)
+        self.leave(one, entry, "bounced")
+        answer(Reply(int(code), verdict.status, text))
 
     def own_sidecar(self, id: str, kind: str, target: str, data: bytes) -> Sidecar:
         """Of mail of our own, from the null reverse-path."""
@@ -5159,60 +5199,23 @@ class Queue:
                             {"address": "", "helo": "", "tls": None},
                             "" if data.isascii() else "8BITMIME", not target.isascii())
 
-    # -- cut-through: its client waits for the primary's verdict
-
-    def cut_through(self, one: Destination, id: str, answer: Callable[[Optional[Reply]], None]) -> None:
-        """`answer` gets the primary's refusal of all recipients of a message that was just accepted, and
-        then it is gone, or None: it was taken, or stays queued."""
-        def decided(refusal: Optional[Reply]) -> None:
-            one.counters["accepted"] += refusal is None
-            answer(refusal)
-        entry = one.entries.get(id)
-        if entry is None or self.is_stopping or self.recorder.is_behind or not one.may_cut_through(self.now):
-            decided(None)
-        else:
-            self.waiters[id] = decided
-            one.urge(entry)
-            self.loop.later(CUT_THROUGH_S, lambda: self.let_go(id))
-        self.deliveries.attend(one)
-
-    def let_go(self, id: str) -> None:
-        """The client waits no longer: the message is ours."""
-        waiter = self.waiters.pop(id, None)
-        if waiter is not None:
-            waiter(None)
-
-    def hand_back(self, one: Destination, entry: Entry, verdict: Verdict) -> None:
-        """The client gets the refusal once the message has left the spool."""
-        code, _, text = verdict.response.partition(" ")
-        text = text[len(verdict.status):].lstrip(" ") if text.startswith(verdict.status) else text
-        text = text.encode("ascii", "backslashreplace").decode("ascii")         # RFC 6531 3.7.4
-        waiter = self.waiters.pop(entry.id)
-
-        def removed() -> None:
-            self.leave(one, entry, "bounced")
-            waiter(Reply(int(code), verdict.status, text))
-        self.recorder.remove(entry.id, removed)
-
     # -- a message stays, or goes
 
     def put_off(self, one: Destination, entry: Entry, pause: float, error: str) -> None:
-        if one.entries.get(entry.id) is entry:
-            one.put_off(entry, self.now, pause)
-            self.settle(entry.id, "deferred", error)
-            self.deliveries.attend(one)
+        one.put_off(entry, self.now, pause)
+        self.note(entry.id, "deferred", error)
+        self.deliveries.attend(one)
 
     def leave(self, one: Destination, entry: Entry, kind: str) -> None:
         """It has left the spool."""
-        if one.entries.get(entry.id) is entry:
-            one.drop(entry.id)
+        one.drop(entry.id)
         self.fresh.pop(entry.id, None)
-        self.settle(entry.id, kind)
+        self.note(entry.id, kind)
         self.let_go(entry.id)
 
-    def settle(self, id: str, kind: str, error: str = "") -> None:
+    def note(self, id: str, kind: str, error: str = "") -> None:
         for watch in self.watches:
-            watch.settle(id, kind, error)
+            watch.note(id, kind, error)
 
     def on_fault(self, one: Destination, entry: Entry, fault: Exception) -> None:
         """A message could not be read."""
@@ -5230,67 +5233,68 @@ class Queue:
                 remark = "%s: corrupt: %s; and cannot be moved: %s" % (id, why, remark)
                 self.loop.later(RETRY_DISK_S, lambda: self.set_aside(id, why))
             else:
-                self.corrupt += "nothing left" not in remark
+                self.corrupt += not isinstance(why, Gone)
             self.log.write("qmgr", remark, "warning")
         self.spool.ask(moved, "set_aside", id, why)
 
-    def log_delivery(self, entry: Entry, verdict: Verdict, relay: str, seconds: float = 0.0) -> None:
+    def log_delivery(self, entry: Entry, verdict: Verdict, relay: str = "none", seconds: float = 0.0) -> None:
         delay = max(0.0, self.now.wall - entry.received)
         self.log.write("smtp", "%s: to=<%s>, relay=%s, delay=%s, delays=0/%s/0/%s, dsn=%s, status=%s (%s)" % (
             entry.id, printable(verdict.address), relay, format_delay(delay),
             format_delay(max(0.0, delay - seconds)), format_delay(seconds), verdict.status, verdict.kind,
             printable(verdict.response)))
 
-    def log_failure(self, result: Any) -> None:
-        if isinstance(result, Exception):
-            self.log.write("qmgr", "cannot be recorded: %s" % printable(str(result)), "error")
-
-    # -- a primary's state
-
-    def tell(self, one: Destination, change: Optional[Change], how: str = "") -> None:
-        """The only place that says, saves and alerts that a primary's state has changed."""
-        if change is None:
-            return
-        event, lasted = change.now.value, format_duration(change.lasted)
-        text = "%s: %s" % (event, one.last_error)
-        if change.now is Primary.UP:
-            text = {Primary.DOWN: "up after %s" % lasted,
-                    Primary.REJECTING: "up%s after rejecting for %s" % (how, lasted)}.get(change.was, "up")
-        elif change.now is Primary.REJECTING:
-            since = self.now.to_wall(one.recovered) if one.recovered > -INF else 0.0
-            self.recipients.forget_bad(one.name, since)
-            self.deliveries.on_rejecting(one)
-            self.on_away(one, one.last_error)
-        text = "%s, %d messages waiting" % (text, len(one.entries))
-        self.log.write("primary", "%s: %s" % (one.label, printable(text)),
-                       "warning" if change.now is Primary.REJECTING else "info")
-        self.is_dirty = True
-        if not one.cfg.is_notices:      # of those there may be thousands, one for each domain that spam names
-            self.state.save()
-            self.alerts.on_state(one, event, text)
-
-    def on_away(self, one: Destination, error: str) -> None:
-        """Nothing of it leaves soon: whoever waits for it has an answer."""
-        for id in [id for id in self.waiters if id in one.entries]:
-            self.let_go(id)
-        self._log_waiting(one, error)
-        if not one.is_urged:
-            self.end_watches(one, error)
-
-    def end_watches(self, one: Destination, error: str) -> None:
-        for watch in self.watches:
-            if watch.needs_primary:
-                for id in watch.left & set(one.entries):
-                    watch.settle(id, "deferred", error)
-
-    def _log_waiting(self, one: Destination, error: str) -> None:
+    def log_waiting(self, one: Destination, error: str) -> None:
         """Each message says once in the log that it waits, not at every probe."""
         for id in [id for id in self.fresh if id in one.entries]:
             entry, addresses = one.entries[id], self.fresh.pop(id)
             if entry.state is not State.SENDING:
                 one.counters["deferred"] += 1
                 for address in addresses:
-                    self.log_delivery(entry, Verdict(address, "deferred", "4.4.1", error, ""), "none")
+                    self.log_delivery(entry, Verdict(address, "deferred", "4.4.1", error, ""))
+
+    def log_failure(self, result: Any) -> None:
+        if isinstance(result, Exception):
+            self.log.write("qmgr", "cannot be recorded: %s" % printable(str(result)), "error")
+
+    # -- primaries: their states, and the addresses they have
+
+    def tell(self, one: Destination, change: Optional[Change]) -> None:
+        """The only place that says, saves and alerts that a primary's state has changed."""
+        if change is None:
+            return
+        event, lasted = change.now.value, format_duration(change.lasted)
+        text = "%s: %s" % (event, one.last_error)
+        if change.now is Primary.UP:
+            text = {Primary.DOWN: "up after " + lasted,
+                    Primary.REJECTING: "up after rejecting for " + lasted}.get(change.was, "up")
+        elif change.now is Primary.REJECTING:
+            since = self.now.to_wall(one.recovered) if one.recovered > -INF else 0.0
+            self.recipients.forget_bad(one.name, since)
+            self.deliveries.on_rejecting(one)
+        text = "%s, %d messages waiting" % (text, len(one.entries))
+        self.log.write("primary", "%s: %s" % (one.label, printable(text)),
+                       "warning" if change.now is Primary.REJECTING else "info")
+        self.is_dirty = True
+        if not one.cfg.is_notices:      # of those there may be thousands, one for each domain that spam names
+            self.save_state()
+            self.alerts.on_state(one, event, text)
+
+    def note_hosts(self, one: Destination, hosts: Iterable[Hop]) -> None:
+        if not one.cfg.is_notices:
+            self.hosts[one.name] = frozenset(hop.address for hop in hosts)
+
+    def on_client(self, address: str) -> None:
+        """Somebody connected.  A primary that does so is back."""
+        for name in [name for name, hosts in self.hosts.items() if address in hosts]:
+            one = self.destinations.all.get(name)
+            if one is not None and one.entries and (one.state is not Primary.UP or one.late):
+                one.trigger(self.now)
+                self.deliveries.urge(one)
+
+    def may_know(self, address: str, meant: Iterable[Destination]) -> bool:
+        """Whether a client may be told how much waits: one of ours, or the primary itself."""
+        return self.cfg.is_trusted(address) or all(address in self.hosts.get(one.name, ()) for one in meant)
 
     # -- ends by age and by command
 
@@ -5301,55 +5305,65 @@ class Queue:
         for one in list(self.destinations.all.values()):
             expired, delayed = one.look(self.now)
             for entry in expired:
-                self.end(one, entry, "expired", "4.4.7", UNCOLLECTED if one.waits_for else one.last_error)
+                error = UNCOLLECTED if one.waits_for else one.last_error
+                self.run(self.end(one, entry, "expired", "4.4.7", error))
             for entry in delayed:
-                self._tell_delay(one, entry)
+                self.run(self._tell_delay(one, entry))
             is_needed = one.entries or one.is_held or one.is_collecting or one.name in self.cfg.domains
             if not is_needed and self.deliveries.forget(one):
                 del self.destinations.all[one.name]     # of a notice, or a subdomain somebody wrote to once
-                self.callers.note(one, ())
+                self.hosts.pop(one.name, None)
 
-    def end(self, one: Destination, entry: Entry, kind: str, status: str = "", error: str = "") -> None:
+    def end(self, one: Destination, entry: Entry, kind: str, status: str = "", error: str = "") -> Steps:
         """Expired, bounced or deleted; record() makes the notice of the first two.  A message whose last
         answer names a fault of its own (5.3.4, 5.6.7) expires with that, not as a timeout."""
         one.take_out(entry)
         if kind == "deleted":
-            return self.recorder.remove(entry.id, lambda: self.leave(one, entry, kind))
+            yield from self.recorder.ask("remove", entry.id)
+            return self.leave(one, entry, kind)
+        found = yield "look", entry.id
+        if isinstance(found, Exception):
+            return self.on_fault(one, entry, found)
+        people, judged = self._refresh(one, entry, found[0]), []
+        for address, person in people.items():
+            if kind != "expired" or person["last_status"][:1] != "5":
+                person["last_status"] = status
+            person.update(state=EXPIRED if kind == "expired" else BOUNCED,
+                          last_response=error or person["last_response"])
+            judged.append(Verdict(address, kind, person["last_status"], person["last_response"],
+                                  "" if error else person["last_remote"]))
+            self.log_delivery(entry, judged[-1])
+        done = yield from self.recorder.record(entry.id, found[0], judged, people)
+        if isinstance(done, Exception):
+            return self.on_fault(one, entry, done)
+        one.counters[kind] += 1
+        self.leave(one, entry, kind)
 
-        def looked(found: Any) -> None:
-            if not isinstance(found, tuple):
-                return self.on_fault(one, entry, found)
-            people, judged = self._refresh(one, entry, found[0]), []
-            for address, person in people.items():
-                if kind != "expired" or person["last_status"][:1] != "5":
-                    person["last_status"] = status
-                person.update(state=EXPIRED if kind == "expired" else BOUNCED,
-                              last_response=error or person["last_response"])
-                judged.append(Verdict(address, kind, person["last_status"], person["last_response"],
-                                      "" if error else person["last_remote"]))
-
-            def ended(_: bool) -> None:
-                for verdict in judged:
-                    self.log_delivery(entry, verdict, "none")
-                one.counters[kind] += 1
-                self.leave(one, entry, kind)
-            self.recorder.record(entry.id, found[0], judged, people, ended)
-        self.recorder.look(entry.id, "", looked)
-
-    def _tell_delay(self, one: Destination, entry: Entry) -> None:
+    def _tell_delay(self, one: Destination, entry: Entry) -> Steps:
         """Tell the sender, once, that a message waits."""
         entry.is_delay_told = True
+        found = yield "look", entry.id
+        if isinstance(found, Exception):
+            entry.is_delay_told = not isinstance(found, OSError)        # again at the next look
+            return
+        told = [Verdict(person["address"], "delayed", person["last_status"] or "4.4.1",
+                        person["last_response"], person["last_remote"])
+                for person in self._refresh(one, entry, found[0]).values() if not person.get("delayed")]
+        people = {verdict.address: {"delayed": True} for verdict in told}
+        yield from self.recorder.record(entry.id, found[0], told, people)
 
-        def looked(found: Any) -> None:
-            if not isinstance(found, tuple):
-                entry.is_delay_told = not isinstance(found, OSError)        # again at the next look
-                return
-            told = [Verdict(person["address"], "delayed", person["last_status"] or "4.4.1",
-                            person["last_response"], person["last_remote"])
-                    for person in self._refresh(one, entry, found[0]).values() if not person.get("delayed")]
-            people = {verdict.address: {"delayed": True} for verdict in told}
-            self.recorder.record(entry.id, found[0], told, people, lambda _: None)
-        self.recorder.look(entry.id, "", looked)
+    def keep_attempts(self) -> None:
+        """At the end of a run.  Of mail past its lifetime failed connections are written down, so that
+        a --flush from cron, too, has tried it often enough one day."""
+        def keep(one: Destination, entry: Entry) -> Steps:
+            found = yield "look", entry.id
+            if not isinstance(found, Exception):
+                people = self._refresh(one, entry, found[0])
+                yield from self.recorder.record(entry.id, found[0], [], people, False)
+        for one in self.destinations.all.values():
+            for entry in one.entries.values() if one.failures else ():
+                if entry.deadline <= self.now.mono and entry.state in (State.READY, State.LATER):
+                    self.run(keep(one, entry))
 
     def _refresh(self, one: Destination, entry: Entry, sidecar: Sidecar) -> Dict[str, Dict[str, Any]]:
         """The queued recipients, by address, with the failed connections, which are counted in memory
@@ -5383,25 +5397,22 @@ class Queue:
         meant = [one for one in meant if not one.is_held]
         fresh = [one.flush(self.now) for one in meant]
         for one in meant:
-            if one.waits_for and not one.is_collecting:
-                self.end_watches(one, one.trouble)
             self.deliveries.urge(one)
         return all(fresh)
 
     def probe_all(self) -> None:
         """SIGUSR1: every primary is asked, whether mail waits for it or not."""
-        for name in self.cfg.domains:
-            if name[0] != ".":
-                one = self.destinations.get(name, self.now)
-                if not one.entries and not one.waits_for:
-                    one.trigger(self.now)
-                    self.deliveries.ask(one, "", lambda word, text: None)
-        self.flush(self.destinations.matching("all"))
+        meant = self.destinations.matching("all")
+        for one in meant:
+            if not (one.entries or one.waits_for or one.cfg.is_notices):
+                one.trigger(self.now)
+                self.deliveries.ask(one, "", lambda word, text: None)
+        self.flush(meant)
 
     def pardon(self, meant: Iterable[Destination]) -> None:
         """--flush: the operator says that rejecting primaries are themselves again."""
         for one in meant:
-            self.tell(one, one.on(Event.PARDONED, self.now), " by command")
+            self.tell(one, one.on(Event.PARDONED, self.now))
 
     def move(self, what: str, address: str) -> None:
         """An authenticated ETRN: where `primary = etrn`, the primary is where it came from."""
@@ -5409,12 +5420,14 @@ class Queue:
             if cfg.primary == "etrn" and self.destinations.homes.get(cfg.name) != address:
                 moved = self.destinations.move(cfg, address, self.now)
                 self.log.write("primary", "%s: at %s since an authenticated ETRN" % (cfg.name, address))
-                self.deliveries.part(moved, True)
-                self.state.save()
+                self.deliveries.part(moved, PART_S)
+                self.save_state()
 
     def hold(self, what: str, on: bool, done: Callable[[Any], None]) -> int:
         """An ID, a domain (later mail for it, too), or all.  Returns the number of messages meant;
         `done` is called when it is on stable storage."""
+        if what[0] != "@" and self.cfg.domain(what) is not None:
+            self.destinations.get(what, self.now)       # a subdomain that no mail has come for yet
         meant = self.destinations.matching(what)
         for one in meant if not on else ():
             one.watched_since = self.now.mono
@@ -5423,25 +5436,22 @@ class Queue:
             self.spool.ask(done, "record", what, {"held": on}, {})
             self.deliveries.attend(meant[0])
             return 1
-        for name in [*self.cfg.domains, what]:      # no mail may have come for them yet
-            if name[0] not in ".@" and self.cfg.domain(name) is not None:
-                self.destinations.get(name, self.now)
-        meant = self.destinations.matching(what)
         for one in meant:
             for entry in one.hold_all(on):
                 self.spool.ask(self.log_failure, "record", entry.id, {"held": False}, {})
             self.deliveries.attend(one)
-        self.state.save(done)
+        self.save_state(done)
         return sum(len(one.entries) for one in meant)
 
     def reconfigure(self, cfg: Config) -> None:
         """SIGHUP."""
         self.cfg = cfg
         changed = self.destinations.reconfigure(cfg, self.now)
+        self._know_domains()
         for one in changed:
             self.recipients.forget_bad(one.name)        # another primary has other recipients
             self.recipients.accept_all.pop(one.name, None)
-        self.deliveries.part(changed, False)
+        self.deliveries.part(changed, END_OF_DATA_S)
         for one in list(self.destinations.all.values()):
             self.deliveries.attend(one)
         self.loader.load()
@@ -5455,25 +5465,53 @@ class Queue:
         for id in list(self.waiters):
             self.let_go(id)
 
-    def keep_attempts(self) -> None:
-        """At the end of a run.  Of mail past its lifetime failed connections are written down, so that
-        a --flush from cron, too, has tried it often enough one day."""
-        def keep(one: Destination, entry: Entry, found: Any) -> None:
-            if isinstance(found, tuple):
-                self.recorder.record(entry.id, found[0], [], self._refresh(one, entry, found[0]),
-                                     lambda _: None, lambda error: None)
-        for one in self.destinations.all.values():
-            for entry in one.entries.values() if one.failures else ():
-                if entry.deadline <= self.now.mono and entry.state in (State.READY, State.LATER):
-                    self.recorder.look(entry.id, "", functools.partial(keep, one, entry))
+    # -- state.json and recipients.json: what was learnt, over a restart
+
+    def save_state(self, then: Callable[[Any], None] = lambda result: None) -> None:
+        """`then` is called when state.json is on stable storage, or cannot be."""
+        sites = {one.name: dict(one.to_values(self.now), told=one.name in self.alerts.told)
+                 for one in self.destinations.all.values()}
+        state = {"format": 1, "saved": self.now.wall, "sites": sites, "homes": dict(self.destinations.homes)}
+        self.is_dirty = False
+        if self.recipients.is_dirty:
+            self.run(self._save("recipients.json", self.recipients.to_values(self.now.wall)))
+        self.run(self._save("state.json", state, then))
+
+    def _save(self, name: str, values: Any, then: Callable[[Any], None] = lambda result: None) -> Steps:
+        result = yield "save", name, values
+        self.log_failure(result)
+        if isinstance(result, Exception):
+            self.is_dirty = self.recipients.is_dirty = True     # again with the next save
+        then(result)
+
+    def load_state(self, state: Mapping[str, Any], recipients: Mapping[str, Any]) -> None:
+        """What was known before the restart.  What does not make sense is forgotten."""
+        self.recipients.from_values(recipients)
+        homes, sites = state.get("homes"), state.get("sites")
+        for name, address in homes.items() if isinstance(homes, dict) else ():
+            cfg = self.cfg.domains.get(name)
+            if cfg is not None and cfg.primary == "etrn" and is_address(address):
+                self.destinations.homes[name] = address
+        self._know_domains()
+        for name, values in sites.items() if isinstance(sites, dict) else ():
+            with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError, OverflowError):
+                # A hold is an operator's order.  It stands even where the rest makes no sense.
+                is_held = values["held"] is True
+                if not is_held and self.cfg.domain(name) is None:
+                    continue
+                one = self.destinations.get(name, self.now)
+                one.is_held = is_held
+                one.from_values(values, self.now)       # raises where it was written by hand, say
+                self.note_hosts(one, one.route)
+                if one.state is Primary.DOWN and values.get("told") is True:
+                    self.alerts.told[name] = "down"
 
 
 class Loader:
     """Reads the spool into the queue; mail is accepted meanwhile."""
 
     def __init__(self, queue: Queue) -> None:
-        self.queue, self.spool, self.log, self.loop = queue, queue.spool, queue.log, queue.loop
-        self.unread: List[str] = []     # IDs
+        self.queue, self.spool, self.log = queue, queue.spool, queue.log
         self.early: Set[str] = set()    # flushes asked for while it was being read
         self.is_busy = False
         self.loads = 0
@@ -5486,54 +5524,26 @@ class Loader:
         """All of it, or some messages.  Again at SIGHUP, for pairs that were copied in."""
         if self.is_busy:
             self.again = 0.0            # what was copied since may be behind the reader
-            return
-        self.is_busy, self.again, self.trouble = True, INF, ""
-        if ids is None:
-            self.spool.ask(self._on_list, "list")
         else:
-            self._on_list((ids, []))
+            self.is_busy, self.again, self.trouble = True, INF, ""
+            self.queue.run(self._load(ids))
 
-    def _on_list(self, result: Any) -> None:
-        self.error = self.trouble = printable(str(result)) if isinstance(result, Exception) else ""
-        if self.error:
-            return self._end()
+    def _load(self, ids: Optional[List[str]]) -> Steps:
+        found = (yield ("list",)) if ids is None else (ids, [])
+        self.error = self.trouble = printable(str(found)) if isinstance(found, Exception) else ""
+        ids, alone = ([], []) if self.error else found
         known = {id for one in self.queue.destinations.all.values() for id in one.entries}
-        ids, alone = result
-        self.unread = [id for id in reversed(ids) if id not in known]
-        self.loads += 1
+        unread = [id for id in ids if id not in known]
+        self.loads += not self.error
         for id in alone:
             self.queue.set_aside(id, "a body without a sidecar")
-        self._load_next()
-
-    def _load_next(self) -> None:
-        ids = [self.unread.pop() for _ in range(min(LOAD_BATCH, len(self.unread)))]
-        if not ids:
-            return self._end()
-
-        def loaded(results: Any) -> None:
-            for id, result in zip(ids, [results] * len(ids) if isinstance(results, Exception) else results):
-                self._take(id, False, result)
-            self._load_next()
-        self.spool.ask(loaded, "load", ids, self.loads > 1)
-
-    def _take(self, id: str, is_split: bool, found: Any) -> None:
-        if isinstance(found, list) and (is_split or len(found) == 1 or not self.spool.may_write):
-            for part in found:
-                self.queue.admit(part)
-        elif isinstance(found, list):   # of version 0.1, about several domains: it is split durably first
-            self.spool.ask(functools.partial(self._take, id, True), "convert", id)
-        elif isinstance(found, BlockingIOError):
-            self.again = min(self.again, COPY_S)        # it may still be being copied in
-        elif isinstance(found, NotOurs):
-            self.log.write("qmgr", "%s: left alone: %s" % (id, found), "warning")
-        elif not isinstance(found, Corrupt):
-            self.trouble = "%s: %s" % (id, printable(str(found)))
-            if not self.is_busy and self.again == INF:          # a split failed after the rest was read
-                self._end()
-        elif not is_gone(found):
-            self.queue.set_aside(id, found)
-
-    def _end(self) -> None:
+        for at in range(0, len(unread), LOAD_BATCH):
+            batch = unread[at:at + LOAD_BATCH]
+            results = yield "load", batch, self.loads > 1
+            if isinstance(results, Exception):
+                results = [results] * len(batch)
+            for id, result in zip(batch, results):
+                yield from self._take(id, result)
         self.is_busy = False
         if self.trouble:
             self.log.write("qmgr", "the spool could not be read whole: %s; trying again in %s" % (
@@ -5541,31 +5551,36 @@ class Loader:
             self.again, self.pause = min(self.again, self.pause), min(2.0 * self.pause, RETRY_READ_S)
         else:
             self.pause = RETRY_DISK_S
-        if self.again == 0.0:
-            self.load()
-        elif self.again < INF:
-            self.loop.later(self.again, self.load)
-        early, self.early = self.early, set()
-        for what in early:
-            self.queue.flush(self.queue.destinations.matching(what))
+        if self.again < INF:
+            self.queue.loop.later(self.again, self.load)
+        while self.early:
+            self.queue.flush(self.queue.destinations.matching(self.early.pop()))
 
-
-def is_gone(fault: Exception) -> bool:
-    """Nothing is left to set aside: it was delivered, or taken out by hand."""
-    return str(fault) == "the sidecar is gone"
-
-
-class Question:
-    """Whether the primary takes this recipient; empty: whether it is there at all."""
-    __slots__ = ("key", "address", "waiting", "is_again")
-
-    def __init__(self, key: Tuple[str, str], address: str) -> None:
-        self.key, self.address = key, address
-        self.waiting: List[Callable[[str, str], None]] = []     # sessions that ask the same share it
-        self.is_again = False           # the connection that had it was lost
+    def _take(self, id: str, found: Any) -> Steps:
+        if isinstance(found, list) and len(found) > 1 and self.spool.may_write:
+            found = yield "convert", id         # of version 0.1, about several domains: split durably first
+        if isinstance(found, list):
+            for part in found:
+                self.queue.admit(part)
+        elif isinstance(found, BlockingIOError):
+            self.again = min(self.again, COPY_S)        # it may still be being copied in
+        elif isinstance(found, NotOurs):
+            self.log.write("qmgr", "%s: left alone: %s" % (id, found), "warning")
+        elif not isinstance(found, Corrupt):
+            self.trouble = "%s: %s" % (id, printable(str(found)))
+        elif not isinstance(found, Gone):
+            self.queue.set_aside(id, found)
 
 
 STRANGER = "?"                          # keys the question whether a primary takes any address
+
+
+class Question(NamedTuple):
+    """Whether the primary takes this recipient; empty: whether it is there at all."""
+    key: Tuple[str, str]                # destination, and recipient or STRANGER
+    address: str
+    waiting: List[Callable[[str, str], None]]           # sessions that ask the same share it
+    is_again: bool = False              # the connection that had it was lost
 
 
 class Traffic:
@@ -5578,7 +5593,7 @@ class Traffic:
         self.is_fetching = False
         self.questions: Deque[Question] = collections.deque()       # not yet asked
         self.dials: List[Dial] = []
-        self.alarm = INF                # monotonic, of the earliest timer set
+        self.alarm = INF                # monotonic, of the last timer set
 
 
 class Deliveries:
@@ -5592,10 +5607,8 @@ class Deliveries:
         self.traffic: Dict[str, Traffic] = collections.defaultdict(Traffic)
         self.dialling = 0               # all told, each a thread
         self.starved: Dict[str, None] = {}      # who could not dial because too many did, in that order
-        self.is_stalled = False         # connections got nothing, because the disk lags behind
         self.asked: Dict[Tuple[str, str], Question] = {}
-        # Turned around by ATRN, but its server has not greeted yet: for whom, socket, since when (monotonic).
-        self.arriving: List[Tuple[Sequence[Destination], socket.socket, float]] = []
+        self.arriving: Dict[Dial, Sequence[Destination]] = {}       # turned around, but has not greeted yet
 
     def of(self, one: Destination) -> Traffic:
         return self.traffic[one.name]
@@ -5614,11 +5627,8 @@ class Deliveries:
 
     def attend(self, one: Destination) -> None:
         """Give its connections what they have room for, dial where one more is wanted, be back in time."""
-        known, only = self.queue.destinations, self.queue.only
-        is_known = known.all.get(one.name) is one       # else it is gone, and this was its timer
-        is_meant = only in ("", "all") or one in known.matching(only)
-        if self.queue.is_stopping or not is_known or not is_meant:
-            return
+        if self.queue.is_stopping or self.queue.destinations.all.get(one.name) is not one:
+            return                      # else it is gone, and this was its timer
         now, traffic = self.loop.now, self.of(one)
         if one.is_proven:               # the connections allowed may have been halved
             active = [connection for connection in traffic.connections
@@ -5634,19 +5644,17 @@ class Deliveries:
         hanging = sum(one.state is Primary.UP or connection.waits_since >= one.since for connection in late)
         while one.wanted(now, answering, hanging, len(traffic.dials), others) and self._may_dial(one):
             self._dial(one, traffic)
+            if len(late) > max(LATE_MAX, one.cfg.connections):
+                late.pop(0).cut()       # the oldest of those that hang makes room
         at = one.wake(now, others)
-        if at is not None and at < traffic.alarm:
-            def wake() -> None:
-                if traffic.alarm == at:
-                    traffic.alarm = INF
-                self.attend(one)
+        if at is not None and not now.mono < traffic.alarm <= at:       # else a timer comes soon enough
             traffic.alarm = at
-            self.loop.later(max(0.0, at - now.mono), wake)
+            self.loop.later(max(0.0, at - now.mono), functools.partial(self.attend, one))
 
     def _feed(self, connection: Connection) -> None:
         """Questions first, then messages."""
         one = connection.destination
-        traffic = self.of(one)
+        traffic, recorder = self.of(one), self.queue.recorder
         self._fetch(one, traffic)
         while connection.has_room():
             if traffic.questions:
@@ -5656,10 +5664,10 @@ class Deliveries:
                                           functools.partial(self._on_word, connection, question)))
                 else:
                     self._answer(question, "silent", "")        # it has greeted
-            elif traffic.fetched and not self._must_wait():
+            elif traffic.fetched and not recorder.is_behind:
                 self._say_message(connection, *traffic.fetched.popleft())
                 self._fetch(one, traffic)
-            elif not connection.collects or connection.courses or traffic.is_fetching or self.is_stalled:
+            elif not connection.collects or connection.courses or traffic.is_fetching or recorder.is_behind:
                 break
             elif connection.left:       # ATRN: the next domain's turn
                 traffic.connections.remove(connection)
@@ -5677,18 +5685,19 @@ class Deliveries:
         people = [person for person in sidecar["recipients"] if person["state"] == QUEUED]
         due = [person for person in people if person["next_attempt"] <= self.loop.now.wall] or people
 
-        def judge(verdicts: List[Verdict]) -> None:
+        def answered(verdicts: List[Verdict]) -> None:
             if verdicts:
-                self.queue.judgement.on_verdicts(one, connection, entry, sidecar, due, verdicts)
-            elif one.entries.get(entry.id) is entry:
+                judge(self.queue, one, connection, entry, sidecar, due, verdicts)
+            else:
                 one.give_back(entry)
-        if one.entries.get(entry.id) is entry:          # else an operator removed it
-            connection.say(deliver(connection, sidecar, due[:RCPTS_PER_TRANSACTION], body, judge))
+        connection.say(deliver(connection, sidecar, due[:RCPTS_PER_TRANSACTION], body, answered))
 
     def _fetch(self, one: Destination, traffic: Traffic) -> None:
-        """Have the next messages read, so that connections need not wait for the disk."""
+        """Have the next messages read, so that connections need not wait for the disk.  Where the disk is
+        behind nothing is given out, because a crash would send it again."""
         has_taker = any(not (other.is_late or other.is_leaving) for other in traffic.connections)
-        if traffic.is_fetching or len(traffic.fetched) > FETCH_LOW or not has_taker or self._must_wait():
+        is_full = traffic.is_fetching or len(traffic.fetched) > FETCH_LOW
+        if is_full or not has_taker or self.queue.recorder.is_behind:
             return
         entries = one.take(FETCH_MOST, self.loop.now)
         if entries:
@@ -5701,10 +5710,7 @@ class Deliveries:
         traffic.is_fetching = False
         if isinstance(results, Exception):
             results = [results] * len(entries)
-        results += [None] * (len(entries) - len(results))       # some were not read
-        for entry, result in zip(entries, results):
-            if one.entries.get(entry.id) is not entry:
-                continue                # an operator removed it meanwhile
+        for entry, result in itertools.zip_longest(entries, results):       # some were not read
             if isinstance(result, Exception):
                 self.queue.on_fault(one, entry, result)
             elif result is None or entry.is_held or one.is_held or not traffic.connections:
@@ -5714,23 +5720,9 @@ class Deliveries:
         self.attend(one)
 
     def _give_back_fetched(self, one: Destination) -> None:
-        traffic = self.of(one)
-        for entry, _, _ in traffic.fetched:
-            if one.entries.get(entry.id) is entry:
-                one.give_back(entry)
-        traffic.fetched.clear()
-
-    def _must_wait(self) -> bool:
-        """The disk is behind: nothing is given out until go_on(), because a crash would send it again."""
-        self.is_stalled = self.is_stalled or self.queue.recorder.is_behind
-        return self.queue.recorder.is_behind
-
-    def go_on(self) -> None:
-        """The disk has caught up."""
-        if self.is_stalled:
-            self.is_stalled = False
-            for connection in self.all():
-                self.attend(connection.destination)
+        fetched = self.of(one).fetched
+        while fetched:
+            one.give_back(fetched.popleft()[0])
 
     # -- dialling
 
@@ -5752,10 +5744,6 @@ class Deliveries:
         plan = self.plan(one)._replace(mine=mine)
         traffic.dials.append(mine)
         self.loop.in_thread(lambda: dial(plan), functools.partial(self._on_dialled, one, mine))
-        late = [connection for connection in traffic.connections if connection.is_late
-                and not connection.collects]
-        if len(late) > max(LATE_MAX, one.cfg.connections):
-            late[0].cut()               # the oldest of those that hang makes room
 
     def plan(self, one: Destination) -> Plan:
         cfg, now = self.queue.cfg, self.loop.now
@@ -5783,7 +5771,7 @@ class Deliveries:
             return
         traffic = self.of(one)
         traffic.dials.remove(mine)
-        self.queue.callers.note(one, [hop.address for hop in result.hops])
+        self.queue.note_hosts(one, result.hops)
         if result.warning and result.warning != one.last_error:
             self.log.write("primary", "%s: %s" % (one.label, printable(result.warning)), "warning")
         if result.client is not None:
@@ -5808,13 +5796,26 @@ class Deliveries:
     # -- ends
 
     def _on_away(self, one: Destination, error: str) -> None:
-        """It cannot be reached: nothing comes of waiting for it now."""
+        """It cannot be reached."""
         self.queue.tell(one, one.on(Event.AWAY, self.loop.now, error))
+        self._end_waiting(one, error)
+
+    def on_rejecting(self, one: Destination) -> None:
+        """Sending stops: connections end, with what they have not begun given back."""
+        self._end_waiting(one, one.last_error)
+        for connection in list(self.of(one).connections):
+            if not connection.collects:         # who came for several domains goes on with the next
+                connection.leave()
+
+    def _end_waiting(self, one: Destination, error: str) -> None:
+        """Nothing of it leaves soon: whoever waits for that has an answer."""
         self._give_back_fetched(one)
         questions = self.of(one).questions
         while questions:
             self._answer(questions.popleft(), "down", error)
-        self.queue.on_away(one, error)
+        for id in [id for id in self.queue.waiters if id in one.entries]:
+            self.queue.let_go(id)
+        self.queue.log_waiting(one, error)
 
     def _on_end(self, connection: Connection, error: str) -> None:
         one = connection.destination
@@ -5826,7 +5827,7 @@ class Deliveries:
         if self.queue.is_stopping or connection.is_former:
             return self.attend(one)
         if connection.collects:
-            return self._on_collected(connection, error)
+            return self._on_collected(connection.collects, error)
         if all(other.is_late for other in traffic.connections):
             self._give_back_fetched(one)
             if error:
@@ -5843,16 +5844,9 @@ class Deliveries:
             self._on_away(one, error)
         self.attend(one)
 
-    def on_rejecting(self, one: Destination) -> None:
-        """Sending stops: connections end, with what they have not begun given back."""
-        self._give_back_fetched(one)
-        for connection in list(self.of(one).connections):
-            if not connection.collects:         # who came for several domains goes on with the next
-                connection.leave()
-
-    def part(self, moved: Iterable[Destination], is_gone: bool) -> None:
+    def part(self, moved: Iterable[Destination], patience_s: float) -> None:
         """These have another primary.  What the former one still says settles the messages that it has, and
-        nothing else.  `is_gone`: that is not waited for long."""
+        nothing else.  It is not cut off at once: an answer that is under way saves a second copy."""
         for one in moved:
             traffic = self.of(one)
             while traffic.dials:
@@ -5862,8 +5856,7 @@ class Deliveries:
                 connection.is_former = True
                 traffic.connections.remove(connection)
                 connection.leave()
-                # Not cut at once: an answer that is under way saves a second copy.
-                self.loop.later(PART_S if is_gone else END_OF_DATA_S, connection.cut)
+                self.loop.later(patience_s, connection.cut)
             self.attend(one)
 
     def urge(self, one: Destination) -> None:
@@ -5894,60 +5887,55 @@ class Deliveries:
     # -- ATRN: the client's connection turns around
 
     def turn_around(self, collected: Sequence[Destination], hop: Hop, sock: socket.socket, early: bytes,
-                    on_over: Callable[[], None]) -> None:
+                    on_over: Callable[[], None]) -> Steps:
         """ATRN was granted.  From here on the socket is ours; `on_over` is called when that has ended."""
         for one in collected:
-            one.is_collecting = True
-            one.last_try = self.loop.now.mono
+            one.is_collecting, one.last_try = True, self.loop.now.mono
             one.release()
-        arriving = (collected, sock, self.loop.now.mono)
-        self.arriving.append(arriving)
-
-        def on_taken_over(result: Any) -> None:
-            self.arriving.remove(arriving)
-            client, error = (None, str(result)) if isinstance(result, Exception) else result
-            if client is None:
-                sock.close()
-                for one in collected:
-                    one.is_collecting, one.last_error = False, error
-                self.log.write("smtp", "%s: %s" % (",".join(one.label for one in collected), error))
-                return on_over()
-            for one in collected:
-                self.queue.tell(one, one.on(Event.HEARD, self.loop.now))
-                one.is_proven = one.state is not Primary.REJECTING      # who comes is there: no canary
-                one.next_try = self.loop.now.mono
-            connection = self._open(collected[0], client)
-            connection.collects, connection.left = tuple(collected), collections.deque(collected[1:])
-            connection.stream.on_closed = on_over
-            if connection.is_over:
-                return self._on_collected(connection, "it broke off")
-            self._feed(connection)
+        mine, plan = Dial(), self.plan(collected[0])
+        mine.sockets.append(sock)
+        self.arriving[mine] = collected
         # No STARTTLS: a client that only passes lines on, like fetchmail, could not take part in it.
-        plan = self.plan(collected[0])
-        self.loop.in_thread(lambda: greet(plan, hop, sock, "none", early), on_taken_over)
+        result = yield lambda: greet(plan, hop, sock, "none", early)
+        del self.arriving[mine]
+        client, error = (None, str(result)) if isinstance(result, Exception) else result
+        if client is None:
+            sock.close()
+            self.log.write("smtp", "%s: %s" % (",".join(one.label for one in collected), error))
+            self._on_collected(collected, error)
+            return on_over()
+        for one in collected:
+            self.queue.tell(one, one.on(Event.HEARD, self.loop.now))
+            one.is_proven = one.state is not Primary.REJECTING      # who comes is there: no canary
+            one.next_try = self.loop.now.mono
+        connection = self._open(collected[0], client)
+        connection.collects, connection.left = tuple(collected), collections.deque(collected[1:])
+        connection.stream.on_closed = on_over
+        if connection.is_over:
+            return self._on_collected(collected, "it broke off")
+        self._feed(connection)
 
-    def _on_collected(self, connection: Connection, error: str) -> None:
-        self._give_back_fetched(connection.destination)
-        for one in connection.collects:
+    def _on_collected(self, collected: Sequence[Destination], error: str) -> None:
+        for one in collected:
+            self._give_back_fetched(one)
             one.is_collecting, one.limit, one.is_proven = False, 1, False
             one.last_error = error or one.last_error
             if one.waits_for:
                 one.on(Event.LEFT, self.loop.now)
-                self.queue.end_watches(one, one.trouble)
             self.attend(one)
 
     def cut_silent(self, collected: Sequence[Destination]) -> None:
         """Whoever collects asks again: the connection before may be one that nobody has hung up.  Not
         while it is we who keep it waiting, nor while the fate of a message is in its hands."""
+        since = self.loop.now.mono - ATRN_SILENT_S
         for connection in self.all():
-            if (not set(collected).isdisjoint(connection.collects) and not self.is_stalled
-                    and self.loop.now.mono - connection.stream.moved > ATRN_SILENT_S
+            if (not set(collected).isdisjoint(connection.collects) and not self.queue.recorder.is_behind
+                    and connection.stream.moved < since
                     and not any(course.has_body for course in connection.courses)):
                 connection.cut()
-        for its, sock, since in self.arriving:
-            if not set(collected).isdisjoint(its) and self.loop.now.mono - since > ATRN_SILENT_S:
-                with contextlib.suppress(OSError):      # ends the thread that waits for the greeting
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        for mine, its in self.arriving.items():
+            if its[0].last_try < since and not set(collected).isdisjoint(its):
+                mine.cut()              # ends the thread that waits for the greeting
 
     # -- questions (call-ahead)
 
@@ -5955,18 +5943,15 @@ class Deliveries:
         """`then` gets good, bad, doubted, silent or down, and a reply; after CALL_AHEAD_S at the latest, but
         the answer is waited for and kept.  A primary is asked for a stranger, too: one that takes any
         address need not be asked again."""
-        question = self.asked.get((one.name, address))
-        if question is None:
-            takes_all = self.queue.recipients.takes_all(one.name, self.loop.now.wall)
-            if address and takes_all is None and (one.name, STRANGER) not in self.asked:
-                self._put_question(one, STRANGER, "%s@%s" % (secrets.token_hex(8), one.name))
-            question = self._put_question(one, address, address)
-        waiting = question.waiting
-        waiting.append(then)
+        takes_all = self.queue.recipients.takes_all(one.name, self.loop.now.wall)
+        if address and takes_all is None and (one.name, STRANGER) not in self.asked:
+            self._put_question(one, STRANGER, "%s@%s" % (secrets.token_hex(8), one.name))
+        question = self.asked.get((one.name, address)) or self._put_question(one, address, address)
+        question.waiting.append(then)
 
         def give_up() -> None:
-            if then in waiting:
-                waiting.remove(then)
+            if then in question.waiting:
+                question.waiting.remove(then)
                 then("down", "")
         self.loop.later(CALL_AHEAD_S, give_up)
         if one.state is Primary.DOWN:
@@ -5974,7 +5959,7 @@ class Deliveries:
         self.attend(one)
 
     def _put_question(self, one: Destination, who: str, address: str) -> Question:
-        question = self.asked[one.name, who] = Question((one.name, who), address)
+        question = self.asked[one.name, who] = Question((one.name, who), address, [])
         self.of(one).questions.append(question)
         return question
 
@@ -5984,8 +5969,7 @@ class Deliveries:
         if connection.is_former or (word == "lost" and question.is_again):
             return self._answer(question, "down", text)         # the primary is another one since, or gone
         if word == "lost":              # the connection's end comes next, and attends to it
-            question.is_again = True
-            return self.of(one).questions.appendleft(question)
+            return self.of(one).questions.appendleft(question._replace(is_again=True))
         one.heard = now.mono
         is_itself = one.is_itself(now)
         if not is_itself and (one.state is Primary.REJECTING or (word == "bad" and one.entries)):
@@ -6006,116 +5990,104 @@ class Deliveries:
         question.waiting.clear()
 
 
-class Judgement:
-    """What a transaction brought: for the primary, for its recipients, for the message.
+# -- what a transaction brought: for the primary, for its recipients, for the message
+#
+# A primary that comes back and answers 550 to all: learn() counts the refused messages, and three make
+# it `rejecting`; is_final() believes no refusal before `recovery_grace` is over; settle() keeps the
+# message as deferred, with the time of the first refusal.
 
-    A primary that comes back and answers 550 to all: _learn() counts the refused messages, and three make
-    it `rejecting`; is_final() believes no refusal before `recovery_grace` is over; _settle() keeps the
-    message as deferred, with the time of the first refusal."""
+def judge(queue: Queue, one: Destination, connection: Connection, entry: Entry, sidecar: Sidecar,
+          due: Sequence[Dict[str, Any]], verdicts: List[Verdict]) -> None:
+    """`due`: whose turn it was; those without a verdict go in the next transaction, at once."""
+    now, judged = queue.now, []
+    people = {person["address"]: person for person in sidecar["recipients"] if person["state"] == QUEUED}
+    known = {verdict.address for verdict in verdicts if verdict.is_good is not True
+             and queue.recipients.is_good(verdict.address, now.wall)}
+    if not connection.is_former:
+        learn(queue, one, entry, verdicts, known)
+    for verdict in verdicts:
+        if verdict.kind == "refused":
+            is_final = one.is_final(now, people[verdict.address]["refused_since"], verdict.address in known)
+            verdict = verdict._replace(kind="bounced" if is_final else "deferred")
+        judged.append(verdict)
+    if entry.id in queue.waiters:
+        if len(verdicts) == len(people) and all(verdict.kind == "refused" for verdict in verdicts):
+            return queue.run(queue.hand_back(one, entry, verdicts[0]))
+        queue.let_go(entry.id)
+    for verdict in judged:
+        queue.log_delivery(entry, verdict, str(connection.hop), now.mono - connection.waits_since)
+    queue.run(settle(queue, one, entry, sidecar, due, judged))
 
-    def __init__(self, queue: Queue) -> None:
-        self.queue = queue
 
-    def on_verdicts(self, one: Destination, connection: Connection, entry: Entry, sidecar: Sidecar,
-                    due: Sequence[Dict[str, Any]], verdicts: List[Verdict]) -> None:
-        """`due`: whose turn it was; those without a verdict go in the next transaction, at once."""
-        queue, now = self.queue, self.queue.now
-        people = {person["address"]: person for person in sidecar["recipients"]}
-        known = {verdict.address for verdict in verdicts if verdict.is_good is not True
-                 and queue.recipients.is_good(verdict.address, now.wall)}
-        if not connection.is_former:
-            self._learn(one, entry, verdicts, known)
-        judged = []
-        for verdict in verdicts:
-            if verdict.kind == "refused":
-                is_final = one.is_final(now, people[verdict.address]["refused_since"],
-                                        verdict.address in known)
-                verdict = verdict._replace(kind="bounced" if is_final else "deferred")
-            judged.append(verdict)
-        is_ours = one.entries.get(entry.id) is entry        # else an operator removed it meanwhile
-        if entry.id in queue.waiters and is_ours:
-            queued = sum(person["state"] == QUEUED for person in sidecar["recipients"])
-            if len(verdicts) == queued and all(verdict.kind == "refused" for verdict in verdicts):
-                return queue.hand_back(one, entry, verdicts[0])
-            queue.let_go(entry.id)
-        for verdict in judged:
-            queue.log_delivery(entry, verdict, str(connection.hop), now.mono - connection.waits_since)
-        if is_ours:
-            self._settle(one, entry, sidecar, due, judged)
+def learn(queue: Queue, one: Destination, entry: Entry, verdicts: List[Verdict], known: Set[str]) -> None:
+    """Of the primary and of recipients; `known`: those refused that are known to be good.  A refusal is
+    no word about the recipient: it opens the question, which the primary is asked by itself."""
+    now, was, kinds = queue.now, one.state, {verdict.kind for verdict in verdicts}
+    if "sent" in kinds:
+        queue.tell(one, one.on_taken(now))
+    elif kinds == {"refused"}:
+        queue.tell(one, one.on_refused(now, entry.id, known, verdicts[0].response))
+    is_answer = any(verdict.remote for verdict in verdicts)
+    if "sent" not in kinds and (was is Primary.REJECTING
+                                or (is_answer and one.state is not Primary.REJECTING)):
+        if kinds != {"refused"} or not one.is_final(now, None, False):
+            one.on_deferred(now)
+    if one.state is Primary.REJECTING or one.cfg.is_notices:
+        return      # it is not itself; and who takes our notices is nobody's recipient here
+    may_ask = one.cfg.recipients == "verify" and one.is_itself(now)
+    for verdict in verdicts:
+        if verdict.is_good:
+            queue.recipients.learn(verdict.address, True, now.wall)
+        elif verdict.is_good is False and may_ask and verdict.address not in known:
+            queue.deliveries.ask(one, verdict.address, lambda word, text: None)
 
-    def _learn(self, one: Destination, entry: Entry, verdicts: List[Verdict], known: Set[str]) -> None:
-        """Of the primary and of recipients; `known`: those refused that are known to be good.  A refusal is
-        no word about the recipient: it opens the question, which the primary is asked by itself."""
-        now, was, kinds = self.queue.now, one.state, {verdict.kind for verdict in verdicts}
-        if "sent" in kinds:
-            self.queue.tell(one, one.on_taken(now))
-        elif kinds == {"refused"}:
-            self.queue.tell(one, one.on_refused(now, entry.id, known, verdicts[0].response))
-        is_answer = any(verdict.remote for verdict in verdicts)
-        if "sent" not in kinds and (was is Primary.REJECTING
-                                    or (is_answer and one.state is not Primary.REJECTING)):
-            if kinds != {"refused"} or not one.is_final(now, None, False):
-                one.on_deferred(now)
-        if one.state is Primary.REJECTING or one.cfg.is_notices:
-            return      # it is not itself; and who takes our notices is nobody's recipient here
-        may_ask = one.cfg.recipients == "verify" and one.is_itself(now)
-        for verdict in verdicts:
-            if verdict.is_good:
-                self.queue.recipients.learn(verdict.address, True, now.wall)
-            elif verdict.is_good is False and may_ask and verdict.address not in known:
-                self.queue.deliveries.ask(one, verdict.address, lambda word, text: None)
 
-    def _settle(self, one: Destination, entry: Entry, sidecar: Sidecar, due: Sequence[Dict[str, Any]],
-                judged: List[Verdict]) -> None:
-        """Write the verdicts down; the message stays SENDING until that is done."""
-        queue, now = self.queue, self.queue.now
-        for kind in {verdict.kind for verdict in judged}:
-            one.counters["delivered" if kind == "sent" else kind] += 1
-        queue.is_dirty = True
-        known = {verdict.address for verdict in judged}
-        left = [person["address"] for person in due if person["address"] not in known]
-        wants_report = any("SUCCESS" in person["notify"] for person in sidecar["recipients"])
-        is_taken = all(verdict.kind == "sent" and (verdict.is_told or not wants_report) for verdict in judged)
-        if is_taken and all(person["state"] != QUEUED or person["address"] in known
-                            for person in sidecar["recipients"]):
-            return queue.recorder.remove(entry.id, lambda: queue.leave(one, entry, "delivered"))
-        # Not all of it is done: when is it tried again?
-        attempts = one.count_attempt(entry, not left)
-        pause = one.pause(entry.answers + bool(left), now)
-        if any(verdict.status == "4.4.2" for verdict in judged):        # it broke off
-            pause = min(pause, PROBE_FIRST_S * 4.0 ** min(entry.answers - 1, 20))
-        before = {person["address"]: person for person in sidecar["recipients"]}
-        people: Dict[str, Dict[str, Any]] = {address: {"next_attempt": now.wall} for address in left}
-        for verdict in judged:
-            person = before[verdict.address]
-            since = person["refused_since"]
-            if verdict.kind == "deferred" and verdict.status[0] == "5" and verdict.remote:
-                since = min(since or now.wall, now.wall)
-                if since < now.to_wall(one.recovered):
-                    since = now.wall    # what it said before it was itself again does not count
-            people[verdict.address] = {
-                "state": {"sent": DELIVERED, "bounced": BOUNCED}.get(verdict.kind, QUEUED),
-                "attempts": person["attempts"] + attempts, "last_attempt": now.wall,
-                "next_attempt": now.wall + pause, "last_status": verdict.status,
-                "last_response": verdict.response, "last_remote": verdict.remote, "refused_since": since}
-        deferred = [verdict.response for verdict in judged if verdict.kind == "deferred"]
-        after = [dict(person, **people.get(address, {})) for address, person in before.items()]
-        next_attempt = min((one["next_attempt"] for one in after if one["state"] == QUEUED), default=0.0)
-
-        def settled(is_finished: bool) -> None:
-            if is_finished:
-                is_bounced = any(verdict.kind == "bounced" for verdict in judged)
-                queue.leave(one, entry, "bounced" if is_bounced else "delivered")
-            elif left:
-                one.give_back(entry)
-                queue.deliveries.attend(one)
-            else:
-                queue.put_off(one, entry, max(0.0, next_attempt - now.wall), "".join(deferred[:1]))
-
-        def not_written(error: str) -> None:
-            queue.put_off(one, entry, pause, error)
-        queue.recorder.record(entry.id, sidecar, judged, people, settled,
-                              not_written if len(deferred) == len(judged) else None)
+def settle(queue: Queue, one: Destination, entry: Entry, sidecar: Sidecar, due: Sequence[Dict[str, Any]],
+           judged: List[Verdict]) -> Steps:
+    """Write the verdicts down; the message stays SENDING until that is done."""
+    now, kinds = queue.now, {verdict.kind for verdict in judged}
+    for kind in kinds:
+        one.counters["delivered" if kind == "sent" else kind] += 1
+    queue.is_dirty = True
+    known = {verdict.address for verdict in judged}
+    before = {person["address"]: person for person in sidecar["recipients"] if person["state"] == QUEUED}
+    if kinds == {"sent"} and len(known) == len(before) and not wanted_notices(sidecar, judged):
+        yield from queue.recorder.ask("remove", entry.id)
+        return queue.leave(one, entry, "delivered")
+    # Not all of it is done: when is it tried again?
+    left = [person["address"] for person in due if person["address"] not in known]
+    attempts = one.count_attempt(entry, not left)
+    pause = one.pause(entry.answers + bool(left), now)
+    if any(verdict.status == "4.4.2" for verdict in judged):        # it broke off
+        pause = min(pause, PROBE_FIRST_S * 4.0 ** min(entry.answers - 1, 20))
+    people: Dict[str, Dict[str, Any]] = {address: {"next_attempt": now.wall} for address in left}
+    for verdict in judged:
+        person = before[verdict.address]
+        since = person["refused_since"]
+        if verdict.kind == "deferred" and verdict.status[0] == "5" and verdict.remote:
+            since = min(since or now.wall, now.wall)
+            if since < now.to_wall(one.recovered):
+                since = now.wall        # what it said before it was itself again does not count
+        people[verdict.address] = {
+            "state": {"sent": DELIVERED, "bounced": BOUNCED}.get(verdict.kind, QUEUED),
+            "attempts": person["attempts"] + attempts, "last_attempt": now.wall,
+            "next_attempt": now.wall + pause, "last_status": verdict.status,
+            "last_response": verdict.response, "last_remote": verdict.remote, "refused_since": since}
+    deferred = [verdict.response for verdict in judged if verdict.kind == "deferred"]
+    pauses = [person["next_attempt"] - now.wall for address, person in before.items()
+              if address not in people]
+    pauses += [pause] * bool(deferred)
+    done = yield from queue.recorder.record(entry.id, sidecar, judged, people, len(deferred) < len(judged))
+    if isinstance(done, Corrupt):
+        queue.on_fault(one, entry, done)
+    elif done is True:
+        queue.leave(one, entry, "bounced" if "bounced" in kinds else "delivered")
+    elif done is False and left:
+        one.give_back(entry)
+        queue.deliveries.attend(one)
+    else:
+        error = str(done) if isinstance(done, Exception) else "".join(deferred[:1])
+        queue.put_off(one, entry, max(0.0, min(pauses, default=pause)), error)
 
 
 # By the kind of a verdict: the action of the notice that tells of it, RFC 3464 2.3.3.
@@ -6124,7 +6096,6 @@ ACTIONS = {"bounced": "failed", "expired": "failed", "sent": "relayed", "delayed
 NOTICE_NAMES = {"failed": ("FAILURE", "non-delivery notification"),
                 "delayed": ("DELAY", "delay notification"),
                 "relayed": ("SUCCESS", "delivery status notification")}
-Notice = Tuple[str, bytes, Sidecar]     # ID, body, sidecar
 
 
 class Recorder:
@@ -6132,101 +6103,79 @@ class Recorder:
     it is tried until that takes it, because a delivery that is not written down would happen twice."""
 
     def __init__(self, queue: Queue) -> None:
-        self.queue, self.loop, self.log = queue, queue.loop, queue.log
+        self.queue, self.log = queue, queue.log
         self.waiting = 0                # outcomes that the disk has not taken
+        self.is_behind = False          # since these were too many, and until they are half as many
 
-    @property
-    def is_behind(self) -> bool:
-        return self.waiting >= UNRECORDED_MAX
-
-    def look(self, id: str, what: str, then: Callable[[Any], None]) -> None:
-        """`then` gets (sidecar, nothing or header or whole message), or an exception."""
-        self.queue.spool.ask(then, "look", id, what)
-
-    def _ask(self, then: Callable[[Any], None], what: str, id: str, *values: Any,
-             otherwise: Optional[Callable[[str], None]] = None) -> None:
-        """Until the disk takes it, or else once.  `then` gets the result, or Corrupt."""
-        question = (what, id, *values)
-
-        def answered(result: Any) -> None:
+    def ask(self, what: str, id: str, *values: Any, must: bool = True) -> Steps:
+        """Until the disk takes it; what need not be, once.  Returns the result, or Corrupt, or what else is
+        wrong with what need not be."""
+        while True:
+            self.waiting += 1
+            self.is_behind = self.is_behind or self.waiting >= UNRECORDED_MAX
+            result = yield (what, id, *values)
             self.waiting -= 1
-            if self.waiting == UNRECORDED_MAX // 2:
-                self.queue.deliveries.go_on()
-            if not isinstance(result, Exception) or (isinstance(result, Corrupt) and what == "record"):
-                return then(result)
-            text = printable(str(result))
+            if self.is_behind and self.waiting <= UNRECORDED_MAX // 2:
+                self.is_behind = False
+                for connection in self.queue.deliveries.all():
+                    self.queue.deliveries.attend(connection.destination)
+            if what == "remove" and result is None or result is True:
+                self.log.write("qmgr", "%s: removed" % id)
+            if not isinstance(result, Exception) or isinstance(result, Corrupt):
+                return result
+            text, done = printable(str(result)), "removed" if what == "remove" else "recorded"
             self.log.write("qmgr", "%s: cannot be %s%s: %s" % (
-                id, "removed" if what == "remove" else "recorded", "" if otherwise else ", trying again",
-                text), "error")
-            if otherwise is not None:
-                return otherwise(text)
-            self.queue.settle(id, "deferred", text)
-            self.loop.later(RETRY_DISK_S, lambda: self._ask(then, *question))
-        self.waiting += 1
-        self.queue.spool.ask(answered, *question)
-
-    def remove(self, id: str, then: Callable[[], None]) -> None:
-        """Nothing of the message is left to do: it leaves the spool."""
-        def removed(_: Any) -> None:
-            then()
-            self.log.write("qmgr", "%s: removed" % id)
-        self._ask(removed, "remove", id)
+                id, done, ", trying again" * must, text), "error")
+            if not must:
+                return result
+            self.queue.note(id, "deferred", text)
+            yield RETRY_DISK_S
 
     def record(self, id: str, sidecar: Sidecar, judged: Sequence[Verdict], people: People,
-               then: Callable[[bool], None], otherwise: Optional[Callable[[str], None]] = None) -> None:
-        """Change the sidecar's recipients, by address, and tell senders of what was judged.  `then`
-        gets whether the message has left the spool.  `otherwise`: a deferral that cannot be written
-        costs only knowledge; it is called with the error instead."""
+               must: bool = True) -> Steps:
+        """Change the sidecar's recipients, by address, and tell senders of what was judged.  Returns whether
+        the message has left the spool, or Corrupt.  Not `must`: a deferral that cannot be written costs
+        only knowledge; it returns the error."""
+        notices = yield from self._make_notices(sidecar, judged, people)
+        # The spool makes notices durable before it marks their cause.
+        done = yield from self.ask("record", id, {}, people, notices, must=must)
+        if isinstance(done, Corrupt):   # an earlier try may have made them durable all the same
+            self.queue.loader.load([own for own, _, _ in notices])
+        elif not isinstance(done, Exception):
+            for _, data, its in notices:
+                self.queue.accept(its, len(data))
+        return done
+
+    def _make_notices(self, sidecar: Sidecar, judged: Sequence[Verdict], people: People) -> Steps:
+        """Returns for each an ID, the body and the sidecar."""
         wanted = wanted_notices(sidecar, judged)
         target = sidecar["sender"] if "@" in sidecar["sender"] else ""      # not <postmaster> alone
         if not target and wanted:       # a failure without a sender is told to [bounces] postmaster, once
             wanted = {action: its for action, its in wanted.items() if action == "failed"}
             target = "" if sidecar["kind"] == "alert" else self.queue.cfg.bounces_postmaster
             if wanted and (not target or any(one.address == target for one in wanted["failed"])):
-                self.log.write("bounce", "%s: double bounce: dropped, nobody to tell" % id)
+                self.log.write("bounce", "%s: double bounce: dropped, nobody to tell" % sidecar["id"])
                 wanted = {}
         if not wanted:
-            return self._write(id, people, [], then, otherwise)
+            return []
         is_full = sidecar["ret"] == "FULL" and sidecar["size"] <= NOTICE_FULL_MAX and "failed" in wanted
+        what = "whole" if is_full else "header"
+        found = yield "look", sidecar["id"], what
+        while isinstance(found, OSError):
+            yield RETRY_DISK_S
+            found = yield "look", sidecar["id"], what
+        original = found[1] if isinstance(found, tuple) else b""
         told = dict(sidecar, recipients=[dict(one, **people.get(one["address"], {}))
                                          for one in sidecar["recipients"]])
-
-        def looked(found: Any) -> None:
-            if isinstance(found, OSError):
-                again = functools.partial(self.record, id, sidecar, judged, people, then, otherwise)
-                return self.loop.later(RETRY_DISK_S, again)
-            original = found[1] if isinstance(found, tuple) else b""
-            notices = [self._make_notice(told, target, action, its, original, is_full and bool(original))
-                       for action, its in wanted.items()]
-            self._write(id, people, notices, then, otherwise)
-        self.look(id, "whole" if is_full else "header", looked)
-
-    def _make_notice(self, sidecar: Sidecar, target: str, action: str, verdicts: List[Verdict],
-                     original: bytes, is_full: bool) -> Notice:
-        id = self.queue.ids.new()
-        data = format_notice(self.queue.cfg.hostname, target, sidecar, action, verdicts, original, is_full,
-                             self.queue.now.wall, secrets.token_hex(12), id)
-        self.log.write("bounce", "%s: %s %s: %s" % (
-            sidecar["id"], "sender" if sidecar["sender"] else "postmaster", NOTICE_NAMES[action][1], id))
-        return id, data, self.queue.own_sidecar(id, "notice", target, data)
-
-    def _write(self, id: str, people: People, notices: List[Notice], then: Callable[[bool], None],
-               otherwise: Optional[Callable[[str], None]]) -> None:
-        """The spool makes notices durable before it marks their cause."""
-        def written(done: Any) -> None:
-            if isinstance(done, Corrupt):
-                for one in self.queue.destinations.matching(id):
-                    self.queue.leave(one, one.entries[id], "deleted")
-                if not is_gone(done):
-                    self.queue.set_aside(id, done)
-                # A try before this one may have made the notices durable: then they are queued now.
-                return self.queue.loader.load([own for own, _, _ in notices])
-            for _, data, its in notices:
-                self.queue.accept(its, len(data))
-            then(done)
-            if done:
-                self.log.write("qmgr", "%s: removed" % id)
-        self._ask(written, "record", id, {}, people, notices, otherwise=otherwise)
+        notices: List[Tuple[str, bytes, Sidecar]] = []
+        for action, verdicts in wanted.items():
+            id = self.queue.new_id()
+            data = format_notice(self.queue.cfg.hostname, target, told, action, verdicts, original,
+                                 is_full and bool(original), self.queue.now.wall, secrets.token_hex(12), id)
+            notices.append((id, data, self.queue.own_sidecar(id, "notice", target, data)))
+            self.log.write("bounce", "%s: %s %s: %s" % (
+                told["id"], "sender" if told["sender"] else "postmaster", NOTICE_NAMES[action][1], id))
+        return notices
 
 
 def wanted_notices(sidecar: Sidecar, judged: Sequence[Verdict]) -> Dict[str, List[Verdict]]:
@@ -6241,85 +6190,6 @@ def wanted_notices(sidecar: Sidecar, judged: Sequence[Verdict]) -> Dict[str, Lis
             if NOTICE_NAMES[action][0] in asked if asked else action != "relayed":
                 wanted.setdefault(action, []).append(one)
     return wanted
-
-
-class StateFile:
-    """state.json and recipients.json: what was learnt, over a restart."""
-
-    def __init__(self, queue: Queue) -> None:
-        self.queue = queue
-
-    def save(self, then: Optional[Callable[[Any], None]] = None) -> None:
-        """`then` is called when it is on stable storage."""
-        queue = self.queue
-        queue.is_dirty = False
-        sites = {one.name: dict(one.to_values(queue.now), told=one.name in queue.alerts.told)
-                 for one in queue.destinations.all.values()}
-        state = {"format": 1, "saved": queue.now.wall, "sites": sites,
-                 "homes": dict(queue.destinations.homes)}
-        if queue.recipients.is_dirty:
-            queue.spool.ask(self._on_saved, "save", "recipients.json",
-                            queue.recipients.to_values(queue.now.wall))
-
-        def saved(result: Any) -> None:
-            self._on_saved(result)
-            if then is not None:
-                then(result)
-        queue.spool.ask(saved, "save", "state.json", state)
-
-    def _on_saved(self, result: Any) -> None:
-        self.queue.log_failure(result)
-        if isinstance(result, Exception):
-            self.queue.is_dirty = self.queue.recipients.is_dirty = True     # again with the next save
-
-    def load(self, state: Mapping[str, Any], recipients: Mapping[str, Any]) -> None:
-        """What was known before the restart.  What does not make sense is forgotten."""
-        queue = self.queue
-        queue.recipients.from_values(recipients)
-        homes, known = state.get("homes"), state.get("sites")
-        for name, address in homes.items() if isinstance(homes, dict) else ():
-            cfg = queue.cfg.domains.get(name)
-            if cfg is not None and cfg.primary == "etrn" and is_address(address):
-                queue.destinations.homes[name] = address
-        for name, values in known.items() if isinstance(known, dict) else ():
-            with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError, OverflowError):
-                # A hold is an operator's order.  It stands even where the rest makes no sense.
-                is_held = values["held"] is True
-                if not is_held and queue.cfg.domain(name) is None:
-                    continue
-                one = queue.destinations.get(name, queue.now)
-                one.is_held = is_held
-                one.from_values(values, queue.now)      # raises where it was written by hand, say
-                queue.callers.note(one, [hop.address for hop in one.route])
-                if one.state is Primary.DOWN and values.get("told") is True:
-                    queue.alerts.told[name] = "down"
-
-
-class Callers:
-    """Addresses of primaries, as last routed.  One that connects to us is back, and may know how much
-    waits for it."""
-
-    def __init__(self, queue: Queue) -> None:
-        self.queue = queue
-        self.hosts: Dict[str, FrozenSet[str]] = {}      # by destination
-
-    def note(self, one: Destination, hosts: Iterable[str]) -> None:
-        self.hosts[one.name] = frozenset(hosts)
-        if not self.hosts[one.name] or one.cfg.is_notices:
-            del self.hosts[one.name]
-
-    def on_client(self, address: str) -> None:
-        """Somebody connected."""
-        for name in [name for name, hosts in self.hosts.items() if address in hosts]:
-            one = self.queue.destinations.all.get(name)
-            if one is not None and one.entries and (one.state is not Primary.UP or one.late):
-                one.trigger(self.queue.now)
-                self.queue.deliveries.urge(one)
-
-    def may_know(self, address: str, meant: Iterable[Destination]) -> bool:
-        """Whether a client may be told how much waits: one of ours, or the primary itself."""
-        is_primary = all(address in self.hosts.get(one.name, ()) for one in meant)
-        return is_primary or self.queue.cfg.is_trusted(address)
 
 
 Tell = Callable[[Config, Mapping[str, Any]], str]       # returns what went wrong
@@ -6383,22 +6253,18 @@ class Alerts:
                 untold = self.untold.setdefault(tell, collections.deque())
                 untold.append((cfg, alert))
                 if len(untold) == 1:
-                    self._tell_next(tell)
+                    self.queue.run(self._tell_all(tell))
 
-    def _tell_next(self, tell: Tell) -> None:
+    def _tell_all(self, tell: Tell) -> Steps:
         untold = self.untold[tell]
-        cfg, alert = untold[0]
-
-        def told(error: Any) -> None:
+        while untold:
+            error = yield functools.partial(tell, *untold[0])
             if error:
                 self.queue.log.write("master", "alert not told by %s" % printable(str(error)), "error")
             untold.popleft()
-            if untold:
-                self._tell_next(tell)
-        self.queue.loop.in_thread(lambda: tell(cfg, alert), told)
 
     def _mail(self, alert: Dict[str, Any]) -> None:
-        cfg, id = self.queue.cfg, self.queue.ids.new()
+        cfg, id = self.queue.cfg, self.queue.new_id()
         about = " ".join(filter(None, (alert["domain"], alert["text"])))
         subject = "%s %s" % (alert["domain"] or "relay", alert["event"])
         lines = ["From: etrn_relay <MAILER-DAEMON@%s>" % cfg.hostname, "To: <%s>" % cfg.alerts_mail,
@@ -6469,7 +6335,7 @@ def answer_etrn(queue: Queue, what: str, address: str, name: str, username: str 
         if queue.loader.is_busy:
             queue.loader.early.add(what)
         is_fresh = queue.flush(meant)
-        if count and is_fresh and (is_owner or queue.callers.may_know(address, meant)):
+        if count and is_fresh and (is_owner or queue.may_know(address, meant)):
             reply = Reply(253, "2.0.0", "OK, %d pending messages for node %s started" % (count, what))
         else:
             reply = Reply(250, "2.0.0", "OK, queuing for node %s started" % what)
@@ -6526,16 +6392,13 @@ def why_not_collected(queue: Queue, asked: Sequence[Destination]) -> str:
 
 
 Answers = Generator[Optional[Dict[str, Any]], None, None]
+Request = Mapping[str, Any]             # "command", "what", "wait"
 
 
 def collect_status(queue: Queue, connections: int, started: Optional[float], free: int) -> Dict[str, Any]:
     """`started`: monotonic, None where no relay runs."""
-    now = queue.now
+    now, domains = queue.now, {}
     messages, octets, held = queue.destinations.sums()
-    for name in queue.cfg.domains:
-        if name[0] != ".":
-            queue.destinations.get(name, now)
-    domains = {}
     for one in sorted(queue.destinations.all.values(), key=lambda one: one.name):
         if one.entries or not one.cfg.is_notices:
             is_probing = bool(one.entries) and one.state is not Primary.UP and not one.waits_for
@@ -6557,30 +6420,7 @@ def to_wall(mono: float, now: Now) -> Time:
     return round(now.to_wall(mono), 3)
 
 
-def run_command(queue: Queue, request: Mapping[str, Any]) -> Answers:
-    """Any request of the control socket but "status".  What is wrong with it is said in an answer."""
-    command, what = str(request.get("command")), str(request.get("what", "all"))
-    is_patient = bool(request.get("wait", True))
-    if command == "flush" and queue.loader.is_busy:
-        queue.loader.early.add(what)            # what is read only later goes, too
-    while queue.loader.is_busy and (is_patient or not queue.is_serving or command != "flush"):
-        yield None                      # what is asked about may not have been read yet
-    meant = queue.destinations.matching(what)
-    if command not in ("list", "flush", "hold", "release", "delete", "bounce"):
-        yield {"error": "unknown command", "exit": EX_USAGE}
-    elif what != "all" and not meant and not queue.destinations.serves(what):
-        yield {"error": "%s: no such domain or message here" % printable(what, 100), "exit": EX_MISSING}
-    elif command == "list":
-        yield from list_entries(queue, meant, what)
-    elif command == "flush":
-        yield from flush_and_watch(queue, meant, what, is_patient)
-    elif command in ("hold", "release"):
-        yield from change_hold(queue, what, command == "hold")
-    else:
-        yield from end_entries(queue, meant, what, command)
-
-
-def list_entries(queue: Queue, meant: Sequence[Destination], what: str) -> Answers:
+def list_entries(queue: Queue, meant: Sequence[Destination], what: str, _: Request) -> Answers:
     """What is not in the sidecars, which the command reads itself: state, next try, expiry, and failed
     attempts to reach the primary."""
     for one in meant:
@@ -6604,25 +6444,28 @@ def say_state(one: Destination, entry: Entry, now: Now) -> Tuple[str, Optional[T
     return state, to_wall(due, now)
 
 
-def flush_and_watch(queue: Queue, meant: Sequence[Destination], what: str, wait: bool) -> Answers:
-    """Deliver now.  With `wait` until each message queued at the start has left or failed once."""
+def flush_and_watch(queue: Queue, meant: Sequence[Destination], what: str, request: Request) -> Answers:
+    """Deliver now.  Unless told not to wait: until each message queued at the start has left or failed
+    once."""
+    wait = request.get("wait", True)
     if meant and all(one.is_held for one in meant):
         yield {"error": "the queue for %s is held" % what, "exit": EX_TEMPFAIL}
         return
     held = sum(len(one.by_state[State.HELD]) for one in meant)
-    watch = Watch((entry.id for one in meant for entry in one.entries.values()
-                   if entry.state is not State.HELD), True)
+    watch = Watch(entry.id for one in meant for entry in one.entries.values()
+                  if entry.state is not State.HELD)
     queue.watches.append(watch)
     try:
         queue.pardon(meant)
         queue.flush(meant)
+        for one in meant:               # also where a flood of flushes costs no walk
+            one.flushing.update(watch.left.intersection(one.entries) if not one.waits_for else ())
         queue.log.write("flush", "command: site=%s, messages=%d" % (what, watch.total))
-        last, look = -1, queue.now.mono + FLUSH_LOOK_S
+        last = -1
         while wait and watch.left:
-            if queue.now.mono >= look:
-                look = queue.now.mono + FLUSH_LOOK_S
-                settle_idle(watch, meant)
-            if len(watch.left) != last:
+            if len(watch.left) == last:
+                end_idle(watch, meant)
+            else:
                 last = len(watch.left)
                 yield {"total": watch.total, "left": last}
             yield None
@@ -6634,38 +6477,35 @@ def flush_and_watch(queue: Queue, meant: Sequence[Destination], what: str, wait:
                exit=EX_OK if not waiting or not wait else EX_UNAVAILABLE if is_away else EX_TEMPFAIL)
 
 
-def settle_idle(watch: Watch, meant: Sequence[Destination]) -> None:
-    """What was held meanwhile, or is to be collected now, is not waited for."""
-    known = {id: one for one in meant for id in watch.left & set(one.entries)}
-    for id in list(watch.left):
-        if id not in known:
-            watch.settle(id, "deleted")
-        elif known[id].entries[id].state is State.HELD:
-            watch.settle(id, "deferred", "held by command")
-        elif known[id].waits_for and not known[id].is_collecting:
-            watch.settle(id, "deferred", known[id].trouble)
+def end_idle(watch: Watch, meant: Sequence[Destination]) -> None:
+    """What is not tried in this flush any more is not waited for: its primary is away, or it is held, or
+    to be collected."""
+    for one in meant:
+        for id in watch.left.intersection(one.entries) - one.flushing:
+            if one.entries[id].state is not State.SENDING and not one.is_collecting:
+                watch.note(id, "deferred", one.trouble)
 
 
-def change_hold(queue: Queue, what: str, on: bool) -> Answers:
+def change_hold(queue: Queue, _: Sequence[Destination], what: str, request: Request) -> Answers:
     done: List[Any] = []
-    count = queue.hold(what, on, done.append)
+    count = queue.hold(what, request["command"] == "hold", done.append)
     while not done:
         yield None
     if isinstance(done[0], Exception):
         yield {"error": "cannot be recorded: %s" % printable(str(done[0])), "exit": EX_TEMPFAIL}
     else:
-        state = "held" if on else "released"
+        state = {"hold": "held", "release": "released"}[request["command"]]
         queue.log.write("qmgr", "%s: %s by command, %d messages" % (what, state, count))
         yield {"count": count, "exit": EX_OK}
 
 
-def end_entries(queue: Queue, meant: Sequence[Destination], what: str, command: str) -> Answers:
+def end_entries(queue: Queue, meant: Sequence[Destination], what: str, request: Request) -> Answers:
     """--delete and --bounce.  What is being sent at this moment is left alone and counted."""
     pairs = [(one, entry) for one in meant for entry in list(one.entries.values())
              if what not in one.entries or entry.id == what]
-    watch = Watch((entry.id for _, entry in pairs), False)
+    watch = Watch(entry.id for _, entry in pairs)
     queue.watches.append(watch)
-    ending = ("deleted",) if command == "delete" else (
+    ending = ("deleted",) if request["command"] == "delete" else (
         "bounced", "5.0.0", "Returned by the postmaster of the backup mail server")
     count = busy = 0
     try:
@@ -6678,13 +6518,33 @@ def end_entries(queue: Queue, meant: Sequence[Destination], what: str, command: 
             else:
                 count += 1
                 queue.log.write("qmgr", "%s: %s by command" % (entry.id, ending[0]))
-                queue.end(one, entry, *ending)
+                queue.run(queue.end(one, entry, *ending))
         while watch.left:
             yield None
     finally:
         queue.watches.remove(watch)
     late = watch.counts["deferred"]     # the disk is full, or worse
     yield {"count": count - late, "busy": busy + late, "exit": EX_TEMPFAIL if busy + late else EX_OK}
+
+
+COMMANDS_OF_QUEUE = {"list": list_entries, "flush": flush_and_watch, "hold": change_hold,
+                     "release": change_hold, "delete": end_entries, "bounce": end_entries}
+
+
+def run_command(queue: Queue, request: Request) -> Answers:
+    """Any request of the control socket but "status".  What is wrong with it is said in an answer."""
+    command, what = str(request.get("command")), str(request.get("what", "all"))
+    if command == "flush" and queue.loader.is_busy:
+        queue.loader.early.add(what)            # what is read only later goes, too
+    while queue.loader.is_busy and (command != "flush" or request.get("wait", True)):
+        yield None                      # what is asked about may not have been read yet
+    meant = queue.destinations.matching(what)
+    if command not in COMMANDS_OF_QUEUE:
+        yield {"error": "unknown command", "exit": EX_USAGE}
+    elif what != "all" and not meant and not queue.destinations.serves(what):
+        yield {"error": "%s: no such domain or message here" % printable(what, 100), "exit": EX_MISSING}
+    else:
+        yield from COMMANDS_OF_QUEUE[command](queue, meant, what, request)
 
 
 # == 15. STATUS ================================================================
@@ -7289,7 +7149,7 @@ class SmtpServer:
     # -- connections
 
     def welcome(self, sock: socket.socket, address: str, is_odmr: bool = False) -> None:
-        self.queue.callers.on_client(address)
+        self.queue.on_client(address)
         network = "" if self.cfg.is_trusted(address) else client_network(address)
         most = self.cfg.max_connections_per_client
         if self.open >= self.server.most or (network and most and self.networks.get(network, 0) >= most):
@@ -7457,8 +7317,9 @@ class SmtpServer:
             host, port = session.address, 0
 
         def turn() -> None:
-            self.queue.deliveries.turn_around(client.collects, Hop(host, session.address, port),
-                                              stream.detach(), bytes(came), stream.on_closed)
+            self.queue.run(self.queue.deliveries.turn_around(
+                client.collects, Hop(host, session.address, port), stream.detach(), bytes(came),
+                stream.on_closed))
         stream.on_data, stream.on_sent = came.extend, turn
         stream.send(b"")
 
@@ -7568,7 +7429,7 @@ class SmtpServer:
     def _draft(self, client: Client, transaction: Transaction) -> Draft:
         if client.draft is None:
             client.data_since = 0.0         # each message has its own time
-            id = self.queue.ids.new()
+            id = self.queue.new_id()
             wall, recipients = self.loop.now.wall, transaction.recipients
             head = format_received(client.session, transaction, id, wall, recipients)
             client.draft = Draft(id, bytearray(head), len(head))
@@ -7615,7 +7476,7 @@ class SmtpServer:
         came_from = {name: getattr(session, name) for name in ("address", "helo", "tls", "name")}
         sidecars: List[Dict[str, Any]] = []
         for domain, people in domains.items():
-            id = self.queue.ids.new() if sidecars else draft.id
+            id = self.queue.new_id() if sidecars else draft.id
             lifetime = self.queue.destinations.config_of(domain).lifetime
             sidecars.append(make_sidecar(
                 id, "mail", domain, transaction.sender,
@@ -7638,10 +7499,10 @@ class SmtpServer:
             return answer(disk_reply(error if isinstance(error, OSError) else None))
         for sidecar in sidecars[1:]:
             self.log.write("smtpd", "%s: client=%s" % (sidecar["id"], client.session.peer))
-        is_single = len(sidecars) == 1
-        taken = [self.queue.accept(sidecar, draft.size, is_single) for sidecar in sidecars]
-        if is_single:
-            return self.queue.cut_through(taken[0], draft.id, answer)
+        if len(sidecars) == 1:
+            return self.queue.accept(sidecars[0], draft.size, answer)
+        for sidecar in sidecars:
+            self.queue.accept(sidecar, draft.size)
         answer(None)
 
     # -- once a second
@@ -7923,12 +7784,12 @@ class Server:
         """Take up what the spool knows.  Also for a command's own run."""
         self.free = self.spool.free()
         self.queue.corrupt = self.spool.count_corrupt()
-        self.queue.state.load(self.spool.load_state("state.json"), self.spool.load_state("recipients.json"))
+        self.queue.load_state(self.spool.load_state("state.json"), self.spool.load_state("recipients.json"))
         self.loop.later(SWEEP_S, self._sweep)
 
     def run(self) -> None:
         """Serve until told to stop.  What it needs was opened before."""
-        self.started, self.queue.is_serving = self.loop.now.mono, True
+        self.started = self.loop.now.mono
         self.reserve_files()
         self.control.open()
         self.history.from_values(self.spool.load_state("history.json"))
@@ -8011,7 +7872,7 @@ class Server:
     def _save_state(self) -> None:
         self.loop.later(STATE_SAVE_S, self._save_state)
         if self.queue.is_dirty or self.queue.recipients.is_dirty:
-            self.queue.state.save()
+            self.queue.save_state()
 
     # -- signals
 
@@ -8082,7 +7943,7 @@ class Server:
         self.queue.is_stopping = True
         self.queue.deliveries.cut()
         self.queue.keep_attempts()
-        self.queue.state.save()
+        self.queue.save_state()
         if self.started is not None:
             self._note_history()
             self._save_history()
@@ -8396,7 +8257,7 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
         server.start()
         queue.loader.load([what] if _ID.fullmatch(what) else None)      # one message is read alone
         # "Stopping" means that nothing is sent.  Below, --flush ends that when the spool has been read.
-        queue.is_stopping, queue.only = True, what
+        queue.is_stopping = True
         for answer in server.command(request):
             if answer is not None:
                 yield answer
@@ -8563,7 +8424,7 @@ def know_all(cfg: Config, names: Sequence[str]) -> Tuple[Server, List[Plan]]:
     server.queue.listeners = cfg.listen + cfg.odmr_listen
     with contextlib.closing(server.spool), contextlib.suppress(OSError):
         server.spool.open_to_read()
-        server.queue.state.load(server.spool.load_state("state.json"), {})
+        server.queue.load_state(server.spool.load_state("state.json"), {})
     known, now = server.queue.destinations, server.loop.now
     return server, [server.queue.deliveries.plan(known.get(name, now)) for name in names]
 

@@ -2962,7 +2962,7 @@ class SpoolPeople(Folder):
         os.symlink("ABCDE3.json", self.at("ABCDE3.json"))
         os.symlink("nowhere", self.at("ABCDE4.json"))
         for id in cases(self, ["ABCDE%d" % number for number in range(1, 9)]):
-            self.assertEqual({type(one) for one in self.found(id)}, {etrn.Corrupt})
+            self.assertEqual({isinstance(one, etrn.Corrupt) for one in self.found(id)}, {True})
         self.assertEqual((list(self.restart()), self.spool.count_corrupt()), (["ABCDE0"], 9))
         shutil.rmtree(self.at("corrupt"))           # people tidy up
         self.assertIn("moved to corrupt/: ABCDE0.json ABCDE0.eml", self.spool.set_aside("ABCDE0", "why"))
@@ -3381,8 +3381,8 @@ class Recording(Folder):
         for changed, others in cases(self, [*((one, people) for one in SpoolPeople.variants(state)),
                                             *((state, one) for one in SpoolPeople.variants(people))]):
             queue = etrn.Queue(sim.cfg, sim.queue.spool, sim.loop, sim.journal)
-            queue.state.load(changed, others)       # costs only what was learned
-            queue.state.save()
+            queue.load_state(changed, others)       # costs only what was learned
+            queue.save_state()
             queue.sweep()
             sim.loop.turn()
             for one in queue.destinations.all.values():
@@ -3429,7 +3429,7 @@ a queue ID in use is taken again :: if self.has(id + ".json") or self.has(id + "
 a body of any octets is sent :: digest.hexdigest() != sidecar["sha256"]: => False:
 a sick spool heals by itself :: ("probe")\n        except OSError => ("probe")\n        except ()
 a corrupt pair is deleted :: self._rename(id + kind, target) => self._unlink(id + kind)
-a deferral is insisted on :: if len(deferred) == len(judged) => if False
+a deferral is insisted on :: len(deferred) < len(judged)) => True)
 a full disk keeps delivered mail :: if error.errno != errno.ENOENT and error.errno not in _FULL: => if True:
 a part enters before its body :: "json"):\n            with self._ => "json")[::-1]:\n            with self._
 an old message changes before its parts :: \
@@ -4202,12 +4202,12 @@ class Simulation:
         self.puppets.clear()
         self.journal = etrn.Log("stderr", "debug", "backup.example.net")
         self.queue = etrn.Queue(self.cfg, PuppetSpool(self.spool, self.loop), self.loop, self.journal)
-        self.queue.state.load(self.spool.load_state("state.json"), self.spool.load_state("recipients.json"))
+        self.queue.load_state(self.spool.load_state("state.json"), self.spool.load_state("recipients.json"))
         self.queue.loader.load()
         self.turn()
 
     def restart(self, asleep: str = "0") -> None:
-        self.queue.state.save()
+        self.queue.save_state()
         self.turn()
         self.clock.advance(days=float(asleep))
         self.begin()
@@ -8947,13 +8947,22 @@ class Layers(unittest.TestCase):
         methods = {getattr(node, "name", "") for node, _, name in self.nodes if name == "SPOOL"}
         for node, _, name in self.nodes:
             path = path_of(node.func) if isinstance(node, ast.Call) else ""
-            if (path.endswith("spool.ask") or (path, name) == ("self._ask", "QUEUE")) and (
-                    not isinstance(node.args[1], ast.Starred)):
-                if getattr(node.args[1], "value", None) not in methods:
+            asked: List[Any] = []           # the method's name, and values for it
+            if path.endswith("spool.ask"):
+                asked = node.args[1:]
+            elif path.endswith("recorder.ask"):
+                asked = node.args
+            elif name == "QUEUE" and isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple):
+                asked = node.value.elts
+            elif name == "QUEUE" and isinstance(node, ast.Yield) and node.value is not None and (
+                    any(path_of(one) == "self" for one in ast.walk(node.value))):
+                yield node.lineno, "a thread that sees state"
+            if asked and not isinstance(asked[0], ast.Starred) and path_of(asked[0]) != "what":
+                if getattr(asked[0], "value", None) not in methods:
                     yield node.lineno, "no method of Spool"
-                if "self" in map(path_of, node.args[2:]) or any(
+                if "self" in map(path_of, asked[1:]) or any(
                         isinstance(one, ast.Lambda) or path_of(one) == "functools.partial"
-                        for value in node.args[2:] for one in ast.walk(value)):
+                        for value in asked[1:] for one in ast.walk(value)):
                     yield node.lineno, "no data"
             elif path.endswith("in_thread") and any(path_of(one) == "self" for one in ast.walk(node.args[0])):
                 yield node.lineno, "a thread that sees state"
@@ -8996,7 +9005,9 @@ class Layers(unittest.TestCase):
         "closures": [("QUEUE", line) for line in (
             "self.spool.ask(f, 'remov', id)", "self.spool.ask(f, 'remove', lambda: 1)", "spool.commit([])",
             "self.spool.ask(f, 'save', functools.partial(f))", "self.queue.spool.remove([id])",
-            "spool.ask(f, 'record', self)", "x.in_thread(lambda: self.x, f)", "x.in_thread(self.work, f)")],
+            "spool.ask(f, 'record', self)", "x.in_thread(lambda: self.x, f)", "x.in_thread(self.work, f)",
+            "yield 'remov', id", "yield 'remove', lambda: 1", "yield lambda: self.x",
+            "x.recorder.ask('remov', id)")],
         "imports": [("SPOOL", "import shutil"), ("QUEUE", "from os import unlink"), ("SERVER", "import json"),
                     ("MAIN", "import asyncio")],
         "sizes": [("QUEUE", "x = '%s'" % ("y" * 110))]}
@@ -9417,7 +9428,7 @@ class Soak(Played):
         if what in ("flush", "pardon"):
             getattr(queue, what)(queue.destinations.matching("all"))
         elif what == "client":
-            queue.callers.on_client(HOP.address)
+            queue.on_client(HOP.address)
         elif what == "jump":
             sim.clock.wall += self.chance.choice([-7200, -100, 100, 7200, 30 * 86400, -30 * 86400])
         elif what == "reload":
