@@ -108,12 +108,30 @@ def config(text: str = "", domain: str = "", file: str = "/nowhere/etrn.conf") -
         DOMAIN, domain), file)
 
 
+def load(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
+
+
+def save(path: str, text: str) -> str:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    return path
+
+
 class Folder(unittest.TestCase):
     """Test cases with a temporary folder of their own."""
 
     def setUp(self) -> None:
         self.folder = tempfile.mkdtemp(prefix="etrn-test-")
         self.addCleanup(shutil.rmtree, self.folder, True)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def inner(self) -> str:
+        """A new folder in it."""
+        return tempfile.mkdtemp(dir=self.folder)
 
 
 def long_run(test: Any) -> Any:
@@ -131,6 +149,57 @@ def shorten(**seconds: float) -> Any:
 
 HANG, CUT = object(), object()          # answers: never, or the connection closed
 Said = Union[str, bytes, object]
+
+
+def smtp(stage: Any, say: Any, hear: Callable[[str], None], take: Callable[[bytes], None],
+         more: Sequence[str] = ()) -> Iterator[Any]:
+    """The server's side of SMTP.  Yields None for a line, a number for so many octets, a float for a pause,
+    "TLS" for a handshake, "QUIT" at the end; is sent what came.  `say(verb, argument, default)` returns the
+    first digit of what it said; what it is given besides is done before a 2xx leaves: who reads it may look.
+    Verb "none": what is out of order."""
+    sender: Optional[str] = None
+    recipients: List[str] = []
+    while True:
+        line = (yield None).rstrip(b"\r\n").decode("utf-8")
+        hear(line)
+        verb, _, argument = line.partition(" ")
+        verb, path = verb.upper(), argument.partition("<")[2].partition(">")[0]
+        parts = [(yield int(argument.split()[0]))] if verb == "BDAT" else []
+        if verb == "MAIL" and sender is None:
+            yield getattr(stage, "pace_s", 0.1)
+            if say(verb, argument, "250 2.1.0 ok") == "2":
+                sender, recipients = path, []
+        elif verb == "RCPT" and sender is not None:
+            recipients += [path] * (say(verb, argument, "250 2.1.5 ok") == "2")
+        elif verb in ("MAIL", "RCPT"):
+            say("none", argument, "503 5.5.1 nested MAIL" if sender is not None else "503 5.5.1 no MAIL")
+        elif verb in ("DATA", "BDAT") and not recipients:
+            say("none", argument, "554 5.5.1 no valid recipients")
+        elif verb == "BDAT" or (verb == "DATA" and say(verb, argument, "354 go on") == "3"):
+            while verb == "DATA":
+                one = yield None
+                if one == b".\r\n":
+                    break
+                parts.append(one[1:] if one.startswith(b".") else one)
+            yield 0.01
+            data = b"".join(parts)
+            take(data)
+            keep = functools.partial(stage.messages.append, (sender, recipients, data))
+            if say(".", argument, "250 2.0.0 taken", keep) == "2" or verb == "DATA":
+                sender, recipients = None, []
+        elif verb == "RSET":
+            sender, recipients = None, []
+            say(verb, argument, "250 2.0.0 ok")
+        elif verb == "EHLO":
+            first = ["250-" + one for one in ("primary.example", *stage.extensions, *more)]
+            say(verb, argument, "\n".join([*first[:-1], first[-1].replace("-", " ", 1)]))
+        elif verb == "QUIT":
+            say(verb, argument, "221 2.0.0 bye")
+            yield "QUIT"
+        elif verb != "DATA":
+            usual = "250 2.0.0 ok" if verb in ("HELO", "NOOP", ".") else "500 5.5.2 what?"
+            if say(verb, argument, "220 2.0.0 go" if verb in more else usual) == "2" and verb in more:
+                yield "TLS"
 
 
 class Primary:
@@ -210,11 +279,9 @@ class Primary:
             self._spawn(self._serve, sock)
 
     def _serve(self, sock: socket.socket) -> None:
-        try:
-            with sock, sock.makefile("rb") as lines:
-                self._talk(sock, lines)
-        except (OSError, ValueError):
-            pass                        # cut by the script, by stop() or by the client
+        with contextlib.suppress(OSError, ValueError), sock:       # cut by the script, stop() or the client
+            self._say(sock, "greeting", "", "220 primary.example ESMTP")
+            self._talk(sock)
 
     def _said(self, verb: str, argument: str, default: str) -> Said:
         said = self.script.get(verb, default)
@@ -247,64 +314,18 @@ class Primary:
     def on_data(self, sock: socket.socket, data: bytes) -> None:
         """A whole message is here; its answer comes next."""
 
-    def _talk(self, sock: socket.socket, lines: io.BufferedReader) -> None:
-        self._say(sock, "greeting", "", "220 primary.example ESMTP")
-        sender: Optional[str] = None
-        recipients: List[str] = []
-        for line in lines:
-            text = line.rstrip(b"\r\n").decode("utf-8")
-            self.log.append(text)
-            verb, _, argument = text.partition(" ")
-            verb = verb.upper()
-            if verb == "EHLO":
-                self._say(sock, verb, argument, "\n".join(
-                    ["250-primary.example"] + ["250-" + one for one in self.extensions[:-1]]
-                    + ["250 " + (self.extensions or ["HELP"])[-1]]))
-            elif verb == "MAIL":
-                if sender is not None:
-                    sock.sendall(b"503 5.5.1 nested MAIL\r\n")
-                elif self._say(sock, verb, argument, "250 2.1.0 ok") == "2":
-                    sender, recipients = argument.partition("<")[2].partition(">")[0], []
-            elif verb == "RCPT":
-                if sender is None:
-                    sock.sendall(b"503 5.5.1 no MAIL\r\n")
-                elif self._say(sock, verb, argument, "250 2.1.5 ok") == "2":
-                    recipients.append(argument.partition("<")[2].partition(">")[0])
-            elif verb == "DATA":
-                if not recipients:
-                    sock.sendall(b"554 5.5.1 no valid recipients\r\n")
-                elif self._say(sock, verb, argument, "354 go on") == "3":
-                    parts = []
-                    for one in lines:
-                        if one == b".\r\n":
-                            break
-                        parts.append(one[1:] if one.startswith(b".") else one)
-                    else:
-                        return          # broke off
-                    message = (sender or "", recipients, b"".join(parts))
-                    self.on_data(sock, message[2])
-                    self._say(sock, ".", argument, "250 2.0.0 taken",
-                              functools.partial(self.messages.append, message))
-                    sender, recipients = None, []
-            elif verb == "BDAT":
-                data = lines.read(int(argument.split()[0]))
-                self.on_data(sock, data)
-                if not recipients:
-                    sock.sendall(b"503 5.5.1 no valid recipients\r\n")
-                else:
-                    message = (sender or "", recipients, data)
-                    if self._say(sock, ".", argument, "250 2.0.0 taken",
-                                 functools.partial(self.messages.append, message)) == "2":
-                        sender, recipients = None, []
-            elif verb == "RSET":
-                sender, recipients = None, []
-                self._say(sock, verb, argument, "250 2.0.0 ok")
-            elif verb == "QUIT":
-                self._say(sock, verb, argument, "221 2.0.0 bye")
-                return
-            else:
-                self._say(sock, verb, argument, "250 2.0.0 ok" if verb in ("HELO", "NOOP")
-                          else "500 5.5.2 what?")
+    def _talk(self, sock: socket.socket, more: Sequence[str] = ()) -> bool:
+        """Whether TLS is to begin."""
+        talk = smtp(self, functools.partial(self._say, sock), self.log.append,
+                    functools.partial(self.on_data, sock), more)
+        want = next(talk)
+        with sock.makefile("rb") as lines:
+            while want not in ("TLS", "QUIT"):
+                octets = lines.readline() if want is None else lines.read(want) if type(want) is int else b""
+                if want is None and not octets:
+                    return False        # it broke off
+                want = talk.send(octets)
+        return bool(want == "TLS")
 
 
 # -- scripted nameservers
@@ -455,10 +476,10 @@ class Wire:
 
 CONFIG = """\
 [relay]
-hostname = backup.example.net
-listen = 127.0.0.1:0
-min_free_space = 0
-nameservers = 127.0.0.1:9
+hostname = %(hostname)s
+listen = %(listen)s
+min_free_space = %(min_free_space)s
+nameservers = %(nameservers)s
 %(relay)s
 [bounces]
 route = %(smarthost)s
@@ -472,6 +493,8 @@ probe_interval = 1s
 primary = %(primary)s
 %(domain)s
 """
+USUAL = {"hostname": "backup.example.net", "listen": "127.0.0.1:0", "min_free_space": "0", "smarthost": "mx",
+         "nameservers": "127.0.0.1:9", "relay": "", "bounces": "", "domain": ""}
 # Pauses that serve real outages would make tests slow; how long they are is tested with a clock of our own.
 QUICK = {"PROBE_FIRST_S": 0.05, "TRIGGER_S": 0.05, "RETRY_DISK_S": 0.2}
 STARTER = ("import json, sys; sys.path.insert(0, %r); import etrn_relay; "
@@ -480,25 +503,23 @@ COMMAND = [sys.executable, "-c", STARTER, "{}"]     # as a script would be, with
 
 
 class Relay:
-    """etrn_relay.py as a process, in a folder of its own.  start() may follow kill() or stop()."""
+    """etrn_relay.py as a process, in a folder of its own.  start() may follow kill() or stop().
+    Options: values for CONFIG, and for constants of section 2."""
 
-    def __init__(self, folder: str, primary: str, relay: str = "", domain: str = "", bounces: str = "",
-                 smarthost: str = "mx", **limits: float) -> None:
+    def __init__(self, folder: str, primary: str = "127.0.0.1:9", **options: Any) -> None:
         self.folder = folder
         self.file = os.path.join(folder, "etrn.conf")
         self.spool = os.path.join(folder, "spool")
-        self.limits = dict(QUICK, **limits)
-        self.values = {"primary": primary, "relay": relay, "domain": domain, "bounces": bounces,
-                       "smarthost": smarthost}
-        self.write_config()
+        self.values = {name: options.pop(name, usual) for name, usual in USUAL.items()}
+        self.limits = dict(QUICK, **options)
+        self.write_config(primary=primary)
         self.log: List[str] = []
         self.port = 0
         self.process: Optional[subprocess.Popen[bytes]] = None
 
     def write_config(self, **values: str) -> None:
         self.values.update(values)
-        with open(self.file, "w", encoding="utf-8") as file:
-            file.write(CONFIG % self.values)
+        save(self.file, CONFIG % self.values)
 
     def start(self) -> "Relay":
         process = subprocess.Popen([sys.executable, "-c", STARTER, json.dumps(self.limits),
@@ -656,21 +677,18 @@ def cases(test: unittest.TestCase, table: Iterable[Any]) -> Iterator[Any]:
 
 
 class Relays(Folder):
-    def primary(self, **script: Any) -> Primary:
-        """A primary that is down."""
-        primary = Primary(**script)
+    """Tests with relays as processes, and primaries for them."""
+
+    def primary(self, *kind: Any, **script: Any) -> Any:
+        """A primary that is down; of another class than Primary, if given, with the arguments for it."""
+        primary = kind[0](*kind[1:], **script) if kind else Primary(**script)
         self.addCleanup(primary.__exit__)
         return primary
 
-    def relay(self, primary: Union[Primary, str, None] = None, change: Tuple[str, str] = ("", ""),
-              **options: Any) -> Relay:
-        """A running relay.  `change`: of a text in its configuration."""
+    def relay(self, primary: Union[Primary, str, None] = None, **options: Any) -> Relay:
+        """A running relay."""
         target = primary.address if isinstance(primary, Primary) else primary or self.primary().address
-        relay = Relay(tempfile.mkdtemp(dir=self.folder), target, **options)
-        with open(relay.file, encoding="utf-8") as file:
-            text = file.read().replace(*change)
-        with open(relay.file, "w", encoding="utf-8") as file:
-            file.write(text)
+        relay = Relay(self.inner(), target, **options)
         self.addCleanup(relay.__exit__)
         return relay.start()
 
@@ -1115,16 +1133,15 @@ class Configuration(Folder):
         self.assertTrue(config("", "username = u\npassword = p").has_logins)
 
     def test_the_machine_is_asked_for_its_name_only_where_none_is_given(self) -> None:
-        file = os.path.join(self.folder, "etrn.conf")
+        file = self.path("etrn.conf")
         with mock.patch.object(etrn, "fully_qualified_name", side_effect=["machine.example"]):
             for text, name in cases(self, [("[relay]\nhostname = a.example\n", "a.example"), ("",
                     "machine.example")]):
-                with open(file, "w", encoding="utf-8") as stream:
-                    stream.write(text)
+                save(file, text)
                 self.assertEqual(etrn.read_config(file).hostname, name)
 
     def test_a_file_that_is_not_utf8_is_told_with_its_line(self) -> None:
-        file = os.path.join(self.folder, "etrn.conf")
+        file = self.path("etrn.conf")
         with open(file, "wb") as stream:
             stream.write(b"[relay]\n# caf\xe9\n")
         self.assertEqual(run("--config", file, "--status"), (78, "", "%s:2: not UTF-8\n" % file))
@@ -1158,20 +1175,8 @@ class OptionTable(unittest.TestCase):
         found = {place: option.default.replace(", ", ",") for place, option in etrn.OPTIONS.items()}
         self.assertEqual(found, table)
 
-    def test_each_default_is_a_value_in_range(self) -> None:
-        values = {**vars(etrn.DomainConfig("")), **vars(etrn.Config("f", etrn.DomainConfig("")))}
-        for (section, name), option in cases(self, etrn.OPTIONS.items()):
-            value = values[name if section in ("relay", "domain") else "%s_%s" % (section, name)]
-            self.assertTrue(type(value) not in (int, float) or option.low <= value <= option.high)
-        for name, value in cases(self, [
-                ("max_message_size", 50 << 20), ("lifetime", 604800), ("etrn", "any"), ("cutthrough", True),
-                ("listen", (("0.0.0.0", 25), ("::", 25))), ("xclient", False), ("delay_notice", 0),
-                ("max_queue_size", None), ("tls_certificate", ""), ("alerts_after", 300)]):
-            self.assertEqual(values[name], value)
-
     def test_etrn_conf_sample_is_what_the_table_makes_and_parses(self) -> None:
-        with open(SAMPLE, encoding="utf-8") as file:
-            text = file.read()
+        text = load(SAMPLE)
         self.assertEqual(text, etrn.format_sample())
         cfg = etrn.parse_config(text, "/x/etrn.conf")
         self.assertEqual((cfg.listen, list(cfg.domains)), ((("127.0.0.1", 2525),), ["example.com"]))
@@ -1242,7 +1247,8 @@ class ConfigurationsOfTheWorld(unittest.TestCase):
                  {"a@b.example", "c@b.example", "@d.example"}),
                 ("# a\n\n  # b\n a@b.example # c\nc@b.example#d\n#e@b.example\nf#g@b.example",
                  {"a@b.example", "c@b.example", "f#g@b.example"}),
-                ("u@straße.example\n@straße.example", {"u@xn--strae-oqa.example", "@xn--strae-oqa.example"}),
+                ("u@straße.example\n@straße.example",
+                 {"u@xn--strae-oqa.example", "@xn--strae-oqa.example"}),
                 ('"a b"@b.example x\n', {'"a b"@b.example'}),
                  ("u@münchen.example", {"u@xn--mnchen-3ya.example"}),
                 ("a..b@b.example\n%s@b.example" % ("x" * 99), {"a..b@b.example", "x" * 99 + "@b.example"}),
@@ -1260,7 +1266,7 @@ class ConfigurationsOfTheWorld(unittest.TestCase):
 
 class Logs(Folder):
     def test_a_new_log_file_is_not_for_everybody_and_is_opened_again(self) -> None:
-        path, mask = os.path.join(self.folder, "log"), os.umask(0o002)
+        path, mask = self.path("log"), os.umask(0o002)
         self.addCleanup(os.umask, mask)
         log = etrn.Log(path, "info", "backup.example.net")
         self.addCleanup(lambda: log.file and log.file.close())
@@ -1271,9 +1277,8 @@ class Logs(Folder):
         log.write("smtpd", "never", "debug")
         log.flush()
         for name, text in cases(self, [(path + ".1", r"one \\udcff"), (path, "warning: two")]):
-            with open(name, encoding="utf-8") as file:
-                self.assertRegex(file.read(), r"\A\w{3} [ \d]\d [\d:]{8} backup etrn_relay/smtpd\[\d+\]: "
-                                 + text + r"\n\Z")
+            self.assertRegex(load(name), r"\A\w{3} [ \d]\d [\d:]{8} backup etrn_relay/smtpd\[\d+\]: "
+                             + text + r"\n\Z")
             self.assertEqual(stat.S_IMODE(os.stat(name).st_mode), 0o640)
         self.assertRaises(OSError, log.reopen, "/nowhere/log")
         self.assertEqual(log.where, path)               # the old one stays in use
@@ -1830,15 +1835,6 @@ class Sessions(unittest.TestCase):
         self.assertEqual([(one.notify, one.orcpt) for one in transaction.recipients],
             [("DELAY", "rfc822;x+3Dy")])
 
-    def test_what_arrives_while_an_answer_is_awaited_is_kept_for_later(self) -> None:
-        session = new_session()
-        session.receive(b"EHLO x\r\n")
-        asked = session.receive(b"MAIL FROM:<>\r\nNOOP\r\n")
-        self.assertEqual([type(one).__name__ for one in asked], ["Ask"])
-        self.assertEqual(session.receive(b"NOOP\r\n"), [])
-        sent = b"".join(one.data for one in session.resume(None))
-        self.assertEqual(re.findall(rb"(?m)^\d+", sent), [b"250"] * 3)
-
     def test_a_large_message_passes_in_bounded_pieces(self) -> None:
         player = Player(new_session())
         player.receive(b"HELO x\r\nMAIL FROM:<>\r\nRCPT TO:<u@ourdom.example>\r\nDATA\r\n")
@@ -1861,12 +1857,6 @@ class Sessions(unittest.TestCase):
         for note, code in zip(notes, ("553 5.6", "554 5.7")):
             self.assertEqual(note[:54], "NOQUEUE: reject: RCPT from unknown[192.0.2.7]: " + code)
         self.assertIn(": 554 5.7.1 <u@other.example>: ", notes[1])
-
-    def test_the_server_ends_a_session_with_or_without_a_line_in_the_log(self) -> None:
-        for fault, kinds in cases(self, [("", ["Send", "Close"]), ("PREGREET", ["Note", "Send", "Close"])]):
-            session = new_session()
-            self.assertEqual([type(one).__name__ for one in session.shut(LATER, fault)], kinds)
-            self.assertEqual(session.receive(b"NOOP\r\n"), [])
 
     def test_our_received_field_is_in_form_whatever_the_client_said(self) -> None:
         for helo, name, protocol in cases(self, [
@@ -2880,7 +2870,7 @@ class SpoolPeople(Folder):
 
     def setUp(self) -> None:
         super().setUp()
-        self.path = os.path.join(self.folder, "spool")
+        self.path = self.path("spool")
         self.spool = opened(self.path)
         self.addCleanup(lambda: self.spool.close())
         self.assertIsNone(store(self.spool, "ABCDE0"))
@@ -3139,7 +3129,7 @@ class SpoolWork(Folder):
 
     def setUp(self) -> None:
         super().setUp()
-        self.spool = opened(os.path.join(self.folder, "spool"))
+        self.spool = opened(self.path("spool"))
         self.addCleanup(self.spool.close)
         loop = etrn.Loop(self.fail)
         self.addCleanup(loop.close)
@@ -3227,144 +3217,6 @@ class SpoolWork(Folder):
             self.spool.remove(["ABCDE1"])
 
 
-class Recording(Folder):
-    """The queue and a disk that does not take what it says."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        for patch in (mock.patch.object(etrn, "Stream", Puppet), mock.patch("os.fsync"),
-                      mock.patch.object(etrn, "dial", lambda plan: self.sim.dial(plan)),
-                      mock.patch("time.time", lambda: self.sim.clock.wall),
-                      mock.patch.object(PuppetSpool, "may_write", True, create=True)):
-            patch.start()
-            self.addCleanup(patch.stop)
-        self.simulate()
-
-    def simulate(self, domain: str = "") -> Any:
-        self.sim = types.SimpleNamespace(clock=Clock())         # until it is there
-        self.sim = Simulation(tempfile.mkdtemp(dir=self.folder), domain)
-        self.addCleanup(self.sim.spool.close)
-        return self.sim
-
-    def failing(self, what: str, code: int) -> Any:
-        return mock.patch.object(self.sim.spool, what, side_effect=OSError(code, os.strerror(code)))
-
-    def entries(self) -> List[str]:
-        return sorted(id for one in self.sim.queue.destinations.all.values() for id in one.entries)
-
-    def look(self) -> Tuple[List[str], int]:
-        """As at SIGHUP: messages in the queue, and the number of those in corrupt/."""
-        self.sim.queue.loader.load()
-        self.sim.turn()
-        return self.entries(), self.sim.spool.count_corrupt()
-
-    def test_a_full_disk_keeps_nothing_from_being_tried_and_what_was_delivered_is_not_forgotten(self) -> None:
-        sim, id = self.sim, self.sim.put()
-        with self.failing("_replace", errno.ENOSPC), self.failing("remove", errno.EROFS):
-            sim.script["RCPT"] = lambda address: "450 4.2.0 later"
-            sim.run(3 * 3600)
-            self.assertIn(len(sim.offered), range(4, 9))        # at growing pauses
-            sim.script["RCPT"] = lambda address: None
-            sim.run(2 * 3600)
-        self.assertEqual((sim.taken, self.entries(), sim.logged(": removed")), ([id], [id], 0))
-        self.assertTrue(sim.logged(id + ": cannot be removed, trying again"))
-        sim.run(60)
-        self.assertEqual((sim.taken, self.entries(), sim.spool.list()[0]), ([id], [], []))
-
-    def test_a_delivery_to_some_is_written_down_before_the_rest_is_tried(self) -> None:
-        sim, id = self.sim, self.sim.put(USER, OTHER)
-        sim.script["RCPT"] = lambda address: "450 4.2.0 later" if address == OTHER else None
-        with self.failing("_replace", errno.ENOSPC):
-            sim.run(3 * 3600)
-        self.assertEqual((len(sim.offered), [people for _, people, _ in sim.messages]), (1, [[USER]]))
-        sim.run(60)
-        states = [one["state"] for one in sim.spool.read_sidecar(id)["recipients"]]
-        self.assertEqual(states, [etrn.DELIVERED, etrn.QUEUED])
-        sim.script["RCPT"] = lambda address: None
-        sim.run(2 * 3600)
-        self.assertEqual([people for _, people, _ in sim.messages], [[USER], [OTHER]])
-
-    def test_a_sender_hears_once_however_often_it_takes_to_write_that_down(self) -> None:
-        """And the loop knows of the notice, also when its message has left, or lost its body, meanwhile."""
-        def half(ids: Sequence[str]) -> Any:
-            type(self.sim.spool).remove(self.sim.spool, ids)
-            raise OSError(errno.EIO, "of the last fsync")
-        full = OSError(errno.ENOSPC, "full")
-        for domain, what, fault, left in cases(self, [
-                ("lifetime = 1h", "remove", full, ["notice"]), ("lifetime = 1h", "remove", half, ["notice"]),
-                ("lifetime = 1h", "heal", None, ["notice"]),
-                *(("delay_notice = 1h", "_replace", full, its) for its in (["notice"], ["mail", "notice"]))]):
-            sim = self.simulate(domain)
-            sim.reach = lambda name: "Connection refused"
-            id = sim.put(sender="a@sender.example")
-            if what == "heal":
-                os.unlink(os.path.join(sim.spool.path, id + ".eml"))
-            with mock.patch.object(sim.spool, what, side_effect=fault):
-                sim.run(2 * 3600)
-                if left[0] == "mail":
-                    self.look()                     # it may be found, too
-                elif what == "_replace":
-                    sim.reach = lambda name: None if name == DOMAIN else "Connection refused"     # noqa: B023
-                    sim.run(60)
-            sim.run(60)
-            ids = sorted(sim.spool.list()[0])
-            self.assertEqual(self.entries(), ids)
-            self.assertEqual(sorted(sim.spool.read_sidecar(one)["kind"] for one in ids), left)
-
-    def test_a_pair_that_is_being_copied_is_waited_for_and_half_of_one_not_for_ever(self) -> None:
-        self.sim.reach, ids = lambda name: "Connection refused", ["ABCD0%d" % number for number in range(5)]
-        self.sim.clock.wall = os.stat(self.folder).st_ctime
-        self.look()
-        for id, steps in zip(ids, cases(self, [
-                ["eml 50", "eml 100", "json 50", "json 100"], ["json 0", "json 100", "eml 0", "eml 100"],
-                ["json 100", "eml 90", "eml 100"], ["eml 100", "json 100"], ["json 100"]])):
-            files = pair(sidecar_of(id), MESSAGE * 100)
-            for kind, share in map(str.split, steps):
-                self.assertEqual(self.look(), (ids[:ids.index(id)], 0))
-                name = "%s.%s" % (id, kind)
-                write_files(self.sim.spool.path, {name: files[name][:len(files[name]) * int(share) // 100]})
-                os.utime(os.path.join(self.sim.spool.path, name), (5.0, 5.0))   # cp -p, rsync -t
-                self.sim.clock.wall = os.stat(os.path.join(self.sim.spool.path, name)).st_ctime + 1
-            self.assertEqual(self.look(), (ids[:4][:ids.index(id) + 1], 0))
-        self.sim.run(60)
-        self.assertEqual((self.entries(), self.sim.spool.count_corrupt()), (ids[:4], 1))
-
-    def test_a_spool_of_version_0_1_is_taken_over_whatever_stands_in_its_state_files(self) -> None:
-        sim, wall, counters = self.sim, self.sim.clock.wall, dict.fromkeys(etrn.COUNTERS, 3)
-        write_files(sim.spool.path, pair(old_sidecar("ABCDE1", [USER, "u@other.example"], ["other.example"])))
-        state = {"format": 1, "saved": wall, "homes": {DOMAIN: "192.0.2.1"}, "sites": {DOMAIN: {
-            "primary": "down", "since": wall - 100, "recovered": wall - 5000, "pardoned": 0.0, "held": True,
-            "size_limit": 5, "route": [["m.example", "192.0.2.1", 25]], "route_seen": wall, "last_error": "x",
-            "route_of": "192.0.2.1:25", "told": True, "counters": counters}}}
-        people = {"format": 1, "recipients": {USER: [True, wall + 5]}, "accept_all": {DOMAIN: [True, wall]}}
-        for name, value in (("state.json", state), ("recipients.json", people)):
-            write_files(sim.spool.path, {name: json.dumps(value).encode("ascii")})
-        with self.failing("_create", errno.ENOSPC):
-            sim.begin()
-            self.assertEqual(self.entries(), [])
-        sim.run(60)                                 # asked again
-        self.assertEqual([(one.name, [(entry.id, entry.is_held) for entry in one.entries.values()])
-                          for one in sim.queue.destinations.all.values()],
-                         [(DOMAIN, [("ABCDE1", False)]), ("other.example", [("ABCDE101", True)])])
-        one, mono = sim.one, sim.clock.mono - 60
-        self.assertEqual((one.state, one.is_held, one.counters, list(map(str, one.route)), one.last_error),
-                         (etrn.Primary.DOWN, True, counters, ["m.example[192.0.2.1]:25"], "x"))
-        ages = [round(mono - at) for at in (one.since, one.recovered)]
-        self.assertEqual((ages, one.size_limit), ([100, 5000], 5))
-        self.assertTrue(sim.queue.recipients.is_good(USER, wall))
-        for changed, others in cases(self, [*((one, people) for one in SpoolPeople.variants(state)),
-                                            *((state, one) for one in SpoolPeople.variants(people))]):
-            queue = etrn.Queue(sim.cfg, sim.queue.spool, sim.loop, sim.journal)
-            queue.state.load(changed, others)       # costs only what was learned
-            queue.state.save()
-            queue.sweep()
-            sim.loop.turn()
-            for one in queue.destinations.all.values():
-                etrn.format_duration(sim.clock.mono - one.since)
-                one.is_recovering(sim.clock.now)
-        self.assertEqual(sim.logged("cannot be recorded|bug"), 0)
-
-
 # == 7. PROOF ==================================================================
 # Whether the tests above would notice: each fsync of the spool deleted, orders swapped, checks dropped.
 
@@ -3423,8 +3275,7 @@ class Mutations(unittest.TestCase):
 
     def mutants(self) -> Iterator[Tuple[str, str]]:
         """Names and sources."""
-        with open(SOURCE, encoding="utf-8") as file:
-            source = file.read()
+        source = load(SOURCE)
         lines, end = source.splitlines(True), source[:source.index("# == 8. SESSION")].count("\n")
         for at in range(source[:source.index("# == 7. SPOOL")].count("\n"), end):
             for pattern, instead in WITHOUT_FSYNC:
@@ -3503,69 +3354,6 @@ class Schedule(unittest.TestCase):
         one.add(etrn.Entry("A00", 100, self.clock.wall), self.clock.now)
         one.state = etrn.Primary[state]
         return one
-
-    def test_who_asks_has_a_try_at_once_whenever_the_last_probe_was_but_one_a_second(self) -> None:
-        one, clock = self.begin("", "DOWN"), self.clock
-        for seconds, is_asked, is_tried in cases(self, [
-                (0, False, True), (0.1, False, False), (0.1, True, True), (0.1, True, False),
-                (etrn.TRIGGER_S, True, True)]):
-            now = clock.advance(seconds)
-            if is_asked:
-                one.flush(now)
-            self.assertEqual(one.wanted(now, 0, 0), is_tried)
-            if is_tried:
-                one.on_dial(now)
-                one.dialling = 0
-                one.on(etrn.Event.AWAY, now)
-
-    STATES = {      # the state after each event: HEARD TAKEN AWAY REFUSES PARDONED LEFT
-        "UNKNOWN": "UP UNKNOWN DOWN REJECTING UNKNOWN UNKNOWN", "UP": "UP UP DOWN REJECTING UP UNKNOWN",
-        "DOWN": "UP DOWN DOWN DOWN DOWN UNKNOWN", "REJECTING": "REJECTING UP DOWN REJECTING UP UNKNOWN"}
-
-    def test_what_each_event_makes_of_each_state(self) -> None:
-        for state, row in cases(self, self.STATES.items()):
-            for event, after in zip(etrn.Event, row.split()):
-                one = self.begin("", state)
-                change = one.on(event, self.clock.advance(60))
-                self.assertEqual((one.state.name, change), (after, None if after == state else etrn.Change(
-                    etrn.Primary[state], etrn.Primary[after], 60)))
-                is_end = after == "UP" and state in ("DOWN", "REJECTING")
-                self.assertEqual(one.is_recovering(self.clock.now), is_end)
-
-    def test_what_goes_next(self) -> None:
-        one, now = self.begin("", "UP"), self.clock.now
-        for id, age in (("B03", 30), ("B01", 10), ("B02", 20)):
-            one.add(etrn.Entry(id, 100, self.clock.wall - age), now)
-        self.assertEqual([entry.id for entry in one.take(9, now)], ["B03"])     # alone: the canary
-        one.on_taken(now)
-        found = one.take(9, now)
-        self.assertEqual([entry.id for entry in found], ["B02", "B01", "A00"])  # oldest first
-        self.assertTrue(one.flush(now))
-        for expected in ([found[0]], []):       # what was being sent when a flush came goes again, once
-            one.put_off(found[0], now, 3000)
-            self.assertEqual(one.take(9, now), expected)
-        one.hold([found[1]], True)              # while it is sent: held when it comes back
-        one.give_back(found[1])
-        one.hold([found[0]], True)
-        one.put_off(found[2], now, 3000)
-        now = self.clock.advance(60)
-        self.assertEqual((one.flush(now), one.flush(now), one.take(9, now)), (True, False, found[2:]))
-        one.hold_all(True)
-        one.drop(found[2].id)
-        self.assertEqual((one.count[etrn.State.HELD], one.wanted(self.clock.advance(60), 0, 0)), (2, False))
-
-    def test_a_5xx_is_final_after_the_grace_only(self) -> None:
-        one = self.begin("", "DOWN")
-        one.on(etrn.Event.HEARD, self.clock.now)
-        for minutes, since, was_good, expected in cases(self, [
-                (0, None, False, False), (59, None, False, False), (59, 59, False, False),
-                (60, None, False, True),
-                (60, None, True, False), (60, 59, True, False), (60, 60, True, True), (90, 91, True, False)]):
-            now = etrn.Now(self.clock.mono + 60 * minutes, self.clock.wall + 60 * minutes)
-            self.assertEqual(one.is_final(now, since and now.wall - 60 * since, was_good), expected)
-        for state in cases(self, ["UNKNOWN", "DOWN", "REJECTING"]):
-            one.state = etrn.Primary[state]
-            self.assertFalse(one.is_final(self.clock.advance(hours=2), 1.0, False))
 
     def test_a_primary_that_cannot_be_reached_by_us_is_left_alone(self) -> None:
         for primary, home, can in cases(self,
@@ -3687,7 +3475,7 @@ class Puppet:
         self.is_ahead = False           # a command came before the one before was answered
         self.behind: List[bytes] = []   # what had come behind each end of data when that was answered
         self.sender = ""
-        self.talk = self._talk()
+        self.talk = smtp(stage, self._say, self._on_line, lambda data: self.behind.append(self.came))
         self.want = next(self.talk)
         stage.puppets = [*getattr(stage, "puppets", []), self]
 
@@ -3723,59 +3511,28 @@ class Puppet:
 
     def _hear(self, piece: Optional[bytes] = None) -> None:
         self.want = self.talk.send(piece)
-        self.is_pausing = isinstance(self.want, float)
+        self.is_pausing, self.is_silent = isinstance(self.want, float), self.is_silent or self.want == "QUIT"
         if self.is_pausing:
             self.loop.later(self.want, lambda: self._hear() or self._play())
 
-    def _say(self, verb: str, argument: str, default: str) -> str:
+    def _on_line(self, line: str) -> None:
+        self.stage.log.append(line)
+        self.is_ahead |= bool(self.came) and line[:4] != "BDAT"
+
+    def _say(self, verb: str, argument: str, default: str, taken: Callable[[], None] = lambda: None) -> str:
         self.stage.current = self
         said = self.stage._said(verb, argument, default)
         data = b"" if said in (CUT, HANG) else said if isinstance(said, bytes) else (
             str(said).replace("\n", "\r\n").encode("utf-8") + b"\r\n")
+        if data[:1] == b"2":
+            taken()
+            self.sender = argument.partition("<")[2].partition(">")[0] if verb == "MAIL" else self.sender
         if not self.is_silent:
             self.loop.post(lambda: self.is_over or not data or self.on_data(data))
             self.is_silent = said in (CUT, HANG) or b"\n421" in b"\n" + data
             if self.is_silent and said is not HANG:
                 self.loop.post(lambda: self.is_over or self.on_end(""))
         return data[:1].decode("latin-1")
-
-    def _talk(self) -> Iterator[Any]:
-        """Yields None for a line, a number for so many octets, a float for a pause; gets what came."""
-        sender: Optional[str] = None
-        recipients: List[str] = []
-        while True:
-            line = (yield None).decode("utf-8").rstrip("\r\n")
-            self.stage.log.append(line)
-            self.is_ahead |= bool(self.came) and line[:4] != "BDAT"
-            verb, _, argument = line.partition(" ")
-            path = argument.partition("<")[2].partition(">")[0]
-            data = (yield int(argument.split()[0])) if verb == "BDAT" else b""
-            if verb == "MAIL":
-                yield getattr(self.stage, "pace_s", 0.1)
-                if self._say(verb, argument, "503 5.5.1 nested MAIL" if sender else "250 2.1.0 ok") == "2":
-                    sender, recipients, self.sender = path, [], path
-            elif verb == "RCPT" and sender is not None:
-                recipients += [path] * (self._say(verb, argument, "250 2.1.5 ok") == "2")
-            elif verb in ("RCPT", "DATA", "BDAT") and not recipients:
-                self._say("none", argument, "503 5.5.1 no MAIL" if verb == "RCPT" else "554 5.5.1 nobody")
-            elif verb == "BDAT" or (verb == "DATA" and self._say(verb, argument, "354 go on") == "3"):
-                while verb == "DATA":
-                    one = yield None
-                    if one == b".\r\n":
-                        break
-                    data += one[1:] if one.startswith(b".") else one
-                yield 0.01
-                self.behind.append(self.came)
-                is_taken = self._say(".", argument, "250 2.0.0 taken") == "2"
-                self.stage.messages += [(sender, recipients, data)] * is_taken
-                if is_taken or verb == "DATA":
-                    sender, recipients = None, []
-            elif verb == "RSET":
-                sender, recipients = None, []
-                self._say(verb, argument, "250 2.0.0 ok")
-            elif verb != "DATA":
-                hello = "\n250-".join(["250-x", *self.stage.extensions]) + "\n250 HELP"
-                self._say(verb, argument, {"QUIT": "221 bye", "EHLO": hello}.get(verb, "250 ok"))
 
 
 def greeted(stage: Any, extensions: Iterable[str]) -> Any:
@@ -4115,11 +3872,11 @@ class Delivery(Played):
         for word, replies in cases(self, {
                 "good": ["250 ok", "251 forwards"],
                 "bad": ["550 5.1.1 x", "550 5.1.2 x", "550 5.1.3 x", "550 5.1.6 x", "550 5.1.10 x", "550 x",
-                        "550 2.1.1 x", "554 5.1.1 x", "552 5.1.1 x", "551 x", "553 x"],
+                        "550 2.1.1 x", "554 5.1.1 x", "552 5.1.1 x", "551 x", "553 x", "501 5.1.3 x"],
                 "silent": ["550 5.7.1 x", "550 5.7.23 x", "550 5.1.0 x", "550 5.1.7 x", "550 5.1.8 x",
                            "550 5.2.1 x",
                            "552 5.2.2 x", "554 x", "552 x", "503 x", "450 x", "450 5.1.1 x", "354 x"],
-                "lost": [CUT, HANG, "421 x", b"garbage\r\n"]}.items()):
+                "lost": [CUT, HANG, "421 x", b"garbage\r\n", b"550-5.1.1 a\r\n250 b\r\n"]}.items()):
             for said, way in itertools.product(replies, WAYS[:3]):
                 primary = self.primary(way, RCPT=said)
                 self.assertEqual(ask(primary), (word, said if word != "lost" else ""))
@@ -4136,6 +3893,7 @@ class PuppetSpool(etrn.SpoolThreads):
 
     def __init__(self, spool: etrn.Spool, loop: PuppetLoop) -> None:
         self.spool, self.loop, self.sick, self.unanswered, self.answered = spool, loop, "", 0, 0.0
+        self.may_write = True
 
     def ask(self, then: Callable[[Any], None], what: str, *values: Any) -> None:
         self.unanswered += 1
@@ -4284,6 +4042,10 @@ class Simulation:
         at = [at for at, id in self.offered if id == "%X" % (0xABC000 + int(number))]
         return " ".join("%d" % round(one - at[0]) for one in at)
 
+    def order(self) -> str:
+        """In which messages were offered."""
+        return " ".join("%d" % (int(id, 16) - 0xABC000) for _, id in self.offered)
+
     def queued(self) -> int:
         return sum(len(one.entries) for one in self.queue.destinations.all.values())
 
@@ -4331,15 +4093,14 @@ class Simulation:
                 test.assertRegex(str(found) if is_asked else "", r"\A%s\Z" % answer.strip())
 
 
-class Recovery(Played):
-    """Days of a primary's life, on a clock that is not real."""
+class Simulated(Played):
+    """Tests on a clock that is not real."""
 
     def setUp(self) -> None:
         super().setUp()
         for patch in (
-                mock.patch.multiple(etrn, dial=lambda plan: Simulation.current.dial(plan),
-                                    run_alert_command=lambda _,
-                                    one: Simulation.current.alerts.append(one) or ""),
+                mock.patch.multiple(etrn, dial=lambda plan: Simulation.current.dial(plan), run_alert_command=(
+                    lambda _, one: Simulation.current.alerts.append(one) or "")),
                 mock.patch("time.time", lambda: Simulation.current.clock.wall), mock.patch("os.fsync")):
             patch.start()
             self.addCleanup(patch.stop)
@@ -4348,9 +4109,139 @@ class Recovery(Played):
         memory = "/dev/shm"             # many times as fast as a disk
         folder = tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None)
         self.addCleanup(shutil.rmtree, folder, True)
-        sim = Simulation(folder, "\n".join(options))
+        sim = self.sim = Simulation(folder, "\n".join(options))
         self.addCleanup(sim.spool.close)
         return sim
+
+
+class Recording(Simulated):
+    """The queue and a disk that does not take what it says."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.simulate()
+
+    def failing(self, what: str, code: int) -> Any:
+        return mock.patch.object(self.sim.spool, what, side_effect=OSError(code, os.strerror(code)))
+
+    def entries(self) -> List[str]:
+        return sorted(id for one in self.sim.queue.destinations.all.values() for id in one.entries)
+
+    def look(self) -> Tuple[List[str], int]:
+        """As at SIGHUP: messages in the queue, and the number of those in corrupt/."""
+        self.sim.queue.loader.load()
+        self.sim.turn()
+        return self.entries(), self.sim.spool.count_corrupt()
+
+    def test_a_full_disk_keeps_nothing_from_being_tried_and_what_was_delivered_is_not_forgotten(self) -> None:
+        sim, id = self.sim, self.sim.put()
+        with self.failing("_replace", errno.ENOSPC), self.failing("remove", errno.EROFS):
+            sim.script["RCPT"] = lambda address: "450 4.2.0 later"
+            sim.run(3 * 3600)
+            self.assertIn(len(sim.offered), range(4, 9))        # at growing pauses
+            sim.script["RCPT"] = lambda address: None
+            sim.run(2 * 3600)
+        self.assertEqual((sim.taken, self.entries(), sim.logged(": removed")), ([id], [id], 0))
+        self.assertTrue(sim.logged(id + ": cannot be removed, trying again"))
+        sim.run(60)
+        self.assertEqual((sim.taken, self.entries(), sim.spool.list()[0]), ([id], [], []))
+
+    def test_a_delivery_to_some_is_written_down_before_the_rest_is_tried(self) -> None:
+        sim, id = self.sim, self.sim.put(USER, OTHER)
+        sim.script["RCPT"] = lambda address: "450 4.2.0 later" if address == OTHER else None
+        with self.failing("_replace", errno.ENOSPC):
+            sim.run(3 * 3600)
+        self.assertEqual((len(sim.offered), [people for _, people, _ in sim.messages]), (1, [[USER]]))
+        sim.run(60)
+        states = [one["state"] for one in sim.spool.read_sidecar(id)["recipients"]]
+        self.assertEqual(states, [etrn.DELIVERED, etrn.QUEUED])
+        sim.script["RCPT"] = lambda address: None
+        sim.run(2 * 3600)
+        self.assertEqual([people for _, people, _ in sim.messages], [[USER], [OTHER]])
+
+    def test_a_sender_hears_once_however_often_it_takes_to_write_that_down(self) -> None:
+        """And the loop knows of the notice, also when its message has left, or lost its body, meanwhile."""
+        def half(ids: Sequence[str]) -> Any:
+            type(self.sim.spool).remove(self.sim.spool, ids)
+            raise OSError(errno.EIO, "of the last fsync")
+        full = OSError(errno.ENOSPC, "full")
+        for domain, what, fault, left in cases(self, [
+                ("lifetime = 1h", "remove", full, ["notice"]), ("lifetime = 1h", "remove", half, ["notice"]),
+                ("lifetime = 1h", "heal", None, ["notice"]),
+                *(("delay_notice = 1h", "_replace", full, its) for its in (["notice"], ["mail", "notice"]))]):
+            sim = self.simulate(domain)
+            sim.reach = lambda name: "Connection refused"
+            id = sim.put(sender="a@sender.example")
+            if what == "heal":
+                os.unlink(os.path.join(sim.spool.path, id + ".eml"))
+            with mock.patch.object(sim.spool, what, side_effect=fault):
+                sim.run(2 * 3600)
+                if left[0] == "mail":
+                    self.look()                     # it may be found, too
+                elif what == "_replace":
+                    sim.reach = lambda name: None if name == DOMAIN else "Connection refused"     # noqa: B023
+                    sim.run(60)
+            sim.run(60)
+            ids = sorted(sim.spool.list()[0])
+            self.assertEqual(self.entries(), ids)
+            self.assertEqual(sorted(sim.spool.read_sidecar(one)["kind"] for one in ids), left)
+
+    def test_a_pair_that_is_being_copied_is_waited_for_and_half_of_one_not_for_ever(self) -> None:
+        self.sim.reach, ids = lambda name: "Connection refused", ["ABCD0%d" % number for number in range(5)]
+        self.sim.clock.wall = os.stat(self.folder).st_ctime
+        self.look()
+        for id, steps in zip(ids, cases(self, [
+                ["eml 50", "eml 100", "json 50", "json 100"], ["json 0", "json 100", "eml 0", "eml 100"],
+                ["json 100", "eml 90", "eml 100"], ["eml 100", "json 100"], ["json 100"]])):
+            files = pair(sidecar_of(id), MESSAGE * 100)
+            for kind, share in map(str.split, steps):
+                self.assertEqual(self.look(), (ids[:ids.index(id)], 0))
+                name = "%s.%s" % (id, kind)
+                write_files(self.sim.spool.path, {name: files[name][:len(files[name]) * int(share) // 100]})
+                os.utime(os.path.join(self.sim.spool.path, name), (5.0, 5.0))   # cp -p, rsync -t
+                self.sim.clock.wall = os.stat(os.path.join(self.sim.spool.path, name)).st_ctime + 1
+            self.assertEqual(self.look(), (ids[:4][:ids.index(id) + 1], 0))
+        self.sim.run(60)
+        self.assertEqual((self.entries(), self.sim.spool.count_corrupt()), (ids[:4], 1))
+
+    def test_a_spool_of_version_0_1_is_taken_over_whatever_stands_in_its_state_files(self) -> None:
+        sim, wall, counters = self.sim, self.sim.clock.wall, dict.fromkeys(etrn.COUNTERS, 3)
+        write_files(sim.spool.path, pair(old_sidecar("ABCDE1", [USER, "u@other.example"], ["other.example"])))
+        state = {"format": 1, "saved": wall, "homes": {DOMAIN: "192.0.2.1"}, "sites": {DOMAIN: {
+            "primary": "down", "since": wall - 100, "recovered": wall - 5000, "pardoned": 0.0, "held": True,
+            "size_limit": 5, "route": [["m.example", "192.0.2.1", 25]], "route_seen": wall, "last_error": "x",
+            "route_of": "192.0.2.1:25", "told": True, "counters": counters}}}
+        people = {"format": 1, "recipients": {USER: [True, wall + 5]}, "accept_all": {DOMAIN: [True, wall]}}
+        for name, value in (("state.json", state), ("recipients.json", people)):
+            write_files(sim.spool.path, {name: json.dumps(value).encode("ascii")})
+        with self.failing("_create", errno.ENOSPC):
+            sim.begin()
+            self.assertEqual(self.entries(), [])
+        sim.run(60)                                 # asked again
+        self.assertEqual([(one.name, [(entry.id, entry.is_held) for entry in one.entries.values()])
+                          for one in sim.queue.destinations.all.values()],
+                         [(DOMAIN, [("ABCDE1", False)]), ("other.example", [("ABCDE101", True)])])
+        one, mono = sim.one, sim.clock.mono - 60
+        self.assertEqual((one.state, one.is_held, one.counters, list(map(str, one.route)), one.last_error),
+                         (etrn.Primary.DOWN, True, counters, ["m.example[192.0.2.1]:25"], "x"))
+        ages = [round(mono - at) for at in (one.since, one.recovered)]
+        self.assertEqual((ages, one.size_limit), ([100, 5000], 5))
+        self.assertTrue(sim.queue.recipients.is_good(USER, wall))
+        for changed, others in cases(self, [*((one, people) for one in SpoolPeople.variants(state)),
+                                            *((state, one) for one in SpoolPeople.variants(people))]):
+            queue = etrn.Queue(sim.cfg, sim.queue.spool, sim.loop, sim.journal)
+            queue.state.load(changed, others)       # costs only what was learned
+            queue.state.save()
+            queue.sweep()
+            sim.loop.turn()
+            for one in queue.destinations.all.values():
+                etrn.format_duration(sim.clock.mono - one.since)
+                one.is_recovering(sim.clock.now)
+        self.assertEqual(sim.logged("cannot be recorded|bug"), 0)
+
+
+class Recovery(Simulated):
+    """Days of a primary's life."""
 
     STORIES = r"""
 # in an outage it is tried soon, then every probe_interval, and at once on ETRN; a flood of them costs one a
@@ -4391,6 +4282,9 @@ retry_interval = 1m | max_retry_interval = 1m | probe_interval = 1m: put a; put 
 # a message that is put off is offered again after 5, 10, 20 ... minutes, sooner after an outage
 put u; +1s; say . 450 4.2.0 later; put u; +3h; times 2 = 0 300 900 2100 4500 810.
 down 1; +1m; back 450 4.2.0 later; +40m; times 1 = 0 60 360 1560
+# the oldest goes alone, then the next oldest; what was being sent when an ETRN came goes again, once
+down 5; +60s; back; +5s; order = 1 2 3 4 5
+put u; say . 450 later; +0.05s; etrn; +290s; times 1 = 0 1
 # canaries put off have their turns; after three, greylisting, all are offered once
 down 10; +1m; back 450 4.2.0 grey; +9s; turns = 10 of 10
 # a message that makes it hang up has pauses of its own; who greets and hangs up is not dialled all the time
@@ -4549,6 +4443,12 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
                                  ("2" if event == "relayed" else "4", event == "delayed"))
                 self.assertEqual(parts[2].get_content_type() == "message/rfc822",
                                  event == "failed")    # as RET says
+        sim = self.simulate("lifetime = 1d")    # to nobody, nothing
+        sim.reach = lambda name: "refused"
+        sim.put(sender="")
+        sim.put(("u@" + DOMAIN, "NEVER", ""))
+        sim.tell(self, r"+25h; state = down 0, 2 expired; notices = \[\]; logged double bounce = 1")
+        self.assertEqual(spool_files(sim.spool.path), [])
         sim = self.simulate()
         sim.extensions = ["DSN"]                # such a primary confirms by itself
         sim.put(("u@" + DOMAIN, "SUCCESS", ""))
@@ -4566,6 +4466,21 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
                 self.assertEqual([one for one, _ in sim.notices()], [target] if target else [])
             self.assertEqual((sim.queued(), spool_files(sim.spool.path)), (0, []))
             self.assertTrue(sim.logged("double bounce: dropped"))
+
+    def test_a_refusal_is_returned_harmlessly(self) -> None:
+        sim = self.simulate()
+        sim.down("1")
+        sim.run(60)
+        sim.reach = lambda name: None if name == DOMAIN else "refused"
+        said = "550-5.1.1 a\n550-5.1.1 Bcc: v@x.example\n550 5.1.1 \x1b[2J\xff\0"
+        sim.script["RCPT"] = lambda address: said
+        sim.tell(self, r"+3500s; state = up 1; notices = \[\]; +4500s; state = up 0, 1 bounced")
+        (target, parts), = sim.notices()
+        one = parts[1].get_payload()[1]
+        self.assertEqual((target, len(parts), one["Status"], one["Diagnostic-Code"][:17], one["Remote-MTA"]),
+                         ("ABC001@sender.example", 3, "5.1.1", "smtp; 550 5.1.1 a", "dns; primary.example"))
+        self.assertNotRegex("".join(map(str, parts)), r"(?mi)^bcc:|[\x00\x1b\xff]")
+        self.assertTrue(all(line[:-1].isprintable() for line in sim.journal.lines))
 
     def test_size_and_smtputf8_end_as_notices_that_say_so(self) -> None:
         for values, offered, octets, status in cases(self, [
@@ -4653,13 +4568,8 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
             self.assertEqual((self.knows(sim, "u"), times), (known, 1 if known is None else 2))
 
 
-class Dialling(Folder):
+class Dialling(Relays):
     """dial(), on real sockets: whatever happens there says nothing about the mail."""
-
-    def primary(self, **script: Any) -> Primary:
-        primary = Primary(**script)
-        self.addCleanup(primary.__exit__)
-        return primary.start()
 
     def dial(self, *primaries: Primary, tls: str = "none", **plan: Any) -> etrn.Dialled:
         cfg = config("", "primary = %s\ntls = %s" % (", ".join(one.address for one in primaries),
@@ -4681,7 +4591,8 @@ class Dialling(Folder):
                 ("HELO", "250 x", True),
                 *(("STARTTLS", said, said != "421 4.3.2 closing") for said in ["554 no", "250 ok",
                         *faults])]):
-            primary = self.primary(**{stage: said}, **({"EHLO": "502 what?"} if stage == "HELO" else {}))
+            others = {"EHLO": "502 what?"} if stage == "HELO" else {}
+            primary = self.primary(**{stage: said}, **others).start()
             primary.extensions = ["SIZE", "STARTTLS"] if stage == "STARTTLS" else ["SIZE"]
             seconds = 20.0 if said is not HANG else 1.0 if is_there else 0.2    # then a second visit must do
             with shorten(COMMAND_S=seconds), mock.patch.object(
@@ -4700,13 +4611,13 @@ class Dialling(Folder):
                     primary.clients[-1].sendall(b"2")
                     time.sleep(0.02)
             return CUT
-        primary = self.primary(EHLO=drip)
+        primary = self.primary(EHLO=drip).start()
         with shorten(COMMAND_S=0.3):
             self.assertIn("timed out", self.dial(primary).error)
 
     def test_the_next_host_is_tried_and_a_dead_one_costs_a_moment(self) -> None:
-        down, cross, up = Primary(), self.primary(greeting="554 not today"), self.primary()
-        self.addCleanup(down.__exit__)
+        down, cross, up = self.primary(), self.primary(greeting="554 not today"), self.primary().start()
+        cross.start()
         found = self.dial(down, cross, up)
         self.assertEqual(([hop.port for hop in found.hops], found.client.hop.port),
                          ([one.port for one in (down, cross, up)], up.port))
@@ -4743,7 +4654,7 @@ class Dialling(Folder):
                 one.close()
 
     def test_a_route_back_to_this_relay_is_refused(self) -> None:
-        primary = self.primary()
+        primary = self.primary().start()
         for host in cases(self, ["127.0.0.1", "0.0.0.0"]):
             found = self.dial(primary, listeners=(etrn.Endpoint(host, primary.port),))
             self.assertIn("loops back", found.error)
@@ -4777,36 +4688,6 @@ class Dialling(Folder):
             self.assertEqual((found.client, bool(found.error)), (None, True))
 
 
-class Hanging(Relays):
-    """The same over real sockets, with the relay as a process."""
-
-    def test_late_answers_hold_nobody_up_and_an_etrn_starts_a_fresh_connection(self) -> None:
-        primary = self.primary(**{".": [HANG, "250 ok"]})
-        relay = self.relay(primary, LATE_S=0.3)
-        for number in range(12):
-            relay.send(b"Subject: %d\r\n\r\n" % number)
-        primary.start()
-        wait(lambda: len(primary.messages) == 11, "the others")
-        wait(lambda: len(relay.queue()) == 1, "all but the late one")
-        self.assertEqual(relay.json("--status")["domains"][DOMAIN]["primary"], "up")
-        primary.stop()
-        # it boots, and hangs: two at most hang, whatever is asked
-        primary.script = {"greeting": HANG}
-        primary.start()
-        relay.send()
-        for _ in range(8):
-            used = primary.uses["greeting"]
-            with relay.client() as wire:
-                self.assertRegex(wire.say("ETRN " + DOMAIN), "^25[03] ")
-            wait(lambda used=used: primary.uses["greeting"] > used, "a fresh connection")
-        wait(lambda: sum(thread.is_alive() for thread in primary.threads) <= 3,
-             "two that hang and who accepts")
-        primary.script = {}
-        relay.run("--flush", DOMAIN)
-        wait(relay.is_empty, "an empty spool")
-        self.assertEqual(len(primary.messages), 13)
-
-
 class RoutesOfRelays(Relays):
     """Relays that find their primary in a scripted DNS; hosts have one port, on addresses of their own."""
 
@@ -4820,14 +4701,8 @@ class RoutesOfRelays(Relays):
 
     def mx_relay(self, dns: Dns, number: int, hostname: str, **limits: float) -> Relay:
         """A relay that is MX host 127.0.0.NUMBER, and takes our mail on another port."""
-        os.mkdir(os.path.join(self.folder, str(number)))
-        relay = Relay(os.path.join(self.folder, str(number)), "mx", SMTP_PORT=self.mail.port, **limits)
-        with open(relay.file, encoding="utf-8") as file:
-            text = file.read().replace("127.0.0.1:0", "127.0.0.1:0, 127.0.0.%d:%d" % (number, self.mail.port))
-        with open(relay.file, "w", encoding="utf-8") as file:
-            file.write(text.replace("127.0.0.1:9", str(dns.endpoint)).replace("backup.example.net", hostname))
-        self.addCleanup(relay.__exit__)
-        return relay.start()
+        return self.relay("mx", hostname=hostname, nameservers=str(dns.endpoint), SMTP_PORT=self.mail.port,
+                          listen="127.0.0.1:0, 127.0.0.%d:%d" % (number, self.mail.port), **limits)
 
     def test_two_relays_of_equal_preference_never_exchange_mail_and_both_deliver(self) -> None:
         with Dns(self.zone) as dns:     # one is known by its name, the other by its address alone
@@ -4855,7 +4730,7 @@ class RoutesOfRelays(Relays):
     def test_the_last_route_serves_when_the_dns_dies_even_after_a_restart(self) -> None:
         self.mail.start()
         with Dns(self.zone) as dns:
-            relay = self.mx_relay(dns, 2, "a.example", DNS_TOTAL_S=0.3, DNS_TRY_S=0.1)
+            relay = self.mx_relay(dns, 2, "a.example", DNS_TOTAL_S=1.0, DNS_TRY_S=0.5)
             for dead in cases(self, ["", "silent", "no such name"]):
                 if dead:
                     relay.start()
@@ -5066,7 +4941,7 @@ class Nameservers(NameserverCase):
         for broken in cases(self, [
                 {"mangle": lambda packet: None},
                 {"mangle": lambda packet: b"\0\0" + packet[2:] if packet[:2] != b"\0\0" else None}]):
-            with shorten(DNS_TRY_S=0.1):
+            with shorten(DNS_TRY_S=0.5):
                 first = self.dns(**broken)
                 self.assertEqual(self.resolver(first, self.dns()).query("a.example", etrn.MX), self.MX)
                 self.assertTrue(first.asked)
@@ -5075,7 +4950,7 @@ class Nameservers(NameserverCase):
         for mangle in cases(self, [lambda packet: None,         # the other: a bare header names nobody
                                    lambda packet: packet[:2] + b"\x81\x83" + b"\0" * 8]):
             silent = self.dns(mangle=mangle)
-            with shorten(DNS_TRY_S=0.05, DNS_TOTAL_S=0.3), \
+            with shorten(DNS_TRY_S=0.1, DNS_TOTAL_S=0.3), \
                     self.assertRaisesRegex(etrn.DnsError, "lookup of a.example failed") as caught:
                 self.resolver(silent).query("a.example", etrn.MX)
             self.assertFalse(caught.exception.is_absent)
@@ -5090,7 +4965,7 @@ class Nameservers(NameserverCase):
 
     def test_a_nameserver_that_fails_at_ipv6_costs_neither_the_route_nor_much_time(self) -> None:
         server = self.dns(mangle=lambda packet: None if server.asked[-1][2] == etrn.AAAA else packet)
-        with shorten(DNS_TRY_S=0.1):
+        with shorten(DNS_TRY_S=0.5):
             self.assertEqual(self.resolver(server).addresses("m1.example"), ["192.0.2.1"])
         self.assertLessEqual(sum(kind == etrn.AAAA for _, _, kind in server.asked), 2)
 
@@ -5357,8 +5232,7 @@ class Notices(unittest.TestCase):
 
     def test_the_words_that_a_meaning_is_known_by_are_said_somewhere(self) -> None:
         """They are our own or the system's, and would be forgotten when a text changes."""
-        with open(SOURCE, encoding="utf-8") as file:
-            source = file.read()
+        source = load(SOURCE)
         before, _, after = re.split(r"(?ms)^(# == \d+\. DSN =+$.*?)(?=^# == )", source)
         spoken = before + after + "\n".join(map(os.strerror, errno.errorcode))
         patterns = [pattern for pattern, _, _ in etrn._MEANINGS if pattern[:1] not in ("^", "")]
@@ -5417,7 +5291,11 @@ ENVELOPE = "MAIL FROM:<>", "RCPT TO:<u@ourdom.example>"
 
 class Life(Relays):
     BODIES = [MESSAGE, b"", b"\r\n", b".\r\n..\r\n...\r\n", b"Subject: \xff\r\n\r\n\x01 caf\xe9\r\n",
-              b"Received: from elsewhere\r\n\tby x; y\r\n\r\n", b"S: x\r\n\r\n" + b"y" * 300000 + b"\r\n"]
+              b"Received: from elsewhere\r\n\tby x; y\r\n\r\n", b"S: x\r\n\r\n" + b"y" * 300000 + b"\r\n",
+              # other people's signatures hold
+              b"DKIM-Signature: v=1; a=rsa-sha256; d=sender.example;\r\n\tbh=AAAA;\r\n b=BBBB\r\nFrom:  A  "
+              b"<a@sender.example>\r\nSubject: folded\r\n\tand   spaced\r\n\r\n.\r\n..two\r\n"
+              b" \t blanks \t\r\ncaf\xe9 \xff\r\n%s\r\n\r\nFrom me\r\n\r\n\r\n" % (b"x" * 900)]
 
     def test_mail_taken_while_the_primary_is_down_arrives_when_it_is_back(self) -> None:
         primary = self.primary()
@@ -5425,13 +5303,18 @@ class Life(Relays):
         people = ["user@" + DOMAIN, "other@" + DOMAIN]
         for body in self.BODIES:
             self.assertRegex(relay.send(body, recipients=people), r"\A250 2\.0\.0 .*queued as [0-9A-F]+\Z")
+        with relay.client() as client:
+            client.say("MAIL FROM:<a@sender.example>", *("RCPT TO:<%s>" % one for one in people))
+            for part, last in ((self.BODIES[-1][:777], b""), (self.BODIES[-1][777:], b" LAST")):
+                client.raw(b"BDAT %d%s\r\n" % (len(part), last) + part)
+                self.assertEqual(client.reply()[:3], "250")
         relay.logged(r"primary\[\d+\]: ourdom\.example: down: connect to .*: Connection refused")
-        self.assertEqual(len(relay.files()), 2 * len(self.BODIES))
+        self.assertEqual(len(relay.files()), 2 * len(self.BODIES) + 2)
         primary.start()
         wait(relay.is_empty, "an empty spool")
         arrived = [data for *_, data in primary.messages]
         self.assertEqual({data[:28] for data in arrived}, {b"Received: from client.exampl"})
-        self.assertEqual(sorted(map(without_received, arrived)), sorted(self.BODIES))
+        self.assertEqual(sorted(map(without_received, arrived)), sorted(self.BODIES + self.BODIES[-1:]))
         self.assertEqual({(one[0], *one[1]) for one in primary.messages}, {("a@sender.example", *people)})
         relay.logged(r"primary\[\d+\]: ourdom\.example: up after .*, \d+ messages waiting")
         relay.logged(r"smtp\[\d+\]: [0-9A-F]+: to=<user@ourdom\.example>, relay=127\.0\.0\.1\[127\.0\.0\.1\]:"
@@ -5445,6 +5328,9 @@ class Life(Relays):
         rows = {row["domain"]: [one["address"] for one in row["recipients"]] for row in relay.queue()}
         self.assertEqual(rows, {DOMAIN: ["a@" + DOMAIN, "c@" + DOMAIN], "two.example": ["b@two.example"]})
         self.assertEqual((len({row["id"] for row in relay.queue()}), len(relay.files())), (2, 4))
+        status = relay.json("--status")
+        self.assertEqual((status["spool"]["messages"], status["spool"]["bytes"]),
+                         (2, sum(one["bytes"] for one in status["domains"].values())))
         one.start()
         wait(lambda: [row["domain"] for row in relay.queue()] == ["two.example"], "the second half to remain")
         two.start()
@@ -5497,7 +5383,7 @@ class Life(Relays):
             relay.logged(said and r"flush\[\d+\]: " + said)
 
     def test_sighup_takes_all_or_nothing(self) -> None:
-        other, port = os.path.join(self.folder, "other.log"), unused_port()
+        other, port = self.path("other.log"), unused_port()
         relay = self.relay(relay="max_connections = 2")
         self.assertEqual(self.rcpt(relay, "u@new.example"), ["554 5.7.1"])
         self.let_in(relay, 2)
@@ -5518,17 +5404,6 @@ class Life(Relays):
         self.reload(relay, relay="log = " + other, domain="")
         wait(lambda: os.path.exists(other) and os.path.getsize(other), "the new log")
 
-    def test_what_is_not_there_for_us_now_is_no_fault_of_the_configuration(self) -> None:
-        busy = self.relay()
-        assert busy.process is not None
-        for where, told in cases(self, [
-                ("odmr_listen = 127.0.0.1:%d" % busy.port, "cannot listen on %s: Address already in use"),
-                ("odmr_listen = 192.0.2.1:2525", "cannot listen on %s: Cannot assign requested address"),
-                ("spool = " + busy.spool, "%%s is in use by process %d" % busy.process.pid)]):
-            relay = Relay(tempfile.mkdtemp(dir=self.folder), "127.0.0.1:9", relay=where)
-            status, _, text = relay.run()
-            self.assertEqual((status, text), (75, "etrn_relay.py: %s\n" % told % where.partition(" = ")[2]))
-
     def test_a_stop_lets_a_message_end_takes_no_other_and_waits_for_nobody_who_hangs(self) -> None:
         primary = self.primary(**{".": HANG}).start()
         relay = self.relay(primary)
@@ -5543,7 +5418,6 @@ class Life(Relays):
             busy.raw(b"age\r\n.\r\n")
             self.assertEqual(busy.reply()[:3], "250")
             self.assertEqual((busy.say("MAIL FROM:<>")[:9], busy.reply()), ("421 4.3.2", ""))
-            assert relay.process is not None
             self.assertEqual((relay.process.wait(5.0), slow.reply()[:9]), (0, "421 4.3.2"))
         self.assertEqual((len(relay.files()), os.listdir(os.path.join(relay.spool, "incoming"))), (4, []))
 
@@ -5651,7 +5525,7 @@ class Wired(Relays):
 
 class Refusals(Relays):
     def test_the_disk_is_asked_before_mail_is_taken(self) -> None:
-        relay = self.relay(change=("min_free_space = 0", "min_free_space = 1000000G"))
+        relay = self.relay(min_free_space="1000000G")
         with relay.client() as client:
             self.assertEqual((client.say("MAIL FROM:<>")[:9], client.say("NOOP")[:3]), ("452 4.3.1", "250"))
 
@@ -5741,7 +5615,7 @@ class Names(Relays):
         self.dns = Dns(zone, mangle=lambda packet: packet if gate is None or gate.wait(DEADLINE_S) else None)
         self.dns.__enter__()
         self.addCleanup(self.dns.__exit__)
-        return self.relay(primary, ("127.0.0.1:9\n", "%s\n" % str(self.dns.endpoint)), **options)
+        return self.relay(primary, nameservers=str(self.dns.endpoint), **options)
 
     def test_a_name_that_leads_back_stands_in_received_and_log_and_is_asked_for_once(self) -> None:
         primary = self.primary().start()
@@ -5825,11 +5699,7 @@ class Secured(Relays):
     def setUp(self) -> None:
         super().setUp()
         for name, text in PEMS.items():
-            with open(self.path(name), "w", encoding="ascii") as file:
-                file.write(text)
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
+            save(self.path(name), text)
 
     def install(self, certificate: str = "one") -> None:
         """Put a pair where the relay's is, as a renewal does."""
@@ -5968,8 +5838,7 @@ class TlsClients(Secured):
             self.install("two")
             self.assertEqual(shown(), "two.pem")
             for text in cases(self, [PEMS["one.pem"], PEMS["one.pem"][:200], "", "-----BEGIN CERTIFICATE\n"]):
-                with open(self.path("relay.pem"), "w", encoding="ascii") as file:
-                    file.write(text)            # not the key's, half written, empty
+                save(self.path("relay.pem"), text)            # not the key's, half written, empty
                 self.assertEqual({shown() for _ in range(3)}, {"two.pem"})
             os.unlink(self.path("relay.key"))
             self.assertEqual({shown() for _ in range(2)}, {"two.pem"})
@@ -5984,8 +5853,7 @@ class TlsClients(Secured):
         section = "[tls]\ncertificate = %s\nkey = %s\n" % (self.path("relay.pem"), self.path("relay.key"))
         relay = self.relay(domain=section)
         for name, text in (("relay.pem", "half"), ("locked.key", LOCKED_KEY)):
-            with open(self.path(name), "w", encoding="ascii") as file:
-                file.write(text)
+            save(self.path(name), text)
         for domain, said in cases(self, [
                 (section.replace("relay.", "absent."), ["not reloaded, .* stays: certificate "]),
                 (section.replace("relay.", "locked."), ["not reloaded, .* stays: certificate "]),
@@ -6031,40 +5899,28 @@ class SecurePrimary(Primary):
     """It offers STARTTLS.  Script verbs of its own: "STARTTLS", and "TLS", said instead of a handshake."""
 
     def __init__(self, certificate: str, **script: Any) -> None:
-        super().__init__(**dict(script, greeting=b""))
+        super().__init__(**script)
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(certificate, certificate.replace(".pem", ".key"))
         self.connections = self.secured = 0
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _talk(self, sock: socket.socket, more: Sequence[str] = ("STARTTLS",)) -> bool:
         self.connections += 1
-        with contextlib.suppress(OSError, ValueError), sock, sock.makefile("rb") as lines:
-            sock.sendall(b"220 primary.example ESMTP\r\n")
-            for line in lines:
-                verb = line.upper().strip()
-                if verb.startswith(b"EHLO"):
-                    sock.sendall(b"250-primary.example\r\n250-PIPELINING\r\n250 STARTTLS\r\n")
-                elif verb != b"STARTTLS":
-                    return self._talk(sock, itertools.chain([line], lines))     # type: ignore[arg-type]
-                elif self._say(sock, "STARTTLS", "", "220 2.0.0 go") == "2":
-                    if "TLS" in self.script:
-                        self._say(sock, "TLS", "", "")
-                    return self._secure(self.context.wrap_socket(sock, server_side=True))
-
-    def _secure(self, sock: ssl.SSLSocket) -> None:
-        self.clients.append(sock)
-        self.secured += 1
-        with sock, sock.makefile("rb") as lines:
-            self._talk(sock, lines)
+        if super()._talk(sock, more):
+            if "TLS" in self.script:
+                self._say(sock, "TLS", "", "")
+            with self.context.wrap_socket(sock, server_side=True) as secure:
+                self.clients.append(secure)
+                self.secured += 1
+                super()._talk(secure)
+        return False
 
 
 class TlsPrimaries(Secured):
     """The `tls` option of a domain."""
 
-    def primary(self, **script: Any) -> SecurePrimary:
-        primary = SecurePrimary(self.path("one.pem"), **script)
-        self.addCleanup(primary.__exit__)
-        return primary
+    def secure_primary(self, **script: Any) -> Any:
+        return self.primary(SecurePrimary, self.path("one.pem"), **script)
 
     def deliver(self, primary: Primary, policy: str, trusted: str = "") -> Tuple[bool, str]:
         """Whether a message could be delivered, or why not.  `trusted`: the only authority's certificate."""
@@ -6084,7 +5940,7 @@ class TlsPrimaries(Secured):
                 ("verify", "", 0, "TLS with .* failed"), ("verify", "two", 0, "TLS with .* failed"),
                 ("sha256:" + pin, "", 1, ""), ("sha256:" + bytes.fromhex(pin).hex(":").upper(), "", 1, ""),
                 ("sha256:" + "00" * 32, "", None, "is not the pinned one: sha256:" + pin)]):
-            primary = self.primary().start()
+            primary = self.secure_primary().start()
             is_sent, problem = self.deliver(primary, policy, trusted)
             self.assertEqual((is_sent, primary.connections), (not error, 1), problem)
             self.assertIn(secured, (primary.secured, None))
@@ -6096,7 +5952,7 @@ class TlsPrimaries(Secured):
             {"TLS": "no ServerHello"}, {"STARTTLS": b"220 go\r\n250 INJECTED\r\n"}, None]
         policies = "may", "require", "verify", "sha256:" + "00" * 32
         for fault, policy in cases(self, itertools.product(faults, policies)):
-            primary = (Relays.primary(self) if fault is None else self.primary(**fault)).start()
+            primary = (self.primary() if fault is None else self.secure_primary(**fault)).start()
             is_sent, error = self.deliver(primary, policy)
             self.assertEqual((is_sent, bool(error)), (policy == "may", policy != "may"))
             self.assertNotIn("INJECTED", error)
@@ -6110,8 +5966,8 @@ class Conversations(Secured):
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
     def test_a_primary_that_stops_reading_is_left_after_its_time(self) -> None:
         over = threading.Event()
-        primary = SecurePrimary(self.path("one.pem"), RCPT=lambda argument: str(over.wait(DEADLINE_S)))
-        self.addCleanup(primary.__exit__)
+        primary = self.primary(SecurePrimary, self.path("one.pem"),
+                               RCPT=lambda argument: str(over.wait(DEADLINE_S)))
         self.addCleanup(over.set)
         primary.extensions = ["CHUNKING", "PIPELINING"]
         relay = self.relay(primary.start(), domain="tls = require", BLOCK_S=3.0, SWEEP_S=0.1)
@@ -6276,7 +6132,6 @@ class Attacks(Relays):
             header = relay.run("--show", row["id"], "--raw")[1].partition("\r\n\r\n")[0]
             self.assertRegex(header, r"\AReceived: from [^\r\n<>(){}\"\\]* \(unknown \[127\.0\.0\.1\]\)"
                              r"(\r\n\t[^\r]+){2,3}\r\nSubject: x\Z")
-        assert relay.process is not None
         start = r"\A[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d backup etrn_relay/[a-z]+\[%d\]: " % relay.process.pid
         for line in relay.log:
             self.assertRegex(line, start)
@@ -6290,10 +6145,9 @@ class Attacks(Relays):
 class Accounts(Relays):
     def test_root_is_given_up_for_good_once_ports_are_bound(self) -> None:
         os.chmod(self.folder, 0o755)
-        with Relay(self.folder, "127.0.0.1:9", relay="user = nobody") as relay:
-            assert relay.process is not None
-            with open("/proc/%d/status" % relay.process.pid, encoding="ascii") as file:
-                ids = re.findall(r"(?m)^[UG]id:\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d+)$", file.read())
+        with Relay(self.folder, relay="user = nobody") as relay:
+            ids = re.findall(r"(?m)^[UG]id:\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d+)$",
+                             load("/proc/%d/status" % relay.process.pid))
             account = pwd.getpwnam("nobody")
             self.assertEqual(ids, [(str(account.pw_uid),) * 4, (str(account.pw_gid),) * 4])
             self.assertEqual((relay.send()[:3], relay.end()), ("250", 0))
@@ -6318,11 +6172,10 @@ class Recipients(Relays):
         self.assertEqual(replies, [TAKEN] * 3 + [REFUSED, TAKEN])
 
     def test_a_file_is_obeyed_and_read_again_but_not_a_failed_export(self) -> None:
-        path = os.path.join(self.folder, "list")
+        path = self.path("list")
 
         def write(text: str) -> None:
-            with open(path + ".new", "w", encoding="utf-8") as file:
-                file.write(text)
+            save(path + ".new", text)
             os.replace(path + ".new", path)
         write("# empty\n")
         relay = self.relay(domain="recipients = file:" + path, SWEEP_S=0.05)
@@ -6364,43 +6217,6 @@ class Recipients(Relays):
             wait(lambda relay=relay: self.rcpt(relay, "late", "new") == [TAKEN, REFUSED], "its own word")
             primary.stop()
 
-    def test_only_a_word_about_the_recipient_counts(self) -> None:
-        nothing = [
-            {"RCPT": "450 4.2.0 later"}, {"RCPT": "554 5.7.1 not from you"}, {"RCPT": "421 4.7.0 bye"},
-            {"RCPT": CUT}, {"RCPT": "552 5.2.2 full"}, {"RCPT": b"gibberish\r\n"}, {"RCPT": "550 5.7.23 SPF"},
-            {"RCPT": b"350 5.1.1 what\r\n"}, {"RCPT": b"550-5.1.1 a\r\n250 b\r\n"}, {"RCPT": "554 no"},
-            {"RCPT": "550 5.1.8 bad sender"}, {"RCPT": "550 5.1.7 bad sender"}, {"MAIL": "550 5.1.1 no"},
-            {"greeting": "550 5.1.1 no"}, {"EHLO": "550 5.1.1 no", "HELO": "550 5.1.1 no"}]
-        words = ["550 no such user", "551 5.1.6 moved", "553 mailbox name not allowed", "554 5.1.1 nobody",
-                 "550 5.1.10 null mx", "550 5.1.2 x", "501 5.1.3 x"]
-        table = [(said, UNSURE) for said in nothing] + [({"RCPT": word}, REFUSED) for word in words]
-        primaries = [self.primary(**said).start() for said, _ in table]
-        relay = self.relay(domain="".join("[domain d%d.example]\nprimary = %s\n%s" % (
-            number, one.address, self.VERIFY) for number, one in enumerate(primaries)))
-        for number, (_, reply) in cases(self, enumerate(table)):
-            self.assertEqual(self.rcpt(relay, "u@d%d.example" % number), [reply])
-        relay.end()
-        with open(os.path.join(relay.spool, "recipients.json"), "rb") as file:
-            self.assertEqual(len(json.load(file)["recipients"]), len(words))
-
-    def test_a_refused_message_opens_the_question_and_is_no_word_itself(self) -> None:
-        """One forged letter must not make a user unknown for everybody."""
-        primary = self.primary(RCPT=lambda argument: "550 5.1.1 sender is a liar" if "evil" in [
-            line for line in primary.log if line.startswith("MAIL")][-1] else None)
-        relay = self.relay(primary.start(), domain=self.VERIFY + CutThrough.OPTIONS)
-        self.assertEqual(relay.send(sender="evil@x.example", recipients=["u@" + DOMAIN])[:3], "550")
-        wait(lambda: any(line.startswith("RCPT TO:<u@") for line in primary.log[2:]), "the question")
-        self.assertEqual(relay.send(recipients=["u@" + DOMAIN])[:3], "250")
-
-    def test_a_primary_that_refuses_all_is_doubted_and_one_that_takes_all_is_not_asked_again(self) -> None:
-        relay = self.relay(self.primary(RCPT=only("good")).start(), domain=self.VERIFY)
-        self.assertEqual(self.rcpt(relay, "a", "b", "c", "d", "e", "f", "a"), [REFUSED] * 4 + [UNSURE] * 3)
-        self.assertEqual(self.rcpt(relay, "good", "g", "a"), [TAKEN, REFUSED, REFUSED])
-        primary = self.primary().start()
-        relay = self.relay(primary, domain=self.VERIFY)
-        self.assertEqual((self.rcpt(relay, "one"), primary.uses["RCPT"]), ([TAKEN], 2))   # it and a stranger
-        self.assertEqual((self.rcpt(relay, "two", "three"), primary.uses["RCPT"]), ([TAKEN] * 2, 2))
-
     def test_sessions_share_a_question_wait_some_seconds_at_most_and_a_late_answer_is_kept(self) -> None:
         gate = threading.Event()
         primary = self.primary(RCPT=lambda argument: "550 5.1.1 no" if gate.wait(DEADLINE_S) else None)
@@ -6415,13 +6231,6 @@ class Recipients(Relays):
         gate.set()
         wait(lambda: self.rcpt(relay, "user") == [REFUSED], "the answer")
         self.assertEqual(sum("user@ourdom.example" in line for line in primary.log), 1)
-
-    def test_a_question_to_a_dying_connection_is_asked_once_more(self) -> None:
-        asked: Set[str] = set()
-        primary = self.primary(
-            RCPT=lambda argument: "550 5.1.1 no" if argument in asked else asked.add(argument) or CUT)
-        relay = self.relay(primary.start(), domain=self.VERIFY)
-        self.assertEqual(self.rcpt(relay, "one", "two", "three"), [REFUSED] * 3)
 
     def test_knowledge_has_its_time(self) -> None:
         cache, again = etrn.RecipientCache(), etrn.RecipientCache()
@@ -6625,15 +6434,14 @@ class RealPostfix(Secured):
         os.chmod(folder, 0o755)
         for name in ("etc", "spool", "data", "mail/box/new", "mail/box/cur", "mail/box/tmp"):
             os.makedirs(os.path.join(folder, name))
-        with open("/usr/share/postfix/master.cf.dist", encoding="utf-8") as file:
-            master = re.sub(r"(?m)^smtp(\s+inet\s)", r"%d\1" % self.port, file.read())
+        master = load("/usr/share/postfix/master.cf.dist")
+        master = re.sub(r"(?m)^smtp(\s+inet\s)", r"%d\1" % self.port, master)
         no_chroot = re.sub(r"(?m)^(\S+\s+(?:unix|inet|fifo)\s+\S+\s+\S+\s+)y", r"\1n", master)
         nobody = pwd.getpwnam("nobody")
         values = {"folder": folder, "pems": self.folder, "uid": nobody.pw_uid, "gid": nobody.pw_gid}
         config = "".join(word + "\n" for word in (self.CONFIG % values + options).split())
         for name, text in (("log", ""), ("etc/main.cf", config), ("etc/master.cf", no_chroot)):
-            with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-                file.write(text)
+            save(os.path.join(folder, name), text)
         for where, _, _ in os.walk(os.path.join(folder, "mail")):
             shutil.chown(where, "nobody")
         for name in ("data", "log"):    # postsuper, which tells of half-made files, is not root
@@ -6766,14 +6574,13 @@ class Authenticated(Relays):
         relay.logged(r"smtpd\[\d+\]: unknown\[127\.0\.0\.1\]: sasl_method=CRAM-MD5, sasl_username=gw$")
 
     def test_passwords_are_read_from_files_and_again_at_sighup(self) -> None:
-        secret = os.path.join(self.folder, "secret")
+        secret = self.path("secret")
         options = "username = gw\npassword = file:" + secret
         relay = Relay(self.folder, "etrn", domain=options, LOGIN_FAILED_S=0.01)
         self.addCleanup(relay.__exit__)
         for content, logged in cases(self, [
                 ("p\u00e2ss 1\n", "started"), ("two", "configuration reread"), ("", "not reloaded.*empty")]):
-            with open(secret, "w", encoding="utf-8") as file:
-                file.write(content)
+            save(secret, content)
             relay.signal(signal.SIGHUP) if relay.process else relay.start()
             relay.logged(logged)
             for password, code in ((content.strip() or "two", "235"), ("pass 1", "535"), ("", "535")):
@@ -6825,9 +6632,8 @@ class Authenticated(Relays):
 
     def test_an_etrn_from_this_host_itself_makes_no_loop(self) -> None:
         port = unused_port()
-        with mock.patch.dict(globals(), CONFIG=CONFIG.replace("127.0.0.1:0", "127.0.0.1:%d" % port)):
-            relay = Relay(self.folder, "etrn", domain=LOGIN_OPTIONS, SMTP_PORT=port)
-        with relay:
+        with Relay(self.folder, "etrn", domain=LOGIN_OPTIONS, SMTP_PORT=port,
+                   listen="127.0.0.1:%d" % port) as relay:
             relay.send()
             with Wire(relay.port) as client:
                 self.assertEqual((log_in(client)[:3], client.say("ETRN " + DOMAIN)[:3]), ("235", "253"))
@@ -7027,7 +6833,7 @@ class Fetchmail(Relays):
 
     def fetch(self, text: str) -> str:
         """Run it once; returns what it said."""
-        file = os.path.join(self.folder, "fetchmailrc")
+        file = self.path("fetchmailrc")
         with open(file, "w", encoding="utf-8") as stream:
             os.chmod(file, 0o600)
             stream.write("set no bouncemail\n%s fetchdomains ourdom.example other.example\n" % text)
@@ -7064,7 +6870,7 @@ class Fetchmail(Relays):
         relay.logged(r"etrn: site=other\.example, client=unknown\[127\.0\.0\.1\], messages=1, reply=253")
 
 
-# -- the promise, notices, alerts, signatures
+# -- the promise, notices, alerts
 
 class Promise(Relays):
     """Every 250 arrives, octet for octet; what is not written down yet may come twice, and nothing else."""
@@ -7119,14 +6925,6 @@ class Bounces(Relays):
         relay.logged(r"smtp\[\d+\]: [0-9A-F]+: to=<u@ourdom\.example>, .*status=expired \(")
         relay.logged(r"bounce\[\d+\]: [0-9A-F]+: sender non-delivery notification: [0-9A-F]+")
 
-    def test_mail_without_a_sender_is_never_answered(self) -> None:
-        relay = self.relay_to_sink()
-        relay.send(sender="")
-        relay.send(recipients=["<u@%s> NOTIFY=NEVER" % DOMAIN])
-        relay.logged("double bounce")
-        wait(lambda: relay.json("--status")["domains"][DOMAIN]["expired"] == 2, "both to expire")
-        self.assertEqual((relay.files(), self.sink.messages), ([], []))
-
     def test_an_operator_returns_mail_and_a_notice_that_is_refused_goes_to_the_postmaster(self) -> None:
         relay = self.relay_to_sink(domain="", bounces="postmaster = postmaster@x.example")
         self.sink.script["RCPT"] = lambda to: "250 ok" if "postmaster@" in to else "550 5.1.1 no such user"
@@ -7137,21 +6935,6 @@ class Bounces(Relays):
         self.assertEqual(self.sink.messages[0][:2], ("", ["postmaster@x.example"]))
         self.assertIn(b"a@sender.example", self.sink.messages[0][2])
         relay.logged(r"to=<user@ourdom\.example>, .*dsn=5\.0\.0, status=bounced \(Returned by the postmaster")
-
-    def test_a_refusal_is_kept_for_the_grace_and_then_returned_harmlessly(self) -> None:
-        said = b"550-5.1.1 a\r\n550-5.1.1 Bcc: v@x.example\r\n550 5.1.1 \x1b[2J\xff\0\r\n"
-        primary = self.primary(RCPT=said)
-        relay = self.relay_to_sink(primary.start(), "recovery_grace = 1s\nretry_interval = 1s")
-        relay.send()
-        wait(lambda: primary.uses["RCPT"], "the first try")
-        self.assertEqual((self.sink.messages, len(relay.files())), ([], 2))
-        notice, _, one = self.notice(relay)
-        self.assertEqual((one["Status"], one["Diagnostic-Code"][:17], one["Remote-MTA"], notice["Bcc"]),
-                         ("5.1.1", "smtp; 550 5.1.1 a", "dns; 127.0.0.1", None))
-        self.assertEqual(len(list(notice.iter_parts())), 3)
-        self.assertIsNone(re.search(rb"(?mi)^bcc:|[\x00\x1b\xff]", self.sink.messages[0][2]))
-        self.assertGreaterEqual(primary.uses["RCPT"], 2)
-        self.assertTrue(all(line.isprintable() for line in relay.log))
 
     def test_a_server_that_comes_back_half_configured_loses_nobodys_mail(self) -> None:
         primary = self.primary(RCPT="550 5.1.1 no such user")
@@ -7196,7 +6979,7 @@ class Alerting(Relays):
 
     def test_an_outage_its_end_and_a_refusal_reach_program_web_hook_and_mail(self) -> None:
         primary, sink = self.primary(), self.primary().start()
-        told, program = (os.path.join(self.folder, name) for name in ("told", "tell me.sh"))
+        told, program = (self.path(name) for name in ("told", "tell me.sh"))
         with open(program, "w", encoding="ascii") as file:
             file.write("#!/bin/sh\nexec >>$1\ntest $ETRN_EVENT = up && sleep 0.5\n"
                        "printf '%s ' $ETRN_EVENT $ETRN_DOMAIN $ETRN_WAITING\ncat\necho\n")
@@ -7251,31 +7034,6 @@ class Alerting(Relays):
                 relay.end(signal.SIGKILL)
 
 
-class Signed(Relays):
-    """What arrives is what was sent, octet for octet, behind our Received: other people's signatures hold."""
-    DATA = b"\r\n".join([
-        b"DKIM-Signature: v=1; a=rsa-sha256; d=sender.example;\r\n\tbh=AAAA;\r\n b=BBBB",
-        b"From:  A  <a@sender.example>", b"Subject: folded\r\n\tand   spaced", b"Received: x", b"", b".",
-        b"..two", b" \t blanks \t", b"caf\xe9 \xff", b"x" * 900, b"", b"From me", b"", b"", b""])
-
-    def passed(self, data: bytes) -> List[bytes]:
-        """As it arrives when sent by DATA and by BDAT."""
-        primary = self.primary().start()
-        with self.relay(primary).client() as wire:
-            self.assertEqual(wire.send(data, parameters=" BODY=8BITMIME")[:3], "250")
-            wire.say("MAIL FROM:<a@sender.example>", "RCPT TO:<user@%s>" % DOMAIN)
-            for part, last in ((data[:777], b""), (data[777:], b" LAST")):
-                wire.raw(b"BDAT %d%s\r\n" % (len(part), last) + part)
-                self.assertEqual(wire.reply()[:3], "250")
-        wait(lambda: len(primary.messages) == 2, "both")
-        return [arrived for _, _, arrived in primary.messages]
-
-    def test_nothing_is_changed_but_our_received_field_before_it(self) -> None:
-        for arrived in self.passed(self.DATA):
-            self.assertRegex(arrived, rb"\AReceived: from client\.example ")
-            self.assertEqual(without_received(arrived), self.DATA)
-
-
 # == 13. COMMANDS ==============================================================
 
 class Commands(Relays):
@@ -7323,7 +7081,8 @@ class Commands(Relays):
             one = status["domains"][DOMAIN]
             self.assertEqual(set(one), set("primary since queued bytes oldest accepted delivered bounced "
                                            "deferred expired last_error next_probe".split()))
-            self.assertEqual((one["primary"], one["queued"], one["accepted"]), ("down", 2, 2))
+            self.assertEqual((one["primary"], one["queued"], one["accepted"], one["oldest"]),
+                             ("down", 2, 2, rows[0]["received"]))
             self.assertIn("Connection refused", one["last_error"])
             self.assertIn(DOMAIN, relay.run("--status")[1])
             # --show and --export
@@ -7412,13 +7171,13 @@ class Commands(Relays):
         self.assertEqual((done.returncode, done.stderr), (69, b"etrn_relay.py: the relay broke off\n"))
 
     def test_usage_help_and_errors_of_the_configuration(self) -> None:
-        relay = Relay(self.folder, "127.0.0.1:9")
+        relay = Relay(self.folder)
         for line in cases(self, ["--nonsense", "--status --queue", "--flush", "--stat", "--show x --yes"]):
             self.assertEqual(relay.run(*line.split())[0], 64)
         self.assertEqual((relay.queue(), relay.json("--status")["spool"]["messages"]), ([], 0))
         with mock.patch.dict(os.environ, {"ETRN_RELAY_CONFIG": relay.file}):
             self.assertIn(DOMAIN, json.loads(run("--status", "--json")[1])["domains"])
-        self.assertEqual(run("--config", os.path.join(self.folder, "none.conf"), "--status")[0], 78)
+        self.assertEqual(run("--config", self.path("none.conf"), "--status")[0], 78)
         relay.write_config(domain="zzz = 1")
         code, _, errors = relay.run()
         self.assertEqual((code, errors, os.path.exists(relay.spool)),
@@ -7429,26 +7188,6 @@ class Commands(Relays):
                                 "show status config json no-wait raw yes version".split()):
             self.assertIn("--" + name, text)
         self.assertEqual(run("--version"), (0, "etrn_relay %s\n" % etrn.__version__, ""))
-
-
-class Sums(unittest.TestCase):
-    def test_sums_of_a_destination_equal_a_count_whatever_comes_and_goes(self) -> None:
-        chance, clock = random.Random(1985), Clock()
-        one = etrn.Destination(DOMAIN, config().domains[DOMAIN], clock.now)
-        for self.row in range(2000):
-            id = "A%05d" % chance.randrange(60)
-            if id not in one.entries:
-                clock.advance(seconds=chance.randrange(9))
-                one.add(etrn.Entry(id, chance.randrange(1, 5000), clock.wall), clock.now)
-            elif chance.random() < 0.5:
-                one.hold([one.entries[id]], not one.entries[id].is_held)
-            else:
-                one.drop(id)
-            entries = list(one.entries.values())
-            self.assertEqual((one.octets, one.count[etrn.State.HELD], one.oldest()), (
-                sum(entry.size for entry in entries), sum(entry.is_held for entry in entries),
-                min((entry.received for entry in entries), default=None)))
-            self.assertEqual(sum(one.count.values()), len(entries))
 
 
 # -- the status page
@@ -7598,16 +7337,6 @@ class Page(unittest.TestCase):
             self.assertEqual([ill[:len(reason)] for ill, reason in zip(found, reasons)], reasons)
             self.assertEqual(len(found), len(reasons))
 
-    def test_public_status_has_the_promised_keys_and_no_other(self) -> None:
-        public = etrn.public_status(facts(text="x.example").status)
-        for value, keys in cases(self, [
-                (public, "version pid uptime connections spool domains"),
-                (public["spool"], "messages bytes free held corrupt"),
-                (public["domains"], "example.com example.org x.example"),
-                (public["domains"]["example.com"], "primary since queued bytes oldest accepted delivered "
-                 "bounced deferred expired last_error next_probe")]):
-            self.assertEqual(set(value), set(keys.split()))
-
 
 class Histories(unittest.TestCase):
     def test_a_history_stays_bounded_and_survives_a_save(self) -> None:
@@ -7740,12 +7469,7 @@ class PageOverHttp(Pages):
 
     def test_health_is_503_with_the_reason(self) -> None:
         port = self.serve()
-        with open(self.running.file, "r+", encoding="utf-8") as file:
-            text = file.read().replace("min_free_space = 0", "min_free_space = 4000000G")
-            file.seek(0)
-            file.write(text)
-        self.running.signal(signal.SIGHUP)
-        self.running.logged("configuration reread")
+        self.reload(self.running, "configuration reread", min_free_space="4000000G")
         status, _, body = fetch(port, "/healthz")
         self.assertEqual((status, body[:11]), (503, "disk short:"))
         self.assertIn("Disk short:", fetch(port)[2])
@@ -7764,7 +7488,7 @@ class PageOverHttp(Pages):
             self.assertEqual((answer[9:12], answer[-8:]), (b"200", b"</html>\n"))
 
     def test_slow_clients_neither_block_nor_stay(self) -> None:
-        port = self.serve(PAGE_TOTAL_S=0.3)
+        port = self.serve(PAGE_TOTAL_S=1.0)
         slow = []
         for _ in range(5):
             slow.append(socket.create_connection(("127.0.0.1", port), DEADLINE_S))
@@ -7804,63 +7528,29 @@ class PageOfARelay(Pages):
         relay.start()
         self.assertIn("peak <b>1</b>", fetch(self.page(relay, mark))[2])
 
-    def test_a_message_to_two_domains_is_one_for_each(self) -> None:
-        primary = self.primary()
-        relay = self.relay(primary, domain="[domain other.example]\nprimary = %s" % primary.address)
-        self.assertEqual(relay.send(recipients=["a@" + DOMAIN, "b@other.example"])[:3], "250")
-        status = relay.json("--status")
-        self.assertEqual((len(relay.queue()), status["spool"]["messages"], status["spool"]["bytes"]),
-                         (2, 2, sum(one["bytes"] for one in status["domains"].values())))
-        relay.run("--hold", "all")
-        self.assertEqual(relay.json("--status")["spool"]["held"], 2)
-        relay.run("--release", "other.example")
-        primary.start()
-        wait(lambda: relay.json("--status")["spool"]["messages"] == 1, "one of the two to leave")
-        self.assertEqual(relay.json("--status")["spool"]["held"], 1)
-        relay.run("--release", "all")
-        wait(relay.is_empty, "an empty spool")
-        wait(lambda: relay.json("--status")["spool"]["messages"] == 0)
-
     def test_a_hangup_moves_the_page_and_changes_the_token(self) -> None:
         port = self.serve("one")
         relay = self.running
         self.assertEqual(fetch(port, Authorization="Bearer one")[0], 200)
-        relay.write_config(bounces=STATUS_PAGE + "token = two")
-        relay.signal(signal.SIGHUP)
-        relay.logged("configuration reread")
+        self.reload(relay, "configuration reread", bounces=STATUS_PAGE + "token = two")
         for token, status in (("one", 401), ("two", 200)):
             self.assertEqual(fetch(port, Authorization="Bearer " + token)[0], status)
         relay.logged("http.*: refused: GET / from unknown.127.0.0.1.: 401 wrong token")
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen(1)
-            relay.write_config(bounces="[status]\nlisten = 127.0.0.1:%d" % taken.getsockname()[1])
-            relay.signal(signal.SIGHUP)
-            relay.logged("status page: cannot listen on .*: Address already in use; the old one stays")
+            self.reload(relay, "status page: cannot listen on .*: Address already in use; the old one stays",
+                        bounces="[status]\nlisten = 127.0.0.1:%d" % taken.getsockname()[1])
         self.assertEqual(fetch(port, Authorization="Bearer two")[0], 200)
         mark = len(relay.log)
         moved = unused_port()
-        relay.write_config(bounces="[status]\nlisten = localhost:%d" % moved)
-        relay.signal(signal.SIGHUP)
+        self.reload(relay, bounces="[status]\nlisten = localhost:%d" % moved)
         self.assertEqual((self.page(relay, mark), fetch(moved)[0]), (moved, 200))
-        relay.write_config(bounces="")
-        mark = len(relay.log)
-        relay.signal(signal.SIGHUP)
-        relay.logged("configuration reread", mark)
+        self.reload(relay, "configuration reread", bounces="")
         for gone in cases(self, [port, moved]):
             with self.assertRaises(OSError):
                 fetch(gone)
         self.assertEqual(relay.send()[:3], "250")
-
-    def test_a_taken_port_stops_the_start(self) -> None:
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen(1)
-            port = taken.getsockname()[1]
-            relay = Relay(self.folder, "127.0.0.1:9", bounces="[status]\nlisten = 127.0.0.1:%d" % port)
-            code, _, errors = relay.run()
-        said = "etrn_relay.py: cannot listen on 127.0.0.1:%d: Address already in use\n" % port
-        self.assertEqual((code, errors), (75, said))
 
 
 class Terminal(unittest.TestCase):
@@ -7923,26 +7613,20 @@ class Terminal(unittest.TestCase):
             b"From", b"last", b"", b""])
         self.assertEqual(etrn.format_mbox(dict(self.sidecar, sender=""), b"x")[:19], b"From MAILER-DAEMON ")
 
-    def test_progress(self) -> None:
-        for total, left, text in cases(self, [(0, 0, "[####] 0 of 0"), (8, 8, "[....] 0 of 8"),
-                                              (8, 3, "[##..] 5 of 8")]):
-            self.assertEqual(etrn.format_progress(total, left, 4), text)
-
 
 class Units(Folder):
     """--print-unit"""
     NASTY = "it's a \"50%\" $HOME & <b>;.conf"
 
     def unit(self, kind: str, text: str = "", name: str = "etrn.conf") -> str:
-        path = os.path.join(self.folder, name)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
+        path = self.path(name)
+        save(path, text)
         code, out, errors = run("--print-unit", kind, "--config", path)
         self.assertEqual((code, errors), (0, ""))
         return out
 
     def test_every_kind_names_this_script_this_python_and_the_configuration(self) -> None:
-        path = os.path.join(self.folder, "etrn.conf")
+        path = self.path("etrn.conf")
         for kind in cases(self, sorted(etrn.UNITS)):
             code, out, errors = run("--print-unit", kind, "--config", path)
             self.assertEqual((code, "Set  spool = " in errors), (0, True))
@@ -7951,8 +7635,7 @@ class Units(Folder):
             self.assertIn(path, self.unit(kind))
             os.unlink(path)
         self.assertEqual(run("--print-unit", "sysv")[0], 64)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write("[relay]\nnonsense = 1\n")
+        save(path, "[relay]\nnonsense = 1\n")
         self.assertEqual(run("--print-unit", "systemd", "--config", path)[0], 78)
         nowhere = mock.patch.object(os.path, "exists", return_value=False)
         with nowhere, mock.patch.dict(os.environ, ETRN_RELAY_CONFIG=""):
@@ -7965,7 +7648,7 @@ class Units(Folder):
 
     def test_what_cannot_be_written_in_a_unit_is_refused(self) -> None:
         for kind, name in cases(self, itertools.product(etrn.UNITS, ("a\nb", "a\u202eb", "a\x7f"))):
-            code, out, errors = run("--print-unit", kind, "--config", os.path.join(self.folder, name))
+            code, out, errors = run("--print-unit", kind, "--config", self.path(name))
             self.assertEqual((code, out, "cannot be written in a unit" in errors), (64, "", True))
 
     def test_a_systemd_unit_gives_what_the_configuration_needs_and_no_more(self) -> None:
@@ -7995,17 +7678,16 @@ class Units(Folder):
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
     def test_systemd_itself_finds_nothing_wrong(self) -> None:
-        path = os.path.join(self.folder, "etrn_relay.service")
+        path = self.path("etrn_relay.service")
         for text in cases(self, ["spool = /var/lib/etrn_relay", "user = mail\nspool = a b%%c"]):
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(self.unit("systemd", "[relay]\n%s\n" % text, self.NASTY))
+            save(path, self.unit("systemd", "[relay]\n%s\n" % text, self.NASTY))
             done = subprocess.run(["systemd-analyze", "verify", "--man=no", path], stdout=subprocess.PIPE,
                                   stderr=subprocess.STDOUT, check=False)
             about_us = [line for line in done.stdout.decode().split("\n") if "etrn_relay" in line]
             self.assertEqual((about_us, done.returncode), ([], 0))
 
     def test_the_others_hand_on_each_word_whole(self) -> None:
-        command = [sys.executable, SOURCE, "--config", os.path.join(self.folder, self.NASTY)]
+        command = [sys.executable, SOURCE, "--config", self.path(self.NASTY)]
         for kind, prelude, script in cases(self, [
                 ("openrc", "", 'eval printf "\'%s\\n\'" $command $command_args\n'),
                 ("procd", "procd_open_instance() { :; }; procd_close_instance() { :; }\n"
@@ -8019,25 +7701,11 @@ class Units(Folder):
         self.assertEqual((read["ProgramArguments"], read["KeepAlive"]), (command, {"SuccessfulExit": False}))
 
 
-class Asking(Relays):
-    def configured(self, primary: str = "127.0.0.1:9", dns: Optional[Dns] = None,
-                   change: Tuple[str, str] = ("", ""), **options: Any) -> Relay:
-        """A relay that does not run, and asks that nameserver."""
-        one = Relay(self.folder, primary, **options)
-        with open(one.file, encoding="utf-8") as file:
-            text = file.read().replace(*change)
-        if dns is not None:
-            text = text.replace("nameservers = 127.0.0.1:9", "nameservers = %s" % str(dns.endpoint))
-        with open(one.file, "w", encoding="utf-8") as file:
-            file.write(text)
-        return one
-
-
-class Probes(Asking):
+class Probes(Relays):
     def probe(self, primary: str, domain: str = "", zone: Any = None) -> Tuple[int, Any, str]:
         """Exit status, what --json says (of the host, where there is one), and what people read."""
         with Dns(zone or {}) as dns:
-            one = self.configured(primary, dns if zone is not None else None, domain=domain)
+            one = Relay(self.folder, primary, domain=domain, nameservers=str(dns.endpoint))
             code, out, _ = one.run("--probe", DOMAIN, "--json")
             again, text, _ = one.run("--probe", DOMAIN)
         self.assertEqual((again, os.path.exists(one.spool)), (code, False))
@@ -8068,7 +7736,7 @@ class Probes(Asking):
             code, host, text = self.probe(primary.address)
             self.assertEqual((code, host["takes_mail"], word in text), (status, False, True))
         for name, status, word in cases(self, [("other.example", 1, "no such dom"), ("a b", 64, "neither")]):
-            code, out, errors = self.configured().run("--probe", name, "--json")
+            code, out, errors = Relay(self.folder).run("--probe", name, "--json")
             self.assertEqual((code, out, word in errors), (status, "", True))
 
     def test_a_probe_ends_although_nobody_answers(self) -> None:
@@ -8082,22 +7750,18 @@ class Probes(Asking):
             self.assertEqual((code, text in host["error"]), (status, True))
         with Dns({}, mangle=lambda packet: None) as dns, shorten(PROBE_ROUTE_S=0.2):
             began = time.monotonic()
-            code, out, _ = self.configured("mx", dns).run("--probe", DOMAIN, "--json")
+            relay = Relay(self.folder, "mx", nameservers=str(dns.endpoint))
+            code, out, _ = relay.run("--probe", DOMAIN, "--json")
             self.assertLess(time.monotonic() - began, DEADLINE_S)
         self.assertEqual((code, json.loads(out)["hosts"], "no answer" in out), (69, [], True))
 
     def test_the_certificate_is_shown_and_the_policy_of_the_domain_holds(self) -> None:
         files = make_certificate(self, self.folder, "mx.primary.example")
-        primary = SecurePrimary(files[0])
-        self.addCleanup(primary.__exit__)
-        primary.start()
-        with open(files[0], encoding="ascii") as file:
-            pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(file.read())).hexdigest()
+        primary = self.primary(SecurePrimary, files[0]).start()
+        pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(load(files[0]))).hexdigest()
         for policy in cases(self, ["may", "require", "sha256:" + pin]):
-            code, host, text = self.probe(primary.address, "tls = %s\n" % policy)
-            self.assertEqual((code, host["names"], host["sha256"], host["tls"][:6]),
-                             (0, ["mx.primary.example"], pin, "TLSv1."))
-            self.assertIn("until: ", text)
+            code, host, _ = self.probe(primary.address, "tls = %s\n" % policy)
+            self.assertEqual((code, host["sha256"], host["tls"][:6]), (0, pin, "TLSv1."))
         for policy, code, word in cases(self, [("none", 0, "takes_mail: True"), ("verify", 69, "failed"),
                                                ("sha256:" + "0" * 64, 69, pin)]):
             got, _, text = self.probe(primary.address, "tls = %s\n" % policy)
@@ -8135,10 +7799,10 @@ class Probes(Asking):
             self.assertEqual((code, word in found["error"], word in text), (69, True, True))
 
 
-class Checks(Asking):
+class Checks(Relays):
     def check(self, zone: Any = None, **options: Any) -> Tuple[int, List[Dict[str, str]]]:
         with Dns(zone or {}) as dns:
-            one = self.configured(dns=dns, **options)
+            one = Relay(self.folder, nameservers=str(dns.endpoint), **options)
             before = sorted(os.listdir(self.folder))
             code, out, _ = one.run("--check", "--json")
             self.assertEqual(sorted(os.listdir(self.folder)), before)       # nothing is changed
@@ -8175,8 +7839,7 @@ class Checks(Asking):
 
     def test_files_it_needs(self) -> None:
         self.found("error", "No such file", domain="recipients = file:users")
-        with open(os.path.join(self.folder, "users"), "w", encoding="utf-8") as file:
-            file.write("\ufeffuser@%s OK\r\nnonsense\n" % DOMAIN)
+        save(self.path("users"), "\ufeffuser@%s OK\r\nnonsense\n" % DOMAIN)
         for level, text, options in cases(self, [
                 ("warning", "users:2: not an address: nonsense", {"domain": "recipients = file:users"}),
                 ("error", "none: No such file", {"bounces": "username = u\npassword = file: none"}),
@@ -8184,12 +7847,12 @@ class Checks(Asking):
                 ("error", "/users: [SSL]", {"bounces": "[tls]\ncertificate = users\nkey = users"}),
                 ("error", "cannot write", {"relay": "log = none/relay.log"})]):
             self.found(level, text, **options)
-        with open(os.path.join(self.folder, "spool"), "wb"):
+        with open(self.path("spool"), "wb"):
             pass
         self.found("error", "spool is not a directory")
 
     def test_the_spool_must_be_of_use_to_its_account(self) -> None:
-        spool = os.path.join(self.folder, "spool")
+        spool = self.path("spool")
         self.found("error", "no such account", relay="user = nosuchuser")
         if os.geteuid() != 0:
             self.skipTest("only root can become another account")
@@ -8200,7 +7863,7 @@ class Checks(Asking):
         os.chown(spool, nobody, -1)
         code, findings = self.check(relay="user = nobody")
         self.assertEqual(code, 0, findings)
-        lock, secret = os.path.join(spool, "lock"), os.path.join(self.folder, "secret")
+        lock, secret = os.path.join(spool, "lock"), self.path("secret")
         os.close(os.open(lock, os.O_WRONLY | os.O_CREAT, 0o600))        # root left it behind
         self.found("error", "nobody cannot write " + lock, relay="user = nobody")
         os.chown(lock, nobody, -1)
@@ -8214,8 +7877,7 @@ class Checks(Asking):
                 ("nobody cannot write", {"relay": "log = secret"})]):
             options["relay"] = "user = nobody\n" + options.get("relay", "")
             self.found("error", text, **options)
-        with open(secret, "w", encoding="ascii") as file:
-            file.write(PEMS["one.key"] + PEMS["one.pem"])
+        save(secret, PEMS["one.key"] + PEMS["one.pem"])
         self.found("warning", "nobody cannot read %s when it is renewed" % secret, relay="user = nobody",
                    bounces="[tls]\ncertificate = %s\nkey = %s" % (secret, secret))
         self.assertEqual(os.geteuid(), 0)
@@ -8223,11 +7885,11 @@ class Checks(Asking):
     def test_what_cannot_start_or_tells_too_much_is_said(self) -> None:
         free, port = shutil.disk_usage(self.folder).free, unused_port()
         for size, level in cases(self, [(free // 3, "ok"), (free * 2, "error")]):
-            self.found(level, "/spool: ", change=("min_free_space = 0", "min_free_space = %d" % size))
+            self.found(level, "/spool: ", min_free_space="%d" % size)
         self.found("error", "127.0.0.1:%d: Address already in use" % port,
-                   change=("127.0.0.1:0", "0.0.0.0:%d, 127.0.0.1:%d" % (port, port)))
+                   listen="0.0.0.0:%d, 127.0.0.1:%d" % (port, port))
         with socket.create_server(("127.0.0.1", port)):
-            self.found("error", "Address already in use", change=("127.0.0.1:0", "127.0.0.1:%d" % port))
+            self.found("error", "Address already in use", listen="127.0.0.1:%d" % port)
         for page, is_said in cases(self, [
                 ("0.0.0.0:0", True), ("127.0.0.1:0", False), ("0.0.0.0:0\ntoken = x", False)]):
             _, findings = self.check(bounces="[status]\nlisten = " + page)
@@ -8235,7 +7897,7 @@ class Checks(Asking):
         for mode, domain, is_said in cases(self, [
                 (0o644, "username = u\npassword = p", True), (0o640, "username = u\npassword = p", False),
                 (0o644, "", False)]):
-            os.chmod(os.path.join(self.folder, "etrn.conf"), mode)
+            os.chmod(self.path("etrn.conf"), mode)
             _, findings = self.check(domain=domain)
             self.assertEqual(any("everybody may read it" in one["text"] for one in findings), is_said)
         for kind in cases(self, ["overlay", "tmpfs"]):
@@ -8244,7 +7906,7 @@ class Checks(Asking):
 
     def test_a_port_of_the_running_relay_is_none(self) -> None:
         port = unused_port()
-        relay = self.relay(change=("127.0.0.1:0", "127.0.0.1:%d" % port))
+        relay = self.relay(listen="127.0.0.1:%d" % port)
         self.assertEqual((relay.port, relay.run("--check")[0]), (port, 0))
 
     @unittest.skipUnless(os.path.exists("/proc/self/mountinfo"), "no /proc")
@@ -8271,7 +7933,7 @@ class Demonstration(Folder):
             self.assertIn(word, done.stdout)
 
 
-# -- service managers
+# -- what nears its end
 
 def clocked(clock: Clock) -> Any:
     """The relay's two clocks are this one."""
@@ -8294,106 +7956,7 @@ def idle_server(test: Folder, text: str = "", domain: str = "") -> Iterator[etrn
         spool.close()
 
 
-class Supervision(Relays):
-    """Readiness, reload, watchdog and the stop are told to a service manager, sd_notify(3)."""
-
-    def manager(self, address: str) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.addCleanup(self.sock.close)
-        self.sock.bind(address)
-        self.sock.setblocking(False)
-
-    def heard(self, word: str = "") -> List[str]:
-        """What was said in the next datagram, or in the next with that word; nothing when there is none."""
-        with contextlib.suppress(BlockingIOError):
-            lines = self.sock.recv(4096).decode("utf-8").split("\n")
-            return lines if not word or word in lines else self.heard(word)
-        return []
-
-    def test_a_service_manager_hears_of_readiness_reload_watchdog_and_the_stop(self) -> None:
-        abstract = ["\0etrn-test-%d" % os.getpid()] if sys.platform == "linux" else []
-        for address in cases(self, [os.path.join(self.folder, "notify"), *abstract]):
-            self.manager(address)
-            given = {"NOTIFY_SOCKET": address.replace("\0", "@"), "WATCHDOG_USEC": "300000"}
-            with mock.patch.dict(os.environ, given):
-                relay = self.relay()
-            self.assertEqual(wait(self.heard), ["READY=1", "STATUS=0 messages waiting, 0 connections"])
-            for _ in range(3):
-                self.assertEqual(wait(lambda: self.heard("WATCHDOG=1"))[1][:7], "STATUS=")
-            relay.signal(signal.SIGHUP)
-            self.assertRegex(wait(lambda: self.heard("RELOADING=1"))[1], r"^MONOTONIC_USEC=\d+$")
-            wait(lambda: self.heard("READY=1"))
-            self.assertEqual((relay.end(), bool(self.heard("STOPPING=1"))), (0, True))
-
-    def test_the_watchdog_is_not_fed_when_the_loop_hangs(self) -> None:
-        clock, where = Clock(), os.path.join(self.folder, "n")
-        self.manager(where)
-        with clocked(clock), idle_server(self) as server:
-            server.supervisor = etrn.Supervisor({"NOTIFY_SOCKET": where, "WATCHDOG_USEC": "30000000"})
-            self.addCleanup(server.supervisor.sock.close)
-            server.loop.turn(0.0)
-            server._ping()
-            for seconds, said in cases(self, [(0, ["WATCHDOG=1"]), (14.9, []), (0.2, ["WATCHDOG=1"]), (0, []),
-                                              (200, ["WATCHDOG=1"]), (1, [])]):
-                clock.advance(seconds)
-                if seconds:
-                    self.assertEqual(self.heard(), [])          # no turn of the loop, no word
-                    server.loop.turn(0.0)
-                self.assertEqual(self.heard()[:1], said)        # at half the interval
-
-    def test_what_a_service_manager_says_is_for_us_alone(self) -> None:
-        asked = {"NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "2000000"}
-        for environ, interval in cases(self, [
-                ({}, 0), ({"WATCHDOG_USEC": "2000000"}, 0), (asked, 1), (dict(asked, WATCHDOG_PID="1"), 0),
-                (dict(asked, WATCHDOG_PID=str(os.getpid())), 1), (dict(asked, WATCHDOG_USEC="x"), 0),
-                (dict(asked, WATCHDOG_USEC="0"), 0)]):
-            given = dict(environ, HOME="/")
-            supervisor = etrn.Supervisor(given)
-            self.assertEqual((supervisor.interval_s, given), (interval, {"HOME": "/"}))
-            supervisor.tell("READY=1")                          # nobody listens: no matter
-            if supervisor.sock is not None:
-                supervisor.sock.close()
-
-
 # -- certificates
-
-class Certificates(Folder):
-    """What is read of a certificate, where this Python can."""
-
-    def path_of(self, text: str) -> str:
-        with open(os.path.join(self.folder, "x.pem"), "w", encoding="utf-8") as file:
-            file.write(text)
-        return file.name
-
-    def test_names_and_dates_are_read_where_this_python_can(self) -> None:
-        pem = PEMS["one.pem"]
-        names = ("localhost", "primary.example", "127.0.0.1")
-        facts = etrn.CertificateFacts(names, 1577836800.0, 4733510400.0)
-        for text in cases(self, [pem, PEMS["one.key"] + pem, "Attributes\n" + pem, pem + PEMS["two.pem"]]):
-            self.assertEqual(etrn.certificate_facts(self.path_of(text)), facts)
-        self.assertEqual(etrn.peer_certificate_facts(ssl.PEM_cert_to_DER_cert(pem)), facts)
-        with shorten(ssl=None):         # type: ignore[arg-type]
-            self.assertIsNone(etrn.certificate_facts(self.path_of(pem)))
-        decode = ssl._ssl._test_decode_cert     # type: ignore[attr-defined]
-        with mock.patch.object(ssl, "_ssl", None):
-            self.assertIsNone(etrn.peer_certificate_facts(ssl.PEM_cert_to_DER_cert(pem)))
-
-        def decode_less(path: str) -> Any:
-            return {key: value for key, value in decode(path).items() if key != "subjectAltName"}
-        with mock.patch.object(ssl, "_ssl", types.SimpleNamespace(_test_decode_cert=decode_less)):
-            self.assertEqual(etrn.certificate_facts(self.path_of(pem)), facts._replace(names=("one",)))
-
-    def test_garbage_is_refused_and_nothing_else_happens(self) -> None:
-        chance, whole = random.Random(4), ssl.PEM_cert_to_DER_cert(PEMS["one.pem"])
-        framed = "-----BEGIN CERTIFICATE-----\n%s\n-----END CERTIFICATE-----\n"
-        for text in cases(self, ["", PEMS["one.key"], PEMS["one.pem"][:200], framed % "@@", framed % "MIAA"]):
-            self.assertRaises((ValueError, OSError), etrn.certificate_facts, self.path_of(text))
-        for _ in range(500):
-            data = bytearray(whole)
-            for _ in range(chance.randint(1, 4)):
-                data[chance.randrange(len(data))] = chance.randrange(256)
-            with contextlib.suppress(ValueError, OSError):
-                self.assertIsInstance(etrn.peer_certificate_facts(bytes(data)), etrn.CertificateFacts)
 
 
 def make_certificate(test: unittest.TestCase, folder: str, name: str = "backup.example.net",
@@ -8428,6 +7991,8 @@ class Watchfulness(Folder):
                                                (336, "has expired"), (13, ""), (12, "has expired")]):
                 self.assertEqual(self.swept(server, told, clock, 3600 * hours),
                                  ["certificate: the certificate %s %s" % (files[0], expires)] * bool(expires))
+            with mock.patch.object(ssl, "_ssl", None):      # this Python cannot read dates
+                self.assertEqual(server.load_certificate(server.cfg).dates, (0.0, 0.0))
             make_certificate(self, self.folder, days=90)    # no client asks for STARTTLS, and yet it is seen
             self.assertEqual(self.swept(server, told, clock, 86500), [])
             self.assertAlmostEqual(server.certificate.dates[1], time.time() + 90 * 86400, delta=60)
@@ -8466,7 +8031,7 @@ class Watchfulness(Folder):
 class LogReaders(Relays):
     def read(self, *command: str) -> str:
         """What a program says of a log with an event of every kind."""
-        name, path = program(command[0]), os.path.join(self.folder, "mail.log")
+        name, path = program(command[0]), self.path("mail.log")
         answers = {"later": "450 4.2.0 Greylisted", "never": "550 5.1.1 (no) such, user"}
         primary = self.primary(RCPT=lambda argument: answers.get(argument[4:].partition("@")[0])).start()
         relay = self.relay(primary, domain="recovery_grace = 0s\nrecipients = any")
@@ -8482,8 +8047,7 @@ class LogReaders(Relays):
         relay.send(sender="one@x.example", recipients=["a@" + DOMAIN])
         relay.logged("to=<a@.* status=deferred .*Connection refused")
         self.assertEqual(relay.end(), 0)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write("\n".join(relay.log) + "\n")
+        save(path, "\n".join(relay.log) + "\n")
         done = subprocess.run([name, *(path if word == "LOG" else word for word in command[1:])],
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
         self.assertEqual(done.returncode, 0, done.stdout)
@@ -8537,7 +8101,7 @@ class Misuse(Relays):
             return process.wait(DEADLINE_S), b"".join(shown).decode().replace("\r\n", "\n")
 
     def test_no_odd_command_starts_a_relay_or_does_anything(self) -> None:
-        relay = Relay(self.folder, "127.0.0.1:9")
+        relay = Relay(self.folder)
         for line in cases(self, [
                 "--flush ''", "--queue=", "--hold ''", "--show ''", "--config '' --queue", "--yes", "--raw",
                 "--queue --yes", "--flush #queue", "--hold a\tb", "--delete all", "--bounce ALL", "--show",
@@ -8558,18 +8122,6 @@ class Misuse(Relays):
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
             self.assertEqual(done.returncode, 78)
             self.assertIn(b"neither ./etrn.conf nor /etc/etrn.conf", done.stdout)
-
-    def test_one_message_is_listed_alone_and_shown_with_the_same_attempts(self) -> None:
-        relay = self.relay()
-        relay.send()
-        relay.send(sender="", recipients=["Other@OURDOM.example"])
-        wait(lambda: min(row["recipients"][0]["attempts"] for row in relay.queue()) >= 2, "two attempts each")
-        id = relay.queue()[1]["id"]
-        self.assertEqual([row["id"] for row in relay.json("--queue", id.lower())], [id])
-        one, = relay.json("--show", id)["recipients"]
-        self.assertGreaterEqual(one["attempts"], 2)
-        self.assertRegex(one["last_response"], r"^connect to 127\.0\.0\.1:\d+: Connection refused$")
-        self.assertRegex(relay.run("--show", id)[1], r"<Other@OURDOM\.example>: queued, (?:[2-9]|\d\d+) att")
 
     def test_a_hold_of_subdomains_or_of_all_holds_the_first_mail_too(self) -> None:
         for what in cases(self, ["@" + DOMAIN, "all", DOMAIN.upper()]):
@@ -8658,7 +8210,7 @@ class Misuse(Relays):
         people = ["u@" + DOMAIN, "v@two.example"]
         relay.send(sender="j\u00f6rg@sender.example", parameters=" SMTPUTF8", recipients=people)
         relay.end()
-        with open(os.path.join(self.folder, "mbox"), "wb") as out:
+        with open(self.path("mbox"), "wb") as out:
             self.command(relay, "--export " + DOMAIN, stdout=out, check=True)
         with contextlib.closing(mailbox.mbox(out.name)) as box:
             mails = [box.get_bytes(key).split(b"\n\n", 1)[1] for key in box.keys()]
@@ -8710,7 +8262,7 @@ class Misuse(Relays):
                                   {"domain": "recipients = file:missing"},
                                   {"bounces": "username = u\npassword = file:missing"},
                                   {"domain": "[tls]\ncertificate = missing\nkey = missing"}]):
-            relay = Relay(tempfile.mkdtemp(dir=self.folder), "127.0.0.1:9", **lines)
+            relay = Relay(self.inner(), **lines)
             with mock.patch.object(etrn.Server, "listen", side_effect=AssertionError("a port was bound")):
                 code, _, errors = relay.run()
             self.assertEqual((code, errors.count("\n")), (78, 1), errors)
@@ -8719,25 +8271,8 @@ class Misuse(Relays):
 class Outage(Relays):
     """The main job, with programs that are not ours."""
 
-    def test_dots_at_the_borders_of_blocks_are_what_they_were(self) -> None:
-        """A large body is read block by block.  No border makes a dot, loses one, or ends the data."""
-        evil = b"x\r\n.\r\nMAIL FROM:<evil@x.example>\r\nRCPT TO:<evil@ourdom.example>\r\nDATA\r\n.y\r\n"
-        sent = [b"Subject: %d\r\n\r\n" % shift + b"\r\n" * 1700 + b"." * (shift % 3) + b"q" * shift
-                + evil * 150 for shift in range(len(evil))]
-        primary = self.primary()
-        relay = self.relay(primary, BLOCK_OCTETS=4096)
-        for extension in cases(self, ["HELP", "CHUNKING"]):
-            with relay.client() as client:
-                self.assertEqual({client.send(data)[:3] for data in sent}, {"250"})
-            primary.extensions.insert(0, extension)
-            primary.start()
-            wait(relay.is_empty, "an empty spool")
-            primary.stop()
-            self.assertEqual(sorted(without_received(data) for _, _, data in primary.messages), sorted(sent))
-            primary.messages.clear()
-
     def test_fetchmail_and_msmtp_ask_for_their_domains(self) -> None:
-        path, names = os.path.join(self.folder, "fetchmailrc"), [DOMAIN, "two.example"]
+        path, names = self.path("fetchmailrc"), [DOMAIN, "two.example"]
         environment = dict(os.environ, HOME=self.folder, FETCHMAILHOME=self.folder)
         for name in cases(self, ["fetchmail", "msmtp"]):
             command, primary = [program(name)], self.primary()
@@ -8762,15 +8297,13 @@ class Outage(Relays):
     def test_the_sample_runs_as_it_is_and_small(self) -> None:
         """From a fresh folder, as a script; but its two ports are ones that are free here."""
         primary, own = self.primary(), self.primary()
-        with open(SAMPLE, encoding="utf-8") as file:
-            text = file.read().replace("127.0.0.1:2525", own.address)
-        with open(os.path.join(self.folder, "etrn.conf.sample"), "w", encoding="utf-8") as file:
-            file.write(text.replace("127.0.0.1:2526", primary.address))
+        text = load(SAMPLE).replace("127.0.0.1:2525", own.address)
+        save(self.path("etrn.conf.sample"), text.replace("127.0.0.1:2526", primary.address))
         shutil.copy(SOURCE, self.folder)
         own.sock.close()
         command = [sys.executable, "etrn_relay.py", "--config", "etrn.conf.sample"]
         measure = "import os, sys; id = os.spawnv(1, sys.argv[1], sys.argv[1:]); print(os.wait4(id, 0)[2][2])"
-        with open(os.path.join(self.folder, "log"), "w+", encoding="utf-8") as log:
+        with open(self.path("log"), "w+", encoding="utf-8") as log:
             process = subprocess.Popen(command, cwd=self.folder, stderr=log)
             self.addCleanup(process.wait)
             self.addCleanup(process.kill)
@@ -8800,7 +8333,7 @@ class Machines(Relays):
     def test_standard_files_that_are_closed_become_dev_null_and_a_rotated_log_is_opened_anew(self) -> None:
         primary = self.primary()
         for closed in cases(self, ["0", "1", "2", "012"]):
-            relay = Relay(tempfile.mkdtemp(dir=self.folder), primary.address, relay="log = relay.log")
+            relay = Relay(self.inner(), primary.address, relay="log = relay.log")
             closing = "".join(" %s>&-" % fd for fd in closed)
             command = ["sh", "-c", 'exec "$0" "$@"' + closing, sys.executable, SOURCE, "--config", relay.file]
             relay.process, relay.reader = subprocess.Popen(command), threading.current_thread()
@@ -8808,8 +8341,7 @@ class Machines(Relays):
 
             def logged(pattern: str, name: str = "relay.log", relay: Relay = relay) -> Any:
                 with contextlib.suppress(FileNotFoundError):
-                    with open(os.path.join(relay.folder, name), encoding="utf-8") as file:
-                        return re.search(pattern, file.read())
+                    return re.search(pattern, load(os.path.join(relay.folder, name)))
             relay.port = int(wait(lambda: logged(r"listening on 127\.0\.0\.1:(\d+)")).group(1))
             for fd in closed:
                 self.assertEqual(os.readlink("/proc/%d/fd/%s" % (relay.process.pid, fd)), "/dev/null")
@@ -8834,9 +8366,8 @@ class Machines(Relays):
                     ["203.0.113.9:0", "[2001:db8::9]:0", busy],
                     ["listen = ", first + "odmr_listen = ", first + "[status]\nlisten = "])):
                 why = "already in use" if where == busy else "Cannot assign"
-                file = os.path.join(tempfile.mkdtemp(dir=self.folder), "etrn.conf")
-                with open(file, "w", encoding="utf-8") as stream:
-                    stream.write("[relay]\n%s%s\n[domain %s]\n" % (option, where, DOMAIN))
+                file = os.path.join(self.inner(), "etrn.conf")
+                save(file, "[relay]\n%s%s\n[domain %s]\n" % (option, where, DOMAIN))
                 code, _, errors = run("--config", file)
                 self.assertRegex(errors, r"\Aetrn_relay.py: cannot listen on \S+: [^\n]*%s[^\n]*\n\Z" % why)
                 self.assertEqual(code, 75)
@@ -8854,7 +8385,7 @@ class Machines(Relays):
         for wrong, when in cases(self, itertools.product(
                 [-10 * 86400, -6 * 86400, 86400 - 1764000000, 10 * 86400, -120, 4000],
                 ["before", "between", "under way"])):
-            shutil.rmtree(os.path.join(self.folder, "spool"), True)
+            shutil.rmtree(self.path("spool"), True)
             clock, left = Clock(), (7 * 86400 - 1,) * 2
             clock.wall += wrong
             with clocked(clock), idle_server(self, "min_free_space = 0\n") as server:
@@ -8878,8 +8409,10 @@ class Machines(Relays):
 
     def test_readers_share_the_lock_and_a_relay_waits_for_a_command_but_not_for_a_relay(self) -> None:
         relay = self.relay()
-        other = Relay(relay.folder, "127.0.0.1:9")
-        self.assertRegex(other.run()[2], r"spool is in use by process %d\n\Z" % relay.process.pid)
+        other = Relay(relay.folder)
+        code, _, errors = other.run()
+        self.assertEqual(code, 75)
+        self.assertRegex(errors, r"spool is in use by process %d\n\Z" % relay.process.pid)
         for _ in range(3):
             relay.send()
         relay.end()
@@ -8945,9 +8478,8 @@ class Layers(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        with open(SOURCE, encoding="utf-8") as file:
-            one = cls("test_every_rule_is_kept")
-            one.look_at(file.read())
+        one = cls("test_every_rule_is_kept")
+        one.look_at(load(SOURCE))
         cls.source, cls.tree, cls.banners, cls.nodes = one.source, one.tree, one.banners, one.nodes
 
     def look_at(self, source: str) -> None:
@@ -9082,8 +8614,7 @@ class Layers(unittest.TestCase):
 
     def test_the_oldest_python_promised_can_read_the_source(self) -> None:
         for path in cases(self, [SOURCE, os.path.abspath(__file__)]):
-            with open(path, encoding="utf-8") as file:
-                ast.parse(file.read(), feature_version=(3, 8))
+            ast.parse(load(path), feature_version=(3, 8))
 
     def test_importing_has_no_effect(self) -> None:
         code = ("import signal, sys, threading, os\n"
@@ -9164,11 +8695,6 @@ class Senders:
 
 
 class Ledgers(Relays):
-    def taker(self, **script: Any) -> Taker:
-        primary = Taker(**script)
-        self.addCleanup(primary.__exit__)
-        return primary
-
     def compare(self, primary: Primary, relay: Relay, ledger: Iterable[bytes]) -> None:
         """Every 250 was delivered, intact."""
         if not primary.is_up:
@@ -9190,7 +8716,7 @@ class Storms(Ledgers):
     RELAY = "max_connections_per_client = 0"
 
     def storm(self, seed: int, seconds: float, relay_dies: bool) -> None:
-        self.row, chance, primary = seed, random.Random(seed), self.taker()
+        self.row, chance, primary = seed, random.Random(seed), self.primary(Taker)
         relay = self.relay(primary.start(), relay=self.RELAY)
         deaths, samples, files = [], [], open_files(relay)      # type: List[str], List[float], int
         senders, end = Senders(relay, 0.01), time.monotonic() + seconds
@@ -9255,7 +8781,7 @@ class Sickness(Relays):
                 setattr(shim, name, functools.partial(call, name, fault, fails))
             domain = "[domain two.example]\nprimary = %s\nrecipients = any\ncutthrough = no\n"
             with shorten(RETRY_DISK_S=0.1, SWEEP_S=0.05, PROBE_FIRST_S=0.05, os=shim), Local(
-                    tempfile.mkdtemp(dir=self.folder), domain=domain % primary.address) as local, (
+                    self.inner(), domain=domain % primary.address) as local, (
                     Wire(local.port)) as client:
                 client.say("EHLO client.example")
                 self.assertEqual(client.send(marked(b"first"), recipients=["x@two.example"])[:3], "250")
@@ -9288,7 +8814,7 @@ class Mounts(Ledgers):
         """A folder with a fresh file system on it; skips the test where that cannot be."""
         if os.geteuid() != 0:
             self.skipTest("only root can mount")
-        folder = tempfile.mkdtemp(dir=self.folder)
+        folder = self.inner()
         self.command("mount", *words, folder)
         self.addCleanup(subprocess.run, ["umount", "-l", folder], stderr=subprocess.DEVNULL)
         return folder
@@ -9314,7 +8840,7 @@ class Mounts(Ledgers):
         return False
 
     def power_cuts(self, kind: str, times: int) -> None:
-        image, chance, primary = os.path.join(self.folder, "image"), random.Random(times), self.taker()
+        image, chance, primary = self.path("image"), random.Random(times), self.primary(Taker)
         with open(image, "wb") as file:
             file.truncate(320 << 20)            # sparse; xfs wants 300 MB
         self.command(program("mkfs." + kind), "-q", image)
@@ -9383,31 +8909,16 @@ class Mounts(Ledgers):
 
 # -- hours of trouble, in seconds
 
-class Soak(Played):
+class Soak(Simulated):
     """A primary that comes and goes, greylists, hangs, hangs up and refuses; an operator at work; clocks that
     are set; a relay that starts anew.  Nothing is ever stuck, lost, or sent twice."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        for patch in (mock.patch.object(etrn, "dial", lambda plan: Simulation.current.dial(plan)),
-                      mock.patch("time.time", lambda: Simulation.current.clock.wall), mock.patch("os.fsync")):
-            patch.start()
-            self.addCleanup(patch.stop)
 
     WORDS = ["", "450 4.2.0 grey", "421 4.3.2 busy", CUT, HANG, "554 5.7.1 no"]
     DOMAIN_LINES = "retry_interval = 1m\nmax_retry_interval = 10m\nconnections = %d\n"
 
     def hours(self, seed: int, hours: float) -> Dict[Any, int]:
         self.row, self.chance = seed, random.Random(seed)
-        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None     # the disk is not what is tried
-        with tempfile.TemporaryDirectory(prefix="etrn-test-", dir=memory) as folder:
-            self.sim = Simulation(folder, self.DOMAIN_LINES % 5)
-            self.live(hours)
-            self.sim.spool.close()
-        return self.seen
-
-    def live(self, hours: float) -> None:
-        sim = self.sim
+        sim = self.simulate(self.DOMAIN_LINES % 5)
         sim.extensions = [["PIPELINING"], [], ["PIPELINING", "CHUNKING"]][self.row % 3]
         self.is_up, self.steady = False, 0.0            # `steady`: since or from when on all is well
         self.came: Dict[str, float] = {}                # ID: when it came, or was last held, let go or loaded
@@ -9430,6 +8941,7 @@ class Soak(Played):
         self.seen.update(expired=len(self.ended), delivered=len(sim.taken))
         twice = {id for id, count in collections.Counter(sim.taken).items() if id and count > 1}
         self.assertEqual(twice - self.in_doubt, set())
+        return self.seen
 
     def note_ends(self) -> None:
         lines = "".join(self.sim.journal.lines)
@@ -9597,7 +9109,7 @@ class Bench:
     @contextlib.contextmanager
     def relay(self) -> Iterator[Tuple[Relay, Primary]]:
         self.number += 1
-        folder = os.path.join(self.folder, str(self.number))
+        folder = self.path(str(self.number))
         os.mkdir(folder)
         with Primary() as primary:
             relay = Relay(folder, primary.address, SLOW_MS=self.fsync_ms,
