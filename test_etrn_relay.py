@@ -411,6 +411,8 @@ class Dns:
             return dns_answer(id, name, kind, rcode=self.rcode)
         if self.truncate and how == "udp":
             return dns_answer(id, name, kind, flags=0x8380)
+        if (name, etrn.CNAME) in self.zone:             # the alias alone: the rest is left to who asked
+            return dns_answer(id, name, kind, [record(name, etrn.CNAME, self.zone[name, etrn.CNAME][0])])
         if not any(known == name for known, _ in self.zone):
             return dns_answer(id, name, kind, rcode=etrn.NXDOMAIN)
         return dns_answer(id, name, kind, [record(name, kind, data)
@@ -737,12 +739,16 @@ class Relays(Folder):
 
 
 class Grammar(unittest.TestCase):
+    """Text from outside becomes a value, or is refused with its reason; values become text."""
+
     def test_domains_become_lower_case_a_labels(self) -> None:
         for text, name in cases(self, [
                 ("Example.COM", "example.com"), ("a", "a"), ("x-1.example", "x-1.example"),
                 ("1.2.example", "1.2.example"), ("_dmarc.example", "_dmarc.example"),
                 ("münchen.example", "xn--mnchen-3ya.example"),
-                ("xn--mnchen-3ya.example", "xn--mnchen-3ya.example"),
+                # A-labels are never decoded to judge them
+                *((name, name) for name in ("xn--mnchen-3ya.example", "xn--fa-hia.test", "xn--0.test")),
+                ("XN--STRAE-OQA.example.", "xn--strae-oqa.example"),
                 ("a" * 63 + ".example", "a" * 63 + ".example")]):
             self.assertEqual(etrn.parse_domain(text), name)
 
@@ -755,23 +761,30 @@ class Grammar(unittest.TestCase):
             self.assertRaises(ValueError, etrn.parse_domain, text)
 
     def test_paths_are_taken_apart(self) -> None:
-        for text, local, domain, rest in cases(self, [
-                ("<>", "", "", ""), ("<a@b.example>", "a", "b.example", ""),
-                ("<A@B.Example> SIZE=1", "A", "b.example", " SIZE=1"), ("<postmaster>", "postmaster", "", ""),
-                ('<"Fred Bloggs"@d.example>', '"Fred Bloggs"', "d.example", ""),
-                ('<""@d.example>', '""', "d.example", ""),
-                (r'<"a\"b"@d.example>', r'"a\"b"', "d.example", ""),
-                ('<"Abc@def"@d.example>', '"Abc@def"', "d.example", ""),
-                ("<a+b@d.example>", "a+b", "d.example", ""),
-                ("<customer/department=shipping@d.example>", "customer/department=shipping", "d.example", ""),
-                ("<!def!xyz%abc@d.example>", "!def!xyz%abc", "d.example", ""),
-                ("<u@[127.0.0.1]>", "u", "[127.0.0.1]", ""), ("<u@[IPv6:::1]>", "u", "[IPv6:::1]", ""),
-                ("<@r1.example,@r2.example:u@d.example>", "u", "d.example", ""),
-                ("<é@d.example>", "é", "d.example", "")]):
+        """Also such as RFC 5321 forbids and the world sends: they go on as they came."""
+        for text, address, domain, rest in cases(self, [
+                ("<>", "", "", ""), ("<a@b.example>", "a@b.example", "b.example", ""),
+                ("<A@B.Example> SIZE=1", "A@B.Example", "b.example", " SIZE=1"),
+                ("<postmaster>", "postmaster", "", ""), ("PostMaster", "PostMaster", "", ""),
+                ("<@r1.example,@r2.example:u@d.example>", "u@d.example", "d.example", ""),
+                ("<u@[127.0.0.1]>", "u@[127.0.0.1]", "[127.0.0.1]", ""),
+                ("<u@[IPv6:::1]>", "u@[IPv6:::1]", "[IPv6:::1]", ""),
+                ("<u@D.Example.>", "u@D.Example", "d.example", ""),
+                ("a@b.example", "a@b.example", "b.example", ""),
+                ("a@B.example. SIZE=10", "a@B.example", "b.example", " SIZE=10"),
+                ("a@b.example\tSIZE=10", "a@b.example", "b.example", "\tSIZE=10"),
+                ("<a@b.example>\tSIZE=10", "a@b.example", "b.example", "\tSIZE=10"),
+                ("<u@MÜNCHEN.example>", "u@MÜNCHEN.example", "xn--mnchen-3ya.example", ""),
+                ("<u@XN--Mnchen-3ya.example>", "u@XN--Mnchen-3ya.example", "xn--mnchen-3ya.example", ""),
+                ("<u@straße.example>", "u@straße.example", "xn--strae-oqa.example", ""),
+                *(("<%s@d.example>" % local, local + "@d.example", "d.example", "") for local in (
+                    '"Fred Bloggs"', '""', r'"a\"b"', '"Abc@def"', "a+b", "customer/department=shipping",
+                    "!def!xyz%abc", "é", "a..b", ".a", "a.", "../../etc/x", "x" * 1900, "é" * 33))]):
             path, left = etrn.parse_path(text, "5.1.3")
-            self.assertEqual((path.local, path.domain, left), (local, domain, rest))
+            self.assertEqual((str(path), path.domain, left), (address, domain, rest))
 
     def test_what_is_no_path_is_refused_with_501(self) -> None:
+        """The leniency opens nothing."""
         for text in cases(self, [
                 "", "<", ">", "><", "<@d.example>", "<u@>", "<a b@d.example>", "<x y>", "a b c", "a @ b",
                 "<a@b.example", "<a@b.example>x", "<a@b.example>NOTIFY=NEVER", "<u@a.example@b.example>",
@@ -780,10 +793,26 @@ class Grammar(unittest.TestCase):
                 "<u@" + "d." * 500 + "d>", '<"a@d.example>', '<a"b@d.example>', '<"a"b"@c.example>',
                 "<a\0@d.example>", '<"a\nb"@d.example>', "<@r.example:>", "<@r..example:u@d.example>",
                 "<(c)a@d.example>", "<$(id)@d.example>", "<u@d.example\t>", "<\u202ea b@d.example>",
-                "<<a@b.example>>"]):
+                "<<a@b.example>>", "a b@d.example", "a@b c@d.example", "a@b.example,c@d.example",
+                "a@b.example>", "a@b@c.example", "@b.example", "a@", "a<b@c.example", "Anne <a@b.example>",
+                '"a b"@c.example',
+                "@r.example:u@d.example", "a@b.example\xa0X=1", "a@b.example\x0bX=1", "<a\t@b.example>",
+                '<"a\tb"@c.example>', "\t<a@b.example>", "<u@[IPv6:fe80::1%eth0]>",
+                "<u@[IPv6:fe80::1%25eth0]>", "<u@[127.0.0.1%lo]>", "<u@[127.0.0.1].>", "postmaster@",
+                "postmasters", "u@d.example..",
+                "<u@d。example>", "<u@d.example。>", "<u@a\u2024b.example>", "a@b.example<c@d.example>",
+                "<a@b.example>\0", "a\r@b.example", "a\n@b.example"]):
             with self.assertRaises(etrn.Refuse) as caught:
-                etrn.parse_path(text, "5.1.7")
+                _, rest = etrn.parse_path(text, "5.1.7")
+                etrn.parse_parameters(rest)
             self.assertEqual(caught.exception.reply.code, 501)
+
+    def test_spellings_of_one_address_have_one_key(self) -> None:
+        for one, other in cases(self, [
+                ("<U@D.example>", "u@d.Example."), ("<u@münchen.example>", "<u@XN--mnchen-3ya.example>"),
+                ("<u@faß.example>", "<u@xn--fa-hia.example>")]):
+            self.assertEqual(etrn.parse_path(one, "")[0].key, etrn.parse_path(other, "")[0].key)
+        self.assertNotEqual(etrn.parse_path("<u@faß.example>", "")[0].key, "u@fass.example")
 
     def test_a_path_that_could_be_rerouted_is_known_as_such(self) -> None:
         for text, expected in cases(self, [("<u@d.example>", False), ("<u%o.example@d.example>", True),
@@ -838,13 +867,6 @@ class Grammar(unittest.TestCase):
                 (etrn.format_delay, 9.99, "10"), (etrn.format_delay, 604800, "604800")]):
             self.assertEqual(show(value), text)
 
-    def test_names_match_whole_or_on_a_dot_boundary(self) -> None:
-        for name, parent, expected in cases(self, [
-                ("example.com", "example.com", True), ("a.example.com", "example.com", True),
-                ("badexample.com", "example.com", False), ("example.com", "a.example.com", False),
-                ("example.com.evil", "example.com", False)]):
-            self.assertEqual(etrn.is_below(name, parent), expected)
-
     def test_foreign_text_is_one_printable_line(self) -> None:
         for text in cases(self, ["a\r\nb", "a\x1b[2Jb", "\u202e\u2066", "\0", "a\u2028b", "x" * 9999,
                                  "\udcff"]):
@@ -862,57 +884,6 @@ class Grammar(unittest.TestCase):
         self.assertEqual(etrn.Reply(550, "5.1.1", "no\nnot here").wire(),
                          b"550-5.1.1 no\r\n550 5.1.1 not here\r\n")
         self.assertEqual(etrn.Reply(220, "", "hello").wire(), b"220 hello\r\n")
-
-
-class AddressesOfTheWorld(unittest.TestCase):
-    """What RFC 5321 forbids and the world sends: it is taken, and goes on as it came."""
-
-    def test_such_addresses_pass_and_keep_their_spelling(self) -> None:
-        for text, address, domain, rest in cases(self, [
-                ("<a..b@d.example>", "a..b@d.example", "d.example", ""),
-                ("<.a@d.example>", ".a@d.example", "d.example", ""),
-                ("<a.@d.example>", "a.@d.example", "d.example", ""),
-                ("<../../etc/x@d.example>", "../../etc/x@d.example", "d.example", ""),
-                ("<%s@d.example>" % ("x" * 1900), "x" * 1900 + "@d.example", "d.example", ""),
-                ("<%s@d.example>" % ("é" * 33), "é" * 33 + "@d.example", "d.example", ""),
-                ("<u@D.Example.>", "u@D.Example", "d.example", ""),
-                ("a@b.example", "a@b.example", "b.example", ""),
-                ("a@B.example. SIZE=10", "a@B.example", "b.example", " SIZE=10"),
-                ("a@b.example\tSIZE=10", "a@b.example", "b.example", "\tSIZE=10"),
-                ("<a@b.example>\tSIZE=10", "a@b.example", "b.example", "\tSIZE=10"),
-                ("PostMaster", "PostMaster", "", ""),
-                ("<u@MÜNCHEN.example>", "u@MÜNCHEN.example", "xn--mnchen-3ya.example", ""),
-                ("<u@XN--Mnchen-3ya.example>", "u@XN--Mnchen-3ya.example", "xn--mnchen-3ya.example", ""),
-                ("<u@straße.example>", "u@straße.example", "xn--strae-oqa.example", "")]):
-            path, left = etrn.parse_path(text, "5.1.3")
-            self.assertEqual((str(path), path.domain, left), (address, domain, rest))
-
-    def test_spellings_of_one_address_have_one_key(self) -> None:
-        for one, other in cases(self, [
-                ("<U@D.example>", "u@d.Example."), ("<u@münchen.example>", "<u@XN--mnchen-3ya.example>"),
-                ("<u@faß.example>", "<u@xn--fa-hia.example>")]):
-            self.assertEqual(etrn.parse_path(one, "")[0].key, etrn.parse_path(other, "")[0].key)
-        self.assertNotEqual(etrn.parse_path("<u@faß.example>", "")[0].key, "u@fass.example")
-
-    def test_the_leniency_opens_nothing(self) -> None:
-        for text in cases(self, [
-                "a b@d.example", "a@b c@d.example", "a@b.example,c@d.example", "a@b.example>",
-                "a@b@c.example", "@b.example", "a@", "a<b@c.example", "Anne <a@b.example>", '"a b"@c.example',
-                "@r.example:u@d.example", "a@b.example\xa0X=1", "a@b.example\x0bX=1", "<a\t@b.example>",
-                '<"a\tb"@c.example>', "<a@b.example\t>", "\t<a@b.example>", "<u@[IPv6:fe80::1%eth0]>",
-                "<u@[IPv6:fe80::1%25eth0]>", "<u@[127.0.0.1%lo]>", "<u@[127.0.0.1].>", "postmaster@",
-                "postmasters", "<u@d.example..>", "u@d.example..", "<u@d。example>", "<u@d.example。>",
-                "<u@a\u2024b.example>", "a@b.example<c@d.example>", "<a@b.example>\0", "a\r@b.example",
-                "a\n@b.example"]):
-            with self.assertRaises(etrn.Refuse) as caught:
-                _, rest = etrn.parse_path(text, "5.1.3")
-                etrn.parse_parameters(rest)
-            self.assertEqual(caught.exception.reply.code, 501)
-
-    def test_a_labels_are_never_decoded_to_judge_them(self) -> None:
-        for name in cases(self, ["xn--strae-oqa.example", "xn--fa-hia.test", "xn--abc.test", "xn--0.test"]):
-            self.assertEqual(etrn.parse_domain(name), name)
-            self.assertEqual(etrn.parse_domain(name.upper() + "."), name)
 
     def test_what_idna_2003_and_2008_encode_differently_is_encoded_by_2008(self) -> None:
         for text, name in cases(self, [
@@ -937,94 +908,89 @@ class AddressesOfTheWorld(unittest.TestCase):
 # == 3. CONFIG =================================================================
 
 class Configuration(Folder):
+    """What operators write is understood, or told with file and line and what to write instead."""
+
     def error(self, text: str) -> str:
         with self.assertRaises(etrn.ConfigError) as caught:
             etrn.parse_config(text, "etrn.conf")
         return str(caught.exception)
 
-    def test_each_fault_of_form_is_told_with_file_and_line(self) -> None:
-        for text, expected in cases(self, [
-                ("[relay]\nrelay_domain = a.example",
-                 "2: unknown option 'relay_domain' (did you mean 'domains'?)"),
-                ("[relay]\n\n# x\nhostnam = a", "4: unknown option 'hostnam' (did you mean 'hostname'?)"),
-                ("[domain a.example]\nmax_mesage_size = 1",
-                 "2: unknown option 'max_mesage_size' (did you mean 'max_message_size' in [relay]?)"),
-                ("[relay]\nzzz = 1", "2: unknown option 'zzz'"),
-                ("[relay]\nfile = x", "2: unknown option 'file'"),
-                ("[domain a.example]\nlisten = 25", "2: unknown option 'listen'"),
-                ("[domain a.example]\nname = x", "2: unknown option 'name'"),
-                ("[relay]\nlifetime = 1d", "2: unknown option 'lifetime'"),
-                ("[relay]\npostmaster = a@b.example", "2: unknown option 'postmaster'"),
-                ("[relais]", "1: unknown section [relais] (did you mean 'relay'?)"),
-                ("[Relay]", "1: unknown section [Relay] (did you mean 'relay'?)"),
-                ("[DEFAULT]\nlifetime = 1d", "1: unknown section [DEFAULT] (did you mean 'defaults'?)"),
-                ("[domain]", "1: unknown section [domain]"),
-                ("[domains a.example]", "1: unknown section [domains a.example]"),
-                ("[relay]\n[relay]", "2: section [relay] is there twice"),
-                ("[domain a.example]\n[domain A.Example.]", "2: section [domain a.example] is there twice"),
-                ("[relay]\nlisten = 25\nlisten = 26", "3: option 'listen' is there twice"),
-                ("[relay]\nLISTEN = 25\nlisten = 26", "3: option 'listen' is there twice"),
-                ("listen = 25", "1: an option before the first [section]"),
-                ("[relay]\nlisten", "2: not [section], option = value, or comment"),
-                ("[domain ex ample]", "1: [domain ex ample]: 'ex ample' is not a domain"),
-                ("[domain *.example]", "1: [domain *.example]: '*.example' is not a domain"),
-                ("[domain a.example] primary = mx", "1: an option before the first [section]"),
-                ("[relay]\n[domain a.example] x", "2: not [section], option = value, or comment")]):
-            self.assertTrue(self.error(text).startswith("etrn.conf:" + expected), self.error(text))
+    FAULTS = r"""
+        [relay] | relay_domain = a.example => 2: unknown option 'relay_domain' (did you mean 'domains'?)
+        [relay] |  | # x | hostnam = a => 4: unknown option 'hostnam' (did you mean 'hostname'?)
+        [domain a.example] | max_mesage_size = 1 => \
+2: unknown option 'max_mesage_size' (did you mean 'max_message_size' in [relay]?)
+        [relay] | zzz = 1 => 2: unknown option 'zzz'
+        [relay] | file = x => 2: unknown option 'file'
+        [domain a.example] | listen = 25 => 2: unknown option 'listen'
+        [domain a.example] | name = x => 2: unknown option 'name'
+        [relay] | lifetime = 1d => 2: unknown option 'lifetime'
+        [relay] | postmaster = a@b.example => 2: unknown option 'postmaster'
+        [relais] => 1: unknown section [relais] (did you mean 'relay'?)
+        [Relay] => 1: unknown section [Relay] (did you mean 'relay'?)
+        [DEFAULT] | lifetime = 1d => 1: unknown section [DEFAULT] (did you mean 'defaults'?)
+        [domain] => 1: unknown section [domain]
+        [domains a.example] => 1: unknown section [domains a.example]
+        [relay] | [relay] => 2: section [relay] is there twice
+        [domain a.example] | [domain A.Example.] => 2: section [domain a.example] is there twice
+        [relay] | listen = 25 | listen = 26 => 3: option 'listen' is there twice
+        [relay] | LISTEN = 25 | listen = 26 => 3: option 'listen' is there twice
+        listen = 25 => 1: an option before the first [section]
+        [relay] | listen => 2: not [section], option = value, or comment
+        [domain ex ample] => 1: [domain ex ample]: 'ex ample' is not a domain
+        [domain *.example] => 1: [domain *.example]: '*.example' is not a domain
+        [domain a.example] primary = mx => 1: an option before the first [section]
+        [relay] | [domain a.example] x => 2: not [section], option = value, or comment
+        [relay] | max_recipients = 0 => 2: max_recipients: '0' is out of range (1 to 50000)
+        [relay] | max_recipients = many => 2: max_recipients: 'many' is not a whole number
+        [relay] | max_recipients = \u0663 => 2: max_recipients: '\u0663' is not a whole number
+        [relay] | max_message_size = 5X => 2: max_message_size: '5X' is not a size
+        [relay] | command_timeout = 2h => 2: command_timeout: '2h' is out of range (1s to 1h)
+        [relay] | command_timeout = off => 2: command_timeout: 'off' is out of range (1s to 1h)
+        [relay] | command_timeout = soon => 2: command_timeout: 'soon' is not a duration
+        [relay] | log_level = loud => 2: log_level: 'loud' is not one of: debug, info
+        [relay] | listen = mail.example:25 => 2: listen: 'mail.example:25' is not an address of this machine
+        [relay] | listen = 127.0.0.1:70000 => 2: listen: '127.0.0.1:70000' needs a port
+        [relay] | listen = => 2: listen: is empty
+        [relay] | listen = , => 2: listen: is empty
+        [relay] | listen = ::1:25 => 2: listen: '::1:25' may or may not end with a port: write [::1]:25
+        [relay] | hostname = a_b c => 2: hostname: 'a_b c' is not a host name
+        [relay] | hostname = a\x0bb => 2: hostname: 'a\\x0bb' is not a host name
+        [relay] | hostname = |  | max_recipients = => 4: max_recipients: is empty
+        [relay] | trusted_clients = 192.0.2.1/24 => 2: trusted_clients:
+        [relay] | nameservers = dns.example => 2: nameservers: 'dns.example' is not an address
+        [relay] | bare_newline = keep => 2: bare_newline: 'keep' is not one of: normalize, reject
+        [relay] | domains = a..b => 2: domains: 'a..b' is not a domain
+        [status] | listen = 127.0.0.1 => 2: listen: '127.0.0.1' needs a port
+        [alerts] | webhook = ftp://x.example/ => 2: webhook: 'ftp://x.example/' is not a web address
+        [bounces] | postmaster = me => 2: postmaster: 'me' is not a mail address
+        [bounces] | password = x => 2: password needs username beside it
+        [tls] | key = x => 2: key needs certificate beside it
+        [domain a.example] | primary = [192.0.2.1:25 => 2: primary: '[192.0.2.1:25' is not an address
+        [domain a.example] | primary = mx, mail.a.example => 2: primary: 'mx' stands alone
+        [domain a.example] | primary = mail.a.example:0 => 2: primary: 'mail.a.example:0' needs a port
+        [domain a.example] | etrn = 10.0.0.0/40 => 2: etrn:
+        [domain a.example] | recipients = bob => 2: recipients: 'bob' is not a mail address
+        [domain a.example] | recipients = file: => 2: recipients: '' is not a path
+        [domain a.example] | tls = sha256:abc => 2: tls: 'sha256:abc' is not one of
+        [domain a.example] | cutthrough = maybe => 2: cutthrough: 'maybe' is neither yes nor no
+        [domain a.example] | max_queue_size = 0 => 2: max_queue_size: '0' is out of range (1B at least)
+        [domain a.example] | retry_interval = 1h | max_retry_interval = 1m => 3: max_retry_interval is smaller
+        [defaults] | retry_interval = 1h | max_retry_interval = 1m | [domain a.example] => \
+3: max_retry_interval is
+        [domain A.Example] | lifetime = 1d | username = u => 3: username needs password beside it
+        [domain a.example] | password = p => 2: password needs username beside it
+        [defaults] | username = u | [domain a.example] => 2: username needs password beside it
+        [domain a.example] | username = u | password = p | [domain b.example] | username = u | password = q \
+=> 6: this username has another password elsewhere
+        """
 
-    def test_each_fault_of_a_value_is_told_with_file_and_line(self) -> None:
-        for section, text, expected in cases(self, [
-                ("relay", "max_recipients = 0", "2: max_recipients: '0' is out of range (1 to 50000)"),
-                ("relay", "max_recipients = many", "2: max_recipients: 'many' is not a whole number"),
-                ("relay", "max_recipients = \u0663", "2: max_recipients: '\u0663' is not a whole number"),
-                ("relay", "max_message_size = 5X", "2: max_message_size: '5X' is not a size"),
-                ("relay", "command_timeout = 2h", "2: command_timeout: '2h' is out of range (1s to 1h)"),
-                ("relay", "command_timeout = off", "2: command_timeout: 'off' is out of range (1s to 1h)"),
-                ("relay", "command_timeout = soon", "2: command_timeout: 'soon' is not a duration"),
-                ("relay", "log_level = loud", "2: log_level: 'loud' is not one of: debug, info"),
-                ("relay", "listen = mail.example:25",
-                 "2: listen: 'mail.example:25' is not an address of this machine"),
-                ("relay", "listen = 127.0.0.1:70000", "2: listen: '127.0.0.1:70000' needs a port"),
-                ("relay", "listen =", "2: listen: is empty"), ("relay", "listen = ,", "2: listen: is empty"),
-                ("relay", "listen = ::1:25",
-                 "2: listen: '::1:25' may or may not end with a port: write [::1]:25"),
-                ("relay", "hostname = a_b c", "2: hostname: 'a_b c' is not a host name"),
-                ("relay", "hostname = a\x0bb", "2: hostname: 'a\\x0bb' is not a host name"),
-                ("relay", "hostname =\n\nmax_recipients =", "4: max_recipients: is empty"),
-                ("relay", "trusted_clients = 192.0.2.1/24", "2: trusted_clients: "),
-                ("relay", "nameservers = dns.example", "2: nameservers: 'dns.example' is not an address"),
-                ("relay", "bare_newline = keep", "2: bare_newline: 'keep' is not one of: normalize, reject"),
-                ("relay", "domains = a..b", "2: domains: 'a..b' is not a domain"),
-                ("status", "listen = 127.0.0.1", "2: listen: '127.0.0.1' needs a port"),
-                ("alerts", "webhook = ftp://x.example/",
-                 "2: webhook: 'ftp://x.example/' is not a web address"),
-                ("bounces", "postmaster = me", "2: postmaster: 'me' is not a mail address"),
-                ("bounces", "password = x", "2: password needs username beside it"),
-                ("tls", "key = x", "2: key needs certificate beside it"),
-                ("domain a.example", "primary = [192.0.2.1:25",
-                 "2: primary: '[192.0.2.1:25' is not an address"),
-                ("domain a.example", "primary = mx, mail.a.example", "2: primary: 'mx' stands alone"),
-                ("domain a.example", "primary = mail.a.example:0",
-                 "2: primary: 'mail.a.example:0' needs a port"),
-                ("domain a.example", "etrn = 10.0.0.0/40", "2: etrn: "),
-                ("domain a.example", "recipients = bob", "2: recipients: 'bob' is not a mail address"),
-                ("domain a.example", "recipients = file:", "2: recipients: '' is not a path"),
-                ("domain a.example", "tls = sha256:abc", "2: tls: 'sha256:abc' is not one of"),
-                ("domain a.example", "cutthrough = maybe", "2: cutthrough: 'maybe' is neither yes nor no"),
-                ("domain a.example", "max_queue_size = 0",
-                 "2: max_queue_size: '0' is out of range (1B at least)"),
-                ("domain a.example", "retry_interval = 1h\nmax_retry_interval = 1m",
-                 "3: max_retry_interval is smaller"),
-                ("defaults", "retry_interval = 1h\nmax_retry_interval = 1m\n[domain a.example]",
-                 "3: max_retry_interval is"),
-                ("domain A.Example", "lifetime = 1d\nusername = u", "3: username needs password beside it"),
-                ("domain a.example", "password = p", "2: password needs username beside it"),
-                ("defaults", "username = u\n[domain a.example]", "2: username needs password beside it"),
-                ("domain a.example",
-                 "username = u\npassword = p\n[domain b.example]\nusername = u\npassword = q",
-                 "6: this username has another password elsewhere"),
-                ("domain a.example", "username = " + "u" * 256, "2: username: longer than 255 octets")]):
-            error = self.error("[%s]\n%s\n" % (section, text))
+    def test_each_fault_is_told_with_file_and_line(self) -> None:
+        rows = [row.strip().split(" => ") for row in self.FAULTS.replace("\\\n", "").strip().split("\n")]
+        for text, expected in cases(self, [*rows, [
+                "[domain a.example] | username = " + "u" * 256, "2: username: longer than 255 octets"]]):
+            text, expected = (one.encode().decode("unicode_escape") for one in (text, expected))
+            error = self.error(text.replace(" | ", "\n"))
             self.assertTrue(error.startswith("etrn.conf:" + expected), error)
 
     def test_a_fault_is_told_at_its_own_line_wherever_that_is(self) -> None:
@@ -1146,47 +1112,6 @@ class Configuration(Folder):
             stream.write(b"[relay]\n# caf\xe9\n")
         self.assertEqual(run("--config", file, "--status"), (78, "", "%s:2: not UTF-8\n" % file))
 
-
-class OptionTable(unittest.TestCase):
-    """Options are declared once; this is the contract's table."""
-
-    CONTRACT = """
-        relay hostname= listen=0.0.0.0:25,[::]:25 spool=spool user= domains= nameservers=/etc/resolv.conf
-            log=stderr log_level=info max_message_size=50M max_recipients=1000 min_free_space=100M
-            max_connections=1000 max_connections_per_client=50 max_message_rate=0 command_timeout=5m
-            trusted_clients= bare_newline=normalize greet_pause=0 odmr_listen=
-        tls certificate= key=
-        bounces route=mx username= password= postmaster=
-        status listen= token=
-        alerts command= webhook= mail= mail_route=mx after=5m
-        domain primary=mx lifetime=7d delay_notice=off recipients=verify while_up=relay
-            unknown_recipients=accept cutthrough=yes etrn=any username= password= tls=may connections=10
-            probe_interval=5s retry_interval=5m max_retry_interval=1h recovery_grace=1h xclient=no
-            max_queue_size="""
-
-    def test_options_and_defaults_are_those_of_the_contract(self) -> None:
-        section, table = "", {}
-        for word in self.CONTRACT.split():
-            name, equals, default = word.partition("=")
-            if equals:
-                table[section, name] = default
-            else:
-                section = name
-        found = {place: option.default.replace(", ", ",") for place, option in etrn.OPTIONS.items()}
-        self.assertEqual(found, table)
-
-    def test_etrn_conf_sample_is_what_the_table_makes_and_parses(self) -> None:
-        text = load(SAMPLE)
-        self.assertEqual(text, etrn.format_sample())
-        cfg = etrn.parse_config(text, "/x/etrn.conf")
-        self.assertEqual((cfg.listen, list(cfg.domains)), ((("127.0.0.1", 2525),), ["example.com"]))
-        every = etrn.parse_config(re.sub("(?m)^#([a-z_]+ = )", r"\1", text), "/x/etrn.conf")
-        self.assertEqual(every, cfg)                # each line that is commented out says the default
-
-
-class ConfigurationsOfTheWorld(unittest.TestCase):
-    """What operators write, and what they are told to write instead."""
-
     def test_link_local_servers_have_their_zone(self) -> None:
         for text, where in cases(self, [
                 ("fe80::1%eth0", ("fe80::1%eth0", 53)), ("[fe80::1%eth0]:54", ("fe80::1%eth0", 54)),
@@ -1199,10 +1124,7 @@ class ConfigurationsOfTheWorld(unittest.TestCase):
                 "[fe80::1%a/b]:53", "fe80::1%eth0:53", "dns%eth0", "169.254.0.1%eth0"]):
             self.assertRaises(etrn.ConfigError, config, "nameservers = " + text)
         self.assertRaises(etrn.ConfigError, config, "listen = [fe80::1%eth0]:25")
-
-    def test_nameservers_may_be_a_file(self) -> None:
-        for text, path in cases(self, [("/a/file", "/a/file"), ("./resolv.conf", "/nowhere/./resolv.conf"),
-                                       ("/etc/resolv.conf", "/etc/resolv.conf")]):
+        for text, path in cases(self, [("/a/file", "/a/file"), ("./resolv.conf", "/nowhere/./resolv.conf")]):
             self.assertEqual(config("nameservers = " + text).nameservers, path)
 
     def test_a_final_dot_of_a_domain_is_dropped(self) -> None:
@@ -1264,7 +1186,46 @@ class ConfigurationsOfTheWorld(unittest.TestCase):
             self.assertEqual(etrn.is_listed(etrn.parse_path(text, "5.1.3")[0], entries), expected)
 
 
+class OptionTable(unittest.TestCase):
+    """Options are declared once; this is the contract's table."""
+
+    CONTRACT = """
+        relay hostname= listen=0.0.0.0:25,[::]:25 spool=spool user= domains= nameservers=/etc/resolv.conf
+            log=stderr log_level=info max_message_size=50M max_recipients=1000 min_free_space=100M
+            max_connections=1000 max_connections_per_client=50 max_message_rate=0 command_timeout=5m
+            trusted_clients= bare_newline=normalize greet_pause=0 odmr_listen=
+        tls certificate= key=
+        bounces route=mx username= password= postmaster=
+        status listen= token=
+        alerts command= webhook= mail= mail_route=mx after=5m
+        domain primary=mx lifetime=7d delay_notice=off recipients=verify while_up=relay
+            unknown_recipients=accept cutthrough=yes etrn=any username= password= tls=may connections=10
+            probe_interval=5s retry_interval=5m max_retry_interval=1h recovery_grace=1h xclient=no
+            max_queue_size="""
+
+    def test_options_and_defaults_are_those_of_the_contract(self) -> None:
+        section, table = "", {}
+        for word in self.CONTRACT.split():
+            name, equals, default = word.partition("=")
+            if equals:
+                table[section, name] = default
+            else:
+                section = name
+        found = {place: option.default.replace(", ", ",") for place, option in etrn.OPTIONS.items()}
+        self.assertEqual(found, table)
+
+    def test_etrn_conf_sample_is_what_the_table_makes_and_parses(self) -> None:
+        text = load(SAMPLE)
+        self.assertEqual(text, etrn.format_sample())
+        cfg = etrn.parse_config(text, "/x/etrn.conf")
+        self.assertEqual((cfg.listen, list(cfg.domains)), ((("127.0.0.1", 2525),), ["example.com"]))
+        every = etrn.parse_config(re.sub("(?m)^#([a-z_]+ = )", r"\1", text), "/x/etrn.conf")
+        self.assertEqual(every, cfg)                # each line that is commented out says the default
+
+
 class Logs(Folder):
+    """Lines reach file, stderr or syslog; a log that fails stops nothing."""
+
     def test_a_new_log_file_is_not_for_everybody_and_is_opened_again(self) -> None:
         path, mask = self.path("log"), os.umask(0o002)
         self.addCleanup(os.umask, mask)
@@ -1568,17 +1529,14 @@ script("the declared size", READY + "C: MAIL FROM:<> SIZE=10001 S: 552 5.3.4"
        each_mail([r"<a@b.example> SIZE=10000", r"  <a@b.example>   size=10000\x20\x20"], "250"),
        size_limit=10000)
 script("without a limit any size is taken", READY + "C: MAIL FROM:<> SIZE=99999999999999999999 S: 250")
-script("senders", each_mail(["<>", " <>", '<"Fred Bloggs"@d.example>', '<"much.more unusual"@d.example>',
+script("senders", each_mail(["<>", " <>", '<"Fred Bloggs"@d.example>',
                              '<"()<>[]:,;@!#$%&*+-/=?^_`{}| ~.a"@d.example>'] + r"""
-    <""@d.example> <"Joe\\\\Blow"@d.example> <"Abc@def"@d.example> <a+b@d.example> <x@d> <a'b@d.example>
-    <customer/department=shipping@d.example> <$A12345@d.example> <!def!xyz%abc@d.example> <admin@mailserver1>
-    <_somename@d.example> <u@[127.0.0.1]> <u@[IPv6:::1]> <u@[ipv6:2001:db8::1]> <a_b@d_e.example>
+    <""@d.example> <"Joe\\\\Blow"@d.example> <x@d> <a'b@d.example> <$A12345@d.example> <admin@mailserver1>
+    <_somename@d.example> <u@[127.0.0.1]> <u@[ipv6:2001:db8::1]> <a_b@d_e.example>
     <@r1.example,@r2.example:u@d.example>""".split(), "250"),
        *[READY + "C: MAIL FROM:%s S: 501" % path for path in [
-           " Anne <a@b.example>", "a b c", "a @ b", "<x y>", "<a b@c.example>",
-           "<%s@%s>" % ("x" * 75, ".".join(["y" * 75] * 4))] + """
-    <@d.example> <u@> >< <a@b.example <a@xn---> <<a@b.example>> <"a"b"@c.example> <a@b..example>
-    <a@-b.example> <a@[1.2.3]> <a@[IPv6:fe80::1%eth0]> <a@b.example..>""".split()])
+           " Anne <a@b.example>", "a b c", "a @ b", "<%s@%s>" % ("x" * 75, ".".join(["y" * 75] * 4)),
+           "><", "<a@b.example", '<"a"b"@c.example>', "<a@b..example>"]])
 script("bytes outside ascii need smtputf8", READY + r"""
     C: MAIL FROM:<\xc3\xa9@d.example> S: 553 5.6.7      C: MAIL FROM:<\xff@d.example> S: 501
     C: MAIL FROM:<\xff@d.example> SMTPUTF8 S: 501
@@ -2056,16 +2014,6 @@ class Leniency(unittest.TestCase):
             self.assertEqual(player.codes, ["220", "250", "250", "250", "354", "250", "250"])
             self.assertEqual((player.count("rcpt"), player.bodies), (1, [b"x\r\n"]))
 
-    def test_senders_go_on_as_they_came(self) -> None:
-        for path, sender in cases(self, [
-                ("<a..b@C.example>", "a..b@C.example"), ("a@b.example", "a@b.example"),
-                ("<a.@b.example.>", "a.@b.example"), ("\t<a@b.example>\tAUTH=<>", "a@b.example"),
-                ("<%s@b.example>" % ("v" * 300), "v" * 300 + "@b.example"),
-                ("<a@xn--strae-oqa.example>", "a@xn--strae-oqa.example"),
-                ("<a@straße.example> SMTPUTF8", "a@straße.example")]):
-            player = play(b"EHLO x\r\nMAIL FROM:%s\r\n" % path.encode())
-            self.assertEqual([value[0] for what, value in player.actions if what == "mail"], [sender])
-
     def test_a_hundred_commands_without_a_message_and_then_each_is_an_error(self) -> None:
         verbs = [b"NOOP\r\n", b"RSET\r\n", b"VRFY x\r\n", b"HELP\r\n", b"EHLO x\r\n", b"HELO x\r\n"]
         flood = b"".join(itertools.islice(itertools.cycle(verbs), etrn.JUNK_COMMANDS_MAX + etrn.ERRORS_MAX))
@@ -2258,12 +2206,6 @@ class Fuzz(unittest.TestCase):
                 answer = etrn.parse_answer(packet, 7, name, kind)
                 if answer is not None:
                     self.assertLessEqual(len(answer.records), etrn.DNS_RECORDS_MAX)
-
-    def test_hosts_that_are_no_names_are_errors_of_the_dns(self) -> None:
-        for host in cases(self, ["", "a b", "x" * 64 + ".example", "\u202e.example", "a..b", "x" * 300,
-                "-a.example", "a\r\nb"]):
-            with self.assertRaisesRegex(etrn.DnsError, "^not a host name: "):
-                etrn.Resolver((etrn.Endpoint("127.0.0.1", 9),)).addresses(host)
 
     def test_any_reply_is_a_code_or_an_error_however_it_is_cut(self) -> None:
         def read(data: bytes, cuts: Iterable[int]) -> List[Any]:
@@ -3962,8 +3904,9 @@ class Simulation:
         return self.queue.destinations.get(DOMAIN, self.clock.now)
 
     def put(self, *addresses: Any, domain: str = DOMAIN, kind: str = "mail", sender: Any = None,
-            data: bytes = MESSAGE, **values: Any) -> str:
-        """Accept a message; its sender tells its ID.  Recipients may have NOTIFY and ORCPT with them."""
+            data: bytes = MESSAGE, across: float = 0.0, **values: Any) -> str:
+        """Accept a message; its sender tells its ID.  Recipients may have NOTIFY and ORCPT with them.
+        `across`: days by which the clock is set while the disk is at work."""
         self.serial += 1
         id = "%X" % (0xABC000 + self.serial)
         people = [(one, "", "") if isinstance(one, str) else one
@@ -3973,6 +3916,7 @@ class Simulation:
                                          self.clock.wall + 9,
                                          {"address": "192.0.2.7", "helo": "x", "tls": None}), **values)
         assert self.spool.commit([(id, data, [sidecar])]) == [None]
+        self.jump(across)
         self.queue.accept(sidecar, len(data))
         return id
 
@@ -4004,8 +3948,8 @@ class Simulation:
         """It greets again, and says this to each recipient."""
         self.reach, self.script["RCPT"] = lambda name: None, lambda address: " ".join(rcpt)
 
-    def jump(self, days: str) -> None:
-        self.clock.wall += 86400.0 * int(days)
+    def jump(self, days: Any) -> None:
+        self.clock.wall += 86400.0 * float(days)
 
     def flush(self) -> Any:
         """By command.  How it ends."""
@@ -4074,7 +4018,7 @@ class Simulation:
         """Statements, and questions with ` = ` and what their answer matches."""
         words: Dict[str, Callable[..., Any]] = {
             "put": lambda *who: self.put(*("%s@%s" % (one, DOMAIN) for one in who)),
-            "hang": lambda count: self.down(count, HANG),
+            "hang": lambda count: self.down(count, HANG), "across": lambda days: self.put(across=float(days)),
             "many": lambda count: [self.put() for _ in range(int(count))], "taken": lambda: len(self.taken),
             "dialling": lambda: self.queue.deliveries.dialling, "open": lambda: len(self.puppets),
             "known": lambda: len(self.queue.recipients.known),
@@ -4308,6 +4252,10 @@ probe_interval = 1h: down 1; jump 10; +60s; state = down 1; begin; +167h; state 
 probe_interval = 1h: down 1; jump -10; +60s; state = down 1; begin; +167h; state = down 1; +7h
   state = down 0, 1 expired
 probe_interval = 1h: down 1; +60s; begin; jump 10; +1s; state = down 1; +60s; state = down 0, 1 expired
+probe_interval = 1h: down 1; jump 10; put u; +60s; begin; +167h; state = down 2; +7h
+  state = down 0, 2 expired
+probe_interval = 1h: down 1; across -9; +60s; begin; +167h; state = down 2; +7h; state = down 0, 2 expired
+probe_interval = 1h: down 1; across 9; +60s; begin; +167h; state = down 2; +7h; state = down 0, 2 expired
 # ... and of what was refused when nothing is believed
 down 1; +1m; back 550 5.1.1 no; +30s; jump 30; etrn; +60s; state = up 1; +9000s; state = up 0, 1 bounced
 down 1; +1m; back 550 5.1.1 no; +30s; jump -30; etrn; +60s; state = up 1; +9000s; state = up 0, 1 bounced
@@ -4893,19 +4841,9 @@ class Packets(unittest.TestCase):
             self.assertEqual(self.parse(packet, kind).records, data)
 
 
-class Forwarder(Dns):
-    """A nameserver that answers with an alias alone and leaves the rest to who asked."""
+class Nameservers(unittest.TestCase):
+    """Questions to servers as they are: slow, lying, broken, knowing little, link-local."""
 
-    def _reply(self, packet: bytes, how: str) -> bytes:
-        name, at = etrn.parse_name(packet, 12)
-        if (name, etrn.CNAME) not in self.zone:
-            return super()._reply(packet, how)
-        id, kind = struct.unpack("!H", packet[:2])[0], struct.unpack("!H", packet[at:at + 2])[0]
-        self.asked.append((how, name, kind))
-        return dns_answer(id, name, kind, [record(name, etrn.CNAME, self.zone[name, etrn.CNAME][0])])
-
-
-class NameserverCase(unittest.TestCase):
     ZONE: Dict[Tuple[str, int], List[Any]] = {
         ("a.example", etrn.MX): [(10, "m1.example"), (20, "m2.example")],
         ("m1.example", etrn.A): ["192.0.2.1"], ("m1.example", etrn.AAAA): ["2001:db8::1"],
@@ -4916,15 +4854,12 @@ class NameserverCase(unittest.TestCase):
         self.stack = contextlib.ExitStack()
         self.addCleanup(self.stack.close)
 
-    def dns(self, zone: Any = None, kind: Any = Dns, **options: Any) -> Dns:
-        server: Dns = self.stack.enter_context(kind(zone or self.ZONE, **options))
-        return server
+    def dns(self, zone: Any = None, **options: Any) -> Dns:
+        return self.stack.enter_context(Dns(zone or self.ZONE, **options))
 
     def resolver(self, *servers: Dns) -> etrn.Resolver:
         return etrn.Resolver(tuple(one.endpoint for one in servers or [self.dns()]))
 
-
-class Nameservers(NameserverCase):
     def test_records_come_over_udp_and_a_truncated_answer_over_tcp(self) -> None:
         for truncate, how in cases(self, [(False, ["udp"]), (True, ["udp", "tcp"])]):
             server = self.dns(truncate=truncate)
@@ -4962,6 +4897,9 @@ class Nameservers(NameserverCase):
                 ("2001:DB8::2", ["2001:db8::2"]), ("FE80::1%eth0", ["fe80::1%eth0"])]):
             self.assertEqual(resolver.addresses(host), expected)
         self.assertRaisesRegex(etrn.DnsError, "no address is known for a", resolver.addresses, "a.example")
+        for host in cases(self, ["", "a b", "x" * 64 + ".example", "\u202e.example", "a..b", "x" * 300,
+                                 "-a.example", "a\r\nb"]):
+            self.assertRaisesRegex(etrn.DnsError, "^not a host name: ", resolver.addresses, host)
 
     def test_a_nameserver_that_fails_at_ipv6_costs_neither_the_route_nor_much_time(self) -> None:
         server = self.dns(mangle=lambda packet: None if server.asked[-1][2] == etrn.AAAA else packet)
@@ -4991,10 +4929,6 @@ class Nameservers(NameserverCase):
                              (("192.0.2.53", 53), ("fe80::1%eth0", 53), ("::1", 53)))
         self.assertEqual(etrn.read_resolv_conf("/nowhere/resolv.conf"), (("127.0.0.1", 53),))
 
-
-class NameserversOfTheWorld(NameserverCase):
-    """Servers that know little, aliases left to who asked, link-local ones, and a list for all questions."""
-
     def test_a_server_that_says_it_cannot_is_not_waited_for(self) -> None:
         bare = lambda rcode, questions=0: lambda packet: packet[:2] + struct.pack(      # noqa: E731
             "!HHHHH", 0x8180 | rcode, questions, 0, 0, 0)
@@ -5015,7 +4949,7 @@ class NameserversOfTheWorld(NameserverCase):
                    "c0": "c0.example", "c1": "c2.example", "c2": "c1.example", "root": b"\0",
                    "odd": b"\2\xffa\0"}
         short = {(owner + ".example", etrn.CNAME): [alias] for owner, alias in aliases.items()}
-        server = self.dns({**self.ZONE, **long, **short}, Forwarder)
+        server = self.dns({**self.ZONE, **long, **short})
         for name, expected in cases(self, [("x.example", self.MX), ("dry.example", [])]):
             self.assertEqual(self.resolver(server).query(name, etrn.MX), expected)
         for name, expected in cases(self, [
@@ -5050,9 +4984,7 @@ class NameserversOfTheWorld(NameserverCase):
             self.assertIn("127.0.0.1", etrn.Resolver("/etc/resolv.conf").addresses("localhost"))
             self.assertEqual(server.asked, [])
             self.assertEqual(etrn.Resolver("/etc/resolv.conf").query("a.example", etrn.MX), self.MX)
-
-    def test_the_system_gives_zones_too(self) -> None:
-        number, interface = socket.if_nameindex()[0]
+        number, interface = socket.if_nameindex()[0]                    # which gives zones, too
         both = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("fe80::1", 0, 0, number)),
                 (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0))]
         with mock.patch.object(socket, "getaddrinfo", return_value=both):
@@ -6141,18 +6073,6 @@ class Attacks(Relays):
             self.assertRegex(name, r"\A([0-9A-F]{6,20}\.(eml|json|new)|[a-z]+\.(json|new)|control|lock)\Z")
 
 
-@unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "only root can become another account")
-class Accounts(Relays):
-    def test_root_is_given_up_for_good_once_ports_are_bound(self) -> None:
-        os.chmod(self.folder, 0o755)
-        with Relay(self.folder, relay="user = nobody") as relay:
-            ids = re.findall(r"(?m)^[UG]id:\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d+)$",
-                             load("/proc/%d/status" % relay.process.pid))
-            account = pwd.getpwnam("nobody")
-            self.assertEqual(ids, [(str(account.pw_uid),) * 4, (str(account.pw_gid),) * 4])
-            self.assertEqual((relay.send()[:3], relay.end()), ("250", 0))
-
-
 # -- recipients, sizes, cut-through, while_up
 
 def only(*good: str) -> Callable[[str], Optional[str]]:
@@ -6827,20 +6747,18 @@ class Odmr(Secured):
         self.assertEqual(len(relay.queue()), 1)
 
 
-@unittest.skipUnless(shutil.which("fetchmail"), "fetchmail is not installed")
 class Fetchmail(Relays):
-    """The one client of ODMR in common use."""
+    """The one client of ODMR in common use, and others that ask with ETRN."""
 
     def fetch(self, text: str) -> str:
         """Run it once; returns what it said."""
         file = self.path("fetchmailrc")
-        with open(file, "w", encoding="utf-8") as stream:
-            os.chmod(file, 0o600)
-            stream.write("set no bouncemail\n%s fetchdomains ourdom.example other.example\n" % text)
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600))
+        save(file, "set no bouncemail\n%s fetchdomains ourdom.example other.example\n" % text)
         done = subprocess.run(
-            ["fetchmail", "-f", file, "-v", "--nodetach", "--pidfile", file + ".pid", "--timeout", "20"],
+            [program("fetchmail"), "-f", file, "-v", "--nodetach", "--pidfile", file + ".pid"], check=False,
             env=dict(os.environ, HOME=self.folder, FETCHMAILHOME=self.folder), capture_output=True,
-            timeout=DEADLINE_S, check=False)
+            timeout=DEADLINE_S)
         return (done.stdout + done.stderr).decode("utf-8", "replace")
 
     def test_it_collects_a_queue(self) -> None:
@@ -6868,6 +6786,23 @@ class Fetchmail(Relays):
             relay.port, 'esmtpname "gw" esmtppassword "se cret"'))
         wait(relay.is_empty, "an empty spool after\n" + said)
         relay.logged(r"etrn: site=other\.example, client=unknown\[127\.0\.0\.1\], messages=1, reply=253")
+
+    def test_fetchmail_and_msmtp_ask_for_their_domains(self) -> None:
+        for name in cases(self, ["fetchmail", "msmtp"]):
+            path, primary, slow = program(name), self.primary(), "probe_interval = 1h\n"
+            other = "[domain other.example]\n%sprimary = %s" % (slow, primary.address)
+            relay = self.relay(primary, domain=slow + other, PROBE_FIRST_S=3600.0)
+            for one in (DOMAIN, "other.example"):
+                relay.send(recipients=["u@" + one])
+                relay.logged(re.escape(one) + ": down: ")
+            primary.start()
+            if name == "fetchmail":
+                self.fetch("poll 127.0.0.1 service %d proto ETRN" % relay.port)
+            for one in ("x.example", DOMAIN, "other.example") if name == "msmtp" else ():
+                done = subprocess.run([path, "--file=/dev/null", "--host=127.0.0.1", "--rmqs=" + one,
+                                       "--port=%d" % relay.port], check=False, capture_output=True)
+                self.assertEqual(done.returncode, 69 if one == "x.example" else 0, done.stdout)
+            wait(relay.is_empty, "an empty spool")
 
 
 # -- the promise, notices, alerts
@@ -7172,8 +7107,6 @@ class Commands(Relays):
 
     def test_usage_help_and_errors_of_the_configuration(self) -> None:
         relay = Relay(self.folder)
-        for line in cases(self, ["--nonsense", "--status --queue", "--flush", "--stat", "--show x --yes"]):
-            self.assertEqual(relay.run(*line.split())[0], 64)
         self.assertEqual((relay.queue(), relay.json("--status")["spool"]["messages"]), ([], 0))
         with mock.patch.dict(os.environ, {"ETRN_RELAY_CONFIG": relay.file}):
             self.assertIn(DOMAIN, json.loads(run("--status", "--json")[1])["domains"])
@@ -7277,12 +7210,18 @@ class Page(unittest.TestCase):
                 "Recent events", "refuses below 100M", "20:59:42", "since 25 Nov 2025, 20:01:12, for 1h",
                 "etrn_relay 0.1, up 2h, process 71", "12 accepted", "10 Mar 2026", "32.0G"]):
             self.assertIn(text, page)
-        for changes, text in cases(self, [
-                ({}, "Primary down"), ({"load_error": "EACCES"}, "unreadable: EACCES"),
-                ({"spool": {"sick": "EIO"}}, "Spool sick: EIO"), ({"spool": {"free": 1}}, "Disk short: 1B"),
-                ({"spool": {"loading": True}}, "still being read")]):
-            top = etrn.format_page(facts(**changes)).partition("<dl")[0]
+        for changes, reasons, text in cases(self, [
+                ({}, [], "Primary down"),
+                ({"load_error": "EACCES"}, ["spool unreadable: EACCES"], "unreadable: EACCES"),
+                ({"spool": {"sick": "EIO"}}, ["spool sick: EIO"], "Spool sick: EIO"),
+                ({"spool": {"free": 1000}}, ["disk short: 1000B free"], "Disk short: 1000B"),
+                ({"spool": {"free": 0}, "min_free": 0}, ["disk short: 0B free"], "Disk short: 0B"),
+                ({"spool": {"sick": "x", "free": 0}}, ["spool sick: x", "disk short: 0B free"], "Spool sick"),
+                ({"spool": {"loading": True}}, [], "still being read")]):
+            found, top = facts(**changes), etrn.format_page(facts(**changes)).partition("<dl")[0]
             self.assertEqual((text in top, "All is well" in top), (True, False))
+            ills = [ill[:len(reason)] for ill, reason in zip(etrn.find_ills(found), reasons)]
+            self.assertEqual((ills, len(etrn.find_ills(found))), (reasons, len(reasons)))       # of /healthz
         well = facts()
         for one in well.status["domains"].values():
             one["primary"] = "up"
@@ -7326,19 +7265,10 @@ class Page(unittest.TestCase):
             self.assertEqual((found, samples[labels]), (kind, value))
             self.assertEqual(ill.get("etrn_relay_" + name), None if other is None else (kind, {"": other}))
 
-    def test_health_names_its_reasons(self) -> None:
-        for changes, reasons in cases(self, [
-                ({}, []), ({"spool": {"sick": "Input/output error"}}, ["spool sick: Input/output error"]),
-                ({"spool": {"free": 1000}}, ["disk short: 1000B free"]),
-                ({"spool": {"free": 0}, "min_free": 0}, ["disk short: 0B free"]),
-                ({"load_error": "EACCES"}, ["spool unreadable: EACCES"]),
-                ({"spool": {"sick": "x", "free": 0}}, ["spool sick", "disk short"])]):
-            found = etrn.find_ills(facts(**changes))
-            self.assertEqual([ill[:len(reason)] for ill, reason in zip(found, reasons)], reasons)
-            self.assertEqual(len(found), len(reasons))
-
 
 class Histories(unittest.TestCase):
+    """A week of each domain, for the page: bounded, kept, and believed only where it makes sense."""
+
     def test_a_history_stays_bounded_and_survives_a_save(self) -> None:
         chance, history = random.Random(822), etrn.History()
         names = ["d%d.example" % number for number in range(etrn.HISTORY_DOMAINS_MAX + 20)]
@@ -7371,15 +7301,15 @@ class Histories(unittest.TestCase):
             self.assertIn(text, etrn._format_chart(columns, WALL))
 
     def test_nonsense_in_the_file_is_forgotten(self) -> None:
-        for rows in cases(self, [
-                None, {}, [], 5, "abc", [[1, 2]], *([row] for row in (
-                    ["x", 1, "up"], [float("nan"), 1, "up"], [[], 1, "up"], [1, float("inf"), "up"],
-                    [1, -1, "up"], [1, 10 ** 400, "up"], [1, 1, "sideways"], [1, 1, FOREIGN]))]):
+        good = {"domains": {"a": [[490000, 3, "up"]]}, "sites": {"a": {"depth": []}}}
+        rows = ([float("nan"), 1, "up"], [1, -1, "up"], [1, 10 ** 400, "up"], [1, 1, FOREIGN])
+        odd = [{"domains": {"a": [row]}} for row in rows]
+        for values in cases(self, [*SpoolPeople.variants(good), *odd]):
             history = etrn.History()
-            history.from_values({"domains": {"a": rows, "b": [[490000, 3, "up"]]}})
-            self.assertEqual(list(history.to_values(WALL)["domains"]), ["b"])
-        for values in cases(self, [{}, {"domains": []}, {"domains": 5}, {"sites": {"a": {"depth": []}}}]):
             history.from_values(values)
+            for hours in history.to_values(WALL)["domains"].values():
+                self.assertTrue(all(type(at) is int and depth >= 0 and state == "up"
+                                    for at, depth, state in hours))
 
 
 def fetch(port: int, path: str = "/", method: str = "GET", **headers: str) -> Tuple[int, Any, str]:
@@ -7501,6 +7431,8 @@ class PageOverHttp(Pages):
 
 
 class PageOfARelay(Pages):
+    """What becomes of it while the relay lives."""
+
     def test_the_page_shows_an_outage_and_remembers_it(self) -> None:
         primary = self.primary()
         relay = self.relay(primary, bounces=STATUS_PAGE)
@@ -7554,6 +7486,8 @@ class PageOfARelay(Pages):
 
 
 class Terminal(unittest.TestCase):
+    """What commands show to people."""
+
     def setUp(self) -> None:
         waiting = [("example.com", "queued"), ("example.com", "held"), ("long.example.org", "delivering")]
         recipient = {"address": "u@example.com", "state": "queued", "attempts": 3, "next_attempt": WALL + 240,
@@ -7640,11 +7574,6 @@ class Units(Folder):
         nowhere = mock.patch.object(os.path, "exists", return_value=False)
         with nowhere, mock.patch.dict(os.environ, ETRN_RELAY_CONFIG=""):
             self.assertIn("--config /etc/etrn.conf\n", run("--print-unit", "systemd")[1])
-
-    def test_the_script_itself_prints_one(self) -> None:
-        done = subprocess.run([sys.executable, SOURCE, "--print-unit", "procd", "--config", "x"],
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
-        self.assertEqual((done.returncode, SOURCE.encode() in done.stdout), (0, True))
 
     def test_what_cannot_be_written_in_a_unit_is_refused(self) -> None:
         for kind, name in cases(self, itertools.product(etrn.UNITS, ("a\nb", "a\u202eb", "a\x7f"))):
@@ -7743,7 +7672,7 @@ class Probes(Relays):
         for stage, text, status in cases(self, [
                 ("greeting", "no answer", 69), ("EHLO", "no answer", 69), ("RCPT", "timed out", 75)]):
             primary = self.primary(**{stage: HANG}).start()
-            with shorten(PROBE_REPLY_S=0.3, PROBE_HOSTS_S=1.0):
+            with shorten(PROBE_REPLY_S=0.3, PROBE_HOSTS_S=0.5):
                 began = time.monotonic()
                 code, host, _ = self.probe(primary.address)
             self.assertLess(time.monotonic() - began, DEADLINE_S)
@@ -7771,19 +7700,6 @@ class Probes(Relays):
             where = "mx.primary.example:%d" % primary.port
             self.assertEqual(self.probe(where, "tls = verify", zone=zone)[0], 0)
             self.assertIn("127.0.0.1", self.probe(primary.address, "tls = verify")[1]["error"])     # the name
-
-    def test_a_dead_dns_leaves_the_route_that_worked_last(self) -> None:
-        primary = self.primary().start()
-        relay = Relay(self.folder, "mx", domain="[domain other.example]")
-        os.mkdir(relay.spool)
-        site = {"route": [["mail.example", "127.0.0.1", primary.port]], "route_of": "mx", "size_limit": 0,
-                "route_seen": time.time(), "since": 0, "recovered": 0, "counters": {}, "held": False,
-                "primary": "up"}
-        with open(os.path.join(relay.spool, "state.json"), "w", encoding="utf-8") as file:
-            json.dump({"sites": {DOMAIN: site}}, file)
-        code, out, _ = relay.run("--probe", DOMAIN, "--json")
-        self.assertEqual((code, "using the route that worked last" in json.loads(out)["error"]), (0, True))
-        self.assertEqual(os.listdir(relay.spool), ["state.json"])
 
     def test_the_route_holds_what_a_delivery_would_try(self) -> None:
         mx = {(DOMAIN, etrn.MX): [(10, "a.example"), (20, "backup.example.net"), (20, "peer.example")],
@@ -8105,7 +8021,8 @@ class Misuse(Relays):
         for line in cases(self, [
                 "--flush ''", "--queue=", "--hold ''", "--show ''", "--config '' --queue", "--yes", "--raw",
                 "--queue --yes", "--flush #queue", "--hold a\tb", "--delete all", "--bounce ALL", "--show",
-                "--no-wait", "stray", "--status --queue", "--json", "--frobnicate", "--flush x --raw"]):
+                "--no-wait", "stray", "--status --queue", "--json", "--frobnicate", "--flush x --raw",
+                "--stat", "--flush"]):
             with mock.patch.object(etrn, "serve", side_effect=AssertionError("a relay was started")):
                 code, out, errors = relay.run(*(word.strip("'") for word in line.split(" ")))
             self.assertEqual((code, out, errors[:14], os.listdir(self.folder)), (
@@ -8124,13 +8041,13 @@ class Misuse(Relays):
             self.assertIn(b"neither ./etrn.conf nor /etc/etrn.conf", done.stdout)
 
     def test_a_hold_of_subdomains_or_of_all_holds_the_first_mail_too(self) -> None:
+        relay = self.relay(self.primary().start())
         for what in cases(self, ["@" + DOMAIN, "all", DOMAIN.upper()]):
-            relay = self.relay(self.primary().start())
             self.assertEqual(relay.run("--hold", what)[0], 0)       # before any mail has come
             relay.send()
             self.assertEqual([row["state"] for row in relay.queue()], ["held"])
             relay.run("--release", what)
-            wait(relay.is_empty, "an empty spool")
+            wait(lambda: relay.is_empty() and not relay.queue(), "an empty spool")
 
     def test_flush_draws_its_progress_on_a_terminal(self) -> None:
         primary = self.primary()
@@ -8174,24 +8091,15 @@ class Misuse(Relays):
 
     def test_mail_expires_without_a_daemon_too(self) -> None:
         """--flush from cron: three runs that failed after its time, and the last run's own try."""
-        grey = self.primary(RCPT="450 4.2.0 greylisted").start()
-        for primary, attempts in cases(self, [(None, 0), (grey, 0), (None, 9)]):
-            relay = self.relay(primary, domain="lifetime = 1s")
-            if primary is not None:
-                primary.stop()
-            relay.send()
-            relay.end()
-            one, = relay.queue()
-            time.sleep(max(0.0, one["expires"] + 0.01 - time.time()))
-            if primary is not None:
-                primary.start()
-            if attempts:                # the primary is back: delivered, however late
-                path = os.path.join(relay.spool, one["id"] + ".json")
-                with open(path, "r+", encoding="utf-8") as file:
-                    text = file.read().replace('"attempts":0', '"attempts":%d' % attempts)
-                    file.seek(0)
-                    file.write(text)
-                relay.write_config(primary=self.primary().start().address)
+        relay = Relay(self.folder)
+        os.mkdir(relay.spool)
+        for script, attempts in cases(self, [(None, 1), ({"RCPT": "450 4.2.0 greylisted"}, 1), ({}, 9)]):
+            sidecar = sidecar_of("ABCDE0")
+            sidecar["recipients"][0].update(expires=time.time() - 1, attempts=attempts)
+            write_files(relay.spool, pair(sidecar))
+            primary = self.primary(**script or {})
+            relay.write_config(primary=(primary if script is None else primary.start()).address)
+            if script == {}:            # the primary is back: delivered, however late
                 relay.run("--flush", DOMAIN)
                 self.assertEqual(relay.files(), [])
                 continue
@@ -8199,7 +8107,7 @@ class Misuse(Relays):
                 relay.run("--flush", DOMAIN)
                 row, = relay.queue()        # in the end the notice
                 self.assertEqual((run, row["sender"]), (run, "a@sender.example" if run < 3 else ""))
-            self.assertEqual(relay.run("--show", one["id"])[0], 1)
+            self.assertEqual(relay.run("--delete", row["id"])[0], 0)
 
     def test_an_export_is_read_by_mailbox_and_names_the_recipients_of_its_domain_alone(self) -> None:
         relay = self.relay(domain="[domain two.example]\n")
@@ -8230,15 +8138,16 @@ class Misuse(Relays):
         relay = self.relay()
         data = b"Subject: x\r\n\r\n" + b"y" * 200000 + b"\r\n"
         relay.send(data, sender="j\u00f6rg@x.example", parameters=" SMTPUTF8")
-        id = relay.queue()[0]["id"]
-        for line in cases(self, ["--export " + DOMAIN, "--show %s --raw" % id, "--show " + id, "--queue",
-                                 "--status", "--queue --json", "--help", "--print-unit systemd"]):
-            reader, writer = os.pipe()
-            os.close(reader)
-            for options in ({"stdout": writer}, {"env": dict(os.environ, PYTHONIOENCODING="ascii")}):
-                done = self.command(relay, line, **options)
-                self.assertEqual((done.returncode, done.stderr), (0, b""))
-            os.close(writer)
+        id, ascii = relay.queue()[0]["id"], {"env": dict(os.environ, PYTHONIOENCODING="ascii")}
+        reader, writer = os.pipe()
+        os.close(reader)
+        self.addCleanup(os.close, writer)
+        leaves = {"stdout": writer}
+        for line, options in cases(self, [
+                ("--export " + DOMAIN, leaves), ("--export " + DOMAIN, ascii),
+                ("--show %s --raw" % id, leaves), ("--show " + id, ascii), ("--queue", ascii), ("--queue --json", leaves), ("--help", leaves)]):
+            done = self.command(relay, line, **options)
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
 
     @unittest.skipUnless(os.geteuid() == 0, "needs root, to become another account")
     def test_an_account_owns_all_of_its_spool_whoever_commands(self) -> None:
@@ -8246,10 +8155,13 @@ class Misuse(Relays):
         with Relay(self.folder, self.primary().address, relay="user = nobody") as relay:
             relay.send()
             relay.logged(": down: ")
+            status, nobody = load("/proc/%d/status" % relay.process.pid), pwd.getpwnam("nobody")
+            self.assertEqual(re.findall(r"(?m)^[UG]id:\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d+)$", status), [
+                (str(id),) * 4 for id in (nobody.pw_uid, nobody.pw_gid)])       # root is given up for good
             self.assertEqual((relay.end(), relay.run("--hold", "all")[0]), (0, 0))      # by root, offline
         owners = {os.stat(os.path.join(folder, name)).st_uid
                   for folder, _, files in os.walk(relay.spool) for name in [".", *files]}
-        self.assertEqual((owners, os.geteuid(), os.getegid()), ({pwd.getpwnam("nobody").pw_uid}, 0, 0))
+        self.assertEqual((owners, os.geteuid(), os.getegid()), ({nobody.pw_uid}, 0, 0))
         os.chown(relay.spool, 0, 0)
         for user, why in cases(self, [("nosuch", b"there is no such account"),
                                       ("nobody", b"that account cannot write the spool")]):
@@ -8270,29 +8182,6 @@ class Misuse(Relays):
 
 class Outage(Relays):
     """The main job, with programs that are not ours."""
-
-    def test_fetchmail_and_msmtp_ask_for_their_domains(self) -> None:
-        path, names = self.path("fetchmailrc"), [DOMAIN, "two.example"]
-        environment = dict(os.environ, HOME=self.folder, FETCHMAILHOME=self.folder)
-        for name in cases(self, ["fetchmail", "msmtp"]):
-            command, primary = [program(name)], self.primary()
-            other = "[domain two.example]\nprobe_interval = 1h\nprimary = " + primary.address
-            relay = self.relay(primary, domain="probe_interval = 1h\n" + other, PROBE_FIRST_S=3600.0)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
-                file.write("poll 127.0.0.1 service %d proto ETRN fetchdomains %s %s\n" % (relay.port, *names))
-            for one in names:
-                relay.send(recipients=["u@" + one])
-                relay.logged(re.escape(one) + ": down: ")
-            primary.start()
-            lines = [["--nodetach", "--nosyslog", "-f", path, "--pidfile", path + ".pid"]]
-            if name == "msmtp":
-                lines = [["--file=/dev/null", "--host=127.0.0.1", "--port=%d" % relay.port, "--rmqs=" + one]
-                         for one in ["other.example", *names]]
-            for line in lines:
-                done = subprocess.run([*command, *line], check=False, env=environment, timeout=DEADLINE_S,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                self.assertEqual(done.returncode, 69 if "--rmqs=other.example" in line else 0, done.stdout)
-            wait(relay.is_empty, "an empty spool")
 
     def test_the_sample_runs_as_it_is_and_small(self) -> None:
         """From a fresh folder, as a script; but its two ports are ones that are free here."""
@@ -8332,7 +8221,7 @@ class Machines(Relays):
 
     def test_standard_files_that_are_closed_become_dev_null_and_a_rotated_log_is_opened_anew(self) -> None:
         primary = self.primary()
-        for closed in cases(self, ["0", "1", "2", "012"]):
+        for closed in cases(self, ["1", "012"]):
             relay = Relay(self.inner(), primary.address, relay="log = relay.log")
             closing = "".join(" %s>&-" % fd for fd in closed)
             command = ["sh", "-c", 'exec "$0" "$@"' + closing, sys.executable, SOURCE, "--config", relay.file]
@@ -8371,41 +8260,6 @@ class Machines(Relays):
                 code, _, errors = run("--config", file)
                 self.assertRegex(errors, r"\Aetrn_relay.py: cannot listen on \S+: [^\n]*%s[^\n]*\n\Z" % why)
                 self.assertEqual(code, 75)
-
-    def aged(self, server: etrn.Server, clock: Clock) -> Tuple[int, int]:
-        """What is left of the message's life: seconds in memory, and on disk."""
-        queue = server.queue
-        wait(lambda: server.loop.turn(0.0) or not (queue.spool.unanswered or queue.loader.is_busy))
-        person, = server.spool.read_sidecar("ABCDEF")["recipients"]
-        return (round(queue.destinations.all[DOMAIN].next_deadline() - clock.mono),
-                round(person["expires"] - clock.wall))
-
-    def test_mail_taken_by_a_wrong_clock_has_its_true_age_in_memory_and_on_disk_and_later(self) -> None:
-        """A board without a battery, a clock that was ahead, a NAS that was suspended."""
-        for wrong, when in cases(self, itertools.product(
-                [-10 * 86400, -6 * 86400, 86400 - 1764000000, 10 * 86400, -120, 4000],
-                ["before", "between", "under way"])):
-            shutil.rmtree(self.path("spool"), True)
-            clock, left = Clock(), (7 * 86400 - 1,) * 2
-            clock.wall += wrong
-            with clocked(clock), idle_server(self, "min_free_space = 0\n") as server:
-                server.start()
-                clock.advance(100.3)
-                server.loop.turn(0.0)
-                clock.wall -= wrong * (when == "between")      # before the message, and not yet noticed
-                sidecar = dict(sidecar_of("ABCDEF"), received=clock.wall)
-                sidecar["recipients"][0].update(expires=clock.wall + 7 * 86400, next_attempt=clock.wall)
-                server.spool.commit([("ABCDEF", MESSAGE, [sidecar])])
-                clock.wall -= wrong * (when == "under way")    # while the disk is at work
-                server.loop.turn(0.0)
-                server.queue.accept(sidecar, len(MESSAGE))
-                clock.wall -= wrong * (when == "before")
-                clock.advance(1.1)
-                self.assertEqual(self.aged(server, clock), left)
-            with clocked(clock), idle_server(self, "min_free_space = 0\n") as server:
-                server.start()
-                server.queue.loader.load()
-                self.assertEqual(self.aged(server, clock), left)
 
     def test_readers_share_the_lock_and_a_relay_waits_for_a_command_but_not_for_a_relay(self) -> None:
         relay = self.relay()
