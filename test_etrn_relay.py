@@ -501,7 +501,9 @@ USUAL = {"hostname": "backup.example.net", "listen": "127.0.0.1:0", "min_free_sp
 QUICK = {"PROBE_FIRST_S": 0.05, "TRIGGER_S": 0.05, "RETRY_DISK_S": 0.2}
 STARTER = ("import json, sys; sys.path.insert(0, %r); import etrn_relay; "
            "vars(etrn_relay).update(json.loads(sys.argv[1])); sys.exit(etrn_relay.main(sys.argv[2:]))" % HERE)
-COMMAND = [sys.executable, "-c", STARTER, "{}"]     # as a script would be, without compiling it each time
+# -S: the standard library alone; other packages of this Python only make each start slow.
+PYTHON = [sys.executable, "-S", "-c", STARTER]
+COMMAND = [*PYTHON, "{}"]       # as a script would be, without compiling it each time
 
 
 class Relay:
@@ -524,8 +526,7 @@ class Relay:
         save(self.file, CONFIG % self.values)
 
     def start(self) -> "Relay":
-        process = subprocess.Popen([sys.executable, "-c", STARTER, json.dumps(self.limits),
-                                    "--config", self.file],
+        process = subprocess.Popen([*PYTHON, json.dumps(self.limits), "--config", self.file],
                                    stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
         self.process, since = process, len(self.log)
         self.reader = threading.Thread(target=self._read, args=(process,), daemon=True)
@@ -7842,7 +7843,8 @@ class Checks(Relays):
 class Demonstration(Folder):
     def test_the_demonstration_works_and_leaves_nothing(self) -> None:
         done = subprocess.run(
-            [sys.executable, SOURCE, "--demo"], cwd=self.folder, env=dict(os.environ, TMPDIR=self.folder),
+            [sys.executable, "-S", SOURCE, "--demo"], cwd=self.folder,
+            env=dict(os.environ, TMPDIR=self.folder),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
         self.assertEqual((done.returncode, done.stderr, os.listdir(self.folder)), (0, b"", []))
         for word in (b"sender4@example.org", b"253 2.0.0 OK, 5 pending", b"Nothing was lost"):
@@ -8091,11 +8093,11 @@ class Misuse(Relays):
 
     def test_mail_expires_without_a_daemon_too(self) -> None:
         """--flush from cron: three runs that failed after its time, and the last run's own try."""
-        relay = Relay(self.folder)
+        relay = Relay(self.folder, domain="lifetime = 1s")
         os.mkdir(relay.spool)
-        for script, attempts in cases(self, [(None, 1), ({"RCPT": "450 4.2.0 greylisted"}, 1), ({}, 9)]):
-            sidecar = sidecar_of("ABCDE0")
-            sidecar["recipients"][0].update(expires=time.time() - 1, attempts=attempts)
+        for script, attempts in cases(self, [(None, 0), ({"RCPT": "450 4.2.0 greylisted"}, 0), ({}, 9)]):
+            sidecar = sidecar_of("ABCDE0", received=time.time() - 5)
+            sidecar["recipients"][0].update(attempts=attempts)
             write_files(relay.spool, pair(sidecar))
             primary = self.primary(**script or {})
             relay.write_config(primary=(primary if script is None else primary.start()).address)
@@ -8145,7 +8147,8 @@ class Misuse(Relays):
         leaves = {"stdout": writer}
         for line, options in cases(self, [
                 ("--export " + DOMAIN, leaves), ("--export " + DOMAIN, ascii),
-                ("--show %s --raw" % id, leaves), ("--show " + id, ascii), ("--queue", ascii), ("--queue --json", leaves), ("--help", leaves)]):
+                ("--show %s --raw" % id, leaves), ("--show " + id, ascii),
+                ("--queue", ascii), ("--queue --json", leaves), ("--help", leaves)]):
             done = self.command(relay, line, **options)
             self.assertEqual((done.returncode, done.stderr), (0, b""))
 
@@ -9086,27 +9089,37 @@ class Result(unittest.TextTestResult):
             "\nat the %s %.1500r\n" % (key, vars(test)[key]) for key in ("row", "state") if key in vars(test))
 
 
-def run_tests(given: argparse.Namespace) -> Tuple[int, int, int]:
+class Turns(unittest.TestSuite):
+    """Processes that share a pipe of numbers: each takes the next, until all are taken."""
+    _cleanup = False
+
+    def __init__(self, tests: List[unittest.TestCase], pipe: int) -> None:
+        super().__init__()
+        self.tests, self.pipe = tests, pipe
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.tests[int(number)] for number in iter(lambda: os.read(self.pipe, 4), b""))
+
+
+def run_tests(tests: List[unittest.TestCase], given: argparse.Namespace) -> Tuple[int, int, int]:
     """Numbers of tests that passed, failed and were skipped."""
-    everything = unittest.TestLoader().loadTestsFromModule(sys.modules[__name__])
-    wanted = given.k.replace(" ", "_").lower()
-    chosen = [test for group in everything for test in group if wanted in test.id().lower()
-              and (given.long or not hasattr(getattr(test, test.id().rpartition(".")[2]), "is_long"))]
-    part, parts = map(int, given.part.split("/"))
+    suite = unittest.TestSuite(tests) if given.turns is None else Turns(tests, given.turns)
     runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2 if given.v else 1, resultclass=Result)
-    result = runner.run(unittest.TestSuite(chosen[part::parts]))
+    result = runner.run(suite)
     failed = {test.id() for test, _ in result.failures + result.errors} | {
         test.id() for test in result.unexpectedSuccesses}
     skipped = {test.id() for test, _ in result.skipped} - failed
     return max(0, result.testsRun - len(failed) - len(skipped)), len(failed), len(skipped)
 
 
-def run_parts(arguments: Sequence[str], parts: int) -> Tuple[int, int, int]:
+def run_parts(count: int, words: Sequence[str], processes: int) -> Tuple[int, int, int]:
     """The same in several processes: most tests wait for something most of their time."""
-    sums = [0, 0, 0]
-    command = [sys.executable, os.path.abspath(__file__), *arguments]
-    for worker in [subprocess.Popen([*command, "--part", "%d/%d" % (part, parts)], stdout=subprocess.PIPE)
-                   for part in range(parts)]:
+    sums, (reader, writer) = [0, 0, 0], os.pipe()
+    os.write(writer, b"".join(b"%04d" % number for number in reversed(range(count))))   # the long ones first
+    os.close(writer)
+    command = [sys.executable, os.path.abspath(__file__), *words, "--turns", str(reader)]
+    for worker in [subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[reader])
+                   for _ in range(processes)]:
         text = worker.communicate()[0].decode("utf-8", "replace")
         match = re.search(r"(\d+) passed, (\d+) failed, (\d+) skipped\n\Z", text)
         print(text[:match.start()] if match else text, end="")
@@ -9119,9 +9132,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Tests of etrn_relay.py.")
     parser.add_argument("-k", metavar="PATTERN", default="", help="only tests whose name contains PATTERN")
     parser.add_argument("-v", action="store_true", help="name each test")
-    parser.add_argument("-j", metavar="N", type=int, default=4, help="in so many processes [4]")
+    parser.add_argument("-j", metavar="N", type=int, default=6, help="in so many processes [6]")
     parser.add_argument("--long", action="store_true", help="also the tests that take minutes")
-    parser.add_argument("--part", metavar="K/N", help="only every Nth test, from the Kth on; in this process")
+    parser.add_argument("--turns", metavar="FD", type=int, help=argparse.SUPPRESS)      # of run_parts()
     parser.add_argument("--bench", action="store_true", help="measure speed and memory instead of testing")
     parser.add_argument("--fsync-ms", metavar="MS", type=float, default=0.0, help="--bench on so slow a disk")
     parser.add_argument("--most", metavar="N", type=int, default=10000, help="--bench: most queued [10000]")
@@ -9129,15 +9142,19 @@ def main() -> int:
     if given.bench:
         Bench(given.fsync_ms, given.most).run()
         return 0
-    if given.part is None:
+    everything = unittest.TestLoader().loadTestsFromModule(sys.modules[__name__])
+    wanted = given.k.replace(" ", "_").lower()
+    tests = [test for group in everything for test in group if wanted in test.id().lower()
+             and (given.long or not hasattr(getattr(test, test.id().rpartition(".")[2]), "is_long"))]
+    if given.turns is None:
         # The relay is started a hundred times; it need not be compiled each time.
         with tempfile.TemporaryDirectory(prefix="etrn-test-") as cache:
             os.environ["PYTHONPYCACHEPREFIX"] = cache
             os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
             words = ["-v"] * given.v + ["--long"] * given.long + ["-k", given.k]
-            counts = run_parts(words, 1 if given.k else given.j)
+            counts = run_parts(len(tests), words, 1 if given.k else given.j)
     else:
-        counts = run_tests(given)
+        counts = run_tests(tests, given)
     print("%d passed, %d failed, %d skipped" % counts)
     return 1 if counts[1] else 0
 
