@@ -784,30 +784,6 @@ class Grammar(unittest.TestCase):
             path, left = etrn.parse_path(text, "5.1.3")
             self.assertEqual((str(path), path.domain, left), (address, domain, rest))
 
-    def test_what_is_no_path_is_refused_with_501(self) -> None:
-        """The leniency opens nothing."""
-        for text in cases(self, [
-                "", "<", ">", "><", "<@d.example>", "<u@>", "<a b@d.example>", "<x y>", "a b c", "a @ b",
-                "<a@b.example", "<a@b.example>x", "<a@b.example>NOTIFY=NEVER", "<u@a.example@b.example>",
-                "<u@d.example..>", "<u@d..example>", "<u@-d.example>", "<u@[127.0.0.256]>", "<u@[1.2.3]>",
-                "<u@[IPv6:1]>", "<u@[]>", "<a@xn--->", "<u@%s.example>" % ".".join(["d" * 60] * 5),
-                "<u@" + "d." * 500 + "d>", '<"a@d.example>', '<a"b@d.example>', '<"a"b"@c.example>',
-                "<a\0@d.example>", '<"a\nb"@d.example>', "<@r.example:>", "<@r..example:u@d.example>",
-                "<(c)a@d.example>", "<$(id)@d.example>", "<u@d.example\t>", "<\u202ea b@d.example>",
-                "<<a@b.example>>", "a b@d.example", "a@b c@d.example", "a@b.example,c@d.example",
-                "a@b.example>", "a@b@c.example", "@b.example", "a@", "a<b@c.example", "Anne <a@b.example>",
-                '"a b"@c.example',
-                "@r.example:u@d.example", "a@b.example\xa0X=1", "a@b.example\x0bX=1", "<a\t@b.example>",
-                '<"a\tb"@c.example>', "\t<a@b.example>", "<u@[IPv6:fe80::1%eth0]>",
-                "<u@[IPv6:fe80::1%25eth0]>", "<u@[127.0.0.1%lo]>", "<u@[127.0.0.1].>", "postmaster@",
-                "postmasters", "u@d.example..",
-                "<u@d。example>", "<u@d.example。>", "<u@a\u2024b.example>", "a@b.example<c@d.example>",
-                "<a@b.example>\0", "a\r@b.example", "a\n@b.example"]):
-            with self.assertRaises(etrn.Refuse) as caught:
-                _, rest = etrn.parse_path(text, "5.1.7")
-                etrn.parse_parameters(rest)
-            self.assertEqual(caught.exception.reply.code, 501)
-
     def test_spellings_of_one_address_have_one_key(self) -> None:
         for one, other in cases(self, [
                 ("<U@D.example>", "u@d.Example."), ("<u@münchen.example>", "<u@XN--mnchen-3ya.example>"),
@@ -881,11 +857,6 @@ class Grammar(unittest.TestCase):
         self.assertEqual(etrn.client_network("fe80::1%eth0"), etrn.client_network("fe80::2"))
         self.assertEqual(etrn.greylist_network("192.0.2.1"), etrn.greylist_network("192.0.2.254"))
 
-    def test_a_reply_of_several_lines_keeps_its_status_on_each(self) -> None:
-        self.assertEqual(etrn.Reply(550, "5.1.1", "no\nnot here").wire(),
-                         b"550-5.1.1 no\r\n550 5.1.1 not here\r\n")
-        self.assertEqual(etrn.Reply(220, "", "hello").wire(), b"220 hello\r\n")
-
     def test_what_idna_2003_and_2008_encode_differently_is_encoded_by_2008(self) -> None:
         for text, name in cases(self, [
                 ("straße.example", "xn--strae-oqa.example"), ("STRAßE.example", "xn--strae-oqa.example"),
@@ -949,6 +920,13 @@ class Configuration(Folder):
         [relay] | command_timeout = 2h => 2: command_timeout: '2h' is out of range (1s to 1h)
         [relay] | command_timeout = off => 2: command_timeout: 'off' is out of range (1s to 1h)
         [relay] | command_timeout = soon => 2: command_timeout: 'soon' is not a duration
+        [relay] | command_timeout = 5 minutes => 2: command_timeout: '5 minutes' is not a duration
+        [relay] | command_timeout = -1 => 2: command_timeout: '-1' is not a duration
+        [relay] | command_timeout = 1e3 => 2: command_timeout: '1e3' is not a duration
+        [relay] | command_timeout = 5\u017f => 2: command_timeout: '5\u017f' is not a duration
+        [relay] | max_message_size = 1.5M => 2: max_message_size: '1.5M' is not a size
+        [relay] | max_message_size = 1KB => 2: max_message_size: '1KB' is not a size
+        [relay] | max_message_size = 1\u212a => 2: max_message_size: '1\u212a' is not a size
         [relay] | log_level = loud => 2: log_level: 'loud' is not one of: debug, info
         [relay] | listen = mail.example:25 => 2: listen: 'mail.example:25' is not an address of this machine
         [relay] | listen = 127.0.0.1:70000 => 2: listen: '127.0.0.1:70000' needs a port
@@ -1015,7 +993,10 @@ class Configuration(Folder):
                  (("127.0.0.1", 25), ("::1", 26), ("::1", 25))),
                 ("[relay]\nlisten = 2525", "listen", (("0.0.0.0", 2525), ("::", 2525))),
                 ("[relay]\nlisten = localhost:26", "listen", (("127.0.0.1", 26), ("::1", 26))),
-                ("[relay]\ncommand_timeout = 1.5m\n", "command_timeout", 90),
+                *(("[relay]\ncommand_timeout = %s\n" % text, "command_timeout", value) for text, value in (
+                    ("1.5m", 90), ("30s", 30), ("90", 90), ("1H", 3600))),
+                *(("[relay]\nmax_message_size = %s\n" % text, "max_message_size", value) for text, value in (
+                    ("512K", 524288), ("50M", 52428800), ("7", 7))),
                 ("[relay]\nmax_message_size = 1g\n", "max_message_size", 1 << 30),
                 ("[relay]\nuser = mail # the account\n", "user", "mail"),
                  ("[relay]\nuser = none\n", "user", ""),
@@ -1035,6 +1016,8 @@ class Configuration(Folder):
                 ("[ domain  a.example ]", "cutthrough = No", "cutthrough", False),
                 ("[domain a.example]", "max_queue_size = none", "max_queue_size", None),
                 ("[domain a.example]", "delay_notice = 4h", "delay_notice", 14400),
+                ("[domain a.example]", "lifetime = 2w", "lifetime", 1209600),
+                ("[domain a.example]", "lifetime = 7d", "lifetime", 604800),
                 ("[domain a.example]", "delay_notice = Off", "delay_notice", 0),
                 ("[domain a.example]", "retry_interval = 2h", "max_retry_interval", 7200),
                 ("[domain a.example]", "max_retry_interval = 5s", "retry_interval", 5),
@@ -1047,20 +1030,6 @@ class Configuration(Folder):
                  (("2001:db8::1", 25), ("mail.example", 26)))]):
             cfg = etrn.parse_config("%s\n%s\n" % (section, text), "/x/etrn.conf")
             self.assertEqual(getattr(cfg.domain("a.example"), name), value)
-
-    def test_durations_and_sizes_have_units(self) -> None:
-        for parse, text, value in cases(self, [(etrn.DURATION, "30s", 30), (etrn.DURATION, "5m", 300),
-                (etrn.DURATION, "4h", 14400), (etrn.DURATION, "7d", 604800),
-                (etrn.DURATION, "2w", 1209600), (etrn.DURATION, "90", 90),
-                (etrn.DURATION, "1.5H", 5400), (etrn.DURATION, "0", 0),
-                (etrn.OCTETS, "512K", 524288), (etrn.OCTETS, "50M", 52428800),
-                (etrn.OCTETS, "1g", 1 << 30), (etrn.OCTETS, "7", 7)]):
-            self.assertEqual(parse(text), value)
-        for parse, texts in cases(self, [
-                (etrn.DURATION, ["", "s", "5 minutes", "-1", "1e3", "5x", "5\u017f"]),
-                (etrn.OCTETS, ["", "K", "1.5M", "-1", "1T", "1KB", "1\u212a"])]):
-            for text in texts:
-                self.assertRaises(ValueError, parse, text)
 
     def test_yes_and_no_are_said_in_every_common_way(self) -> None:
         for word in cases(self, "yes On 1 True no false 0 OFF".split()):
@@ -1314,7 +1283,6 @@ class Player:
         self.actions: List[Tuple[str, Any]] = []
         self.bodies: List[bytes] = []           # of committed messages
         self.body = b""
-        self.largest = 0
         self.take(session.greet())
 
     def receive(self, data: bytes) -> None:
@@ -1326,7 +1294,6 @@ class Player:
             action = todo.popleft()
             if isinstance(action, etrn.Body):
                 self.body += action.data
-                self.largest = max(self.largest, len(action.data))
             elif isinstance(action, etrn.Ask):
                 self.add(action.what, self.shown(action.value))
                 if action.what == "commit":
@@ -1782,29 +1749,6 @@ class Sessions(unittest.TestCase):
         replies += b"".join(one.data for one in actions if isinstance(one, etrn.Send))
         self.assertEqual([int(line[:3]) for line in replies.splitlines()], expected)
 
-    def test_a_large_message_passes_in_bounded_pieces(self) -> None:
-        player = Player(new_session())
-        player.receive(b"HELO x\r\nMAIL FROM:<>\r\nRCPT TO:<u@ourdom.example>\r\nDATA\r\n")
-        sent = 0
-        for number in range(100):
-            block = (b"%05d" % number + b"x" * 8185 + b"\r\n") * 8
-            player.receive(block)
-            sent += len(block)
-            hops = player.session.transaction.hops
-            held = len(player.session.buffer) + (len(hops.held + hops.field) if hops is not None else 0)
-            self.assertLess(held, etrn.COMMAND_MAX + 2 * etrn.HEADER_FIELD_KEPT)
-        player.receive(b".\r\n")
-        self.assertLess(player.largest, 100000)
-        self.assertEqual(len(player.bodies[0]), sent)
-
-    def test_rejections_are_noted_in_one_line_that_cannot_be_forged(self) -> None:
-        notes = play(b"HELO x\xe2\x80\xae\r\nMAIL FROM:<\"a b\"@b.example>\r\n"
-                     b"RCPT TO:<u\xc2\x85@other.example>\r\nRCPT TO:<u@other.example>\r\n").notes
-        self.assertTrue(all(note.isprintable() for note in notes), notes)
-        for note, code in zip(notes, ("553 5.6", "554 5.7")):
-            self.assertEqual(note[:54], "NOQUEUE: reject: RCPT from unknown[192.0.2.7]: " + code)
-        self.assertIn(": 554 5.7.1 <u@other.example>: ", notes[1])
-
     def test_our_received_field_is_in_form_whatever_the_client_said(self) -> None:
         for helo, name, protocol in cases(self, [
                 ("EHLO mx.b.example", "mx.b.example", "ESMTP"), ("HELO (x); by y", "unknown", "SMTP"),
@@ -1819,13 +1763,11 @@ class Sessions(unittest.TestCase):
                              r"\tby backup\.example\.net .*with %s id ABC123"
                              r"\r\n\tfor <u@ourdom\.example>;\r\n\t[^\r\n]+\r\n\Z" % (shown, protocol))
             email.utils.parsedate_to_datetime(text.rpartition(";")[2].strip())      # or an error
-
-    def test_our_received_field_names_a_lone_recipient_only(self) -> None:
-        session, transaction = new_session(), etrn.Transaction("a@b.example")
-        for count, names in cases(self, [
+        for count, names in cases(self, [       # a lone recipient only is named
                 (1, ["u"]), (0, ["u", "v"]), (0, ["é"]), (0, ["x" * 1500]), (0, [])]):
             recipients = [etrn.Recipient(etrn.Path(name, DOMAIN), "", "") for name in names]
-            field = etrn.format_received(session, transaction, "A", 1764000000.0, recipients)
+            field = etrn.format_received(new_session(), etrn.Transaction("a@b.example"), "A", 1764000000.0,
+                                         recipients)
             self.assertEqual(field.count(b"\tfor "), count)
             self.assertLess(max(map(len, field.split(b"\r\n"))), 998)
 
@@ -2031,16 +1973,26 @@ class Addresses(unittest.TestCase):
         <u@wild.example> <u@xwild.example> <u@xn--ourdom-xx.example> u@other.example \t<u@other.example>
         u%other.example@ourdom.example other.example!u@ourdom.example <u@other.example.>""".split()
     NO_PATHS = r"""
-        <u@other.example@ourdom.example> <u@ourdom.example@other.example> <u@> <@ourdom.example> <> <u>
-        <u@ourdom.example>\x20<v@other.example> <u@ourdom.example>\t<v@other.example> <u@ourdom.example\t>
-        <u@ourdom.example>,<v@other.example> <u@ourdom.example\0.evil.example> <$(id)@ourdom.example>
-        <a\rRCPT\x20TO:<v@other.example>@ourdom.example> <(c)u@ourdom.example> <\u202eu@ourdom.example>
-        <e\u0301@ourdom.example> <u\x20@ourdom.example> <"u@ourdom.example> <u@other.example\t@ourdom.example>
-        <u@[fe80::1%eth0]> <u@[IPv6:fe80::1%eth0]> <u@ourdom.example..> <u@.ourdom.example> postmaster@
-        <u@ourdom.example\rRCPT\x20TO:<v@other.example> <u@ourdom.example>\rRCPT\x20TO:<v@other.example>
-        <u@ourdom.example>NOTIFY=NEVER u@ourdom.example\tv@other.example u@other.example,u@ourdom.example
-        "a\tb"@ourdom.example @ourdom.example:u@other.example u@[IPv6:fe80::1%eth0] <u@ourdom.example>\0
-        <u@ourdom.example>\x0bNOTIFY=NEVER""".split() + ["<u@%sourdom.example>" % ("x." * 120)]
+        <u@other.example@ourdom.example> <u@ourdom.example@other.example> <u@> <@ourdom.example> <> <u> < >
+        >< <u@ourdom.example>\x20<v@other.example> <u@ourdom.example>\t<v@other.example>
+        <u@ourdom.example\t> <u@ourdom.example>,<v@other.example> <u@ourdom.example\0.evil.example>
+        <$(id)@ourdom.example> <a\rRCPT\x20TO:<v@other.example>@ourdom.example> <(c)u@ourdom.example>
+        <\u202eu@ourdom.example> <e\u0301@ourdom.example> <u\x20@ourdom.example> <"u@ourdom.example>
+        <u@other.example\t@ourdom.example> <u@[fe80::1%eth0]> <u@[IPv6:fe80::1%eth0]> <u@ourdom.example..>
+        <u@.ourdom.example> postmaster@ <u@ourdom.example\rRCPT\x20TO:<v@other.example>
+        <u@ourdom.example>\rRCPT\x20TO:<v@other.example> <u@ourdom.example>NOTIFY=NEVER
+        u@ourdom.example\tv@other.example u@other.example,u@ourdom.example "a\tb"@ourdom.example
+        @ourdom.example:u@other.example u@[IPv6:fe80::1%eth0] <u@ourdom.example>\0
+        <u@ourdom.example>\x0bNOTIFY=NEVER <u@ourdom.example <u@ourdom.example>x <u@a.wild.example..>
+        <u@a..wild.example> <u@-a.wild.example> <u@[127.0.0.256]> <u@[1.2.3]> <u@[IPv6:1]> <u@[]> <u@xn--->
+        <u@[IPv6:fe80::1%25eth0]> <u@[127.0.0.1%lo]> <u@[127.0.0.1].> <a"b@ourdom.example>
+        <"a"b"@ourdom.example> <u\0@ourdom.example> <@r.example:> <@r..example:u@ourdom.example>
+        <<u@ourdom.example>> u@ourdom.example.. a\x20b@ourdom.example u@a\x20ourdom.example
+        u@ourdom.example> u@ourdom.example@ourdom.example @ourdom.example a<u@ourdom.example
+        Anne\x20<u@ourdom.example> "a\x20b"@ourdom.example postmasters u@ourdom.example\xa0X=1
+        <a\tb@ourdom.example> <"a\tb"@ourdom.example> <u@a\u2024b.wild.example> <u@a\u3002wild.example>
+        u@ourdom.example<v@ourdom.example>""".split() + [
+            "<u@%sourdom.example>" % ("x." * 120), "<u@%s.wild.example>" % ".".join(["d" * 60] * 5)]
 
     def test_mail_for_elsewhere_is_refused_whatever_its_disguise(self) -> None:
         for path, code in cases(self, [(path, "554 5.7.1") for path in self.ELSEWHERE]
@@ -3133,17 +3085,7 @@ class SpoolWork(Folder):
         self.assertEqual([error and error.errno for error in errors], [None] * 4 + [errno.EIO])
         self.assertEqual(list(recover(self.spool)), ids[:4])
 
-    def test_what_a_failing_disk_and_a_bug_are_told_as(self) -> None:
-        sick, full = (errno.EIO, errno.EROFS, errno.ESTALE), (errno.ENOSPC, errno.EDQUOT)
-        for code in cases(self, [*sick, *full, errno.EMFILE]):
-            self.threads.sick = ""
-            with mock.patch.object(etrn.os, "fsync", side_effect=OSError(code, os.strerror(code))):
-                error, = self.work(self.commit("ABCDE1"))
-                self.threads._tell([(lambda _: None, error)])
-                self.assertFalse(self.spool.heal())
-            self.assertEqual((str(etrn.disk_reply(error))[:9], bool(self.threads.sick)),
-                             ("452 4.3.1" if code in full else "451 4.3.0", code in sick))
-            self.assertTrue(self.spool.heal())
+    def test_a_bug_is_told_to_who_asked(self) -> None:
         for broken in cases(self, ["commit", "remove", "heal"]):
             with mock.patch.object(self.spool, broken, side_effect=RuntimeError("a bug")):
                 told = self.work(self.commit("ABCDE1"), ("remove", "ABCDE7"), ("heal",))
@@ -3289,23 +3231,6 @@ class Schedule(unittest.TestCase):
         one.add(etrn.Entry("A00", 100, self.clock.wall), self.clock.now)
         one.state = etrn.Primary[state]
         return one
-
-    def test_a_primary_that_cannot_be_reached_by_us_is_left_alone(self) -> None:
-        for primary, home, can in cases(self,
-                                        [("atrn", "", False), ("etrn", "", False),
-                                         ("etrn", "192.0.2.9", True),
-                                               ("mx", "", True), ("192.0.2.9", "", True)]):
-            one, now = self.begin("primary = " + primary), self.clock.now
-            one.home = home
-            self.assertEqual([one.wanted(now, 0, 0), one.may_ask(now), one.may_cut_through(now),
-                              not one.waits_for,
-                              not one.trouble], [can] * 5)
-            one.on(etrn.Event.HEARD, now)
-            self.assertEqual(one.is_known_up(now), can)
-            self.assertTrue(can or (one.flush(now) and one.flush(now)))         # never "under way already"
-            # while its primary is here it is not tried, and nobody wakes for it
-            one.is_collecting = True
-            self.assertEqual((one.wanted(now, 0, 0), one.wake(now)), (False, None))
 
     def test_names_and_homes(self) -> None:
         sections = "primary = %s\n[domain .w.example]\nprimary = etrn\n[domain x.example]\nlifetime = %s"
@@ -4013,7 +3938,8 @@ class Simulation:
             "put": lambda *who: self.put(*("%s@%s" % (one, DOMAIN) for one in who)),
             "hang": lambda count: self.down(count, HANG), "across": lambda days: self.put(across=float(days)),
             "many": lambda count: [self.put() for _ in range(int(count))], "taken": lambda: len(self.taken),
-            "dialling": lambda: self.queue.deliveries.dialling, "open": lambda: len(self.puppets),
+            "dialling": lambda: self.queue.deliveries.dialling, "dialled": lambda: len(self.dials),
+            "open": lambda: len(self.puppets),
             "known": lambda: len(self.queue.recipients.known),
             "hold": lambda: self.queue.hold(DOMAIN, True, lambda _: None),
             "release": lambda: self.queue.hold(DOMAIN, False, lambda _: None),
@@ -4254,6 +4180,8 @@ down 1; +1m; back 550 5.1.1 no; +30s; jump 30; etrn; +60s; state = up 1; +9000s;
 down 1; +1m; back 550 5.1.1 no; +30s; jump -30; etrn; +60s; state = up 1; +9000s; state = up 0, 1 bounced
 # where nothing can be tried, time that really passed stands for attempts
 primary = atrn: put u; jump 30; +6.9d; state = unknown 1; +5h; state = unknown 0, 1 expired
+# who comes by itself is not dialled, by nobody's wish
+primary = etrn: put u; +1h; etrn = 250; flush; +1m; put u; state = unknown 2; dialled = 0
 # alerts come once for each turn of events, not for short outages, and a restart neither repeats nor forgets
 # one
 [alerts] | command = /bin/true: down 3; +290s; alerts =; +20s; alerts = down:3; restart; +1h; back 550 no
@@ -4311,11 +4239,6 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
         sim.script["RCPT"] = rcpt
         sim.tell(self, "put a b c; +400s")
         self.assertEqual(seen, [(0, "a"), (0, "b"), (0, "c"), (0, "c"), (300, "a")])
-        sim.put(*("a%d@%s" % (number, DOMAIN) for number in range(250)))
-        for waited, expected in cases(self, [("+290s", 3), ("+20s", 6), ("+570s", 6), ("+40s", 9),
-                                             ("etrn; +1m", 12)]):
-            sim.tell(self, waited)
-            self.assertEqual(len(sim.times("3").split()), expected)
 
     def test_connections_double_up_to_their_number_and_halved_ones_close(self) -> None:
         sim, seen = self.simulate(), []
@@ -6548,16 +6471,6 @@ class Authenticated(Relays):
         wait(lambda: len(new.messages) == 2)
         self.assertIn("at 127.0.0.3 since an authenticated ETRN", relay.run("--status")[1])
 
-    def test_an_etrn_from_this_host_itself_makes_no_loop(self) -> None:
-        port = unused_port()
-        with Relay(self.folder, "etrn", domain=LOGIN_OPTIONS, SMTP_PORT=port,
-                   listen="127.0.0.1:%d" % port) as relay:
-            relay.send()
-            with Wire(relay.port) as client:
-                self.assertEqual((log_in(client)[:3], client.say("ETRN " + DOMAIN)[:3]), ("235", "253"))
-            relay.logged(r"ourdom\.example: down: mail for ourdom\.example loops back to this host")
-            self.assertEqual(len(relay.queue()), 1)
-
 
 class Odmr(Secured):
     """ATRN: the customer comes for its mail."""
@@ -7290,10 +7203,6 @@ class Histories(unittest.TestCase):
         self.assertEqual((len(columns), columns[-6:]), (168, [
             (0, "off"), (5, "up"), (90, "rejecting"), (0, "off"), (1, "down"), (0, "off")]))
         self.assertEqual(history.columns("other.example", start), [(0, "off")] * 168)
-        for text in cases(self, [
-                "peak <b>90</b></span><span>trouble in 2 hours", 'class="down" d="M166 72v-4h1V72z"',
-                'class="rejecting" d="M164 72v-72h1V72z"']):
-            self.assertIn(text, etrn._format_chart(columns, WALL))
 
     def test_nonsense_in_the_file_is_forgotten(self) -> None:
         good = {"domains": {"a": [[490000, 3, "up"]]}, "sites": {"a": {"depth": []}}}
@@ -8594,7 +8503,8 @@ class Sickness(Relays):
     """A disk that fails under a running relay, and is well again."""
 
     def test_every_failing_disk_is_answered_4xx_and_outlived(self) -> None:
-        for fault in cases(self, [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE]):
+        for fault in cases(self, [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE,
+                                  errno.EMFILE]):
             primary, fails, shim = self.primary(), threading.Event(), types.SimpleNamespace(**vars(os))
 
             def call(name: str, fault: int, fails: threading.Event, *given: Any, **options: Any) -> Any:
@@ -8615,7 +8525,8 @@ class Sickness(Relays):
                 expected = "452 4.3.1" if fault in (errno.ENOSPC, errno.EDQUOT) else "451 4.3.0"
                 for data in (MESSAGE, b"x" * 600000 + b"\r\n", MESSAGE):
                     self.assertEqual(client.send(data)[:9], expected)
-                self.assertEqual(bool(local.server.queue.spool.sick), fault in (errno.EIO, errno.EROFS))
+                self.assertEqual(bool(local.server.queue.spool.sick),
+                                 fault in (errno.EIO, errno.EROFS, errno.ESTALE))
                 primary.start()
                 if fault != errno.EMFILE:               # delivery goes on, but not without descriptors
                     wait(lambda: primary.messages, "a delivery")            # noqa: B023
@@ -8706,31 +8617,6 @@ class Mounts(Ledgers):
     @long_run
     def test_many_power_cuts_lose_nothing_on_xfs(self) -> None:
         self.power_cuts("xfs", 12)
-
-    def test_a_full_disk_takes_no_mail_but_lets_it_leave(self) -> None:
-        folder, greylisted = self.mount("-t", "tmpfs", "-o", "size=1M", "x"), set()     # type: str, Set[str]
-
-        def rcpt(argument: str) -> Optional[str]:
-            is_new = "grey" in argument and argument not in greylisted
-            greylisted.add(argument)
-            return "450 4.2.0 Greylisted" if is_new else None
-        primary, marks = self.primary(RCPT=rcpt), [b"%d%s" % (n, b"grey" * (n % 2)) for n in range(10)]
-        with Relay(folder, primary.address, domain="retry_interval = 1s\nmax_retry_interval = 1s") as relay:
-            for mark in marks:
-                person = "%s@%s" % (mark.decode(), DOMAIN)
-                self.assertEqual(relay.send(b"Subject: %s\r\n\r\n" % mark, recipients=[person])[:3], "250")
-            with open(os.path.join(folder, "filler"), "wb", 0) as file, contextlib.suppress(OSError):
-                while True:
-                    file.write(b"x" * 4096)
-            for data in (b"x" * 300000 + b"\r\n", MESSAGE):
-                self.assertEqual(relay.send(data)[:9], "452 4.3.1")
-            self.assertEqual(os.listdir(os.path.join(relay.spool, "incoming")), [])
-            primary.start()
-            wait(relay.is_empty, "all mail to leave the full disk")
-            self.assertEqual(sorted(mark_of(data) for _, _, data in primary.messages), sorted(marks))
-            os.unlink(os.path.join(folder, "filler"))
-            self.assertEqual(relay.send(MESSAGE)[:3], "250")
-            wait(lambda: len(primary.messages) == 11, "new mail")
 
 
 # -- hours of trouble, in seconds
