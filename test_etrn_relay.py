@@ -1155,10 +1155,6 @@ class Configuration(Folder):
                 ("<any@B.example.>", True), ("<u@x.b.example>", False)]):
             self.assertEqual(etrn.is_listed(etrn.parse_path(text, "5.1.3")[0], entries), expected)
 
-
-class OptionTable(unittest.TestCase):
-    """Options are declared once; this is the contract's table."""
-
     CONTRACT = """
         relay hostname= listen=0.0.0.0:25,[::]:25 spool=spool user= domains= nameservers=/etc/resolv.conf
             log=stderr log_level=info max_message_size=50M max_recipients=1000 min_free_space=100M
@@ -5130,7 +5126,7 @@ ENVELOPE = "MAIL FROM:<>", "RCPT TO:<u@ourdom.example>"
 
 
 class Life(Relays):
-    """Mail waits and arrives, through restarts, commands, reloads, stops and bugs."""
+    """Mail waits and arrives, through restarts, kills, commands, reloads, stops and bugs."""
 
     BODIES = [MESSAGE, b"", b"\r\n", b".\r\n..\r\n...\r\n", b"Subject: \xff\r\n\r\n\x01 caf\xe9\r\n",
               b"Received: from elsewhere\r\n\tby x; y\r\n\r\n", b"S: x\r\n\r\n" + b"y" * 300000 + b"\r\n",
@@ -5203,6 +5199,23 @@ class Life(Relays):
             self.assertEqual([sender[0] for sender, *_ in one.messages], ["1", "2", "0"])
             self.assertEqual({without_received(data) for *_, data in one.messages}, {MESSAGE})
         self.assertEqual(relay.json("--status")["domains"][DOMAIN]["accepted"], 3)
+
+    def test_a_relay_killed_while_delivering_sends_little_twice_and_loses_nothing(self) -> None:
+        """What is not written down yet may come twice, and nothing else."""
+        primary = self.primary()
+        relay = self.relay(primary, domain="connections = 2", UNRECORDED_MAX=10)
+        sent = {b"Subject: %d\r\n\r\n%s\r\n" % (number, b"%d" % number * 100) for number in range(120)}
+        with relay.client() as client:
+            self.assertEqual({client.send(data)[:3] for data in sent}, {"250"})
+        primary.start()
+        for goal in (5, 40, 80):
+            wait(lambda goal=goal: len(primary.messages) >= goal, "deliveries")
+            relay.end(signal.SIGKILL)
+            relay.start()
+        wait(relay.is_empty, "an empty spool")
+        self.assertEqual({without_received(data) for _, _, data in primary.messages}, sent)
+        # At each kill: what the disk had not taken, and one on each connection.
+        self.assertLessEqual(len(primary.messages), len(sent) + 3 * (10 + 2))
 
     def test_etrn_sigusr1_and_the_primarys_own_connection_deliver_all_but_held_mail_at_once(self) -> None:
         def etrn_from_elsewhere(relay: Relay) -> None:
@@ -5454,43 +5467,6 @@ class Names(Relays):
         self.assertEqual(client.reply()[:9], "450 4.1.1")
         self.assertEqual(len({name for _, name, kind in self.dns.asked if kind == etrn.PTR}), 3)
         self.no_bugs(relay.log)
-
-
-class Etrn(Relays):
-    """Who may ask for what, and what is said; RFC 1985."""
-
-    def test_each_reply_of_the_table_on_one_line(self) -> None:
-        down, counted = self.primary(), "253 2.0.0 OK, 1 pending messages for node ourdom.example started"
-        relay = self.relay(down, relay="trusted_clients = 127.0.0.7/32", domain=(
-            "[domain far.example]\nprimary = 127.0.0.2:%d\n[domain sub.tree.example]\n[domain shut.example]\n"
-            "etrn = none\n[domain near.example]\netrn = 127.0.0.1/32\n" % down.port))
-        relay.send(recipients=["u@" + DOMAIN, "u@far.example"])
-        relay.logged(r"ourdom\.example: down: ")
-        relay.logged(r"far\.example: down: ")
-        for source, table in cases(self, [
-                ("127.0.0.8", [("x", "503 5.5.1"), ("near.example", "459 4.7.1"), (DOMAIN, "250 2.0.0")]),
-                ("127.0.0.1", [
-                    (DOMAIN, "503 5.5.1"), ("", "500 5.5.4"), ("#q", "501 5.5.4"), ("../x", "501 5.5.4"),
-                    ("example", "459 4.7.1"), ("other.example", "459 4.7.1"), ("@other.example", "459 4.7.1"),
-                    ("shut.example", "459 4.7.1"), ("tree.example", "459 4.7.1"), ("@tree.example", "250 2"),
-                    ("near.example", "250 2"), ("far.example", "250 2.0.0"), ("OurDom.Example.", counted)]),
-                ("127.0.0.7", [("x", "503 5.5.1"), ("near.example", "459 4.7.1"), (DOMAIN, counted)])]):
-            with Wire(relay.port, source) as client:
-                for name, reply in table:
-                    command = "etrn\t" + name
-                    if reply == counted:        # the flush before may be under way
-                        wait(lambda client=client, command=command: client.say(command) == counted)
-                    else:
-                        self.assertEqual(client.say(command)[:len(reply)], reply)
-                    if reply[:3] == "503":
-                        client.say("HELO gw")
-                self.assertEqual(client.say("NOOP"), "250 2.0.0 Ok")        # each reply had one line
-        relay.run("--hold", DOMAIN)
-        with relay.client() as client:
-            self.assertEqual(client.say("ETRN " + DOMAIN)[:9], "458 4.0.0")
-            self.assertEqual(client.say("MAIL FROM:<>", "ETRN " + DOMAIN)[:9], "503 5.5.1")
-        relay.logged(r"flush\[\d+\]: etrn: site=ourdom\.example, client=unknown\[127\.0\.0\.1\], messages=1, "
-                     r"reply=253")
 
 
 # -- TLS
@@ -6228,24 +6204,6 @@ class WhileUp(Relays):
                                                    etrn.Now(second, 0.0)), is_taken)
 
 
-class RealClients(Secured):
-    """swaks, as a client."""
-
-    def test_swaks_sends_over_starttls_and_in_the_clear(self) -> None:
-        pair = self.path("one.pem"), self.path("one.key")
-        relay = self.relay(domain="[tls]\ncertificate = %s\nkey = %s\n" % pair)
-        command = [program("swaks"), "--server", "127.0.0.1:%d" % relay.port, "--helo", "swaks.example",
-                   "--from", "a@sender.example", "--to", "u@%s,v@%s" % (DOMAIN, DOMAIN)]
-        for options, tls, status in cases(self, [
-                (["--tls"], "TLSv1.3", 0), ([], None, 0), (["--protocol", "SMTP"], None, 0),
-                (["--pipeline"], None, 0), (["--to", "u@other.example", "--quit-after", "RCPT"], None, 24)]):
-            done = subprocess.run(command + options, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-            self.assertEqual((done.returncode, b"554 5.7.1" in done.stdout), (status, status > 0))
-            row = relay.queue()[-1]
-            self.assertEqual((row["client"]["helo"], row["client"]["tls"]), ("swaks.example", tls))
-            self.assertEqual(len(row["recipients"]), 2)
-
-
 def tls_section(test: Secured) -> str:
     return "[tls]\ncertificate = %s\nkey = %s\n" % (test.path("one.pem"), test.path("one.key"))
 
@@ -6388,7 +6346,40 @@ def log_in(wire: Wire, username: str = "gw", password: str = "se cret", mechanis
 
 
 class Authenticated(Relays):
-    """ETRN by a client that authenticated, and primary = etrn."""
+    """Who may ask with ETRN, what is said, RFC 1985; clients that authenticate, and primary = etrn."""
+
+    def test_each_reply_of_the_table_on_one_line(self) -> None:
+        down, counted = self.primary(), "253 2.0.0 OK, 1 pending messages for node ourdom.example started"
+        relay = self.relay(down, relay="trusted_clients = 127.0.0.7/32", domain=(
+            "[domain far.example]\nprimary = 127.0.0.2:%d\n[domain sub.tree.example]\n[domain shut.example]\n"
+            "etrn = none\n[domain near.example]\netrn = 127.0.0.1/32\n" % down.port))
+        relay.send(recipients=["u@" + DOMAIN, "u@far.example"])
+        relay.logged(r"ourdom\.example: down: ")
+        relay.logged(r"far\.example: down: ")
+        for source, table in cases(self, [
+                ("127.0.0.8", [("x", "503 5.5.1"), ("near.example", "459 4.7.1"), (DOMAIN, "250 2.0.0")]),
+                ("127.0.0.1", [
+                    (DOMAIN, "503 5.5.1"), ("", "500 5.5.4"), ("#q", "501 5.5.4"), ("../x", "501 5.5.4"),
+                    ("example", "459 4.7.1"), ("other.example", "459 4.7.1"), ("@other.example", "459 4.7.1"),
+                    ("shut.example", "459 4.7.1"), ("tree.example", "459 4.7.1"), ("@tree.example", "250 2"),
+                    ("near.example", "250 2"), ("far.example", "250 2.0.0"), ("OurDom.Example.", counted)]),
+                ("127.0.0.7", [("x", "503 5.5.1"), ("near.example", "459 4.7.1"), (DOMAIN, counted)])]):
+            with Wire(relay.port, source) as client:
+                for name, reply in table:
+                    command = "etrn\t" + name
+                    if reply == counted:        # the flush before may be under way
+                        wait(lambda client=client, command=command: client.say(command) == counted)
+                    else:
+                        self.assertEqual(client.say(command)[:len(reply)], reply)
+                    if reply[:3] == "503":
+                        client.say("HELO gw")
+                self.assertEqual(client.say("NOOP"), "250 2.0.0 Ok")        # each reply had one line
+        relay.run("--hold", DOMAIN)
+        with relay.client() as client:
+            self.assertEqual(client.say("ETRN " + DOMAIN)[:9], "458 4.0.0")
+            self.assertEqual(client.say("MAIL FROM:<>", "ETRN " + DOMAIN)[:9], "503 5.5.1")
+        relay.logged(r"flush\[\d+\]: etrn: site=ourdom\.example, client=unknown\[127\.0\.0\.1\], messages=1, "
+                     r"reply=253")
 
     def test_auth_adds_rights_and_takes_none(self) -> None:
         target = "primary = 127.0.0.2:%d" % self.primary().port
@@ -6650,8 +6641,22 @@ class Odmr(Secured):
         self.assertEqual(len(relay.queue()), 2)
 
 
-class Fetchmail(Relays):
-    """The one client of ODMR in common use, and others that ask with ETRN."""
+class RealClients(Secured):
+    """swaks, fetchmail and msmtp, as clients and as the customer of ODMR."""
+
+    def test_swaks_sends_over_starttls_and_in_the_clear(self) -> None:
+        pair = self.path("one.pem"), self.path("one.key")
+        relay = self.relay(domain="[tls]\ncertificate = %s\nkey = %s\n" % pair)
+        command = [program("swaks"), "--server", "127.0.0.1:%d" % relay.port, "--helo", "swaks.example",
+                   "--from", "a@sender.example", "--to", "u@%s,v@%s" % (DOMAIN, DOMAIN)]
+        for options, tls, status in cases(self, [
+                (["--tls"], "TLSv1.3", 0), ([], None, 0), (["--protocol", "SMTP"], None, 0),
+                (["--pipeline"], None, 0), (["--to", "u@other.example", "--quit-after", "RCPT"], None, 24)]):
+            done = subprocess.run(command + options, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            self.assertEqual((done.returncode, b"554 5.7.1" in done.stdout), (status, status > 0))
+            row = relay.queue()[-1]
+            self.assertEqual((row["client"]["helo"], row["client"]["tls"]), ("swaks.example", tls))
+            self.assertEqual(len(row["recipients"]), 2)
 
     def fetch(self, text: str) -> str:
         """Run it once; returns what it said."""
@@ -6708,27 +6713,7 @@ class Fetchmail(Relays):
             wait(relay.is_empty, "an empty spool")
 
 
-# -- the promise, notices, alerts
-
-class Promise(Relays):
-    """Every 250 arrives, octet for octet; what is not written down yet may come twice, and nothing else."""
-
-    def test_a_relay_killed_while_delivering_sends_little_twice_and_loses_nothing(self) -> None:
-        primary = self.primary()
-        relay = self.relay(primary, domain="connections = 2", UNRECORDED_MAX=10)
-        sent = {b"Subject: %d\r\n\r\n%s\r\n" % (number, b"%d" % number * 100) for number in range(120)}
-        with relay.client() as client:
-            self.assertEqual({client.send(data)[:3] for data in sent}, {"250"})
-        primary.start()
-        for goal in (5, 40, 80):
-            wait(lambda goal=goal: len(primary.messages) >= goal, "deliveries")
-            relay.end(signal.SIGKILL)
-            relay.start()
-        wait(relay.is_empty, "an empty spool")
-        self.assertEqual({without_received(data) for _, _, data in primary.messages}, sent)
-        # At each kill: what the disk had not taken, and one on each connection.
-        self.assertLessEqual(len(primary.messages), len(sent) + 3 * (10 + 2))
-
+# -- notices, alerts
 
 class Bounces(Relays):
     """Notices to senders; a scripted primary plays the smarthost."""
@@ -7232,7 +7217,9 @@ def basic(user: str, password: str) -> str:
 STATUS_PAGE = "[status]\nlisten = 127.0.0.1:0\n"
 
 
-class Pages(Relays):
+class PageOverHttp(Relays):
+    """What a browser, a scraper and an attacker see; and what becomes of it while the relay lives."""
+
     def page(self, relay: Relay, since: int = 0) -> int:
         return int(relay.logged(r"status page on http://127\.0\.0\.1:(\d+)/", since).group(1))
 
@@ -7240,10 +7227,6 @@ class Pages(Relays):
         """A relay with a page; its port."""
         self.running = self.relay(bounces=STATUS_PAGE + ("token = %s" % token if token else ""), **options)
         return self.page(self.running)
-
-
-class PageOverHttp(Pages):
-    """What a browser, a scraper and an attacker see."""
 
     def raw(self, port: int, data: bytes) -> bytes:
         with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as sock:
@@ -7331,10 +7314,6 @@ class PageOverHttp(Pages):
         for sock in slow:
             with contextlib.suppress(ConnectionError):
                 self.assertNotIn(b" 200 ", sock.recv(1000))
-
-
-class PageOfARelay(Pages):
-    """What becomes of it while the relay lives."""
 
     def test_the_page_shows_an_outage_and_remembers_it(self) -> None:
         primary = self.primary()
@@ -7501,11 +7480,6 @@ class Units(Folder):
             self.assertNotIn(absent, out)
 
     def test_words_that_systemd_would_take_apart_are_quoted(self) -> None:
-        for text, quoted in cases(self, [
-                ("/usr/bin/python3", "/usr/bin/python3"), ("/a b", '"/a b"'), ("/50%", "/50%%"),
-                ("/$x", "/$x"), ('/"x"', '"/\\"x\\""'), ("/it's", '"/it\'s"'), ("/a\\b", '"/a\\\\b"'),
-                ("/a;b", '"/a;b"'), ("", '""')]):
-            self.assertEqual(etrn.quote_systemd(text), quoted)
         self.assertIn('/it\'s a \\"50%%\\" $$HOME & <b>;.conf"\n', self.unit("systemd", name=self.NASTY))
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
@@ -7764,9 +7738,6 @@ def idle_server(test: Folder, text: str = "", domain: str = "") -> Iterator[etrn
     finally:
         server.close(False)
         spool.close()
-
-
-# -- certificates
 
 
 def make_certificate(test: unittest.TestCase, folder: str, name: str = "backup.example.net",
