@@ -421,11 +421,15 @@ class Dns:
 
 # -- a client of the relay, octet for octet
 
+def connect(port: int, source: str = "127.0.0.1") -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), DEADLINE_S, (source, 0))
+
+
 class Wire:
     """An SMTP client that says exactly what it is told to."""
 
     def __init__(self, port: int, source: str = "127.0.0.1") -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), DEADLINE_S, (source, 0))
+        self.sock = connect(port, source)
         self.lines = self.sock.makefile("rb")
         self.greeting = self.reply()
 
@@ -598,6 +602,13 @@ class Relay:
     def is_empty(self) -> bool:
         return not self.files()
 
+    def until_empty(self, hint: str = "") -> None:
+        wait(self.is_empty, "an empty spool " + hint)
+
+    def at(self, *names: str) -> str:
+        """A path in its spool."""
+        return os.path.join(self.spool, *names)
+
 
 def spool_files(folder: str) -> List[str]:
     """Names of the queued pairs, without what else a spool holds."""
@@ -722,7 +733,7 @@ class Relays(Folder):
 
     def opened(self, relay: Relay, count: int) -> List[socket.socket]:
         """Connections that were greeted."""
-        socks = [socket.create_connection(("127.0.0.1", relay.port), DEADLINE_S) for _ in range(count)]
+        socks = [connect(relay.port) for _ in range(count)]
         for sock in socks:
             self.addCleanup(sock.close)
             self.assertRegex(b"".join(iter(functools.partial(sock.recv, 1), b"\n")), rb"\A220 [^\r]+\r\Z")
@@ -731,7 +742,7 @@ class Relays(Folder):
     def kept(self, relay: Relay) -> int:
         """Files of messages, once nobody is connected and nothing is half kept."""
         wait(lambda: relay.json("--status")["connections"] == 0, "all to be gone")
-        wait(lambda: not os.listdir(os.path.join(relay.spool, "incoming")), "nothing to be half kept")
+        wait(lambda: not os.listdir(relay.at("incoming")), "nothing to be half kept")
         self.no_bugs(relay.log)
         return len(relay.files())
 
@@ -4577,7 +4588,7 @@ class RoutesOfRelays(Relays):
             self.mail.start()
             for relay in relays:
                 relay.signal(signal.SIGUSR1)
-                wait(relay.is_empty, "an empty spool")
+                relay.until_empty()
                 self.assertEqual(relay.end(), 0)        # its log is whole then
                 self.assertEqual(sum(": client=" in line for line in relay.log), 3)
             subjects = sorted(re.search(rb"Subject: (\d)", data).group(1) for _, _,
@@ -4593,7 +4604,7 @@ class RoutesOfRelays(Relays):
                     relay.start()
                 relay.send()
                 wait(lambda: self.mail.messages, "mail")
-                wait(relay.is_empty, "an empty spool")
+                relay.until_empty()
                 if dead:
                     relay.logged("using the route that worked last")
                 self.assertEqual(relay.end(), 0)
@@ -5117,6 +5128,11 @@ def read(sock: socket.socket) -> bytes:
         return b""
 
 
+def read_all(sock: socket.socket) -> bytes:
+    """What comes until it is closed or reset."""
+    return b"".join(iter(functools.partial(read, sock), b""))
+
+
 def without_received(data: bytes) -> bytes:
     """The message without its first Received field."""
     return re.sub(rb"\AReceived:[^\r]*(?:\r\n[ \t][^\r]*)*\r\n", b"", data)
@@ -5149,7 +5165,7 @@ class Life(Relays):
         relay.logged(r"primary\[\d+\]: ourdom\.example: down: connect to .*: Connection refused")
         self.assertEqual(len(relay.files()), 2 * len(self.BODIES) + 2)
         primary.start()
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         arrived = [data for *_, data in primary.messages]
         self.assertEqual({data[:28] for data in arrived}, {b"Received: from client.exampl"})
         self.assertEqual(sorted(map(without_received, arrived)), sorted(self.BODIES + self.BODIES[-1:]))
@@ -5172,7 +5188,7 @@ class Life(Relays):
         one.start()
         wait(lambda: [row["domain"] for row in relay.queue()] == ["two.example"], "the second half to remain")
         two.start()
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         (_, people, data), (_, others, same) = one.messages[0], two.messages[0]
         self.assertEqual((people, others, data), (rows[DOMAIN], rows["two.example"], same))
 
@@ -5186,7 +5202,7 @@ class Life(Relays):
         time.sleep(1.6)                 # a disk that had nothing to do for so long still answers
         self.assertEqual((relay.end(), [line for line in relay.log if "disk" in line]), (0, []))
         for name in relay.files():
-            shutil.copy2(os.path.join(relay.spool, name), second.spool)
+            shutil.copy2(relay.at(name), second.spool)
         second.signal(signal.SIGHUP)
         primary.start()
         relay.start()
@@ -5212,7 +5228,7 @@ class Life(Relays):
             wait(lambda goal=goal: len(primary.messages) >= goal, "deliveries")
             relay.end(signal.SIGKILL)
             relay.start()
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         self.assertEqual({without_received(data) for _, _, data in primary.messages}, sent)
         # At each kill: what the disk had not taken, and one on each connection.
         self.assertLessEqual(len(primary.messages), len(sent) + 3 * (10 + 2))
@@ -5243,8 +5259,7 @@ class Life(Relays):
         self.assertEqual(self.rcpt(relay, "u@new.example"), ["554 5.7.1"])
         self.let_in(relay, 2)
         self.reload(relay, "configuration reread", relay="max_connections = 3", domain="[domain new.example]")
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
+        with socket.create_server(("127.0.0.1", 0)) as taken:
             for options, domain, error in cases(self, [
                     ("", "nonsense = 1", r"etrn\.conf:\d+: unknown option 'nonsense'"),
                     ("log = %s/x.log" % other, "", "%s/x.log: No such file" % other),
@@ -5274,7 +5289,7 @@ class Life(Relays):
             self.assertEqual(busy.reply()[:3], "250")
             self.assertEqual((busy.say("MAIL FROM:<>")[:9], busy.reply()), ("421 4.3.2", ""))
             self.assertEqual((relay.process.wait(5.0), slow.reply()[:9]), (0, "421 4.3.2"))
-        self.assertEqual((len(relay.files()), os.listdir(os.path.join(relay.spool, "incoming"))), (4, []))
+        self.assertEqual((len(relay.files()), os.listdir(relay.at("incoming"))), (4, []))
 
     def test_a_bug_costs_its_session_and_no_other(self) -> None:
         def broken(*_: Any) -> Any:
@@ -5799,7 +5814,7 @@ class Attacks(Relays):
             self.assertIn(b"421 4.4.2", heard[sock])
         self.assertEqual(left, set())
         busy.sendall(b".\r\nQUIT\r\n")
-        replies = b"".join(iter(functools.partial(read, busy), b""))
+        replies = read_all(busy)
         self.assertEqual((b"421" in replies, b"\n221" in replies), (False, True))
         self.assertEqual(self.kept(relay), 2 * replies.count(b"queued"))
 
@@ -5822,7 +5837,7 @@ class Attacks(Relays):
         began = processor_s(relay)
         sock, = self.opened(relay, 1)
         sock.sendall(OPENING + sample + b"QUIT\r\n")
-        self.assertIn(b"\r\n221 ", b"".join(iter(functools.partial(read, sock), b"")))
+        self.assertIn(b"\r\n221 ", read_all(sock))
         cost = (processor_s(relay) - began) / len(sample)       # of an octet, on this machine
         sent = self.flood(relay, sample * 5)
         used = processor_s(relay)
@@ -5853,7 +5868,7 @@ class Attacks(Relays):
                 for _ in range(120):
                     sock.sendall(part)
                 sock.sendall(b"\r\nQUIT\r\n")
-            replies = b"".join(iter(functools.partial(read, sock), b""))    # but for what a reset took away
+            replies = read_all(sock)    # but for what a reset took away
             if not start:
                 self.assertRegex(replies, rb"\A500 5\.5\.2[^\n]*\n221 [^\n]*\n\Z")
             self.assertEqual(replies.count(b"queued"), b"BDAT" in start)
@@ -5868,7 +5883,7 @@ class Attacks(Relays):
         hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
         highest = max(map(int, os.listdir("/proc/%d/fd" % pid)))
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 1, hard))
-        late = [socket.create_connection(("127.0.0.1", relay.port), DEADLINE_S) for _ in range(20)]
+        late = [connect(relay.port) for _ in range(20)]
         relay.logged("out of file descriptors")
         used = processor_s(relay)
         time.sleep(0.5)                 # the loop must have nothing to do
@@ -5904,14 +5919,13 @@ class Attacks(Relays):
 
     def test_who_speaks_before_the_banner_is_turned_away(self) -> None:
         relay = self.relay(relay="greet_pause = 60s")
-        where = "127.0.0.1", relay.port
-        with socket.create_connection(where, DEADLINE_S) as hasty:      # which is less than the pause
-            socket.create_connection(where, DEADLINE_S).close()
+        with connect(relay.port) as hasty:      # which is less than the pause
+            connect(relay.port).close()
             hasty.sendall(b"EHLO x\r\n")
-            self.assertRegex(b"".join(iter(lambda: read(hasty), b"")), rb"\A521 5\.5\.1 [^\r]*\r\n\Z")
+            self.assertRegex(read_all(hasty), rb"\A521 5\.5\.1 [^\r]*\r\n\Z")
         self.reload(relay, "configuration reread", relay="greet_pause = 1s")
         began = time.monotonic()
-        with socket.create_connection(where, DEADLINE_S) as patient:
+        with connect(relay.port) as patient:
             self.assertEqual(patient.recv(4), b"220 ")
             self.assertGreater(time.monotonic() - began, 0.9)
         relay.logged(r"NOQUEUE: reject: PREGREET from unknown\[127\.0\.0\.1\]: 521 5\.5\.1")
@@ -6069,7 +6083,7 @@ class Recipients(Relays):
         domains = "".join("[domain %s.example]\nprimary = %s\n" % one for one in addresses)
         relay = self.relay(relay="max_message_size = 20M", domain=domains)
         relay.send(recipients=["u@%s.example" % name for name in sizes])
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
 
         def answers(size: int) -> str:
             with relay.client() as client:
@@ -6128,7 +6142,7 @@ class CutThrough(Relays):
         bad = "bad@" + DOMAIN
         for people in cases(self, [["good@" + DOMAIN, bad], [bad, "bad@two.example"]]):
             self.assertEqual(relay.send(recipients=people)[:3], "250")
-            wait(relay.is_empty, "an empty spool")
+            relay.until_empty()
             told = b"".join(data for *_, data in smarthost.messages)
             self.assertEqual(set(re.findall(rb"Final-Recipient: rfc822; (\S+)", told)),
                              {one.encode() for one in people if one[:3] == "bad"})
@@ -6272,7 +6286,7 @@ class RealPostfix(Secured):
         self.assertRegex(self.read_log(), r"Anonymous TLS connection established from .*127\.0\.0\.1.*TLSv1")
         relay.logged(r"to=<user@ourdom\.example>, relay=127\.0\.0\.1\[127\.0\.0\.1\]:%d, .*dsn=2\.0\.0, "
                      r"status=sent \(250 2\.0\.0 Ok" % self.port)
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         # From Postfix, as a sender.
         with Wire(self.port) as client:
             client.say("EHLO client.example")
@@ -6306,7 +6320,7 @@ class RealPostfix(Secured):
             relay.logged(": down: ", since)
             self.run_postfix("start", self.postfix)
             loading.result(DEADLINE_S)
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         wait(lambda: {one["Subject"] for one in self.box} == set(map(str, range(160))), "all", 2 * DEADLINE_S)
         # "postfix stop" cuts two connections; what it took of a window without having said so comes again.
         self.assertLessEqual(len(self.box) - 160, 2 * etrn.CHUNK_MESSAGES)
@@ -6454,7 +6468,7 @@ class Authenticated(Relays):
                 self.assertEqual(client.say("ETRN " + DOMAIN)[:len(code)], code)
             wait(lambda primary=primary: primary.uses["RCPT"], "a delivery there")
             relay.logged(r"primary\[\d+\]: ourdom\.example: at %s since an authenticated ETRN" % source)
-        wait(relay.is_empty, "an empty spool")          # the old one is not waited for
+        relay.until_empty()          # the old one is not waited for
         self.assertEqual((len(old.messages), len(new.messages)), (0, 1))
         relay.end()
         relay.start()                   # it is known after a restart, too
@@ -6503,7 +6517,7 @@ class Odmr(Secured):
         relay.logged(r"to=<user@ourdom\.example>, relay=none, .*status=deferred \(waits to be collected by")
         self.assertEqual(self.collect(customer, "atrn OURDOM.example"),
                          "250 2.0.0 OK now reversing the connection")
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         self.assertEqual([without_received(data) for _, _, data in customer.messages], bodies)
         self.assertEqual((customer.log[0], customer.log[-1]), ("ehlo backup.example.net", "QUIT"))
         relay.logged(r"flush\[\d+\]: atrn: site=ourdom\.example, client=unknown\[127\.0\.0\.1\], messages=25")
@@ -6534,7 +6548,7 @@ class Odmr(Secured):
         with TlsWire(self.port) as wire:
             self.assertEqual((log_in(wire, mechanism="PLAIN")[:3], wire.say("ATRN")[:3]), ("235", "250"))
             customer._serve(wire.sock)
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         self.assertEqual([without_received(data) for _, _, data in customer.messages], bodies)
 
     def test_each_domain_of_the_customer_has_its_turn(self) -> None:
@@ -6564,7 +6578,7 @@ class Odmr(Secured):
             first.close()
             wait(lambda: second.say("ATRN")[:3] == "250", "the first to be gone")
             customer._serve(second.sock)
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         self.assertEqual(len(customer.messages), 1)
 
     def test_who_is_silent_gives_way_to_the_next_and_what_was_said_early_counts(self) -> None:
@@ -6593,7 +6607,7 @@ class Odmr(Secured):
             self.assertEqual(relay.json("--status")["domains"][DOMAIN]["primary"], "unknown")
         customer.script = {}
         self.assertEqual(self.collect(customer)[:3], "250")
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         self.assertEqual(len(customer.messages), 3)
 
     def test_verdicts_are_taken_as_those_of_any_primary(self) -> None:
@@ -6680,7 +6694,7 @@ class RealClients(Secured):
         for body in bodies:
             relay.send(body)
         said = self.fetch(text)
-        wait(relay.is_empty, "an empty spool after\n" + said)
+        relay.until_empty(said)
         self.assertEqual([without_received(data) for _, _, data in customer.messages], bodies)
         wait(lambda: (relay.queue(), relay.json("--status")["connections"]) == ([], 0), "its end")
         self.assertIn("You have no mail", self.fetch(text))
@@ -6692,7 +6706,7 @@ class RealClients(Secured):
         relay.send(recipients=["u@" + DOMAIN, "u@other.example"])
         said = self.fetch("poll 127.0.0.1 protocol ETRN port %d %s" % (
             relay.port, 'esmtpname "gw" esmtppassword "se cret"'))
-        wait(relay.is_empty, "an empty spool after\n" + said)
+        relay.until_empty(said)
         relay.logged(r"etrn: site=other\.example, client=unknown\[127\.0\.0\.1\], messages=1, reply=253")
 
     def test_fetchmail_and_msmtp_ask_for_their_domains(self) -> None:
@@ -6710,7 +6724,7 @@ class RealClients(Secured):
                 done = subprocess.run([path, "--file=/dev/null", "--host=127.0.0.1", "--rmqs=" + one,
                                        "--port=%d" % relay.port], check=False, capture_output=True)
                 self.assertEqual(done.returncode, 69 if one == "x.example" else 0, done.stdout)
-            wait(relay.is_empty, "an empty spool")
+            relay.until_empty()
 
 
 # -- notices, alerts
@@ -6725,7 +6739,7 @@ class Bounces(Relays):
     def notice(self, relay: Relay) -> Tuple[Any, Any, Any]:
         """The first notice, its part about the message, and that about the first recipient."""
         wait(lambda: self.sink.messages, "a notice")
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         notice = email.message_from_bytes(self.sink.messages[0][2], policy=email.policy.default)
         whole, one, *_ = list(notice.iter_parts())[1].get_payload()
         return notice, whole, one
@@ -6772,7 +6786,7 @@ class Bounces(Relays):
         for number in range(6):         # nor is anybody turned away at the door
             self.assertEqual(relay.send(recipients=["u%d@%s" % (number, DOMAIN)])[:3], "250")
         primary.script.clear()
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         relay.logged(r": up after rejecting for \d+s, 11 messages waiting")
         self.assertEqual((len(primary.messages), self.sink.messages), (11, []))
 
@@ -6835,7 +6849,7 @@ class Alerting(Relays):
         self.assertEqual({mail["Auto-Submitted"] for mail in mails}, {"auto-generated"})
         events = sorted(mail["Subject"].split()[-1] for mail in mails)
         self.assertEqual(events, ["down", "rejecting", "up", "up"])
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
 
     def test_what_cannot_be_told_is_logged_without_secrets_and_holds_nothing_up(self) -> None:
         refused = b"HTTP/1.1 500 no\r\nContent-Length: 0\r\n\r\n"
@@ -6856,7 +6870,7 @@ class Alerting(Relays):
                 since = len(relay.log)
                 relay.signal(signal.SIGUSR1)
                 relay.logged("error: alert not told by " + expected, since)     # of its return
-                wait(relay.is_empty, "an empty spool")
+                relay.until_empty()
         self.assertTrue(all(line.isprintable() and "secret" not in line for line in relay.log))
 
 
@@ -6892,7 +6906,7 @@ class Commands(Relays):
             for row in rows:
                 self.assertEqual(set(row), set(
                     "id domain state sender size received expires next_attempt client recipients".split()))
-                self.assertEqual(row["size"], os.path.getsize(os.path.join(relay.spool, row["id"] + ".eml")))
+                self.assertEqual(row["size"], os.path.getsize(relay.at(row["id"] + ".eml")))
                 self.assertEqual((row["state"], row["client"]), ("queued", client))
                 self.assertAlmostEqual(row["expires"] - row["received"], 7 * 86400, delta=1)
                 self.assertEqual(set(row["recipients"][0]), {"address", "attempts", "last_response"})
@@ -6915,7 +6929,7 @@ class Commands(Relays):
             self.assertIn(DOMAIN, relay.run("--status")[1])
             # --show and --export
             id = rows[0]["id"]
-            with open(os.path.join(relay.spool, id + ".eml"), "rb") as file:
+            with open(relay.at(id + ".eml"), "rb") as file:
                 self.assertEqual(relay.run("--show", id.lower(), "--raw"), (0, file.read().decode(), ""))
             text = relay.run("--show", id)[1]
             self.assertEqual(("one@x.example" in text, "Subject: one" in text), (True, True))
@@ -6955,7 +6969,7 @@ class Commands(Relays):
             self.assertEqual(len(relay.files()), 46)
             self.down.script.clear()
             if not self.is_running:             # a primary of which nothing is known is tried at once
-                os.unlink(os.path.join(relay.spool, "state.json"))
+                os.unlink(relay.at("state.json"))
             with shorten(LOAD_BATCH=1):         # what is read last is counted, too
                 code, text, _ = relay.run("--flush", DOMAIN, "--json")
             told = json.loads(text)
@@ -6971,12 +6985,12 @@ class Commands(Relays):
         relay.end(signal.SIGKILL)
         for id, old, new in ((finished, '"state":"queued"', '"state":"delivered"'),
                              (late, '"received":17', '"received":16')):
-            with open(os.path.join(relay.spool, id + ".json"), "r+", encoding="ascii") as file:
+            with open(relay.at(id + ".json"), "r+", encoding="ascii") as file:
                 text = file.read()
                 file.seek(0)
                 file.write(text.replace(old, new))
                 file.truncate()
-        with open(os.path.join(relay.spool, grown + ".eml"), "ab") as file:
+        with open(relay.at(grown + ".eml"), "ab") as file:
             file.write(b"x")
 
         def tree() -> Dict[str, Any]:
@@ -7229,7 +7243,7 @@ class PageOverHttp(Relays):
         return self.page(self.running)
 
     def raw(self, port: int, data: bytes) -> bytes:
-        with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as sock:
+        with connect(port) as sock:
             sock.sendall(data)
             return b"".join(iter(lambda: sock.recv(65536), b""))
 
@@ -7294,7 +7308,7 @@ class PageOverHttp(Relays):
     def test_twenty_readers_at_once_wait_their_turn(self) -> None:
         """None of them is reset."""
         port = self.serve(PAGE_CONNECTIONS=4)
-        readers = [socket.create_connection(("127.0.0.1", port), DEADLINE_S) for _ in range(25)]
+        readers = [connect(port) for _ in range(25)]
         for sock in readers:
             self.addCleanup(sock.close)
         for sock in readers:
@@ -7306,7 +7320,7 @@ class PageOverHttp(Relays):
 
     def test_slow_clients_neither_block_nor_stay(self) -> None:
         port = self.serve(PAGE_TOTAL_S=1.0)
-        slow = [socket.create_connection(("127.0.0.1", port), DEADLINE_S) for _ in range(5)]
+        slow = [connect(port) for _ in range(5)]
         for sock in slow:
             self.addCleanup(sock.close)
             sock.sendall(b"GET / HTT")
@@ -7329,13 +7343,13 @@ class PageOverHttp(Relays):
             del one["domains"][DOMAIN]["next_probe"]
         self.assertEqual(shown, told)
         primary.start()
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         name = "etrn_relay_messages_delivered_total"
         wait(lambda: parse_metrics(fetch(port, "/metrics")[2])[name][1]['domain="%s"' % DOMAIN] == 1,
              "the delivery to be counted")
         self.assertIn("%s: down: connect to " % DOMAIN, fetch(port)[2])
         self.assertEqual(relay.end(), 0)
-        with open(os.path.join(relay.spool, "history.json"), encoding="ascii") as file:
+        with open(relay.at("history.json"), encoding="ascii") as file:
             (_, peak, state), *_ = json.load(file)["domains"][DOMAIN]
         self.assertEqual((peak, state), (1, "down"))
         mark = len(relay.log)
@@ -7350,9 +7364,7 @@ class PageOverHttp(Relays):
         for token, status in (("one", 401), ("two", 200)):
             self.assertEqual(fetch(port, Authorization="Bearer " + token)[0], status)
         relay.logged("http.*: refused: GET / from unknown.127.0.0.1.: 401 wrong token")
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen(1)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
             self.reload(relay, "status page: cannot listen on .*: Address already in use; the old one stays",
                         bounces="[status]\nlisten = 127.0.0.1:%d" % taken.getsockname()[1])
         self.assertEqual(fetch(port, Authorization="Bearer two")[0], 200)
@@ -8109,9 +8121,7 @@ class Machines(Relays):
             self.assertTrue(logged("stopped"))
 
     def test_an_address_that_is_not_there_yet_may_come_and_one_that_is_taken_may_be_left(self) -> None:
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen(1)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
             busy = "127.0.0.1:%d" % taken.getsockname()[1]
             first = "listen = 127.0.0.1:0\n"
             for where, option in cases(self, itertools.product(
@@ -8151,7 +8161,7 @@ class Machines(Relays):
         primary = self.primary()
         relay = self.relay(primary, SWEEP_S=0.05)
         relay.send()
-        path = os.path.join(relay.spool, "control")
+        path = relay.at("control")
         os.unlink(path)                 # by somebody who tidies up
         wait(lambda: os.path.exists(path), "the control socket")
         self.assertEqual(relay.json("--status")["pid"], relay.process.pid)
@@ -8410,7 +8420,7 @@ class Ledgers(Relays):
         self.assertEqual([mark for mark in ledger if mark not in found], [])
         for _, _, data in primary.messages:
             self.assertEqual(without_received(data), marked(mark_of(data)))
-        self.assertEqual(os.listdir(os.path.join(relay.spool, "corrupt")), [])
+        self.assertEqual(os.listdir(relay.at("corrupt")), [])
 
 
 def open_files(relay: Relay) -> int:
@@ -8860,7 +8870,7 @@ class Bench:
             id = "%X" % (0xABC0000000 + number)
             sidecar = sidecar_of(id, size=len(data), sha256=hashlib.sha256(data).hexdigest())
             for kind, octets in ((".eml", data), (".json", etrn.format_sidecar(sidecar))):
-                with open(os.path.join(relay.spool, id + kind), "wb") as file:
+                with open(relay.at(id + kind), "wb") as file:
                     file.write(octets)
         greeting = self.start(relay)
         wait(lambda: relay.json("--status")["spool"]["messages"] >= size, "the queue to be read", HARD_S)
