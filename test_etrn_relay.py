@@ -678,7 +678,7 @@ wsrvA954zyk8osSizI8qhntTfsoV4SFCFDNquID7hMPGaJpB3mS9E2Bm46rP5A==
 """
 
 
-# == 2. GRAMMAR ================================================================
+# -- tests
 
 def cases(test: unittest.TestCase, table: Iterable[Any]) -> Iterator[Any]:
     """Rows of a table; a failure names the row it happened at, and an empty table is one."""
@@ -749,6 +749,8 @@ class Relays(Folder):
     def no_bugs(self, log: Iterable[str]) -> None:
         self.assertEqual([line for line in log if "bug: " in line], [])
 
+
+# == 2. GRAMMAR ================================================================
 
 class Grammar(unittest.TestCase):
     """Text from outside becomes a value, or is refused with its reason; values become text."""
