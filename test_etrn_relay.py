@@ -736,7 +736,8 @@ class Relays(Folder):
         socks = [connect(relay.port) for _ in range(count)]
         for sock in socks:
             self.addCleanup(sock.close)
-            self.assertRegex(b"".join(iter(functools.partial(sock.recv, 1), b"\n")), rb"\A220 [^\r]+\r\Z")
+            with sock.makefile("rb", 0) as lines:
+                self.assertRegex(lines.readline(), rb"\A220 [^\r]+\r\n\Z")
         return socks
 
     def kept(self, relay: Relay) -> int:
@@ -5891,7 +5892,8 @@ class Attacks(Relays):
         time.sleep(0.5)                 # the loop must have nothing to do
         self.assertLess(processor_s(relay) - used, 0.2)
         held[0].sendall(b"NOOP\r\n")
-        self.assertIn(b"250 2.0.0", b"".join(iter(lambda: held[0].recv(1), b"\n")))
+        with held[0].makefile("rb") as lines:
+            self.assertIn(b"250 2.0.0", lines.readline())
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
         self.assertEqual({read(sock)[:4] for sock in late}, {b"220 "})
         for sock in [*late, *held]:
