@@ -109,12 +109,30 @@ def config(text: str = "", domain: str = "", file: str = "/nowhere/etrn.conf") -
         DOMAIN, domain), file)
 
 
+def load(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()
+
+
+def save(path: str, text: str) -> str:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    return path
+
+
 class Folder(unittest.TestCase):
     """Test cases with a temporary folder of their own."""
 
     def setUp(self) -> None:
         self.folder = tempfile.mkdtemp(prefix="etrn-test-")
         self.addCleanup(shutil.rmtree, self.folder, True)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def inner(self) -> str:
+        """A new folder in it."""
+        return tempfile.mkdtemp(dir=self.folder)
 
 
 def long_run(test: Any) -> Any:
@@ -132,6 +150,57 @@ def shorten(**seconds: float) -> Any:
 
 HANG, CUT = object(), object()          # answers: never, or the connection closed
 Said = Union[str, bytes, object]
+
+
+def smtp(stage: Any, say: Any, hear: Callable[[str], None], take: Callable[[bytes], None],
+         more: Sequence[str] = ()) -> Iterator[Any]:
+    """The server's side of SMTP.  Yields None for a line, a number for so many octets, a float for a pause,
+    "TLS" for a handshake, "QUIT" at the end; is sent what came.  `say(verb, argument, default)` returns the
+    first digit of what it said; what it is given besides is done before a 2xx leaves: who reads it may look.
+    Verb "none": what is out of order."""
+    sender: Optional[str] = None
+    recipients: List[str] = []
+    while True:
+        line = (yield None).rstrip(b"\r\n").decode("utf-8")
+        hear(line)
+        verb, _, argument = line.partition(" ")
+        verb, path = verb.upper(), argument.partition("<")[2].partition(">")[0]
+        parts = [(yield int(argument.split()[0]))] if verb == "BDAT" else []
+        if verb == "MAIL" and sender is None:
+            yield getattr(stage, "pace_s", 0.1)
+            if say(verb, argument, "250 2.1.0 ok") == "2":
+                sender, recipients = path, []
+        elif verb == "RCPT" and sender is not None:
+            recipients += [path] * (say(verb, argument, "250 2.1.5 ok") == "2")
+        elif verb in ("MAIL", "RCPT"):
+            say("none", argument, "503 5.5.1 nested MAIL" if sender is not None else "503 5.5.1 no MAIL")
+        elif verb in ("DATA", "BDAT") and not recipients:
+            say("none", argument, "554 5.5.1 no valid recipients")
+        elif verb == "BDAT" or (verb == "DATA" and say(verb, argument, "354 go on") == "3"):
+            while verb == "DATA":
+                one = yield None
+                if one == b".\r\n":
+                    break
+                parts.append(one[1:] if one.startswith(b".") else one)
+            yield 0.01
+            data = b"".join(parts)
+            take(data)
+            keep = functools.partial(stage.messages.append, (sender, recipients, data))
+            if say(".", argument, "250 2.0.0 taken", keep) == "2" or verb == "DATA":
+                sender, recipients = None, []
+        elif verb == "RSET":
+            sender, recipients = None, []
+            say(verb, argument, "250 2.0.0 ok")
+        elif verb == "EHLO":
+            first = ["250-" + one for one in ("primary.example", *stage.extensions, *more)]
+            say(verb, argument, "\n".join([*first[:-1], first[-1].replace("-", " ", 1)]))
+        elif verb == "QUIT":
+            say(verb, argument, "221 2.0.0 bye")
+            yield "QUIT"
+        elif verb != "DATA":
+            usual = "250 2.0.0 ok" if verb in ("HELO", "NOOP", ".") else "500 5.5.2 what?"
+            if say(verb, argument, "220 2.0.0 go" if verb in more else usual) == "2" and verb in more:
+                yield "TLS"
 
 
 class Primary:
@@ -211,11 +280,9 @@ class Primary:
             self._spawn(self._serve, sock)
 
     def _serve(self, sock: socket.socket) -> None:
-        try:
-            with sock, sock.makefile("rb") as lines:
-                self._talk(sock, lines)
-        except (OSError, ValueError):
-            pass                        # cut by the script, by stop() or by the client
+        with contextlib.suppress(OSError, ValueError), sock:       # cut by the script, stop() or the client
+            self._say(sock, "greeting", "", "220 primary.example ESMTP")
+            self._talk(sock)
 
     def _said(self, verb: str, argument: str, default: str) -> Said:
         said = self.script.get(verb, default)
@@ -248,64 +315,18 @@ class Primary:
     def on_data(self, sock: socket.socket, data: bytes) -> None:
         """A whole message is here; its answer comes next."""
 
-    def _talk(self, sock: socket.socket, lines: io.BufferedReader) -> None:
-        self._say(sock, "greeting", "", "220 primary.example ESMTP")
-        sender: Optional[str] = None
-        recipients: List[str] = []
-        for line in lines:
-            text = line.rstrip(b"\r\n").decode("utf-8")
-            self.log.append(text)
-            verb, _, argument = text.partition(" ")
-            verb = verb.upper()
-            if verb == "EHLO":
-                self._say(sock, verb, argument, "\n".join(
-                    ["250-primary.example"] + ["250-" + one for one in self.extensions[:-1]]
-                    + ["250 " + (self.extensions or ["HELP"])[-1]]))
-            elif verb == "MAIL":
-                if sender is not None:
-                    sock.sendall(b"503 5.5.1 nested MAIL\r\n")
-                elif self._say(sock, verb, argument, "250 2.1.0 ok") == "2":
-                    sender, recipients = argument.partition("<")[2].partition(">")[0], []
-            elif verb == "RCPT":
-                if sender is None:
-                    sock.sendall(b"503 5.5.1 no MAIL\r\n")
-                elif self._say(sock, verb, argument, "250 2.1.5 ok") == "2":
-                    recipients.append(argument.partition("<")[2].partition(">")[0])
-            elif verb == "DATA":
-                if not recipients:
-                    sock.sendall(b"554 5.5.1 no valid recipients\r\n")
-                elif self._say(sock, verb, argument, "354 go on") == "3":
-                    parts = []
-                    for one in lines:
-                        if one == b".\r\n":
-                            break
-                        parts.append(one[1:] if one.startswith(b".") else one)
-                    else:
-                        return          # broke off
-                    message = (sender or "", recipients, b"".join(parts))
-                    self.on_data(sock, message[2])
-                    self._say(sock, ".", argument, "250 2.0.0 taken",
-                              functools.partial(self.messages.append, message))
-                    sender, recipients = None, []
-            elif verb == "BDAT":
-                data = lines.read(int(argument.split()[0]))
-                self.on_data(sock, data)
-                if not recipients:
-                    sock.sendall(b"503 5.5.1 no valid recipients\r\n")
-                else:
-                    message = (sender or "", recipients, data)
-                    if self._say(sock, ".", argument, "250 2.0.0 taken",
-                                 functools.partial(self.messages.append, message)) == "2":
-                        sender, recipients = None, []
-            elif verb == "RSET":
-                sender, recipients = None, []
-                self._say(sock, verb, argument, "250 2.0.0 ok")
-            elif verb == "QUIT":
-                self._say(sock, verb, argument, "221 2.0.0 bye")
-                return
-            else:
-                self._say(sock, verb, argument, "250 2.0.0 ok" if verb in ("HELO", "NOOP")
-                          else "500 5.5.2 what?")
+    def _talk(self, sock: socket.socket, more: Sequence[str] = ()) -> bool:
+        """Whether TLS is to begin."""
+        talk = smtp(self, functools.partial(self._say, sock), self.log.append,
+                    functools.partial(self.on_data, sock), more)
+        want = next(talk)
+        with sock.makefile("rb") as lines:
+            while want not in ("TLS", "QUIT"):
+                octets = lines.readline() if want is None else lines.read(want) if type(want) is int else b""
+                if want is None and not octets:
+                    return False        # it broke off
+                want = talk.send(octets)
+        return bool(want == "TLS")
 
 
 # -- scripted nameservers
@@ -391,6 +412,8 @@ class Dns:
             return dns_answer(id, name, kind, rcode=self.rcode)
         if self.truncate and how == "udp":
             return dns_answer(id, name, kind, flags=0x8380)
+        if (name, etrn.CNAME) in self.zone:             # the alias alone: the rest is left to who asked
+            return dns_answer(id, name, kind, [record(name, etrn.CNAME, self.zone[name, etrn.CNAME][0])])
         if not any(known == name for known, _ in self.zone):
             return dns_answer(id, name, kind, rcode=etrn.NXDOMAIN)
         return dns_answer(id, name, kind, [record(name, kind, data)
@@ -399,11 +422,15 @@ class Dns:
 
 # -- a client of the relay, octet for octet
 
+def connect(port: int, source: str = "127.0.0.1") -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), DEADLINE_S, (source, 0))
+
+
 class Wire:
     """An SMTP client that says exactly what it is told to."""
 
     def __init__(self, port: int, source: str = "127.0.0.1") -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), DEADLINE_S, (source, 0))
+        self.sock = connect(port, source)
         self.lines = self.sock.makefile("rb")
         self.greeting = self.reply()
 
@@ -456,10 +483,10 @@ class Wire:
 
 CONFIG = """\
 [relay]
-hostname = backup.example.net
-listen = 127.0.0.1:0
-min_free_space = 0
-nameservers = 127.0.0.1:9
+hostname = %(hostname)s
+listen = %(listen)s
+min_free_space = %(min_free_space)s
+nameservers = %(nameservers)s
 %(relay)s
 [bounces]
 route = %(smarthost)s
@@ -473,37 +500,38 @@ probe_interval = 1s
 primary = %(primary)s
 %(domain)s
 """
+USUAL = {"hostname": "backup.example.net", "listen": "127.0.0.1:0", "min_free_space": "0", "smarthost": "mx",
+         "nameservers": "127.0.0.1:9", "relay": "", "bounces": "", "domain": ""}
 # Pauses that serve real outages would make tests slow; how long they are is tested with a clock of our own.
 QUICK = {"PROBE_FIRST_S": 0.05, "TRIGGER_S": 0.05, "RETRY_DISK_S": 0.2}
 STARTER = ("import json, sys; sys.path.insert(0, %r); import etrn_relay; "
            "vars(etrn_relay).update(json.loads(sys.argv[1])); sys.exit(etrn_relay.main(sys.argv[2:]))" % HERE)
-COMMAND = [sys.executable, "-c", STARTER, "{}"]     # as a script would be, without compiling it each time
+# -S: the standard library alone; other packages of this Python only make each start slow.
+PYTHON = [sys.executable, "-S", "-c", STARTER]
+COMMAND = [*PYTHON, "{}"]       # as a script would be, without compiling it each time
 
 
 class Relay:
-    """etrn_relay.py as a process, in a folder of its own.  start() may follow kill() or stop()."""
+    """etrn_relay.py as a process, in a folder of its own.  start() may follow kill() or stop().
+    Options: values for CONFIG, and for constants of section 2."""
 
-    def __init__(self, folder: str, primary: str, relay: str = "", domain: str = "", bounces: str = "",
-                 smarthost: str = "mx", **limits: float) -> None:
+    def __init__(self, folder: str, primary: str = "127.0.0.1:9", **options: Any) -> None:
         self.folder = folder
         self.file = os.path.join(folder, "etrn.conf")
         self.spool = os.path.join(folder, "spool")
-        self.limits = dict(QUICK, **limits)
-        self.values = {"primary": primary, "relay": relay, "domain": domain, "bounces": bounces,
-                       "smarthost": smarthost}
-        self.write_config()
+        self.values = {name: options.pop(name, usual) for name, usual in USUAL.items()}
+        self.limits = dict(QUICK, **options)
+        self.write_config(primary=primary)
         self.log: List[str] = []
         self.port = 0
         self.process: Optional[subprocess.Popen[bytes]] = None
 
     def write_config(self, **values: str) -> None:
         self.values.update(values)
-        with open(self.file, "w", encoding="utf-8") as file:
-            file.write(CONFIG % self.values)
+        save(self.file, CONFIG % self.values)
 
     def start(self) -> "Relay":
-        process = subprocess.Popen([sys.executable, "-c", STARTER, json.dumps(self.limits),
-                                    "--config", self.file],
+        process = subprocess.Popen([*PYTHON, json.dumps(self.limits), "--config", self.file],
                                    stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
         self.process, since = process, len(self.log)
         self.reader = threading.Thread(target=self._read, args=(process,), daemon=True)
@@ -575,6 +603,13 @@ class Relay:
     def is_empty(self) -> bool:
         return not self.files()
 
+    def until_empty(self, hint: str = "") -> None:
+        wait(self.is_empty, "an empty spool " + hint)
+
+    def at(self, *names: str) -> str:
+        """A path in its spool."""
+        return os.path.join(self.spool, *names)
+
 
 def spool_files(folder: str) -> List[str]:
     """Names of the queued pairs, without what else a spool holds."""
@@ -644,7 +679,7 @@ wsrvA954zyk8osSizI8qhntTfsoV4SFCFDNquID7hMPGaJpB3mS9E2Bm46rP5A==
 """
 
 
-# == 2. GRAMMAR ================================================================
+# -- tests
 
 def cases(test: unittest.TestCase, table: Iterable[Any]) -> Iterator[Any]:
     """Rows of a table; a failure names the row it happened at, and an empty table is one."""
@@ -657,21 +692,18 @@ def cases(test: unittest.TestCase, table: Iterable[Any]) -> Iterator[Any]:
 
 
 class Relays(Folder):
-    def primary(self, **script: Any) -> Primary:
-        """A primary that is down."""
-        primary = Primary(**script)
+    """Tests with relays as processes, and primaries for them."""
+
+    def primary(self, *kind: Any, **script: Any) -> Any:
+        """A primary that is down; of another class than Primary, if given, with the arguments for it."""
+        primary = kind[0](*kind[1:], **script) if kind else Primary(**script)
         self.addCleanup(primary.__exit__)
         return primary
 
-    def relay(self, primary: Union[Primary, str, None] = None, change: Tuple[str, str] = ("", ""),
-              **options: Any) -> Relay:
-        """A running relay.  `change`: of a text in its configuration."""
+    def relay(self, primary: Union[Primary, str, None] = None, **options: Any) -> Relay:
+        """A running relay."""
         target = primary.address if isinstance(primary, Primary) else primary or self.primary().address
-        relay = Relay(tempfile.mkdtemp(dir=self.folder), target, **options)
-        with open(relay.file, encoding="utf-8") as file:
-            text = file.read().replace(*change)
-        with open(relay.file, "w", encoding="utf-8") as file:
-            file.write(text)
+        relay = Relay(self.inner(), target, **options)
         self.addCleanup(relay.__exit__)
         return relay.start()
 
@@ -702,16 +734,17 @@ class Relays(Folder):
 
     def opened(self, relay: Relay, count: int) -> List[socket.socket]:
         """Connections that were greeted."""
-        socks = [socket.create_connection(("127.0.0.1", relay.port), DEADLINE_S) for _ in range(count)]
+        socks = [connect(relay.port) for _ in range(count)]
         for sock in socks:
             self.addCleanup(sock.close)
-            self.assertRegex(b"".join(iter(functools.partial(sock.recv, 1), b"\n")), rb"\A220 [^\r]+\r\Z")
+            with sock.makefile("rb", 0) as lines:
+                self.assertRegex(lines.readline(), rb"\A220 [^\r]+\r\n\Z")
         return socks
 
     def kept(self, relay: Relay) -> int:
         """Files of messages, once nobody is connected and nothing is half kept."""
         wait(lambda: relay.json("--status")["connections"] == 0, "all to be gone")
-        wait(lambda: not os.listdir(os.path.join(relay.spool, "incoming")), "nothing to be half kept")
+        wait(lambda: not os.listdir(relay.at("incoming")), "nothing to be half kept")
         self.no_bugs(relay.log)
         return len(relay.files())
 
@@ -719,13 +752,19 @@ class Relays(Folder):
         self.assertEqual([line for line in log if "bug: " in line], [])
 
 
+# == 2. GRAMMAR ================================================================
+
 class Grammar(unittest.TestCase):
+    """Text from outside becomes a value, or is refused with its reason; values become text."""
+
     def test_domains_become_lower_case_a_labels(self) -> None:
         for text, name in cases(self, [
                 ("Example.COM", "example.com"), ("a", "a"), ("x-1.example", "x-1.example"),
                 ("1.2.example", "1.2.example"), ("_dmarc.example", "_dmarc.example"),
                 ("münchen.example", "xn--mnchen-3ya.example"),
-                ("xn--mnchen-3ya.example", "xn--mnchen-3ya.example"),
+                # A-labels are never decoded to judge them
+                *((name, name) for name in ("xn--mnchen-3ya.example", "xn--fa-hia.test", "xn--0.test")),
+                ("XN--STRAE-OQA.example.", "xn--strae-oqa.example"),
                 ("a" * 63 + ".example", "a" * 63 + ".example")]):
             self.assertEqual(etrn.parse_domain(text), name)
 
@@ -738,35 +777,34 @@ class Grammar(unittest.TestCase):
             self.assertRaises(ValueError, etrn.parse_domain, text)
 
     def test_paths_are_taken_apart(self) -> None:
-        for text, local, domain, rest in cases(self, [
-                ("<>", "", "", ""), ("<a@b.example>", "a", "b.example", ""),
-                ("<A@B.Example> SIZE=1", "A", "b.example", " SIZE=1"), ("<postmaster>", "postmaster", "", ""),
-                ('<"Fred Bloggs"@d.example>', '"Fred Bloggs"', "d.example", ""),
-                ('<""@d.example>', '""', "d.example", ""),
-                (r'<"a\"b"@d.example>', r'"a\"b"', "d.example", ""),
-                ('<"Abc@def"@d.example>', '"Abc@def"', "d.example", ""),
-                ("<a+b@d.example>", "a+b", "d.example", ""),
-                ("<customer/department=shipping@d.example>", "customer/department=shipping", "d.example", ""),
-                ("<!def!xyz%abc@d.example>", "!def!xyz%abc", "d.example", ""),
-                ("<u@[127.0.0.1]>", "u", "[127.0.0.1]", ""), ("<u@[IPv6:::1]>", "u", "[IPv6:::1]", ""),
-                ("<@r1.example,@r2.example:u@d.example>", "u", "d.example", ""),
-                ("<é@d.example>", "é", "d.example", "")]):
+        """Also such as RFC 5321 forbids and the world sends: they go on as they came."""
+        for text, address, domain, rest in cases(self, [
+                ("<>", "", "", ""), ("<a@b.example>", "a@b.example", "b.example", ""),
+                ("<A@B.Example> SIZE=1", "A@B.Example", "b.example", " SIZE=1"),
+                ("<postmaster>", "postmaster", "", ""), ("PostMaster", "PostMaster", "", ""),
+                ("<@r1.example,@r2.example:u@d.example>", "u@d.example", "d.example", ""),
+                ("<u@[127.0.0.1]>", "u@[127.0.0.1]", "[127.0.0.1]", ""),
+                ("<u@[IPv6:::1]>", "u@[IPv6:::1]", "[IPv6:::1]", ""),
+                ("<u@D.Example.>", "u@D.Example", "d.example", ""),
+                ("a@b.example", "a@b.example", "b.example", ""),
+                ("a@B.example. SIZE=10", "a@B.example", "b.example", " SIZE=10"),
+                ("a@b.example\tSIZE=10", "a@b.example", "b.example", "\tSIZE=10"),
+                ("<a@b.example>\tSIZE=10", "a@b.example", "b.example", "\tSIZE=10"),
+                ("<u@MÜNCHEN.example>", "u@MÜNCHEN.example", "xn--mnchen-3ya.example", ""),
+                ("<u@XN--Mnchen-3ya.example>", "u@XN--Mnchen-3ya.example", "xn--mnchen-3ya.example", ""),
+                ("<u@straße.example>", "u@straße.example", "xn--strae-oqa.example", ""),
+                *(("<%s@d.example>" % local, local + "@d.example", "d.example", "") for local in (
+                    '"Fred Bloggs"', '""', r'"a\"b"', '"Abc@def"', "a+b", "customer/department=shipping",
+                    "!def!xyz%abc", "é", "a..b", ".a", "a.", "../../etc/x", "x" * 1900, "é" * 33))]):
             path, left = etrn.parse_path(text, "5.1.3")
-            self.assertEqual((path.local, path.domain, left), (local, domain, rest))
+            self.assertEqual((str(path), path.domain, left), (address, domain, rest))
 
-    def test_what_is_no_path_is_refused_with_501(self) -> None:
-        for text in cases(self, [
-                "", "<", ">", "><", "<@d.example>", "<u@>", "<a b@d.example>", "<x y>", "a b c", "a @ b",
-                "<a@b.example", "<a@b.example>x", "<a@b.example>NOTIFY=NEVER", "<u@a.example@b.example>",
-                "<u@d.example..>", "<u@d..example>", "<u@-d.example>", "<u@[127.0.0.256]>", "<u@[1.2.3]>",
-                "<u@[IPv6:1]>", "<u@[]>", "<a@xn--->", "<u@%s.example>" % ".".join(["d" * 60] * 5),
-                "<u@" + "d." * 500 + "d>", '<"a@d.example>', '<a"b@d.example>', '<"a"b"@c.example>',
-                "<a\0@d.example>", '<"a\nb"@d.example>', "<@r.example:>", "<@r..example:u@d.example>",
-                "<(c)a@d.example>", "<$(id)@d.example>", "<u@d.example\t>", "<\u202ea b@d.example>",
-                "<<a@b.example>>"]):
-            with self.assertRaises(etrn.Refuse) as caught:
-                etrn.parse_path(text, "5.1.7")
-            self.assertEqual(caught.exception.reply.code, 501)
+    def test_spellings_of_one_address_have_one_key(self) -> None:
+        for one, other in cases(self, [
+                ("<U@D.example>", "u@d.Example."), ("<u@münchen.example>", "<u@XN--mnchen-3ya.example>"),
+                ("<u@faß.example>", "<u@xn--fa-hia.example>")]):
+            self.assertEqual(etrn.parse_path(one, "")[0].key, etrn.parse_path(other, "")[0].key)
+        self.assertNotEqual(etrn.parse_path("<u@faß.example>", "")[0].key, "u@fass.example")
 
     def test_a_path_that_could_be_rerouted_is_known_as_such(self) -> None:
         for text, expected in cases(self, [("<u@d.example>", False), ("<u%o.example@d.example>", True),
@@ -821,13 +859,6 @@ class Grammar(unittest.TestCase):
                 (etrn.format_delay, 9.99, "10"), (etrn.format_delay, 604800, "604800")]):
             self.assertEqual(show(value), text)
 
-    def test_names_match_whole_or_on_a_dot_boundary(self) -> None:
-        for name, parent, expected in cases(self, [
-                ("example.com", "example.com", True), ("a.example.com", "example.com", True),
-                ("badexample.com", "example.com", False), ("example.com", "a.example.com", False),
-                ("example.com.evil", "example.com", False)]):
-            self.assertEqual(etrn.is_below(name, parent), expected)
-
     def test_foreign_text_is_one_printable_line(self) -> None:
         for text in cases(self, ["a\r\nb", "a\x1b[2Jb", "\u202e\u2066", "\0", "a\u2028b", "x" * 9999,
                                  "\udcff"]):
@@ -840,62 +871,6 @@ class Grammar(unittest.TestCase):
         self.assertEqual(etrn.client_network("192.0.2.1"), "192.0.2.1")
         self.assertEqual(etrn.client_network("fe80::1%eth0"), etrn.client_network("fe80::2"))
         self.assertEqual(etrn.greylist_network("192.0.2.1"), etrn.greylist_network("192.0.2.254"))
-
-    def test_a_reply_of_several_lines_keeps_its_status_on_each(self) -> None:
-        self.assertEqual(etrn.Reply(550, "5.1.1", "no\nnot here").wire(),
-                         b"550-5.1.1 no\r\n550 5.1.1 not here\r\n")
-        self.assertEqual(etrn.Reply(220, "", "hello").wire(), b"220 hello\r\n")
-
-
-class AddressesOfTheWorld(unittest.TestCase):
-    """What RFC 5321 forbids and the world sends: it is taken, and goes on as it came."""
-
-    def test_such_addresses_pass_and_keep_their_spelling(self) -> None:
-        for text, address, domain, rest in cases(self, [
-                ("<a..b@d.example>", "a..b@d.example", "d.example", ""),
-                ("<.a@d.example>", ".a@d.example", "d.example", ""),
-                ("<a.@d.example>", "a.@d.example", "d.example", ""),
-                ("<../../etc/x@d.example>", "../../etc/x@d.example", "d.example", ""),
-                ("<%s@d.example>" % ("x" * 1900), "x" * 1900 + "@d.example", "d.example", ""),
-                ("<%s@d.example>" % ("é" * 33), "é" * 33 + "@d.example", "d.example", ""),
-                ("<u@D.Example.>", "u@D.Example", "d.example", ""),
-                ("a@b.example", "a@b.example", "b.example", ""),
-                ("a@B.example. SIZE=10", "a@B.example", "b.example", " SIZE=10"),
-                ("a@b.example\tSIZE=10", "a@b.example", "b.example", "\tSIZE=10"),
-                ("<a@b.example>\tSIZE=10", "a@b.example", "b.example", "\tSIZE=10"),
-                ("PostMaster", "PostMaster", "", ""),
-                ("<u@MÜNCHEN.example>", "u@MÜNCHEN.example", "xn--mnchen-3ya.example", ""),
-                ("<u@XN--Mnchen-3ya.example>", "u@XN--Mnchen-3ya.example", "xn--mnchen-3ya.example", ""),
-                ("<u@straße.example>", "u@straße.example", "xn--strae-oqa.example", "")]):
-            path, left = etrn.parse_path(text, "5.1.3")
-            self.assertEqual((str(path), path.domain, left), (address, domain, rest))
-
-    def test_spellings_of_one_address_have_one_key(self) -> None:
-        for one, other in cases(self, [
-                ("<U@D.example>", "u@d.Example."), ("<u@münchen.example>", "<u@XN--mnchen-3ya.example>"),
-                ("<u@faß.example>", "<u@xn--fa-hia.example>")]):
-            self.assertEqual(etrn.parse_path(one, "")[0].key, etrn.parse_path(other, "")[0].key)
-        self.assertNotEqual(etrn.parse_path("<u@faß.example>", "")[0].key, "u@fass.example")
-
-    def test_the_leniency_opens_nothing(self) -> None:
-        for text in cases(self, [
-                "a b@d.example", "a@b c@d.example", "a@b.example,c@d.example", "a@b.example>",
-                "a@b@c.example", "@b.example", "a@", "a<b@c.example", "Anne <a@b.example>", '"a b"@c.example',
-                "@r.example:u@d.example", "a@b.example\xa0X=1", "a@b.example\x0bX=1", "<a\t@b.example>",
-                '<"a\tb"@c.example>', "<a@b.example\t>", "\t<a@b.example>", "<u@[IPv6:fe80::1%eth0]>",
-                "<u@[IPv6:fe80::1%25eth0]>", "<u@[127.0.0.1%lo]>", "<u@[127.0.0.1].>", "postmaster@",
-                "postmasters", "<u@d.example..>", "u@d.example..", "<u@d。example>", "<u@d.example。>",
-                "<u@a\u2024b.example>", "a@b.example<c@d.example>", "<a@b.example>\0", "a\r@b.example",
-                "a\n@b.example"]):
-            with self.assertRaises(etrn.Refuse) as caught:
-                _, rest = etrn.parse_path(text, "5.1.3")
-                etrn.parse_parameters(rest)
-            self.assertEqual(caught.exception.reply.code, 501)
-
-    def test_a_labels_are_never_decoded_to_judge_them(self) -> None:
-        for name in cases(self, ["xn--strae-oqa.example", "xn--fa-hia.test", "xn--abc.test", "xn--0.test"]):
-            self.assertEqual(etrn.parse_domain(name), name)
-            self.assertEqual(etrn.parse_domain(name.upper() + "."), name)
 
     def test_what_idna_2003_and_2008_encode_differently_is_encoded_by_2008(self) -> None:
         for text, name in cases(self, [
@@ -919,95 +894,123 @@ class AddressesOfTheWorld(unittest.TestCase):
 
 # == 3. CONFIG =================================================================
 
+SAMPLE_HEAD = """\
+# etrn.conf - the configuration of etrn_relay.py, a backup mail exchanger.
+#
+# As it stands this file runs, unprivileged, on loopback: a try-out.  For a
+# real backup MX set hostname, listen and your domain; leave the rest alone.
+# Durations: 30s 5m 4h 7d 2w.  Sizes: 512K 50M 1G.  Lists: comma or space.
+# [defaults] takes the options of [domain example.com], for all domains;
+# [domain .example.com] means all subdomains of example.com.
+"""
+SAMPLE_VALUES = {("relay", "hostname"): "backup.example.net", ("relay", "listen"): "127.0.0.1:2525",
+                 ("domain", "primary"): "127.0.0.1:2526"}
+
+
+def format_sample() -> str:
+    """The text of etrn.conf.sample: every option with its default.  To write it anew:
+    python3 -c 'import test_etrn_relay as t; print(t.format_sample(), end="")' > etrn.conf.sample"""
+    out, last = [SAMPLE_HEAD.rstrip()], ""
+    for (section, name), row in etrn.OPTIONS.items():
+        if section != last:
+            out.append("\n[%s]" % ("domain example.com" if section == "domain" else section))
+        out += textwrap.wrap(row.text, 78, initial_indent="# ", subsequent_indent="# ")
+        last, value = section, SAMPLE_VALUES.get((section, name))
+        out.append("%s = %s" % (name, value) if value else "#%s = %s" % (name, row.default or "none"))
+    return "\n".join(out) + "\n"
+
+
 class Configuration(Folder):
+    """What operators write is understood, or told with file and line and what to write instead."""
+
     def error(self, text: str) -> str:
         with self.assertRaises(etrn.ConfigError) as caught:
             etrn.parse_config(text, "etrn.conf")
         return str(caught.exception)
 
-    def test_each_fault_of_form_is_told_with_file_and_line(self) -> None:
-        for text, expected in cases(self, [
-                ("[relay]\nrelay_domain = a.example",
-                 "2: unknown option 'relay_domain' (did you mean 'domains'?)"),
-                ("[relay]\n\n# x\nhostnam = a", "4: unknown option 'hostnam' (did you mean 'hostname'?)"),
-                ("[domain a.example]\nmax_mesage_size = 1",
-                 "2: unknown option 'max_mesage_size' (did you mean 'max_message_size' in [relay]?)"),
-                ("[relay]\nzzz = 1", "2: unknown option 'zzz'"),
-                ("[relay]\nfile = x", "2: unknown option 'file'"),
-                ("[domain a.example]\nlisten = 25", "2: unknown option 'listen'"),
-                ("[domain a.example]\nname = x", "2: unknown option 'name'"),
-                ("[relay]\nlifetime = 1d", "2: unknown option 'lifetime'"),
-                ("[relay]\npostmaster = a@b.example", "2: unknown option 'postmaster'"),
-                ("[relais]", "1: unknown section [relais] (did you mean 'relay'?)"),
-                ("[Relay]", "1: unknown section [Relay] (did you mean 'relay'?)"),
-                ("[DEFAULT]\nlifetime = 1d", "1: unknown section [DEFAULT] (did you mean 'defaults'?)"),
-                ("[domain]", "1: unknown section [domain]"),
-                ("[domains a.example]", "1: unknown section [domains a.example]"),
-                ("[relay]\n[relay]", "2: section [relay] is there twice"),
-                ("[domain a.example]\n[domain A.Example.]", "2: section [domain a.example] is there twice"),
-                ("[relay]\nlisten = 25\nlisten = 26", "3: option 'listen' is there twice"),
-                ("[relay]\nLISTEN = 25\nlisten = 26", "3: option 'listen' is there twice"),
-                ("listen = 25", "1: an option before the first [section]"),
-                ("[relay]\nlisten", "2: not [section], option = value, or comment"),
-                ("[domain ex ample]", "1: [domain ex ample]: 'ex ample' is not a domain"),
-                ("[domain *.example]", "1: [domain *.example]: '*.example' is not a domain"),
-                ("[domain a.example] primary = mx", "1: an option before the first [section]"),
-                ("[relay]\n[domain a.example] x", "2: not [section], option = value, or comment")]):
-            self.assertTrue(self.error(text).startswith("etrn.conf:" + expected), self.error(text))
+    FAULTS = r"""
+        [relay] | relay_domain = a.example => 2: unknown option 'relay_domain' (did you mean 'domains'?)
+        [relay] |  | # x | hostnam = a => 4: unknown option 'hostnam' (did you mean 'hostname'?)
+        [domain a.example] | max_mesage_size = 1 => \
+2: unknown option 'max_mesage_size' (did you mean 'max_message_size' in [relay]?)
+        [relay] | zzz = 1 => 2: unknown option 'zzz'
+        [relay] | file = x => 2: unknown option 'file'
+        [domain a.example] | listen = 25 => 2: unknown option 'listen'
+        [domain a.example] | name = x => 2: unknown option 'name'
+        [relay] | lifetime = 1d => 2: unknown option 'lifetime'
+        [relay] | postmaster = a@b.example => 2: unknown option 'postmaster'
+        [relais] => 1: unknown section [relais] (did you mean 'relay'?)
+        [Relay] => 1: unknown section [Relay] (did you mean 'relay'?)
+        [DEFAULT] | lifetime = 1d => 1: unknown section [DEFAULT] (did you mean 'defaults'?)
+        [domain] => 1: unknown section [domain]
+        [domains a.example] => 1: unknown section [domains a.example]
+        [relay] | [relay] => 2: section [relay] is there twice
+        [domain a.example] | [domain A.Example.] => 2: section [domain a.example] is there twice
+        [relay] | listen = 25 | listen = 26 => 3: option 'listen' is there twice
+        [relay] | LISTEN = 25 | listen = 26 => 3: option 'listen' is there twice
+        listen = 25 => 1: an option before the first [section]
+        [relay] | listen => 2: not [section], option = value, or comment
+        [domain ex ample] => 1: [domain ex ample]: 'ex ample' is not a domain
+        [domain *.example] => 1: [domain *.example]: '*.example' is not a domain
+        [domain a.example] primary = mx => 1: an option before the first [section]
+        [relay] | [domain a.example] x => 2: not [section], option = value, or comment
+        [relay] | max_recipients = 0 => 2: max_recipients: '0' is out of range (1 to 50000)
+        [relay] | max_recipients = many => 2: max_recipients: 'many' is not a whole number
+        [relay] | max_recipients = \u0663 => 2: max_recipients: '\u0663' is not a whole number
+        [relay] | max_message_size = 5X => 2: max_message_size: '5X' is not a size
+        [relay] | command_timeout = 2h => 2: command_timeout: '2h' is out of range (1s to 1h)
+        [relay] | command_timeout = off => 2: command_timeout: 'off' is out of range (1s to 1h)
+        [relay] | command_timeout = soon => 2: command_timeout: 'soon' is not a duration
+        [relay] | command_timeout = 5 minutes => 2: command_timeout: '5 minutes' is not a duration
+        [relay] | command_timeout = -1 => 2: command_timeout: '-1' is not a duration
+        [relay] | command_timeout = 1e3 => 2: command_timeout: '1e3' is not a duration
+        [relay] | command_timeout = 5\u017f => 2: command_timeout: '5\u017f' is not a duration
+        [relay] | max_message_size = 1.5M => 2: max_message_size: '1.5M' is not a size
+        [relay] | max_message_size = 1KB => 2: max_message_size: '1KB' is not a size
+        [relay] | max_message_size = 1\u212a => 2: max_message_size: '1\u212a' is not a size
+        [relay] | log_level = loud => 2: log_level: 'loud' is not one of: debug, info
+        [relay] | listen = mail.example:25 => 2: listen: 'mail.example:25' is not an address of this machine
+        [relay] | listen = 127.0.0.1:70000 => 2: listen: '127.0.0.1:70000' needs a port
+        [relay] | listen = => 2: listen: is empty
+        [relay] | listen = , => 2: listen: is empty
+        [relay] | listen = ::1:25 => 2: listen: '::1:25' may or may not end with a port: write [::1]:25
+        [relay] | hostname = a_b c => 2: hostname: 'a_b c' is not a host name
+        [relay] | hostname = a\x0bb => 2: hostname: 'a\\x0bb' is not a host name
+        [relay] | hostname = |  | max_recipients = => 4: max_recipients: is empty
+        [relay] | trusted_clients = 192.0.2.1/24 => 2: trusted_clients:
+        [relay] | nameservers = dns.example => 2: nameservers: 'dns.example' is not an address
+        [relay] | bare_newline = keep => 2: bare_newline: 'keep' is not one of: normalize, reject
+        [relay] | domains = a..b => 2: domains: 'a..b' is not a domain
+        [status] | listen = 127.0.0.1 => 2: listen: '127.0.0.1' needs a port
+        [alerts] | webhook = ftp://x.example/ => 2: webhook: 'ftp://x.example/' is not a web address
+        [bounces] | postmaster = me => 2: postmaster: 'me' is not a mail address
+        [bounces] | password = x => 2: password needs username beside it
+        [tls] | key = x => 2: key needs certificate beside it
+        [domain a.example] | primary = [192.0.2.1:25 => 2: primary: '[192.0.2.1:25' is not an address
+        [domain a.example] | primary = mx, mail.a.example => 2: primary: 'mx' stands alone
+        [domain a.example] | primary = mail.a.example:0 => 2: primary: 'mail.a.example:0' needs a port
+        [domain a.example] | etrn = 10.0.0.0/40 => 2: etrn:
+        [domain a.example] | recipients = bob => 2: recipients: 'bob' is not a mail address
+        [domain a.example] | recipients = file: => 2: recipients: '' is not a path
+        [domain a.example] | tls = sha256:abc => 2: tls: 'sha256:abc' is not one of
+        [domain a.example] | cutthrough = maybe => 2: cutthrough: 'maybe' is neither yes nor no
+        [domain a.example] | max_queue_size = 0 => 2: max_queue_size: '0' is out of range (1B at least)
+        [domain a.example] | retry_interval = 1h | max_retry_interval = 1m => 3: max_retry_interval is smaller
+        [defaults] | retry_interval = 1h | max_retry_interval = 1m | [domain a.example] => \
+3: max_retry_interval is
+        [domain A.Example] | lifetime = 1d | username = u => 3: username needs password beside it
+        [domain a.example] | password = p => 2: password needs username beside it
+        [defaults] | username = u | [domain a.example] => 2: username needs password beside it
+        [domain a.example] | username = u | password = p | [domain b.example] | username = u | password = q \
+=> 6: this username has another password elsewhere
+        """
 
-    def test_each_fault_of_a_value_is_told_with_file_and_line(self) -> None:
-        for section, text, expected in cases(self, [
-                ("relay", "max_recipients = 0", "2: max_recipients: '0' is out of range (1 to 50000)"),
-                ("relay", "max_recipients = many", "2: max_recipients: 'many' is not a whole number"),
-                ("relay", "max_recipients = \u0663", "2: max_recipients: '\u0663' is not a whole number"),
-                ("relay", "max_message_size = 5X", "2: max_message_size: '5X' is not a size"),
-                ("relay", "command_timeout = 2h", "2: command_timeout: '2h' is out of range (1s to 1h)"),
-                ("relay", "command_timeout = off", "2: command_timeout: 'off' is out of range (1s to 1h)"),
-                ("relay", "command_timeout = soon", "2: command_timeout: 'soon' is not a duration"),
-                ("relay", "log_level = loud", "2: log_level: 'loud' is not one of: debug, info"),
-                ("relay", "listen = mail.example:25",
-                 "2: listen: 'mail.example:25' is not an address of this machine"),
-                ("relay", "listen = 127.0.0.1:70000", "2: listen: '127.0.0.1:70000' needs a port"),
-                ("relay", "listen =", "2: listen: is empty"), ("relay", "listen = ,", "2: listen: is empty"),
-                ("relay", "listen = ::1:25",
-                 "2: listen: '::1:25' may or may not end with a port: write [::1]:25"),
-                ("relay", "hostname = a_b c", "2: hostname: 'a_b c' is not a host name"),
-                ("relay", "hostname = a\x0bb", "2: hostname: 'a\\x0bb' is not a host name"),
-                ("relay", "hostname =\n\nmax_recipients =", "4: max_recipients: is empty"),
-                ("relay", "trusted_clients = 192.0.2.1/24", "2: trusted_clients: "),
-                ("relay", "nameservers = dns.example", "2: nameservers: 'dns.example' is not an address"),
-                ("relay", "bare_newline = keep", "2: bare_newline: 'keep' is not one of: normalize, reject"),
-                ("relay", "domains = a..b", "2: domains: 'a..b' is not a domain"),
-                ("status", "listen = 127.0.0.1", "2: listen: '127.0.0.1' needs a port"),
-                ("alerts", "webhook = ftp://x.example/",
-                 "2: webhook: 'ftp://x.example/' is not a web address"),
-                ("bounces", "postmaster = me", "2: postmaster: 'me' is not a mail address"),
-                ("bounces", "password = x", "2: password needs username beside it"),
-                ("tls", "key = x", "2: key needs certificate beside it"),
-                ("domain a.example", "primary = [192.0.2.1:25",
-                 "2: primary: '[192.0.2.1:25' is not an address"),
-                ("domain a.example", "primary = mx, mail.a.example", "2: primary: 'mx' stands alone"),
-                ("domain a.example", "primary = mail.a.example:0",
-                 "2: primary: 'mail.a.example:0' needs a port"),
-                ("domain a.example", "etrn = 10.0.0.0/40", "2: etrn: "),
-                ("domain a.example", "recipients = bob", "2: recipients: 'bob' is not a mail address"),
-                ("domain a.example", "recipients = file:", "2: recipients: '' is not a path"),
-                ("domain a.example", "tls = sha256:abc", "2: tls: 'sha256:abc' is not one of"),
-                ("domain a.example", "cutthrough = maybe", "2: cutthrough: 'maybe' is neither yes nor no"),
-                ("domain a.example", "max_queue_size = 0",
-                 "2: max_queue_size: '0' is out of range (1B at least)"),
-                ("domain a.example", "retry_interval = 1h\nmax_retry_interval = 1m",
-                 "3: max_retry_interval is smaller"),
-                ("defaults", "retry_interval = 1h\nmax_retry_interval = 1m\n[domain a.example]",
-                 "3: max_retry_interval is"),
-                ("domain A.Example", "lifetime = 1d\nusername = u", "3: username needs password beside it"),
-                ("domain a.example", "password = p", "2: password needs username beside it"),
-                ("defaults", "username = u\n[domain a.example]", "2: username needs password beside it"),
-                ("domain a.example",
-                 "username = u\npassword = p\n[domain b.example]\nusername = u\npassword = q",
-                 "6: this username has another password elsewhere"),
-                ("domain a.example", "username = " + "u" * 256, "2: username: longer than 255 octets")]):
-            error = self.error("[%s]\n%s\n" % (section, text))
+    def test_each_fault_is_told_with_file_and_line(self) -> None:
+        rows = [row.strip().split(" => ") for row in self.FAULTS.replace("\\\n", "").strip().split("\n")]
+        for text, expected in cases(self, [*rows, [
+                "[domain a.example] | username = " + "u" * 256, "2: username: longer than 255 octets"]]):
+            text, expected = (one.encode().decode("unicode_escape") for one in (text, expected))
+            error = self.error(text.replace(" | ", "\n"))
             self.assertTrue(error.startswith("etrn.conf:" + expected), error)
 
     def test_a_fault_is_told_at_its_own_line_wherever_that_is(self) -> None:
@@ -1031,7 +1034,10 @@ class Configuration(Folder):
                  (("127.0.0.1", 25), ("::1", 26), ("::1", 25))),
                 ("[relay]\nlisten = 2525", "listen", (("0.0.0.0", 2525), ("::", 2525))),
                 ("[relay]\nlisten = localhost:26", "listen", (("127.0.0.1", 26), ("::1", 26))),
-                ("[relay]\ncommand_timeout = 1.5m\n", "command_timeout", 90),
+                *(("[relay]\ncommand_timeout = %s\n" % text, "command_timeout", value) for text, value in (
+                    ("1.5m", 90), ("30s", 30), ("90", 90), ("1H", 3600))),
+                *(("[relay]\nmax_message_size = %s\n" % text, "max_message_size", value) for text, value in (
+                    ("512K", 524288), ("50M", 52428800), ("7", 7))),
                 ("[relay]\nmax_message_size = 1g\n", "max_message_size", 1 << 30),
                 ("[relay]\nuser = mail # the account\n", "user", "mail"),
                  ("[relay]\nuser = none\n", "user", ""),
@@ -1051,6 +1057,8 @@ class Configuration(Folder):
                 ("[ domain  a.example ]", "cutthrough = No", "cutthrough", False),
                 ("[domain a.example]", "max_queue_size = none", "max_queue_size", None),
                 ("[domain a.example]", "delay_notice = 4h", "delay_notice", 14400),
+                ("[domain a.example]", "lifetime = 2w", "lifetime", 1209600),
+                ("[domain a.example]", "lifetime = 7d", "lifetime", 604800),
                 ("[domain a.example]", "delay_notice = Off", "delay_notice", 0),
                 ("[domain a.example]", "retry_interval = 2h", "max_retry_interval", 7200),
                 ("[domain a.example]", "max_retry_interval = 5s", "max_retry_interval", 5),
@@ -1063,20 +1071,6 @@ class Configuration(Folder):
                  (("2001:db8::1", 25), ("mail.example", 26)))]):
             cfg = etrn.parse_config("%s\n%s\n" % (section, text), "/x/etrn.conf")
             self.assertEqual(getattr(cfg.domain("a.example"), name), value)
-
-    def test_durations_and_sizes_have_units(self) -> None:
-        for parse, text, value in cases(self, [(etrn.DURATION, "30s", 30), (etrn.DURATION, "5m", 300),
-                (etrn.DURATION, "4h", 14400), (etrn.DURATION, "7d", 604800),
-                (etrn.DURATION, "2w", 1209600), (etrn.DURATION, "90", 90),
-                (etrn.DURATION, "1.5H", 5400), (etrn.DURATION, "0", 0),
-                (etrn.OCTETS, "512K", 524288), (etrn.OCTETS, "50M", 52428800),
-                (etrn.OCTETS, "1g", 1 << 30), (etrn.OCTETS, "7", 7)]):
-            self.assertEqual(parse(text), value)
-        for parse, texts in cases(self, [
-                (etrn.DURATION, ["", "s", "5 minutes", "-1", "1e3", "5x", "5\u017f"]),
-                (etrn.OCTETS, ["", "K", "1.5M", "-1", "1T", "1KB", "1\u212a"])]):
-            for text in texts:
-                self.assertRaises(ValueError, parse, text)
 
     def test_yes_and_no_are_said_in_every_common_way(self) -> None:
         for word in cases(self, "yes On 1 True no false 0 OFF".split()):
@@ -1116,98 +1110,18 @@ class Configuration(Folder):
         self.assertTrue(config("", "username = u\npassword = p").has_logins)
 
     def test_the_machine_is_asked_for_its_name_only_where_none_is_given(self) -> None:
-        file = os.path.join(self.folder, "etrn.conf")
+        file = self.path("etrn.conf")
         with mock.patch.object(etrn, "fully_qualified_name", side_effect=["machine.example"]):
             for text, name in cases(self, [("[relay]\nhostname = a.example\n", "a.example"), ("",
                     "machine.example")]):
-                with open(file, "w", encoding="utf-8") as stream:
-                    stream.write(text)
+                save(file, text)
                 self.assertEqual(etrn.read_config(file).hostname, name)
 
     def test_a_file_that_is_not_utf8_is_told_with_its_line(self) -> None:
-        file = os.path.join(self.folder, "etrn.conf")
+        file = self.path("etrn.conf")
         with open(file, "wb") as stream:
             stream.write(b"[relay]\n# caf\xe9\n")
         self.assertEqual(run("--config", file, "--status"), (78, "", "%s:2: not UTF-8\n" % file))
-
-
-SAMPLE_HEAD = """\
-# etrn.conf - the configuration of etrn_relay.py, a backup mail exchanger.
-#
-# As it stands this file runs, unprivileged, on loopback: a try-out.  For a
-# real backup MX set hostname, listen and your domain; leave the rest alone.
-# Durations: 30s 5m 4h 7d 2w.  Sizes: 512K 50M 1G.  Lists: comma or space.
-# [defaults] takes the options of [domain example.com], for all domains;
-# [domain .example.com] means all subdomains of example.com.
-"""
-SAMPLE_VALUES = {("relay", "hostname"): "backup.example.net", ("relay", "listen"): "127.0.0.1:2525",
-                 ("domain", "primary"): "127.0.0.1:2526"}
-
-
-def format_sample() -> str:
-    """The text of etrn.conf.sample: every option with its default.  To write it anew:
-    python3 -c 'import test_etrn_relay as t; print(t.format_sample(), end="")' > etrn.conf.sample"""
-    out, last = [SAMPLE_HEAD.rstrip()], ""
-    for (section, name), row in etrn.OPTIONS.items():
-        if section != last:
-            out.append("\n[%s]" % ("domain example.com" if section == "domain" else section))
-        out += textwrap.wrap(row.text, 78, initial_indent="# ", subsequent_indent="# ")
-        last, value = section, SAMPLE_VALUES.get((section, name))
-        out.append("%s = %s" % (name, value) if value else "#%s = %s" % (name, row.default or "none"))
-    return "\n".join(out) + "\n"
-
-
-class OptionTable(unittest.TestCase):
-    """Options are declared once; this is the contract's table."""
-
-    CONTRACT = """
-        relay hostname= listen=0.0.0.0:25,[::]:25 spool=spool user= domains= nameservers=/etc/resolv.conf
-            log=stderr log_level=info max_message_size=50M max_recipients=1000 min_free_space=100M
-            max_connections=1000 max_connections_per_client=50 max_message_rate=0 command_timeout=5m
-            trusted_clients= bare_newline=normalize greet_pause=0 odmr_listen=
-        tls certificate= key=
-        bounces route=mx username= password= postmaster=
-        status listen= token=
-        alerts command= webhook= mail= mail_route=mx after=5m
-        domain primary=mx lifetime=7d delay_notice=off recipients=verify while_up=relay
-            unknown_recipients=accept cutthrough=yes etrn=any username= password= tls=may connections=10
-            probe_interval=5s retry_interval=5m max_retry_interval=1h recovery_grace=1h xclient=no
-            max_queue_size="""
-
-    def test_options_and_defaults_are_those_of_the_contract(self) -> None:
-        section, table = "", {}
-        for word in self.CONTRACT.split():
-            name, equals, default = word.partition("=")
-            if equals:
-                table[section, name] = default
-            else:
-                section = name
-        found = {place: option.default.replace(", ", ",") for place, option in etrn.OPTIONS.items()}
-        self.assertEqual(found, table)
-
-    def test_each_default_is_a_value_in_range(self) -> None:
-        values = {**vars(etrn.DomainConfig("")), **vars(etrn.Config("f", etrn.DomainConfig("")))}
-        for (section, name), option in cases(self, etrn.OPTIONS.items()):
-            value = values[name if section in ("relay", "domain") else "%s_%s" % (section, name)]
-            self.assertTrue(type(value) not in (int, float) or option.low <= value <= option.high)
-        for name, value in cases(self, [
-                ("max_message_size", 50 << 20), ("lifetime", 604800), ("etrn", "any"), ("cutthrough", True),
-                ("listen", (("0.0.0.0", 25), ("::", 25))), ("xclient", False), ("delay_notice", 0),
-                ("max_queue_size", None), ("tls_certificate", ""), ("alerts_after", 300)]):
-            self.assertEqual(values[name], value)
-
-    def test_etrn_conf_sample_is_what_the_table_makes_and_parses(self) -> None:
-        with open(SAMPLE, encoding="utf-8") as file:
-            text = file.read()
-        self.assertEqual(text, format_sample())
-        cfg = etrn.parse_config(text, "/x/etrn.conf")
-        self.assertEqual((cfg.listen, list(cfg.domains)), ((("127.0.0.1", 2525),), ["example.com"]))
-        every = etrn.parse_config(re.sub("(?m)^#([a-z_]+ = )", r"\1", text), "/x/etrn.conf")
-        self.assertEqual(every, cfg)                # each line that is commented out says the default
-
-
-class ConfigurationsOfTheWorld(unittest.TestCase):
-    """What operators write, and what they are told to write instead."""
 
     def test_link_local_servers_have_their_zone(self) -> None:
         for text, where in cases(self, [
@@ -1221,10 +1135,7 @@ class ConfigurationsOfTheWorld(unittest.TestCase):
                 "[fe80::1%a/b]:53", "fe80::1%eth0:53", "dns%eth0", "169.254.0.1%eth0"]):
             self.assertRaises(etrn.ConfigError, config, "nameservers = " + text)
         self.assertRaises(etrn.ConfigError, config, "listen = [fe80::1%eth0]:25")
-
-    def test_nameservers_may_be_a_file(self) -> None:
-        for text, path in cases(self, [("/a/file", "/a/file"), ("./resolv.conf", "/nowhere/./resolv.conf"),
-                                       ("/etc/resolv.conf", "/etc/resolv.conf")]):
+        for text, path in cases(self, [("/a/file", "/a/file"), ("./resolv.conf", "/nowhere/./resolv.conf")]):
             self.assertEqual(config("nameservers = " + text).nameservers, path)
 
     def test_a_final_dot_of_a_domain_is_dropped(self) -> None:
@@ -1269,7 +1180,8 @@ class ConfigurationsOfTheWorld(unittest.TestCase):
                  {"a@b.example", "c@b.example", "@d.example"}),
                 ("# a\n\n  # b\n a@b.example # c\nc@b.example#d\n#e@b.example\nf#g@b.example",
                  {"a@b.example", "c@b.example", "f#g@b.example"}),
-                ("u@straße.example\n@straße.example", {"u@xn--strae-oqa.example", "@xn--strae-oqa.example"}),
+                ("u@straße.example\n@straße.example",
+                 {"u@xn--strae-oqa.example", "@xn--strae-oqa.example"}),
                 ('"a b"@b.example x\n', {'"a b"@b.example'}),
                  ("u@münchen.example", {"u@xn--mnchen-3ya.example"}),
                 ("a..b@b.example\n%s@b.example" % ("x" * 99), {"a..b@b.example", "x" * 99 + "@b.example"}),
@@ -1283,10 +1195,45 @@ class ConfigurationsOfTheWorld(unittest.TestCase):
                 ("<any@B.example.>", True), ("<u@x.b.example>", False)]):
             self.assertEqual(etrn.is_listed(etrn.parse_path(text, "5.1.3")[0], entries), expected)
 
+    CONTRACT = """
+        relay hostname= listen=0.0.0.0:25,[::]:25 spool=spool user= domains= nameservers=/etc/resolv.conf
+            log=stderr log_level=info max_message_size=50M max_recipients=1000 min_free_space=100M
+            max_connections=1000 max_connections_per_client=50 max_message_rate=0 command_timeout=5m
+            trusted_clients= bare_newline=normalize greet_pause=0 odmr_listen=
+        tls certificate= key=
+        bounces route=mx username= password= postmaster=
+        status listen= token=
+        alerts command= webhook= mail= mail_route=mx after=5m
+        domain primary=mx lifetime=7d delay_notice=off recipients=verify while_up=relay
+            unknown_recipients=accept cutthrough=yes etrn=any username= password= tls=may connections=10
+            probe_interval=5s retry_interval=5m max_retry_interval=1h recovery_grace=1h xclient=no
+            max_queue_size="""
+
+    def test_options_and_defaults_are_those_of_the_contract(self) -> None:
+        section, table = "", {}
+        for word in self.CONTRACT.split():
+            name, equals, default = word.partition("=")
+            if equals:
+                table[section, name] = default
+            else:
+                section = name
+        found = {place: option.default.replace(", ", ",") for place, option in etrn.OPTIONS.items()}
+        self.assertEqual(found, table)
+
+    def test_etrn_conf_sample_is_what_the_table_makes_and_parses(self) -> None:
+        text = load(SAMPLE)
+        self.assertEqual(text, format_sample())
+        cfg = etrn.parse_config(text, "/x/etrn.conf")
+        self.assertEqual((cfg.listen, list(cfg.domains)), ((("127.0.0.1", 2525),), ["example.com"]))
+        every = etrn.parse_config(re.sub("(?m)^#([a-z_]+ = )", r"\1", text), "/x/etrn.conf")
+        self.assertEqual(every, cfg)                # each line that is commented out says the default
+
 
 class Logs(Folder):
+    """Lines reach file, stderr or syslog; a log that fails stops nothing."""
+
     def test_a_new_log_file_is_not_for_everybody_and_is_opened_again(self) -> None:
-        path, mask = os.path.join(self.folder, "log"), os.umask(0o002)
+        path, mask = self.path("log"), os.umask(0o002)
         self.addCleanup(os.umask, mask)
         log = etrn.Log(path, "info", "backup.example.net")
         self.addCleanup(lambda: log.file and log.file.close())
@@ -1297,9 +1244,8 @@ class Logs(Folder):
         log.write("smtpd", "never", "debug")
         log.flush()
         for name, text in cases(self, [(path + ".1", r"one \\udcff"), (path, "warning: two")]):
-            with open(name, encoding="utf-8") as file:
-                self.assertRegex(file.read(), r"\A\w{3} [ \d]\d [\d:]{8} backup etrn_relay/smtpd\[\d+\]: "
-                                 + text + r"\n\Z")
+            self.assertRegex(load(name), r"\A\w{3} [ \d]\d [\d:]{8} backup etrn_relay/smtpd\[\d+\]: "
+                             + text + r"\n\Z")
             self.assertEqual(stat.S_IMODE(os.stat(name).st_mode), 0o640)
         self.assertRaises(OSError, log.reopen, "/nowhere/log")
         self.assertEqual(log.where, path)               # the old one stays in use
@@ -1373,7 +1319,6 @@ class Player:
         self.actions: List[Tuple[str, Any]] = []
         self.bodies: List[bytes] = []           # of committed messages
         self.body = b""
-        self.largest = 0
         self.take(session.greet())
 
     def receive(self, data: bytes) -> None:
@@ -1385,7 +1330,6 @@ class Player:
             action = todo.popleft()
             if isinstance(action, etrn.Body):
                 self.body += action.data
-                self.largest = max(self.largest, len(action.data))
             elif isinstance(action, etrn.Ask):
                 self.add(action.what, self.shown(action.value))
                 if action.what == "commit":
@@ -1589,17 +1533,14 @@ script("the declared size", READY + "C: MAIL FROM:<> SIZE=10001 S: 552 5.3.4"
        each_mail([r"<a@b.example> SIZE=10000", r"  <a@b.example>   size=10000\x20\x20"], "250"),
        size_limit=10000)
 script("without a limit any size is taken", READY + "C: MAIL FROM:<> SIZE=99999999999999999999 S: 250")
-script("senders", each_mail(["<>", " <>", '<"Fred Bloggs"@d.example>', '<"much.more unusual"@d.example>',
+script("senders", each_mail(["<>", " <>", '<"Fred Bloggs"@d.example>',
                              '<"()<>[]:,;@!#$%&*+-/=?^_`{}| ~.a"@d.example>'] + r"""
-    <""@d.example> <"Joe\\\\Blow"@d.example> <"Abc@def"@d.example> <a+b@d.example> <x@d> <a'b@d.example>
-    <customer/department=shipping@d.example> <$A12345@d.example> <!def!xyz%abc@d.example> <admin@mailserver1>
-    <_somename@d.example> <u@[127.0.0.1]> <u@[IPv6:::1]> <u@[ipv6:2001:db8::1]> <a_b@d_e.example>
+    <""@d.example> <"Joe\\\\Blow"@d.example> <x@d> <a'b@d.example> <$A12345@d.example> <admin@mailserver1>
+    <_somename@d.example> <u@[127.0.0.1]> <u@[ipv6:2001:db8::1]> <a_b@d_e.example>
     <@r1.example,@r2.example:u@d.example>""".split(), "250"),
        *[READY + "C: MAIL FROM:%s S: 501" % path for path in [
-           " Anne <a@b.example>", "a b c", "a @ b", "<x y>", "<a b@c.example>",
-           "<%s@%s>" % ("x" * 75, ".".join(["y" * 75] * 4))] + """
-    <@d.example> <u@> >< <a@b.example <a@xn---> <<a@b.example>> <"a"b"@c.example> <a@b..example>
-    <a@-b.example> <a@[1.2.3]> <a@[IPv6:fe80::1%eth0]> <a@b.example..>""".split()])
+           " Anne <a@b.example>", "a b c", "a @ b", "<%s@%s>" % ("x" * 75, ".".join(["y" * 75] * 4)),
+           "><", "<a@b.example", '<"a"b"@c.example>', "<a@b..example>"]])
 script("bytes outside ascii need smtputf8", READY + r"""
     C: MAIL FROM:<\xc3\xa9@d.example> S: 553 5.6.7      C: MAIL FROM:<\xff@d.example> S: 501
     C: MAIL FROM:<\xff@d.example> SMTPUTF8 S: 501
@@ -1765,15 +1706,20 @@ script("atrn refused leaves the session as it was", each(KNOWN, ["ATRN", "ATRN a
 
 
 class Logins(unittest.TestCase):
+    """AUTH, ATRN and STARTTLS as the session sees them."""
+
     def test_what_is_offered_depends_on_names_tls_and_port(self) -> None:
         for options, auth, others in cases(self, [
                 ({}, [], True), ({"domain": LOGIN}, ["AUTH CRAM-MD5"], True),
                 ({"domain": LOGIN, "tls": "TLSv1.3"}, ["AUTH CRAM-MD5 PLAIN"], True),
                 ({"domain": LOGIN, "is_odmr": True}, ["AUTH CRAM-MD5"], False)]):
-            lines = re.findall(r"(?m)^250[ -](.*)\r$", play(b"EHLO x\r\n", **options).actions[0][1].decode())
-            self.assertEqual([line for line in lines if line.startswith("AUTH")], auth)
-            offered = ("ETRN" in lines, "ATRN" in lines, "PIPELINING" in lines)
-            self.assertEqual(offered, (others, not others, others))
+            lines = re.findall(r"(?m)^250[ -](.*)\r$", play(b"EHLO x\r\n", size_limit=4711, **options)
+                               .actions[0][1].decode())
+            rest = ["ENHANCEDSTATUSCODES", "ATRN"]
+            if others:
+                rest = "PIPELINING 8BITMIME SMTPUTF8 ENHANCEDSTATUSCODES DSN CHUNKING ETRN".split()
+                rest += ["SIZE 4711", "LIMITS RCPTMAX=1000"]
+            self.assertEqual(sorted(lines), sorted(["backup.example.net", *auth, *rest]))
 
     def test_an_atrn_that_is_granted_ends_the_session_and_hands_on_what_came_behind_it(self) -> None:
         opening = b"EHLO x\r\nAUTH CRAM-MD5\r\n%s\r\n" % DIGEST.encode()
@@ -1821,6 +1767,8 @@ class Logins(unittest.TestCase):
 
 
 class Sessions(unittest.TestCase):
+    """What a session asks, keeps, notes and says of itself."""
+
     def test_no_reply_precedes_the_question(self) -> None:
         """Each command waits for what the server is asked, and gets its own answer."""
         chance, session = random.Random(7), new_session()
@@ -1837,63 +1785,6 @@ class Sessions(unittest.TestCase):
         replies += b"".join(one.data for one in actions if isinstance(one, etrn.Send))
         self.assertEqual([int(line[:3]) for line in replies.splitlines()], expected)
 
-    def test_the_ehlo_reply_offers_what_the_contract_lists(self) -> None:
-        player = play(b"EHLO x\r\n", size_limit=4711)
-        lines = [line[4:] for line in player.actions[0][1].decode().split("\r\n")[1:-1]]
-        self.assertEqual(lines[0], "backup.example.net")
-        self.assertEqual(sorted(line.split()[0] for line in lines[1:]), sorted(
-            "PIPELINING SIZE 8BITMIME SMTPUTF8 ENHANCEDSTATUSCODES DSN CHUNKING ETRN LIMITS".split()))
-        self.assertLess({"SIZE 4711", "LIMITS RCPTMAX=1000"}, set(lines))
-
-    def test_dsn_parameters_and_the_body_type_reach_the_transaction(self) -> None:
-        player = Player(new_session())
-        with mock.patch.object(player, "shown", side_effect=lambda value: value):
-            player.receive(b"EHLO x\r\nMAIL FROM:<a@b.example> RET=FULL ENVID=e+2b BODY=8BITMIME SIZE=9\r\n"
-                           b"RCPT TO:<u@ourdom.example> NOTIFY=DELAY ORCPT=rfc822;x+3dy\r\nDATA\r\n.\r\n")
-        transaction, = (value for what, value in player.actions if what == "commit")
-        self.assertEqual((transaction.ret, transaction.envid, transaction.body, transaction.size),
-                         ("FULL", "e+2B", "8BITMIME", 9))
-        self.assertEqual([(one.notify, one.orcpt) for one in transaction.recipients],
-            [("DELAY", "rfc822;x+3Dy")])
-
-    def test_what_arrives_while_an_answer_is_awaited_is_kept_for_later(self) -> None:
-        session = new_session()
-        session.receive(b"EHLO x\r\n")
-        asked = session.receive(b"MAIL FROM:<>\r\nNOOP\r\n")
-        self.assertEqual([type(one).__name__ for one in asked], ["Ask"])
-        self.assertEqual(session.receive(b"NOOP\r\n"), [])
-        sent = b"".join(one.data for one in session.resume(None))
-        self.assertEqual(re.findall(rb"(?m)^\d+", sent), [b"250"] * 3)
-
-    def test_a_large_message_passes_in_bounded_pieces(self) -> None:
-        player = Player(new_session())
-        player.receive(b"HELO x\r\nMAIL FROM:<>\r\nRCPT TO:<u@ourdom.example>\r\nDATA\r\n")
-        sent = 0
-        for number in range(100):
-            block = (b"%05d" % number + b"x" * 8185 + b"\r\n") * 8
-            player.receive(block)
-            sent += len(block)
-            hops = player.session.transaction.hops
-            held = len(player.session.buffer) + (len(hops.held + hops.field) if hops is not None else 0)
-            self.assertLess(held, etrn.COMMAND_MAX + 2 * etrn.HEADER_FIELD_KEPT)
-        player.receive(b".\r\n")
-        self.assertLess(player.largest, 100000)
-        self.assertEqual(len(player.bodies[0]), sent)
-
-    def test_rejections_are_noted_in_one_line_that_cannot_be_forged(self) -> None:
-        notes = play(b"HELO x\xe2\x80\xae\r\nMAIL FROM:<\"a b\"@b.example>\r\n"
-                     b"RCPT TO:<u\xc2\x85@other.example>\r\nRCPT TO:<u@other.example>\r\n").notes
-        self.assertTrue(all(note.isprintable() for note in notes), notes)
-        for note, code in zip(notes, ("553 5.6", "554 5.7")):
-            self.assertEqual(note[:54], "NOQUEUE: reject: RCPT from unknown[192.0.2.7]: " + code)
-        self.assertIn(": 554 5.7.1 <u@other.example>: ", notes[1])
-
-    def test_the_server_ends_a_session_with_or_without_a_line_in_the_log(self) -> None:
-        for fault, kinds in cases(self, [("", ["Send", "Close"]), ("PREGREET", ["Note", "Send", "Close"])]):
-            session = new_session()
-            self.assertEqual([type(one).__name__ for one in session.shut(LATER, fault)], kinds)
-            self.assertEqual(session.receive(b"NOOP\r\n"), [])
-
     def test_our_received_field_is_in_form_whatever_the_client_said(self) -> None:
         for helo, name, protocol in cases(self, [
                 ("EHLO mx.b.example", "mx.b.example", "ESMTP"), ("HELO (x); by y", "unknown", "SMTP"),
@@ -1908,13 +1799,11 @@ class Sessions(unittest.TestCase):
                              r"\tby backup\.example\.net .*with %s id ABC123"
                              r"\r\n\tfor <u@ourdom\.example>;\r\n\t[^\r\n]+\r\n\Z" % (shown, protocol))
             email.utils.parsedate_to_datetime(text.rpartition(";")[2].strip())      # or an error
-
-    def test_our_received_field_names_a_lone_recipient_only(self) -> None:
-        session, transaction = new_session(), etrn.Transaction("a@b.example")
-        for count, names in cases(self, [
+        for count, names in cases(self, [       # a lone recipient only is named
                 (1, ["u"]), (0, ["u", "v"]), (0, ["é"]), (0, ["x" * 1500]), (0, [])]):
             recipients = [etrn.Recipient(etrn.Path(name, DOMAIN), "", "") for name in names]
-            field = etrn.format_received(session, transaction, "A", 1764000000.0, recipients)
+            field = etrn.format_received(new_session(), etrn.Transaction("a@b.example"), "A", 1764000000.0,
+                                         recipients)
             self.assertEqual(field.count(b"\tfor "), count)
             self.assertLess(max(map(len, field.split(b"\r\n"))), 998)
 
@@ -1959,6 +1848,8 @@ def read_data(raw: bytes) -> Tuple[bytes, Optional[bytes]]:
 
 
 class Smuggling(unittest.TestCase):
+    """Only CRLF . CRLF ends data, wherever what looks like it stands and however it comes."""
+
     def check(self, stream: bytes, cuts: Sequence[Iterable[int]], expected: bytes,
             replies: List[str]) -> None:
         for cut in cuts:
@@ -2092,16 +1983,6 @@ class Leniency(unittest.TestCase):
             self.assertEqual(player.codes, ["220", "250", "250", "250", "354", "250", "250"])
             self.assertEqual((player.count("rcpt"), player.bodies), (1, [b"x\r\n"]))
 
-    def test_senders_go_on_as_they_came(self) -> None:
-        for path, sender in cases(self, [
-                ("<a..b@C.example>", "a..b@C.example"), ("a@b.example", "a@b.example"),
-                ("<a.@b.example.>", "a.@b.example"), ("\t<a@b.example>\tAUTH=<>", "a@b.example"),
-                ("<%s@b.example>" % ("v" * 300), "v" * 300 + "@b.example"),
-                ("<a@xn--strae-oqa.example>", "a@xn--strae-oqa.example"),
-                ("<a@straße.example> SMTPUTF8", "a@straße.example")]):
-            player = play(b"EHLO x\r\nMAIL FROM:%s\r\n" % path.encode())
-            self.assertEqual([value[0] for what, value in player.actions if what == "mail"], [sender])
-
     def test_a_hundred_commands_without_a_message_and_then_each_is_an_error(self) -> None:
         verbs = [b"NOOP\r\n", b"RSET\r\n", b"VRFY x\r\n", b"HELP\r\n", b"EHLO x\r\n", b"HELO x\r\n"]
         flood = b"".join(itertools.islice(itertools.cycle(verbs), etrn.JUNK_COMMANDS_MAX + etrn.ERRORS_MAX))
@@ -2128,16 +2009,26 @@ class Addresses(unittest.TestCase):
         <u@wild.example> <u@xwild.example> <u@xn--ourdom-xx.example> u@other.example \t<u@other.example>
         u%other.example@ourdom.example other.example!u@ourdom.example <u@other.example.>""".split()
     NO_PATHS = r"""
-        <u@other.example@ourdom.example> <u@ourdom.example@other.example> <u@> <@ourdom.example> <> <u>
-        <u@ourdom.example>\x20<v@other.example> <u@ourdom.example>\t<v@other.example> <u@ourdom.example\t>
-        <u@ourdom.example>,<v@other.example> <u@ourdom.example\0.evil.example> <$(id)@ourdom.example>
-        <a\rRCPT\x20TO:<v@other.example>@ourdom.example> <(c)u@ourdom.example> <\u202eu@ourdom.example>
-        <e\u0301@ourdom.example> <u\x20@ourdom.example> <"u@ourdom.example> <u@other.example\t@ourdom.example>
-        <u@[fe80::1%eth0]> <u@[IPv6:fe80::1%eth0]> <u@ourdom.example..> <u@.ourdom.example> postmaster@
-        <u@ourdom.example\rRCPT\x20TO:<v@other.example> <u@ourdom.example>\rRCPT\x20TO:<v@other.example>
-        <u@ourdom.example>NOTIFY=NEVER u@ourdom.example\tv@other.example u@other.example,u@ourdom.example
-        "a\tb"@ourdom.example @ourdom.example:u@other.example u@[IPv6:fe80::1%eth0] <u@ourdom.example>\0
-        <u@ourdom.example>\x0bNOTIFY=NEVER""".split() + ["<u@%sourdom.example>" % ("x." * 120)]
+        <u@other.example@ourdom.example> <u@ourdom.example@other.example> <u@> <@ourdom.example> <> <u> < >
+        >< <u@ourdom.example>\x20<v@other.example> <u@ourdom.example>\t<v@other.example>
+        <u@ourdom.example\t> <u@ourdom.example>,<v@other.example> <u@ourdom.example\0.evil.example>
+        <$(id)@ourdom.example> <a\rRCPT\x20TO:<v@other.example>@ourdom.example> <(c)u@ourdom.example>
+        <\u202eu@ourdom.example> <e\u0301@ourdom.example> <u\x20@ourdom.example> <"u@ourdom.example>
+        <u@other.example\t@ourdom.example> <u@[fe80::1%eth0]> <u@[IPv6:fe80::1%eth0]> <u@ourdom.example..>
+        <u@.ourdom.example> postmaster@ <u@ourdom.example\rRCPT\x20TO:<v@other.example>
+        <u@ourdom.example>\rRCPT\x20TO:<v@other.example> <u@ourdom.example>NOTIFY=NEVER
+        u@ourdom.example\tv@other.example u@other.example,u@ourdom.example "a\tb"@ourdom.example
+        @ourdom.example:u@other.example u@[IPv6:fe80::1%eth0] <u@ourdom.example>\0
+        <u@ourdom.example>\x0bNOTIFY=NEVER <u@ourdom.example <u@ourdom.example>x <u@a.wild.example..>
+        <u@a..wild.example> <u@-a.wild.example> <u@[127.0.0.256]> <u@[1.2.3]> <u@[IPv6:1]> <u@[]> <u@xn--->
+        <u@[IPv6:fe80::1%25eth0]> <u@[127.0.0.1%lo]> <u@[127.0.0.1].> <a"b@ourdom.example>
+        <"a"b"@ourdom.example> <u\0@ourdom.example> <@r.example:> <@r..example:u@ourdom.example>
+        <<u@ourdom.example>> u@ourdom.example.. a\x20b@ourdom.example u@a\x20ourdom.example
+        u@ourdom.example> u@ourdom.example@ourdom.example @ourdom.example a<u@ourdom.example
+        Anne\x20<u@ourdom.example> "a\x20b"@ourdom.example postmasters u@ourdom.example\xa0X=1
+        <a\tb@ourdom.example> <"a\tb"@ourdom.example> <u@a\u2024b.wild.example> <u@a\u3002wild.example>
+        u@ourdom.example<v@ourdom.example>""".split() + [
+            "<u@%sourdom.example>" % ("x." * 120), "<u@%s.wild.example>" % ".".join(["d" * 60] * 5)]
 
     def test_mail_for_elsewhere_is_refused_whatever_its_disguise(self) -> None:
         for path, code in cases(self, [(path, "554 5.7.1") for path in self.ELSEWHERE]
@@ -2220,6 +2111,8 @@ class Whims(Player):
 
 
 class Fuzz(unittest.TestCase):
+    """Whatever comes is answered or refused, and the same however it is cut."""
+
     def played(self, data: bytes, cuts: Iterable[int], options: Dict[str, Any], has_tls: bool) -> Player:
         session = new_session(**options)
         session.has_tls = has_tls
@@ -2294,12 +2187,6 @@ class Fuzz(unittest.TestCase):
                 answer = etrn.parse_answer(packet, 7, name, kind)
                 if answer is not None:
                     self.assertLessEqual(len(answer.records), etrn.DNS_RECORDS_MAX)
-
-    def test_hosts_that_are_no_names_are_errors_of_the_dns(self) -> None:
-        for host in cases(self, ["", "a b", "x" * 64 + ".example", "\u202e.example", "a..b", "x" * 300,
-                "-a.example", "a\r\nb"]):
-            with self.assertRaisesRegex(etrn.DnsError, "^not a host name: "):
-                etrn.Resolver((etrn.Endpoint("127.0.0.1", 9),)).addresses(host)
 
     def test_any_reply_is_a_code_or_an_error_however_it_is_cut(self) -> None:
         def read(data: bytes, cuts: Iterable[int]) -> List[Any]:
@@ -2906,7 +2793,7 @@ class SpoolPeople(Folder):
 
     def setUp(self) -> None:
         super().setUp()
-        self.path = os.path.join(self.folder, "spool")
+        self.path = self.path("spool")
         self.spool = opened(self.path)
         self.addCleanup(lambda: self.spool.close())
         self.assertIsNone(store(self.spool, "ABCDE0"))
@@ -3166,7 +3053,7 @@ class SpoolWork(Folder):
 
     def setUp(self) -> None:
         super().setUp()
-        self.spool = opened(os.path.join(self.folder, "spool"))
+        self.spool = opened(self.path("spool"))
         self.addCleanup(self.spool.close)
         loop = etrn.Loop(self.fail)
         self.addCleanup(loop.close)
@@ -3235,160 +3122,13 @@ class SpoolWork(Folder):
         self.assertEqual([error and error.errno for error in errors], [None] * 4 + [errno.EIO])
         self.assertEqual(list(recover(self.spool)), ids[:4])
 
-    def test_what_a_failing_disk_and_a_bug_are_told_as(self) -> None:
-        sick, full = (errno.EIO, errno.EROFS, errno.ESTALE), (errno.ENOSPC, errno.EDQUOT)
-        for code in cases(self, [*sick, *full, errno.EMFILE]):
-            self.threads.sick = ""
-            with mock.patch.object(etrn.os, "fsync", side_effect=OSError(code, os.strerror(code))):
-                error, = self.work(self.commit("ABCDE1"))
-                self.threads._tell([(lambda _: None, error)])
-                self.assertFalse(self.spool.heal())
-            self.assertEqual((str(etrn.disk_reply(error))[:9], bool(self.threads.sick)),
-                             ("452 4.3.1" if code in full else "451 4.3.0", code in sick))
-            self.assertTrue(self.spool.heal())
+    def test_a_bug_is_told_to_who_asked(self) -> None:
         for broken in cases(self, ["commit", "remove", "heal"]):
             with mock.patch.object(self.spool, broken, side_effect=RuntimeError("a bug")):
                 told = self.work(self.commit("ABCDE1"), ("remove", "ABCDE7"), ("heal",))
             self.assertEqual([isinstance(one, RuntimeError) for one in told],
                              [one == broken for one in ("commit", "remove", "heal")])
             self.spool.remove(["ABCDE1"])
-
-
-class Recording(Folder):
-    """The queue and a disk that does not take what it says."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        for patch in (mock.patch.object(etrn, "Stream", Puppet), mock.patch("os.fsync"),
-                      mock.patch.object(etrn, "dial", lambda plan: self.sim.dial(plan)),
-                      mock.patch("time.time", lambda: self.sim.clock.wall)):
-            patch.start()
-            self.addCleanup(patch.stop)
-        self.simulate()
-
-    def simulate(self, domain: str = "") -> Any:
-        self.sim = types.SimpleNamespace(clock=Clock())         # until it is there
-        self.sim = Simulation(tempfile.mkdtemp(dir=self.folder), domain)
-        self.addCleanup(self.sim.spool.close)
-        return self.sim
-
-    def failing(self, what: str, code: int) -> Any:
-        return mock.patch.object(self.sim.spool, what, side_effect=OSError(code, os.strerror(code)))
-
-    def entries(self) -> List[str]:
-        return sorted(id for one in self.sim.queue.destinations.all.values() for id in one.entries)
-
-    def look(self) -> Tuple[List[str], int]:
-        """As at SIGHUP: messages in the queue, and the number of those in corrupt/."""
-        self.sim.queue.loader.load()
-        self.sim.turn()
-        return self.entries(), self.sim.spool.count_corrupt()
-
-    def test_a_full_disk_keeps_nothing_from_being_tried_and_what_was_delivered_is_not_forgotten(self) -> None:
-        sim, id = self.sim, self.sim.put()
-        with self.failing("_replace", errno.ENOSPC), self.failing("remove", errno.EROFS):
-            sim.script["RCPT"] = lambda address: "450 4.2.0 later"
-            sim.run(3 * 3600)
-            self.assertIn(len(sim.offered), range(4, 9))        # at growing pauses
-            sim.script["RCPT"] = lambda address: None
-            sim.run(2 * 3600)
-        self.assertEqual((sim.taken, self.entries(), sim.logged(": removed")), ([id], [id], 0))
-        self.assertTrue(sim.logged(id + ": cannot be removed, trying again"))
-        sim.run(60)
-        self.assertEqual((sim.taken, self.entries(), sim.spool.list()[0]), ([id], [], []))
-
-    def test_a_delivery_to_some_is_written_down_before_the_rest_is_tried(self) -> None:
-        sim, id = self.sim, self.sim.put(USER, OTHER)
-        sim.script["RCPT"] = lambda address: "450 4.2.0 later" if address == OTHER else None
-        with self.failing("_replace", errno.ENOSPC):
-            sim.run(3 * 3600)
-        self.assertEqual((len(sim.offered), [people for _, people, _ in sim.messages]), (1, [[USER]]))
-        sim.run(60)
-        states = [one["state"] for one in sim.spool.read_sidecar(id)["recipients"]]
-        self.assertEqual(states, [etrn.DELIVERED, etrn.QUEUED])
-        sim.script["RCPT"] = lambda address: None
-        sim.run(2 * 3600)
-        self.assertEqual([people for _, people, _ in sim.messages], [[USER], [OTHER]])
-
-    def test_a_sender_hears_once_however_often_it_takes_to_write_that_down(self) -> None:
-        """And the loop knows of the notice, also when its message has left, or lost its body, meanwhile."""
-        def half(ids: Sequence[str]) -> Any:
-            type(self.sim.spool).remove(self.sim.spool, ids)
-            raise OSError(errno.EIO, "of the last fsync")
-        full = OSError(errno.ENOSPC, "full")
-        for domain, what, fault, left in cases(self, [
-                ("lifetime = 1h", "remove", full, ["notice"]), ("lifetime = 1h", "remove", half, ["notice"]),
-                ("lifetime = 1h", "heal", None, ["notice"]),
-                *(("delay_notice = 1h", "_replace", full, its) for its in (["notice"], ["mail", "notice"]))]):
-            sim = self.simulate(domain)
-            sim.reach = lambda name: "Connection refused"
-            id = sim.put(sender="a@sender.example")
-            if what == "heal":
-                os.unlink(os.path.join(sim.spool.path, id + ".eml"))
-            with mock.patch.object(sim.spool, what, side_effect=fault):
-                sim.run(2 * 3600)
-                if left[0] == "mail":
-                    self.look()                     # it may be found, too
-                elif what == "_replace":
-                    sim.reach = lambda name: None if name == DOMAIN else "Connection refused"     # noqa: B023
-                    sim.run(60)
-            sim.run(60)
-            ids = sorted(sim.spool.list()[0])
-            self.assertEqual(self.entries(), ids)
-            self.assertEqual(sorted(sim.spool.read_sidecar(one)["kind"] for one in ids), left)
-
-    def test_a_pair_that_is_being_copied_is_waited_for_and_half_of_one_not_for_ever(self) -> None:
-        self.sim.reach, ids = lambda name: "Connection refused", ["ABCD0%d" % number for number in range(5)]
-        self.sim.clock.wall = os.stat(self.folder).st_ctime
-        self.look()
-        for id, steps in zip(ids, cases(self, [
-                ["eml 50", "eml 100", "json 50", "json 100"], ["json 0", "json 100", "eml 0", "eml 100"],
-                ["json 100", "eml 90", "eml 100"], ["eml 100", "json 100"], ["json 100"]])):
-            files = pair(sidecar_of(id), MESSAGE * 100)
-            for kind, share in map(str.split, steps):
-                self.assertEqual(self.look(), (ids[:ids.index(id)], 0))
-                name = "%s.%s" % (id, kind)
-                write_files(self.sim.spool.path, {name: files[name][:len(files[name]) * int(share) // 100]})
-                os.utime(os.path.join(self.sim.spool.path, name), (5.0, 5.0))   # cp -p, rsync -t
-                self.sim.clock.wall = os.stat(os.path.join(self.sim.spool.path, name)).st_ctime + 1
-            self.assertEqual(self.look(), (ids[:4][:ids.index(id) + 1], 0))
-        self.sim.run(60)
-        self.assertEqual((self.entries(), self.sim.spool.count_corrupt()), (ids[:4], 1))
-
-    def test_a_spool_of_version_0_1_is_taken_over_whatever_stands_in_its_state_files(self) -> None:
-        sim, wall, counters = self.sim, self.sim.clock.wall, dict.fromkeys(etrn.COUNTERS, 3)
-        write_files(sim.spool.path, pair(old_sidecar("ABCDE1", [USER, "u@other.example"], ["other.example"])))
-        state = {"format": 1, "saved": wall, "homes": {DOMAIN: "192.0.2.1"}, "sites": {DOMAIN: {
-            "primary": "down", "since": wall - 100, "recovered": wall - 5000, "pardoned": 0.0, "held": True,
-            "size_limit": 5, "route": [["m.example", "192.0.2.1", 25]], "route_seen": wall, "last_error": "x",
-            "route_of": "192.0.2.1:25", "told": True, "counters": counters}}}
-        people = {"format": 1, "recipients": {USER: [True, wall + 5]}, "accept_all": {DOMAIN: [True, wall]}}
-        for name, value in (("state.json", state), ("recipients.json", people)):
-            write_files(sim.spool.path, {name: json.dumps(value).encode("ascii")})
-        with self.failing("_create", errno.ENOSPC):
-            sim.begin()
-            self.assertEqual(self.entries(), [])
-        sim.run(60)                                 # asked again
-        self.assertEqual([(one.name, [(entry.id, entry.is_held) for entry in one.entries.values()])
-                          for one in sim.queue.destinations.all.values()],
-                         [(DOMAIN, [("ABCDE1", False)]), ("other.example", [("ABCDE101", True)])])
-        one, mono = sim.one, sim.clock.mono - 60
-        self.assertEqual((one.state, one.is_held, one.counters, list(map(str, one.route)), one.last_error),
-                         (etrn.Primary.DOWN, True, counters, ["m.example[192.0.2.1]:25"], "x"))
-        ages = [round(mono - at) for at in (one.since, one.recovered)]
-        self.assertEqual((ages, one.size_limit), ([100, 5000], 5))
-        self.assertTrue(sim.queue.recipients.is_good(USER, wall))
-        for changed, others in cases(self, [*((one, people) for one in SpoolPeople.variants(state)),
-                                            *((state, one) for one in SpoolPeople.variants(people))]):
-            queue = etrn.Queue(sim.cfg, sim.queue.spool, sim.loop, sim.journal)
-            queue.load_state(changed, others)       # costs only what was learned
-            queue.save_state()
-            queue.sweep()
-            sim.loop.turn()
-            for one in queue.destinations.all.values():
-                etrn.format_duration(sim.clock.mono - one.since)
-                one.is_recovering(sim.clock.now)
-        self.assertEqual(sim.logged("cannot be recorded|bug"), 0)
 
 
 # == 7. PROOF ==================================================================
@@ -3451,8 +3191,7 @@ class Mutations(unittest.TestCase):
 
     def mutants(self) -> Iterator[Tuple[str, str]]:
         """Names and sources."""
-        with open(SOURCE, encoding="utf-8") as file:
-            source = file.read()
+        source = load(SOURCE)
         lines, end = source.splitlines(True), source[:source.index("# == 8. SESSION")].count("\n")
         for at in range(source[:source.index("# == 7. SPOOL")].count("\n"), end):
             for pattern, instead in WITHOUT_FSYNC:
@@ -3531,87 +3270,6 @@ class Schedule(unittest.TestCase):
         one.add(etrn.Entry("A00", 100, self.clock.wall), self.clock.now)
         one.state = etrn.Primary[state]
         return one
-
-    def test_who_asks_has_a_try_at_once_whenever_the_last_probe_was_but_one_a_second(self) -> None:
-        one, clock = self.begin("", "DOWN"), self.clock
-        for seconds, is_asked, is_tried in cases(self, [
-                (0, False, True), (0.1, False, False), (0.1, True, True), (0.1, True, False),
-                (etrn.TRIGGER_S, True, True)]):
-            now = clock.advance(seconds)
-            if is_asked:
-                one.flush(now)
-            self.assertEqual(one.wanted(now, 0, 0), is_tried)
-            if is_tried:
-                one.on_dial(now)
-                one.on(etrn.Event.AWAY, now)
-
-    STATES = {      # the state after each event: HEARD TAKEN AWAY REFUSES PARDONED LEFT
-        "UNKNOWN": "UP UNKNOWN DOWN REJECTING UNKNOWN UNKNOWN", "UP": "UP UP DOWN REJECTING UP UNKNOWN",
-        "DOWN": "UP DOWN DOWN DOWN DOWN UNKNOWN", "REJECTING": "REJECTING UP DOWN REJECTING UP UNKNOWN"}
-
-    def test_what_each_event_makes_of_each_state(self) -> None:
-        for state, row in cases(self, self.STATES.items()):
-            for event, after in zip(etrn.Event, row.split()):
-                one = self.begin("", state)
-                change = one.on(event, self.clock.advance(60))
-                self.assertEqual((one.state.name, change), (after, None if after == state else etrn.Change(
-                    etrn.Primary[state], etrn.Primary[after], 60)))
-                is_end = after == "UP" and state in ("DOWN", "REJECTING")
-                self.assertEqual(one.is_recovering(self.clock.now), is_end)
-
-    def test_what_goes_next(self) -> None:
-        one, now = self.begin(), self.clock.now
-        for id, age in (("B03", 30), ("B01", 10), ("B02", 20)):
-            one.add(etrn.Entry(id, 100, self.clock.wall - age), now, 60)
-        one.on(etrn.Event.HEARD, now)
-        self.assertEqual([entry.id for entry in one.take(9, now)], ["B03"])     # alone: the canary
-        one.on_taken(now)
-        found = one.take(9, now)
-        self.assertEqual([entry.id for entry in found], ["B02", "B01", "A00"])  # oldest first
-        self.assertTrue(one.flush(now))
-        for expected in ([found[0]], []):       # what was being sent when a flush came goes again, once
-            one.put_off(found[0], now, 3000)
-            self.assertEqual(one.take(9, now), expected)
-        one.hold(found[1], True)              # while it is sent: held when it comes back
-        one.give_back(found[1])
-        one.hold(found[0], True)
-        one.put_off(found[2], now, 3000)
-        now = self.clock.advance(60)
-        self.assertEqual((one.flush(now), one.flush(now), one.take(9, now)), (True, False, found[2:]))
-        one.hold_all(True)
-        one.drop(found[2].id)
-        self.assertEqual((len(one.by_state[etrn.State.HELD]), one.wanted(self.clock.advance(60), 0, 0)),
-                         (2, False))
-
-    def test_a_5xx_is_final_after_the_grace_only(self) -> None:
-        one = self.begin("", "DOWN")
-        one.on(etrn.Event.HEARD, self.clock.now)
-        for minutes, since, was_good, expected in cases(self, [
-                (0, None, False, False), (59, None, False, False), (59, 59, False, False),
-                (60, None, False, True),
-                (60, None, True, False), (60, 59, True, False), (60, 60, True, True), (90, 91, True, False)]):
-            now = etrn.Now(self.clock.mono + 60 * minutes, self.clock.wall + 60 * minutes)
-            self.assertEqual(one.is_final(now, since and now.wall - 60 * since, was_good), expected)
-        for state in cases(self, ["UNKNOWN", "DOWN", "REJECTING"]):
-            one.state = etrn.Primary[state]
-            self.assertFalse(one.is_final(self.clock.advance(hours=2), 1.0, False))
-
-    def test_a_primary_that_cannot_be_reached_by_us_is_left_alone(self) -> None:
-        for primary, home, can in cases(self,
-                                        [("atrn", "", False), ("etrn", "", False),
-                                         ("etrn", "192.0.2.9", True),
-                                               ("mx", "", True), ("192.0.2.9", "", True)]):
-            one, now = self.begin("primary = " + primary), self.clock.now
-            one.home = home
-            self.assertEqual([one.wanted(now, 0, 0), one.may_ask(now), one.may_cut_through(now),
-                              not one.waits_for,
-                              not one.trouble], [can] * 5)
-            one.on(etrn.Event.HEARD, now)
-            self.assertEqual(one.is_known_up(now), can)
-            self.assertTrue(can or (one.flush(now) and one.flush(now)))         # never "under way already"
-            # while its primary is here it is not tried, and nobody wakes for it
-            one.is_collecting = True
-            self.assertEqual((one.wanted(now, 0, 0), one.wake(now)), (False, None))
 
     def test_names_and_homes(self) -> None:
         sections = "primary = %s\n[domain .w.example]\nprimary = etrn\n[domain x.example]\nlifetime = %s"
@@ -3716,7 +3374,7 @@ class Puppet:
         self.is_ahead = False           # a command came before the one before was answered
         self.behind: List[bytes] = []   # what had come behind each end of data when that was answered
         self.sender = ""
-        self.talk = self._talk()
+        self.talk = smtp(stage, self._say, self._on_line, lambda data: self.behind.append(self.came))
         self.want = next(self.talk)
         stage.puppets = [*getattr(stage, "puppets", []), self]
 
@@ -3752,59 +3410,28 @@ class Puppet:
 
     def _hear(self, piece: Optional[bytes] = None) -> None:
         self.want = self.talk.send(piece)
-        self.is_pausing = isinstance(self.want, float)
+        self.is_pausing, self.is_silent = isinstance(self.want, float), self.is_silent or self.want == "QUIT"
         if self.is_pausing:
             self.loop.later(self.want, lambda: self._hear() or self._play())
 
-    def _say(self, verb: str, argument: str, default: str) -> str:
+    def _on_line(self, line: str) -> None:
+        self.stage.log.append(line)
+        self.is_ahead |= bool(self.came) and line[:4] != "BDAT"
+
+    def _say(self, verb: str, argument: str, default: str, taken: Callable[[], None] = lambda: None) -> str:
         self.stage.current = self
         said = self.stage._said(verb, argument, default)
         data = b"" if said in (CUT, HANG) else said if isinstance(said, bytes) else (
             str(said).replace("\n", "\r\n").encode("utf-8") + b"\r\n")
+        if data[:1] == b"2":
+            taken()
+            self.sender = argument.partition("<")[2].partition(">")[0] if verb == "MAIL" else self.sender
         if not self.is_silent:
             self.loop.post(lambda: self.is_over or not data or self.on_data(data))
             self.is_silent = said in (CUT, HANG) or b"\n421" in b"\n" + data
             if self.is_silent and said is not HANG:
                 self.loop.post(lambda: self.is_over or self.on_end(""))
         return data[:1].decode("latin-1")
-
-    def _talk(self) -> Iterator[Any]:
-        """Yields None for a line, a number for so many octets, a float for a pause; gets what came."""
-        sender: Optional[str] = None
-        recipients: List[str] = []
-        while True:
-            line = (yield None).decode("utf-8").rstrip("\r\n")
-            self.stage.log.append(line)
-            self.is_ahead |= bool(self.came) and line[:4] != "BDAT"
-            verb, _, argument = line.partition(" ")
-            path = argument.partition("<")[2].partition(">")[0]
-            data = (yield int(argument.split()[0])) if verb == "BDAT" else b""
-            if verb == "MAIL":
-                yield getattr(self.stage, "pace_s", 0.1)
-                if self._say(verb, argument, "503 5.5.1 nested MAIL" if sender else "250 2.1.0 ok") == "2":
-                    sender, recipients, self.sender = path, [], path
-            elif verb == "RCPT" and sender is not None:
-                recipients += [path] * (self._say(verb, argument, "250 2.1.5 ok") == "2")
-            elif verb in ("RCPT", "DATA", "BDAT") and not recipients:
-                self._say("none", argument, "503 5.5.1 no MAIL" if verb == "RCPT" else "554 5.5.1 nobody")
-            elif verb == "BDAT" or (verb == "DATA" and self._say(verb, argument, "354 go on") == "3"):
-                while verb == "DATA":
-                    one = yield None
-                    if one == b".\r\n":
-                        break
-                    data += one[1:] if one.startswith(b".") else one
-                yield 0.01
-                self.behind.append(self.came)
-                is_taken = self._say(".", argument, "250 2.0.0 taken") == "2"
-                self.stage.messages += [(sender, recipients, data)] * is_taken
-                if is_taken or verb == "DATA":
-                    sender, recipients = None, []
-            elif verb == "RSET":
-                sender, recipients = None, []
-                self._say(verb, argument, "250 2.0.0 ok")
-            elif verb != "DATA":
-                hello = "\n250-".join(["250-x", *self.stage.extensions]) + "\n250 HELP"
-                self._say(verb, argument, {"QUIT": "221 bye", "EHLO": hello}.get(verb, "250 ok"))
 
 
 def greeted(stage: Any, extensions: Iterable[str]) -> Any:
@@ -4144,11 +3771,11 @@ class Delivery(Played):
         for word, replies in cases(self, {
                 "good": ["250 ok", "251 forwards"],
                 "bad": ["550 5.1.1 x", "550 5.1.2 x", "550 5.1.3 x", "550 5.1.6 x", "550 5.1.10 x", "550 x",
-                        "550 2.1.1 x", "554 5.1.1 x", "552 5.1.1 x", "551 x", "553 x"],
+                        "550 2.1.1 x", "554 5.1.1 x", "552 5.1.1 x", "551 x", "553 x", "501 5.1.3 x"],
                 "silent": ["550 5.7.1 x", "550 5.7.23 x", "550 5.1.0 x", "550 5.1.7 x", "550 5.1.8 x",
                            "550 5.2.1 x",
                            "552 5.2.2 x", "554 x", "552 x", "503 x", "450 x", "450 5.1.1 x", "354 x"],
-                "lost": [CUT, HANG, "421 x", b"garbage\r\n"]}.items()):
+                "lost": [CUT, HANG, "421 x", b"garbage\r\n", b"550-5.1.1 a\r\n250 b\r\n"]}.items()):
             for said, way in itertools.product(replies, WAYS[:3]):
                 primary = self.primary(way, RCPT=said)
                 self.assertEqual(ask(primary), (word, said if word != "lost" else ""))
@@ -4166,6 +3793,7 @@ class PuppetSpool(etrn.SpoolThreads):
 
     def __init__(self, spool: etrn.Spool, loop: PuppetLoop) -> None:
         self.spool, self.loop, self.sick, self.unanswered, self.answered = spool, loop, "", 0, 0.0
+        self.may_write = True
 
     def ask(self, then: Callable[[Any], None], what: str, *values: Any) -> None:
         self.unanswered += 1
@@ -4234,8 +3862,9 @@ class Simulation:
         return self.queue.destinations.get(DOMAIN, self.clock.now)
 
     def put(self, *addresses: Any, domain: str = DOMAIN, kind: str = "mail", sender: Any = None,
-            data: bytes = MESSAGE, **values: Any) -> str:
-        """Accept a message; its sender tells its ID.  Recipients may have NOTIFY and ORCPT with them."""
+            data: bytes = MESSAGE, across: float = 0.0, **values: Any) -> str:
+        """Accept a message; its sender tells its ID.  Recipients may have NOTIFY and ORCPT with them.
+        `across`: days by which the clock is set while the disk is at work."""
         self.serial += 1
         id = "%X" % (0xABC000 + self.serial)
         people = [(one, "", "") if isinstance(one, str) else one
@@ -4245,6 +3874,7 @@ class Simulation:
                                          self.clock.wall + 9,
                                          {"address": "192.0.2.7", "helo": "x", "tls": None}), **values)
         assert self.spool.commit([(id, data, [sidecar])]) == [None]
+        self.jump(across)
         self.queue.accept(sidecar, len(data))
         return id
 
@@ -4276,8 +3906,8 @@ class Simulation:
         """It greets again, and says this to each recipient."""
         self.reach, self.script["RCPT"] = lambda name: None, lambda address: " ".join(rcpt)
 
-    def jump(self, days: str) -> None:
-        self.clock.wall += 86400.0 * int(days)
+    def jump(self, days: Any) -> None:
+        self.clock.wall += 86400.0 * float(days)
 
     def flush(self) -> Any:
         """By command.  How it ends."""
@@ -4314,6 +3944,10 @@ class Simulation:
         at = [at for at, id in self.offered if id == "%X" % (0xABC000 + int(number))]
         return " ".join("%d" % round(one - at[0]) for one in at)
 
+    def order(self) -> str:
+        """In which messages were offered."""
+        return " ".join("%d" % (int(id, 16) - 0xABC000) for _, id in self.offered)
+
     def queued(self) -> int:
         return sum(len(one.entries) for one in self.queue.destinations.all.values())
 
@@ -4342,9 +3976,10 @@ class Simulation:
         """Statements, and questions with ` = ` and what their answer matches."""
         words: Dict[str, Callable[..., Any]] = {
             "put": lambda *who: self.put(*("%s@%s" % (one, DOMAIN) for one in who)),
-            "hang": lambda count: self.down(count, HANG),
+            "hang": lambda count: self.down(count, HANG), "across": lambda days: self.put(across=float(days)),
             "many": lambda count: [self.put() for _ in range(int(count))], "taken": lambda: len(self.taken),
-            "dialling": lambda: self.queue.deliveries.dialling, "open": lambda: len(self.puppets),
+            "dialling": lambda: self.queue.deliveries.dialling, "dialled": lambda: len(self.dials),
+            "open": lambda: len(self.puppets),
             "known": lambda: len(self.queue.recipients.known),
             "hold": lambda: self.queue.hold(DOMAIN, True, lambda _: None),
             "release": lambda: self.queue.hold(DOMAIN, False, lambda _: None),
@@ -4361,15 +3996,14 @@ class Simulation:
                 test.assertRegex(str(found) if is_asked else "", r"\A%s\Z" % answer.strip())
 
 
-class Recovery(Played):
-    """Days of a primary's life, on a clock that is not real."""
+class Simulated(Played):
+    """Tests on a clock that is not real."""
 
     def setUp(self) -> None:
         super().setUp()
         for patch in (
-                mock.patch.multiple(etrn, dial=lambda plan: Simulation.current.dial(plan),
-                                    run_alert_command=lambda _,
-                                    one: Simulation.current.alerts.append(one) or ""),
+                mock.patch.multiple(etrn, dial=lambda plan: Simulation.current.dial(plan), run_alert_command=(
+                    lambda _, one: Simulation.current.alerts.append(one) or "")),
                 mock.patch("time.time", lambda: Simulation.current.clock.wall), mock.patch("os.fsync")):
             patch.start()
             self.addCleanup(patch.stop)
@@ -4378,9 +4012,139 @@ class Recovery(Played):
         memory = "/dev/shm"             # many times as fast as a disk
         folder = tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None)
         self.addCleanup(shutil.rmtree, folder, True)
-        sim = Simulation(folder, "\n".join(options))
+        sim = self.sim = Simulation(folder, "\n".join(options))
         self.addCleanup(sim.spool.close)
         return sim
+
+
+class Recording(Simulated):
+    """The queue and a disk that does not take what it says."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.simulate()
+
+    def failing(self, what: str, code: int) -> Any:
+        return mock.patch.object(self.sim.spool, what, side_effect=OSError(code, os.strerror(code)))
+
+    def entries(self) -> List[str]:
+        return sorted(id for one in self.sim.queue.destinations.all.values() for id in one.entries)
+
+    def look(self) -> Tuple[List[str], int]:
+        """As at SIGHUP: messages in the queue, and the number of those in corrupt/."""
+        self.sim.queue.loader.load()
+        self.sim.turn()
+        return self.entries(), self.sim.spool.count_corrupt()
+
+    def test_a_full_disk_keeps_nothing_from_being_tried_and_what_was_delivered_is_not_forgotten(self) -> None:
+        sim, id = self.sim, self.sim.put()
+        with self.failing("_replace", errno.ENOSPC), self.failing("remove", errno.EROFS):
+            sim.script["RCPT"] = lambda address: "450 4.2.0 later"
+            sim.run(3 * 3600)
+            self.assertIn(len(sim.offered), range(4, 9))        # at growing pauses
+            sim.script["RCPT"] = lambda address: None
+            sim.run(2 * 3600)
+        self.assertEqual((sim.taken, self.entries(), sim.logged(": removed")), ([id], [id], 0))
+        self.assertTrue(sim.logged(id + ": cannot be removed, trying again"))
+        sim.run(60)
+        self.assertEqual((sim.taken, self.entries(), sim.spool.list()[0]), ([id], [], []))
+
+    def test_a_delivery_to_some_is_written_down_before_the_rest_is_tried(self) -> None:
+        sim, id = self.sim, self.sim.put(USER, OTHER)
+        sim.script["RCPT"] = lambda address: "450 4.2.0 later" if address == OTHER else None
+        with self.failing("_replace", errno.ENOSPC):
+            sim.run(3 * 3600)
+        self.assertEqual((len(sim.offered), [people for _, people, _ in sim.messages]), (1, [[USER]]))
+        sim.run(60)
+        states = [one["state"] for one in sim.spool.read_sidecar(id)["recipients"]]
+        self.assertEqual(states, [etrn.DELIVERED, etrn.QUEUED])
+        sim.script["RCPT"] = lambda address: None
+        sim.run(2 * 3600)
+        self.assertEqual([people for _, people, _ in sim.messages], [[USER], [OTHER]])
+
+    def test_a_sender_hears_once_however_often_it_takes_to_write_that_down(self) -> None:
+        """And the loop knows of the notice, also when its message has left, or lost its body, meanwhile."""
+        def half(ids: Sequence[str]) -> Any:
+            type(self.sim.spool).remove(self.sim.spool, ids)
+            raise OSError(errno.EIO, "of the last fsync")
+        full = OSError(errno.ENOSPC, "full")
+        for domain, what, fault, left in cases(self, [
+                ("lifetime = 1h", "remove", full, ["notice"]), ("lifetime = 1h", "remove", half, ["notice"]),
+                ("lifetime = 1h", "heal", None, ["notice"]),
+                *(("delay_notice = 1h", "_replace", full, its) for its in (["notice"], ["mail", "notice"]))]):
+            sim = self.simulate(domain)
+            sim.reach = lambda name: "Connection refused"
+            id = sim.put(sender="a@sender.example")
+            if what == "heal":
+                os.unlink(os.path.join(sim.spool.path, id + ".eml"))
+            with mock.patch.object(sim.spool, what, side_effect=fault):
+                sim.run(2 * 3600)
+                if left[0] == "mail":
+                    self.look()                     # it may be found, too
+                elif what == "_replace":
+                    sim.reach = lambda name: None if name == DOMAIN else "Connection refused"     # noqa: B023
+                    sim.run(60)
+            sim.run(60)
+            ids = sorted(sim.spool.list()[0])
+            self.assertEqual(self.entries(), ids)
+            self.assertEqual(sorted(sim.spool.read_sidecar(one)["kind"] for one in ids), left)
+
+    def test_a_pair_that_is_being_copied_is_waited_for_and_half_of_one_not_for_ever(self) -> None:
+        self.sim.reach, ids = lambda name: "Connection refused", ["ABCD0%d" % number for number in range(5)]
+        self.sim.clock.wall = os.stat(self.folder).st_ctime
+        self.look()
+        for id, steps in zip(ids, cases(self, [
+                ["eml 50", "eml 100", "json 50", "json 100"], ["json 0", "json 100", "eml 0", "eml 100"],
+                ["json 100", "eml 90", "eml 100"], ["eml 100", "json 100"], ["json 100"]])):
+            files = pair(sidecar_of(id), MESSAGE * 100)
+            for kind, share in map(str.split, steps):
+                self.assertEqual(self.look(), (ids[:ids.index(id)], 0))
+                name = "%s.%s" % (id, kind)
+                write_files(self.sim.spool.path, {name: files[name][:len(files[name]) * int(share) // 100]})
+                os.utime(os.path.join(self.sim.spool.path, name), (5.0, 5.0))   # cp -p, rsync -t
+                self.sim.clock.wall = os.stat(os.path.join(self.sim.spool.path, name)).st_ctime + 1
+            self.assertEqual(self.look(), (ids[:4][:ids.index(id) + 1], 0))
+        self.sim.run(60)
+        self.assertEqual((self.entries(), self.sim.spool.count_corrupt()), (ids[:4], 1))
+
+    def test_a_spool_of_version_0_1_is_taken_over_whatever_stands_in_its_state_files(self) -> None:
+        sim, wall, counters = self.sim, self.sim.clock.wall, dict.fromkeys(etrn.COUNTERS, 3)
+        write_files(sim.spool.path, pair(old_sidecar("ABCDE1", [USER, "u@other.example"], ["other.example"])))
+        state = {"format": 1, "saved": wall, "homes": {DOMAIN: "192.0.2.1"}, "sites": {DOMAIN: {
+            "primary": "down", "since": wall - 100, "recovered": wall - 5000, "pardoned": 0.0, "held": True,
+            "size_limit": 5, "route": [["m.example", "192.0.2.1", 25]], "route_seen": wall, "last_error": "x",
+            "route_of": "192.0.2.1:25", "told": True, "counters": counters}}}
+        people = {"format": 1, "recipients": {USER: [True, wall + 5]}, "accept_all": {DOMAIN: [True, wall]}}
+        for name, value in (("state.json", state), ("recipients.json", people)):
+            write_files(sim.spool.path, {name: json.dumps(value).encode("ascii")})
+        with self.failing("_create", errno.ENOSPC):
+            sim.begin()
+            self.assertEqual(self.entries(), [])
+        sim.run(60)                                 # asked again
+        self.assertEqual([(one.name, [(entry.id, entry.is_held) for entry in one.entries.values()])
+                          for one in sim.queue.destinations.all.values()],
+                         [(DOMAIN, [("ABCDE1", False)]), ("other.example", [("ABCDE101", True)])])
+        one, mono = sim.one, sim.clock.mono - 60
+        self.assertEqual((one.state, one.is_held, one.counters, list(map(str, one.route)), one.last_error),
+                         (etrn.Primary.DOWN, True, counters, ["m.example[192.0.2.1]:25"], "x"))
+        ages = [round(mono - at) for at in (one.since, one.recovered)]
+        self.assertEqual((ages, one.size_limit), ([100, 5000], 5))
+        self.assertTrue(sim.queue.recipients.is_good(USER, wall))
+        for changed, others in cases(self, [*((one, people) for one in SpoolPeople.variants(state)),
+                                            *((state, one) for one in SpoolPeople.variants(people))]):
+            queue = etrn.Queue(sim.cfg, sim.queue.spool, sim.loop, sim.journal)
+            queue.load_state(changed, others)       # costs only what was learned
+            queue.save_state()
+            queue.sweep()
+            sim.loop.turn()
+            for one in queue.destinations.all.values():
+                etrn.format_duration(sim.clock.mono - one.since)
+                one.is_recovering(sim.clock.now)
+        self.assertEqual(sim.logged("cannot be recorded|bug"), 0)
+
+
+class Recovery(Simulated):
+    """Days of a primary's life."""
 
     STORIES = r"""
 # in an outage it is tried soon, then every probe_interval, and at once on ETRN; a flood of them costs one a
@@ -4421,6 +4185,9 @@ retry_interval = 1m | max_retry_interval = 1m | probe_interval = 1m: put a; put 
 # a message that is put off is offered again after 5, 10, 20 ... minutes, sooner after an outage
 put u; +1s; say . 450 4.2.0 later; put u; +3h; times 2 = 0 300 900 2100 4500 810.
 down 1; +1m; back 450 4.2.0 later; +40m; times 1 = 0 60 360 1560
+# the oldest goes alone, then the next oldest; what was being sent when an ETRN came goes again, once
+down 5; +60s; back; +5s; order = 1 2 3 4 5
+put u; say . 450 later; +0.05s; etrn; +290s; times 1 = 0 1
 # canaries put off have their turns; after three, greylisting, all are offered once
 down 10; +1m; back 450 4.2.0 grey; +9s; turns = 10 of 10
 # a message that makes it hang up has pauses of its own; who greets and hangs up is not dialled all the time
@@ -4444,11 +4211,17 @@ probe_interval = 1h: down 1; jump 10; +60s; state = down 1; begin; +167h; state 
 probe_interval = 1h: down 1; jump -10; +60s; state = down 1; begin; +167h; state = down 1; +7h
   state = down 0, 1 expired
 probe_interval = 1h: down 1; +60s; begin; jump 10; +1s; state = down 1; +60s; state = down 0, 1 expired
+probe_interval = 1h: down 1; jump 10; put u; +60s; begin; +167h; state = down 2; +7h
+  state = down 0, 2 expired
+probe_interval = 1h: down 1; across -9; +60s; begin; +167h; state = down 2; +7h; state = down 0, 2 expired
+probe_interval = 1h: down 1; across 9; +60s; begin; +167h; state = down 2; +7h; state = down 0, 2 expired
 # ... and of what was refused when nothing is believed
 down 1; +1m; back 550 5.1.1 no; +30s; jump 30; etrn; +60s; state = up 1; +9000s; state = up 0, 1 bounced
 down 1; +1m; back 550 5.1.1 no; +30s; jump -30; etrn; +60s; state = up 1; +9000s; state = up 0, 1 bounced
 # where nothing can be tried, time that really passed stands for attempts
 primary = atrn: put u; jump 30; +6.9d; state = unknown 1; +5h; state = unknown 0, 1 expired
+# who comes by itself is not dialled, by nobody's wish
+primary = etrn: put u; +1h; etrn = 250; flush; +1m; put u; state = unknown 2; dialled = 0
 # alerts come once for each turn of events, not for short outages, and a restart neither repeats nor forgets
 # one
 [alerts] | command = /bin/true: down 3; +290s; alerts =; +20s; alerts = down:3; restart; +1h; back 550 no
@@ -4506,11 +4279,6 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
         sim.script["RCPT"] = rcpt
         sim.tell(self, "put a b c; +400s")
         self.assertEqual(seen, [(0, "a"), (0, "b"), (0, "c"), (0, "c"), (300, "a")])
-        sim.put(*("a%d@%s" % (number, DOMAIN) for number in range(250)))
-        for waited, expected in cases(self, [("+290s", 3), ("+20s", 6), ("+570s", 6), ("+40s", 9),
-                                             ("etrn; +1m", 12)]):
-            sim.tell(self, waited)
-            self.assertEqual(len(sim.times("3").split()), expected)
 
     def test_connections_double_up_to_their_number_and_halved_ones_close(self) -> None:
         sim, seen = self.simulate(), []
@@ -4579,6 +4347,12 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
                                  ("2" if event == "relayed" else "4", event == "delayed"))
                 self.assertEqual(parts[2].get_content_type() == "message/rfc822",
                                  event == "failed")    # as RET says
+        sim = self.simulate("lifetime = 1d")    # to nobody, nothing
+        sim.reach = lambda name: "refused"
+        sim.put(sender="")
+        sim.put(("u@" + DOMAIN, "NEVER", ""))
+        sim.tell(self, r"+25h; state = down 0, 2 expired; notices = \[\]; logged double bounce = 1")
+        self.assertEqual(spool_files(sim.spool.path), [])
         sim = self.simulate()
         sim.extensions = ["DSN"]                # such a primary confirms by itself
         sim.put(("u@" + DOMAIN, "SUCCESS", ""))
@@ -4596,6 +4370,21 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
                 self.assertEqual([one for one, _ in sim.notices()], [target] if target else [])
             self.assertEqual((sim.queued(), spool_files(sim.spool.path)), (0, []))
             self.assertTrue(sim.logged("double bounce: dropped"))
+
+    def test_a_refusal_is_returned_harmlessly(self) -> None:
+        sim = self.simulate()
+        sim.down("1")
+        sim.run(60)
+        sim.reach = lambda name: None if name == DOMAIN else "refused"
+        said = "550-5.1.1 a\n550-5.1.1 Bcc: v@x.example\n550 5.1.1 \x1b[2J\xff\0"
+        sim.script["RCPT"] = lambda address: said
+        sim.tell(self, r"+3500s; state = up 1; notices = \[\]; +4500s; state = up 0, 1 bounced")
+        (target, parts), = sim.notices()
+        one = parts[1].get_payload()[1]
+        self.assertEqual((target, len(parts), one["Status"], one["Diagnostic-Code"][:17], one["Remote-MTA"]),
+                         ("ABC001@sender.example", 3, "5.1.1", "smtp; 550 5.1.1 a", "dns; primary.example"))
+        self.assertNotRegex("".join(map(str, parts)), r"(?mi)^bcc:|[\x00\x1b\xff]")
+        self.assertTrue(all(line[:-1].isprintable() for line in sim.journal.lines))
 
     def test_size_and_smtputf8_end_as_notices_that_say_so(self) -> None:
         for values, offered, octets, status in cases(self, [
@@ -4619,8 +4408,8 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
         self.assertEqual(len(heard), 1)
         return heard[0]
 
-    def knows(self, sim: Simulation, name: str, days: float = 0) -> Optional[bool]:
-        return sim.queue.recipients.knows("%s@%s" % (name, DOMAIN), sim.clock.wall + days * 86400)
+    def knows(self, sim: Simulation, name: str) -> Optional[bool]:
+        return sim.queue.recipients.knows("%s@%s" % (name, DOMAIN), sim.clock.wall)
 
     def test_word_about_recipients_is_believed_only_of_a_primary_that_is_itself(self) -> None:
         bad = "550 5.1.1 no"
@@ -4649,9 +4438,6 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
         for number in range(6):                 # five in a row with no good one known are doubted
             self.assertEqual(self.ask(sim, "no%d" % number)[0], "bad" if number < 4 else "doubted")
         self.assertEqual([self.ask(sim, name)[0] for name in ("yes", "no7")], ["good", "bad"])
-        for name, days, known in (("no0", 2.9, False), ("no0", 3.1, None), ("yes", 30.9, True),
-                                  ("yes", 31.1, None)):
-            self.assertEqual(self.knows(sim, name, days), known)
         strangers = [line for line in sim.log if re.match("RCPT TO:<[0-9a-f]{16}@", line)]
         self.assertEqual(len(strangers), 1)     # whether it takes anything is asked once a day
         sim.pace_s = 8.0                        # a tarpit: the client is let go after 5 s, the answer is kept
@@ -4683,13 +4469,8 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
             self.assertEqual((self.knows(sim, "u"), times), (known, 1 if known is None else 2))
 
 
-class Dialling(Folder):
+class Dialling(Relays):
     """dial(), on real sockets: whatever happens there says nothing about the mail."""
-
-    def primary(self, **script: Any) -> Primary:
-        primary = Primary(**script)
-        self.addCleanup(primary.__exit__)
-        return primary.start()
 
     def dial(self, *primaries: Primary, tls: str = "none", **plan: Any) -> etrn.Dialled:
         cfg = config("", "primary = %s\ntls = %s" % (", ".join(one.address for one in primaries),
@@ -4711,7 +4492,8 @@ class Dialling(Folder):
                 ("HELO", "250 x", True),
                 *(("STARTTLS", said, said != "421 4.3.2 closing") for said in ["554 no", "250 ok",
                         *faults])]):
-            primary = self.primary(**{stage: said}, **({"EHLO": "502 what?"} if stage == "HELO" else {}))
+            others = {"EHLO": "502 what?"} if stage == "HELO" else {}
+            primary = self.primary(**{stage: said}, **others).start()
             primary.extensions = ["SIZE", "STARTTLS"] if stage == "STARTTLS" else ["SIZE"]
             seconds = 20.0 if said is not HANG else 1.0 if is_there else 0.2    # then a second visit must do
             with shorten(COMMAND_S=seconds):
@@ -4729,13 +4511,13 @@ class Dialling(Folder):
                     primary.clients[-1].sendall(b"2")
                     time.sleep(0.02)
             return CUT
-        primary = self.primary(EHLO=drip)
+        primary = self.primary(EHLO=drip).start()
         with shorten(COMMAND_S=0.3):
             self.assertIn("timed out", self.dial(primary).error)
 
     def test_the_next_host_is_tried_and_a_dead_one_costs_a_moment(self) -> None:
-        down, cross, up = Primary(), self.primary(greeting="554 not today"), self.primary()
-        self.addCleanup(down.__exit__)
+        down, cross, up = self.primary(), self.primary(greeting="554 not today"), self.primary().start()
+        cross.start()
         found = self.dial(down, cross, up)
         self.assertEqual(([hop.port for hop in found.hops], found.client.hop.port),
                          ([one.port for one in (down, cross, up)], up.port))
@@ -4772,7 +4554,7 @@ class Dialling(Folder):
                 one.close()
 
     def test_a_route_back_to_this_relay_is_refused(self) -> None:
-        primary = self.primary()
+        primary = self.primary().start()
         for host in cases(self, ["127.0.0.1", "0.0.0.0"]):
             found = self.dial(primary, listeners=(etrn.Endpoint(host, primary.port),))
             self.assertIn("loops back", found.error)
@@ -4806,36 +4588,6 @@ class Dialling(Folder):
             self.assertEqual((client, bool(error)), (None, True))
 
 
-class Hanging(Relays):
-    """The same over real sockets, with the relay as a process."""
-
-    def test_late_answers_hold_nobody_up_and_an_etrn_starts_a_fresh_connection(self) -> None:
-        primary = self.primary(**{".": [HANG, "250 ok"]})
-        relay = self.relay(primary, LATE_S=0.3)
-        for number in range(12):
-            relay.send(b"Subject: %d\r\n\r\n" % number)
-        primary.start()
-        wait(lambda: len(primary.messages) == 11, "the others")
-        wait(lambda: len(relay.queue()) == 1, "all but the late one")
-        self.assertEqual(relay.json("--status")["domains"][DOMAIN]["primary"], "up")
-        primary.stop()
-        # it boots, and hangs: two at most hang, whatever is asked
-        primary.script = {"greeting": HANG}
-        primary.start()
-        relay.send()
-        for _ in range(8):
-            used = primary.uses["greeting"]
-            with relay.client() as wire:
-                self.assertRegex(wire.say("ETRN " + DOMAIN), "^25[03] ")
-            wait(lambda used=used: primary.uses["greeting"] > used, "a fresh connection")
-        wait(lambda: sum(thread.is_alive() for thread in primary.threads) <= 3,
-             "two that hang and who accepts")
-        primary.script = {}
-        relay.run("--flush", DOMAIN)
-        wait(relay.is_empty, "an empty spool")
-        self.assertEqual(len(primary.messages), 13)
-
-
 class RoutesOfRelays(Relays):
     """Relays that find their primary in a scripted DNS; hosts have one port, on addresses of their own."""
 
@@ -4849,14 +4601,8 @@ class RoutesOfRelays(Relays):
 
     def mx_relay(self, dns: Dns, number: int, hostname: str, **limits: float) -> Relay:
         """A relay that is MX host 127.0.0.NUMBER, and takes our mail on another port."""
-        os.mkdir(os.path.join(self.folder, str(number)))
-        relay = Relay(os.path.join(self.folder, str(number)), "mx", SMTP_PORT=self.mail.port, **limits)
-        with open(relay.file, encoding="utf-8") as file:
-            text = file.read().replace("127.0.0.1:0", "127.0.0.1:0, 127.0.0.%d:%d" % (number, self.mail.port))
-        with open(relay.file, "w", encoding="utf-8") as file:
-            file.write(text.replace("127.0.0.1:9", str(dns.endpoint)).replace("backup.example.net", hostname))
-        self.addCleanup(relay.__exit__)
-        return relay.start()
+        return self.relay("mx", hostname=hostname, nameservers=str(dns.endpoint), SMTP_PORT=self.mail.port,
+                          listen="127.0.0.1:0, 127.0.0.%d:%d" % (number, self.mail.port), **limits)
 
     def test_two_relays_of_equal_preference_never_exchange_mail_and_both_deliver(self) -> None:
         with Dns(self.zone) as dns:     # one is known by its name, the other by its address alone
@@ -4874,7 +4620,7 @@ class RoutesOfRelays(Relays):
             self.mail.start()
             for relay in relays:
                 relay.signal(signal.SIGUSR1)
-                wait(relay.is_empty, "an empty spool")
+                relay.until_empty()
                 self.assertEqual(relay.end(), 0)        # its log is whole then
                 self.assertEqual(sum(": client=" in line for line in relay.log), 3)
             subjects = sorted(re.search(rb"Subject: (\d)", data).group(1) for _, _,
@@ -4884,13 +4630,13 @@ class RoutesOfRelays(Relays):
     def test_the_last_route_serves_when_the_dns_dies_even_after_a_restart(self) -> None:
         self.mail.start()
         with Dns(self.zone) as dns:
-            relay = self.mx_relay(dns, 2, "a.example", DNS_TOTAL_S=0.3, DNS_TRY_S=0.1)
+            relay = self.mx_relay(dns, 2, "a.example", DNS_TOTAL_S=1.0, DNS_TRY_S=0.5)
             for dead in cases(self, ["", "silent", "no such name"]):
                 if dead:
                     relay.start()
                 relay.send()
                 wait(lambda: self.mail.messages, "mail")
-                wait(relay.is_empty, "an empty spool")
+                relay.until_empty()
                 if dead:
                     relay.logged("using the route that worked last")
                 self.assertEqual(relay.end(), 0)
@@ -5046,19 +4792,9 @@ class Packets(unittest.TestCase):
             self.assertEqual(self.parse(packet, kind).records, data)
 
 
-class Forwarder(Dns):
-    """A nameserver that answers with an alias alone and leaves the rest to who asked."""
+class Nameservers(unittest.TestCase):
+    """Questions to servers as they are: slow, lying, broken, knowing little, link-local."""
 
-    def _reply(self, packet: bytes, how: str) -> bytes:
-        name, at = etrn.parse_name(packet, 12)
-        if (name, etrn.CNAME) not in self.zone:
-            return super()._reply(packet, how)
-        id, kind = struct.unpack("!H", packet[:2])[0], struct.unpack("!H", packet[at:at + 2])[0]
-        self.asked.append((how, name, kind))
-        return dns_answer(id, name, kind, [record(name, etrn.CNAME, self.zone[name, etrn.CNAME][0])])
-
-
-class NameserverCase(unittest.TestCase):
     ZONE: Dict[Tuple[str, int], List[Any]] = {
         ("a.example", etrn.MX): [(10, "m1.example"), (20, "m2.example")],
         ("m1.example", etrn.A): ["192.0.2.1"], ("m1.example", etrn.AAAA): ["2001:db8::1"],
@@ -5069,15 +4805,12 @@ class NameserverCase(unittest.TestCase):
         self.stack = contextlib.ExitStack()
         self.addCleanup(self.stack.close)
 
-    def dns(self, zone: Any = None, kind: Any = Dns, **options: Any) -> Dns:
-        server: Dns = self.stack.enter_context(kind(zone or self.ZONE, **options))
-        return server
+    def dns(self, zone: Any = None, **options: Any) -> Dns:
+        return self.stack.enter_context(Dns(zone or self.ZONE, **options))
 
     def resolver(self, *servers: Dns) -> etrn.Resolver:
         return etrn.Resolver(tuple(one.endpoint for one in servers or [self.dns()]))
 
-
-class Nameservers(NameserverCase):
     def test_records_come_over_udp_and_a_truncated_answer_over_tcp(self) -> None:
         for truncate, how in cases(self, [(False, ["udp"]), (True, ["udp", "tcp"])]):
             server = self.dns(truncate=truncate)
@@ -5093,7 +4826,7 @@ class Nameservers(NameserverCase):
         for broken in cases(self, [
                 {"mangle": lambda packet: None},
                 {"mangle": lambda packet: b"\0\0" + packet[2:] if packet[:2] != b"\0\0" else None}]):
-            with shorten(DNS_TRY_S=0.1):
+            with shorten(DNS_TRY_S=0.5):
                 first = self.dns(**broken)
                 self.assertEqual(self.resolver(first, self.dns()).query("a.example", etrn.MX), self.MX)
                 self.assertTrue(first.asked)
@@ -5102,7 +4835,7 @@ class Nameservers(NameserverCase):
         for mangle in cases(self, [lambda packet: None,         # the other: a bare header names nobody
                                    lambda packet: packet[:2] + b"\x81\x83" + b"\0" * 8]):
             silent = self.dns(mangle=mangle)
-            with shorten(DNS_TRY_S=0.05, DNS_TOTAL_S=0.3), \
+            with shorten(DNS_TRY_S=0.1, DNS_TOTAL_S=0.3), \
                     self.assertRaisesRegex(etrn.DnsError, "lookup of a.example failed") as caught:
                 self.resolver(silent).query("a.example", etrn.MX)
             self.assertNotIsInstance(caught.exception, etrn.NoSuchName)
@@ -5114,10 +4847,13 @@ class Nameservers(NameserverCase):
                 ("2001:DB8::2", ["2001:db8::2"]), ("FE80::1%eth0", ["fe80::1%eth0"])]):
             self.assertEqual(resolver.addresses(host), expected)
         self.assertRaisesRegex(etrn.DnsError, "no address is known for a", resolver.addresses, "a.example")
+        for host in cases(self, ["", "a b", "x" * 64 + ".example", "\u202e.example", "a..b", "x" * 300,
+                                 "-a.example", "a\r\nb"]):
+            self.assertRaisesRegex(etrn.DnsError, "^not a host name: ", resolver.addresses, host)
 
     def test_a_nameserver_that_fails_at_ipv6_costs_neither_the_route_nor_much_time(self) -> None:
         server = self.dns(mangle=lambda packet: None if server.asked[-1][2] == etrn.AAAA else packet)
-        with shorten(DNS_TRY_S=0.1):
+        with shorten(DNS_TRY_S=0.5):
             self.assertEqual(self.resolver(server).addresses("m1.example"), ["192.0.2.1"])
         self.assertLessEqual(sum(kind == etrn.AAAA for _, _, kind in server.asked), 2)
 
@@ -5143,10 +4879,6 @@ class Nameservers(NameserverCase):
                              (("192.0.2.53", 53), ("fe80::1%eth0", 53), ("::1", 53)))
         self.assertEqual(etrn.read_resolv_conf("/nowhere/resolv.conf"), (("127.0.0.1", 53),))
 
-
-class NameserversOfTheWorld(NameserverCase):
-    """Servers that know little, aliases left to who asked, link-local ones, and a list for all questions."""
-
     def test_a_server_that_says_it_cannot_is_not_waited_for(self) -> None:
         bare = lambda rcode, questions=0: lambda packet: packet[:2] + struct.pack(      # noqa: E731
             "!HHHHH", 0x8180 | rcode, questions, 0, 0, 0)
@@ -5167,7 +4899,7 @@ class NameserversOfTheWorld(NameserverCase):
                    "c0": "c0.example", "c1": "c2.example", "c2": "c1.example", "root": b"\0",
                    "odd": b"\2\xffa\0"}
         short = {(owner + ".example", etrn.CNAME): [alias] for owner, alias in aliases.items()}
-        server = self.dns({**self.ZONE, **long, **short}, Forwarder)
+        server = self.dns({**self.ZONE, **long, **short})
         for name, expected in cases(self, [("x.example", self.MX), ("dry.example", [])]):
             self.assertEqual(self.resolver(server).query(name, etrn.MX), expected)
         for name, expected in cases(self, [
@@ -5202,9 +4934,7 @@ class NameserversOfTheWorld(NameserverCase):
             self.assertIn("127.0.0.1", etrn.Resolver("/etc/resolv.conf").addresses("localhost"))
             self.assertEqual(server.asked, [])
             self.assertEqual(etrn.Resolver("/etc/resolv.conf").query("a.example", etrn.MX), self.MX)
-
-    def test_the_system_gives_zones_too(self) -> None:
-        number, interface = socket.if_nameindex()[0]
+        number, interface = socket.if_nameindex()[0]                    # which gives zones, too
         both = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("fe80::1", 0, 0, number)),
                 (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 0))]
         with mock.patch.object(socket, "getaddrinfo", return_value=both):
@@ -5248,6 +4978,8 @@ def types_of(message: Any) -> List[str]:
 
 
 class Notices(unittest.TestCase):
+    """Well-formed for strangers, harmless whatever is quoted, and plain to a layman."""
+
     def test_a_notice_is_a_multipart_report(self) -> None:
         second = verdict(address="v@" + DOMAIN, response="timeout", remote="", status="4.4.7")
         message, _ = notice([verdict(), second], envid="QQ+2B1", person={"orcpt": "rfc822;u+2Bx@old.example"})
@@ -5296,16 +5028,23 @@ class Notices(unittest.TestCase):
         self.assertIn("For the postmaster: a message of ", text)
         self.assertNotIn("will not be tried", text)
 
-    def test_foreign_text_puts_neither_header_nor_part_into_the_notice(self) -> None:
-        for text in cases(self, HOSTILE):
-            one = verdict(response=text, remote=text, status=text[:50])
+    def test_foreign_text_puts_neither_header_nor_part_into_the_notice_nor_breaks_its_form(self) -> None:
+        table = itertools.product(("failed", "delayed", "relayed"), (False, True), ("", "\u00e9"),
+                                  [*HOSTILE, "x" * 380 + " y"])
+        original = b"Subject: one\r\nX-Long: " + b"y" * 5000 + b"\r\n\r\nHello.\r\n"
+        for action, full, accent, text in cases(self, table):
+            one = verdict(response=text, remote=text, status=text[:50], address="u%s@%s" % (accent, DOMAIN))
             orcpt = "a\r\nb;" + text.encode("ascii", "replace").decode()
-            message, data = notice([one], person={"orcpt": orcpt}, envid="a+0D+0ABcc:+20v")
+            message, data = notice([one, verdict()], original, full, action, person={"orcpt": orcpt},
+                                   envid="a+0D+0ABcc:+20v")
             _, status, _ = message.iter_parts()
-            self.assertEqual((message["Bcc"], len(status.get_payload())), (None, 2))
-            self.assertTrue(data.isascii() and len(data) < 10000)
+            self.assertEqual((message["Bcc"], len(status.get_payload())), (None, 1 if accent else 3))
+            strict = email.message_from_bytes(data, policy=email.policy.strict)
+            kinds = [part.get_content_maintype() for part in strict.get_payload()]
+            self.assertEqual((kinds[:2], data.isascii()), (["text", "message"], not accent))
             self.assertNotRegex(data, rb"\r(?!\n)|(?<!\r)\n|\0|\x1b|(?mi:^bcc:)")
-            self.assertLess(max(map(len, data.split(b"\r\n"))), 998)
+            ours = data[:data.index(b"Undelivered Message")] if full else data
+            self.assertLessEqual(max(map(len, ours.split(b"\r\n"))), 998)
 
     def test_lines_of_a_notice_are_not_too_long_for_smtp(self) -> None:
         for local in cases(self, ["u", "u" * 1900, "\U0001f600" * 450, '"' + "a b" * 600 + '"']):
@@ -5321,19 +5060,6 @@ class Notices(unittest.TestCase):
         self.assertLessEqual(max(map(len, folded.split(b"\r\n"))), 998)
         self.assertEqual(folded.replace(b"\r\n ", b""), header)
 
-    def test_every_notice_is_well_formed_for_a_strict_reader(self) -> None:
-        table = itertools.product(("failed", "delayed", "relayed"), (False, True), ("", "\u00e9"),
-                                  [*HOSTILE, "x" * 380 + " y"])
-        for action, full, accent, response in cases(self, table):
-            one = verdict(response=response, address="u%s@%s" % (accent, DOMAIN))
-            original = b"Subject: one\r\nX-Long: " + b"y" * 5000 + b"\r\n\r\nHello.\r\n"
-            _, data = notice([one, verdict()], original, full, action)
-            message = email.message_from_bytes(data, policy=email.policy.strict)
-            kinds = [part.get_content_maintype() for part in message.get_payload()]
-            self.assertEqual(kinds[:2], ["text", "message"])
-            ours = data[:data.index(b"Undelivered Message")] if full else data
-            self.assertLessEqual(max(map(len, ours.split(b"\r\n"))), 998)
-            self.assertNotRegex(data, rb"\r(?!\n)|(?<!\r)\n|\0")
 
     def test_what_an_operator_returned_was_neither_refused_nor_waited_for(self) -> None:
         words = "Returned by the postmaster of the backup mail server"
@@ -5373,8 +5099,7 @@ class Notices(unittest.TestCase):
 
     def test_the_words_that_a_meaning_is_known_by_are_said_somewhere(self) -> None:
         """They are our own or the system's, and would be forgotten when a text changes."""
-        with open(SOURCE, encoding="utf-8") as file:
-            source = file.read()
+        source = load(SOURCE)
         before, _, after = re.split(r"(?ms)^(# == \d+\. DSN =+$.*?)(?=^# == )", source)
         spoken = before + after + "\n".join(map(os.strerror, errno.errorcode))
         patterns = [pattern for pattern, _, _ in etrn._MEANINGS if pattern[:1] not in ("^", "")]
@@ -5423,6 +5148,11 @@ def read(sock: socket.socket) -> bytes:
         return b""
 
 
+def read_all(sock: socket.socket) -> bytes:
+    """What comes until it is closed or reset."""
+    return b"".join(iter(functools.partial(read, sock), b""))
+
+
 def without_received(data: bytes) -> bytes:
     """The message without its first Received field."""
     return re.sub(rb"\AReceived:[^\r]*(?:\r\n[ \t][^\r]*)*\r\n", b"", data)
@@ -5432,8 +5162,14 @@ ENVELOPE = "MAIL FROM:<>", "RCPT TO:<u@ourdom.example>"
 
 
 class Life(Relays):
+    """Mail waits and arrives, through restarts, kills, commands, reloads, stops and bugs."""
+
     BODIES = [MESSAGE, b"", b"\r\n", b".\r\n..\r\n...\r\n", b"Subject: \xff\r\n\r\n\x01 caf\xe9\r\n",
-              b"Received: from elsewhere\r\n\tby x; y\r\n\r\n", b"S: x\r\n\r\n" + b"y" * 300000 + b"\r\n"]
+              b"Received: from elsewhere\r\n\tby x; y\r\n\r\n", b"S: x\r\n\r\n" + b"y" * 300000 + b"\r\n",
+              # other people's signatures hold
+              b"DKIM-Signature: v=1; a=rsa-sha256; d=sender.example;\r\n\tbh=AAAA;\r\n b=BBBB\r\nFrom:  A  "
+              b"<a@sender.example>\r\nSubject: folded\r\n\tand   spaced\r\n\r\n.\r\n..two\r\n"
+              b" \t blanks \t\r\ncaf\xe9 \xff\r\n%s\r\n\r\nFrom me\r\n\r\n\r\n" % (b"x" * 900)]
 
     def test_mail_taken_while_the_primary_is_down_arrives_when_it_is_back(self) -> None:
         primary = self.primary()
@@ -5441,13 +5177,18 @@ class Life(Relays):
         people = ["user@" + DOMAIN, "other@" + DOMAIN]
         for body in self.BODIES:
             self.assertRegex(relay.send(body, recipients=people), r"\A250 2\.0\.0 .*queued as [0-9A-F]+\Z")
+        with relay.client() as client:
+            client.say("MAIL FROM:<a@sender.example>", *("RCPT TO:<%s>" % one for one in people))
+            for part, last in ((self.BODIES[-1][:777], b""), (self.BODIES[-1][777:], b" LAST")):
+                client.raw(b"BDAT %d%s\r\n" % (len(part), last) + part)
+                self.assertEqual(client.reply()[:3], "250")
         relay.logged(r"primary\[\d+\]: ourdom\.example: down: connect to .*: Connection refused")
-        self.assertEqual(len(relay.files()), 2 * len(self.BODIES))
+        self.assertEqual(len(relay.files()), 2 * len(self.BODIES) + 2)
         primary.start()
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         arrived = [data for *_, data in primary.messages]
         self.assertEqual({data[:28] for data in arrived}, {b"Received: from client.exampl"})
-        self.assertEqual(sorted(map(without_received, arrived)), sorted(self.BODIES))
+        self.assertEqual(sorted(map(without_received, arrived)), sorted(self.BODIES + self.BODIES[-1:]))
         self.assertEqual({(one[0], *one[1]) for one in primary.messages}, {("a@sender.example", *people)})
         relay.logged(r"primary\[\d+\]: ourdom\.example: up after .*, \d+ messages waiting")
         relay.logged(r"smtp\[\d+\]: [0-9A-F]+: to=<user@ourdom\.example>, relay=127\.0\.0\.1\[127\.0\.0\.1\]:"
@@ -5461,10 +5202,13 @@ class Life(Relays):
         rows = {row["domain"]: [one["address"] for one in row["recipients"]] for row in relay.queue()}
         self.assertEqual(rows, {DOMAIN: ["a@" + DOMAIN, "c@" + DOMAIN], "two.example": ["b@two.example"]})
         self.assertEqual((len({row["id"] for row in relay.queue()}), len(relay.files())), (2, 4))
+        status = relay.json("--status")
+        self.assertEqual((status["spool"]["messages"], status["spool"]["bytes"]),
+                         (2, sum(one["bytes"] for one in status["domains"].values())))
         one.start()
         wait(lambda: [row["domain"] for row in relay.queue()] == ["two.example"], "the second half to remain")
         two.start()
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         (_, people, data), (_, others, same) = one.messages[0], two.messages[0]
         self.assertEqual((people, others, data), (rows[DOMAIN], rows["two.example"], same))
 
@@ -5478,7 +5222,7 @@ class Life(Relays):
         time.sleep(1.6)                 # a disk that had nothing to do for so long still answers
         self.assertEqual((relay.end(), [line for line in relay.log if "disk" in line]), (0, []))
         for name in relay.files():
-            shutil.copy2(os.path.join(relay.spool, name), second.spool)
+            shutil.copy2(relay.at(name), second.spool)
         second.signal(signal.SIGHUP)
         primary.start()
         relay.start()
@@ -5491,6 +5235,23 @@ class Life(Relays):
             self.assertEqual([sender[0] for sender, *_ in one.messages], ["1", "2", "0"])
             self.assertEqual({without_received(data) for *_, data in one.messages}, {MESSAGE})
         self.assertEqual(relay.json("--status")["domains"][DOMAIN]["accepted"], 3)
+
+    def test_a_relay_killed_while_delivering_sends_little_twice_and_loses_nothing(self) -> None:
+        """What is not written down yet may come twice, and nothing else."""
+        primary = self.primary()
+        relay = self.relay(primary, domain="connections = 2", UNRECORDED_MAX=10)
+        sent = {b"Subject: %d\r\n\r\n%s\r\n" % (number, b"%d" % number * 100) for number in range(120)}
+        with relay.client() as client:
+            self.assertEqual({client.send(data)[:3] for data in sent}, {"250"})
+        primary.start()
+        for goal in (5, 40, 80):
+            wait(lambda goal=goal: len(primary.messages) >= goal, "deliveries")
+            relay.end(signal.SIGKILL)
+            relay.start()
+        relay.until_empty()
+        self.assertEqual({without_received(data) for _, _, data in primary.messages}, sent)
+        # At each kill: what the disk had not taken, and one on each connection.
+        self.assertLessEqual(len(primary.messages), len(sent) + 3 * (10 + 2))
 
     def test_etrn_sigusr1_and_the_primarys_own_connection_deliver_all_but_held_mail_at_once(self) -> None:
         def etrn_from_elsewhere(relay: Relay) -> None:
@@ -5513,13 +5274,12 @@ class Life(Relays):
             relay.logged(said and r"flush\[\d+\]: " + said)
 
     def test_sighup_takes_all_or_nothing(self) -> None:
-        other, port = os.path.join(self.folder, "other.log"), unused_port()
+        other, port = self.path("other.log"), unused_port()
         relay = self.relay(relay="max_connections = 2")
         self.assertEqual(self.rcpt(relay, "u@new.example"), ["554 5.7.1"])
         self.let_in(relay, 2)
         self.reload(relay, "configuration reread", relay="max_connections = 3", domain="[domain new.example]")
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
+        with socket.create_server(("127.0.0.1", 0)) as taken:
             for options, domain, error in cases(self, [
                     ("", "nonsense = 1", r"etrn\.conf:\d+: unknown option 'nonsense'"),
                     ("log = %s/x.log" % other, "", "%s/x.log: No such file" % other),
@@ -5533,17 +5293,6 @@ class Life(Relays):
         self.assertEqual(self.rcpt(relay, "u@new.example"), ["250 2.1.5"])
         self.reload(relay, relay="log = " + other, domain="")
         wait(lambda: os.path.exists(other) and os.path.getsize(other), "the new log")
-
-    def test_what_is_not_there_for_us_now_is_no_fault_of_the_configuration(self) -> None:
-        busy = self.relay()
-        assert busy.process is not None
-        for where, told in cases(self, [
-                ("odmr_listen = 127.0.0.1:%d" % busy.port, "cannot listen on %s: Address already in use"),
-                ("odmr_listen = 192.0.2.1:2525", "cannot listen on %s: Cannot assign requested address"),
-                ("spool = " + busy.spool, "%%s is in use by process %d" % busy.process.pid)]):
-            relay = Relay(tempfile.mkdtemp(dir=self.folder), "127.0.0.1:9", relay=where)
-            status, _, text = relay.run()
-            self.assertEqual((status, text), (75, "etrn_relay.py: %s\n" % told % where.partition(" = ")[2]))
 
     def test_a_stop_lets_a_message_end_takes_no_other_and_waits_for_nobody_who_hangs(self) -> None:
         primary = self.primary(**{".": HANG}).start()
@@ -5559,9 +5308,8 @@ class Life(Relays):
             busy.raw(b"age\r\n.\r\n")
             self.assertEqual(busy.reply()[:3], "250")
             self.assertEqual((busy.say("MAIL FROM:<>")[:9], busy.reply()), ("421 4.3.2", ""))
-            assert relay.process is not None
             self.assertEqual((relay.process.wait(5.0), slow.reply()[:9]), (0, "421 4.3.2"))
-        self.assertEqual((len(relay.files()), os.listdir(os.path.join(relay.spool, "incoming"))), (4, []))
+        self.assertEqual((len(relay.files()), os.listdir(relay.at("incoming"))), (4, []))
 
     def test_a_bug_costs_its_session_and_no_other(self) -> None:
         def broken(*_: Any) -> Any:
@@ -5665,48 +5413,6 @@ class Wired(Relays):
             self.assertEqual(local.half_kept(), [])
 
 
-class Refusals(Relays):
-    def test_the_disk_is_asked_before_mail_is_taken(self) -> None:
-        relay = self.relay(change=("min_free_space = 0", "min_free_space = 1000000G"))
-        with relay.client() as client:
-            self.assertEqual((client.say("MAIL FROM:<>")[:9], client.say("NOOP")[:3]), ("452 4.3.1", "250"))
-
-    def test_connections_are_limited_for_one_client_and_for_all(self) -> None:
-        for option, most in cases(self, [("max_connections_per_client = 2", 2), ("max_connections = 2", 2),
-                                         ("max_connections_per_client = 1\nmax_connections = 3\n"
-                                          "trusted_clients = 127.0.0.0/8", 3)]):
-            relay = self.relay(relay=option)
-            for _ in range(2):              # who has left makes room
-                self.let_in(relay, most)
-
-    def test_who_is_idle_too_long_is_told_421(self) -> None:
-        """And who sends an octet now and then, at every stage; but not who sends message after message."""
-        relay = self.relay(relay="command_timeout = 1s", LINGER_S=0.3)
-        stages = [b"", b"", b"EHLO x\r\nNO", OPENING + b"DATA\r\n", OPENING + b"BDAT 99999\r\n",
-                  b"EHLO x\r\nBDAT 9999\r\n", b"EHLO x\r\n" + b"z" * 5000, OPENING + b"DATA\r\nSubject: "]
-        busy, *socks = self.opened(relay, 1 + len(stages))
-        began = time.monotonic()
-        for sock, stage in zip(socks, stages):
-            sock.sendall(stage)
-        for number in itertools.count():
-            if number % 5 == 0:
-                busy.sendall((b".\r\n" if number else b"") + OPENING + b"DATA\r\n")
-                if time.monotonic() > began + 3.0:
-                    break
-            busy.sendall(b"y" * 98 + b"\r\n")
-            time.sleep(0.05)
-            for sock, octet in zip(socks, [b"", *[b"x"] * 6, b"\0"]):
-                with contextlib.suppress(OSError):
-                    sock.sendall(octet)
-        for sock in cases(self, socks):
-            sock.settimeout(0.5)            # it was cut off by now, not because nothing comes any more
-            self.assertIn(b"421 4.4.2", b"".join(iter(functools.partial(read, sock), b"")))
-        busy.sendall(b".\r\nQUIT\r\n")
-        replies = b"".join(iter(functools.partial(read, busy), b""))
-        self.assertEqual((b"\n421" in replies, b"\n221" in replies), (False, True))
-        self.assertEqual(self.kept(relay), 2 * replies.count(b"queued"))
-
-
 class Door(Relays):
     """What the world sends and standards forbid: octets in, and octets out at a primary.  Contract 4."""
 
@@ -5757,7 +5463,7 @@ class Names(Relays):
         self.dns = Dns(zone, mangle=lambda packet: packet if gate is None or gate.wait(DEADLINE_S) else None)
         self.dns.__enter__()
         self.addCleanup(self.dns.__exit__)
-        return self.relay(primary, ("127.0.0.1:9\n", "%s\n" % str(self.dns.endpoint)), **options)
+        return self.relay(primary, nameservers=str(self.dns.endpoint), **options)
 
     def test_a_name_that_leads_back_stands_in_received_and_log_and_is_asked_for_once(self) -> None:
         primary = self.primary().start()
@@ -5798,41 +5504,6 @@ class Names(Relays):
         self.no_bugs(relay.log)
 
 
-class Etrn(Relays):
-    def test_each_reply_of_the_table_on_one_line(self) -> None:
-        down, counted = self.primary(), "253 2.0.0 OK, 1 pending messages for node ourdom.example started"
-        relay = self.relay(down, relay="trusted_clients = 127.0.0.7/32", domain=(
-            "[domain far.example]\nprimary = 127.0.0.2:%d\n[domain sub.tree.example]\n[domain shut.example]\n"
-            "etrn = none\n[domain near.example]\netrn = 127.0.0.1/32\n" % down.port))
-        relay.send(recipients=["u@" + DOMAIN, "u@far.example"])
-        relay.logged(r"ourdom\.example: down: ")
-        relay.logged(r"far\.example: down: ")
-        for source, table in cases(self, [
-                ("127.0.0.8", [("x", "503 5.5.1"), ("near.example", "459 4.7.1"), (DOMAIN, "250 2.0.0")]),
-                ("127.0.0.1", [
-                    (DOMAIN, "503 5.5.1"), ("", "500 5.5.4"), ("#q", "501 5.5.4"), ("../x", "501 5.5.4"),
-                    ("example", "459 4.7.1"), ("other.example", "459 4.7.1"), ("@other.example", "459 4.7.1"),
-                    ("shut.example", "459 4.7.1"), ("tree.example", "459 4.7.1"), ("@tree.example", "250 2"),
-                    ("near.example", "250 2"), ("far.example", "250 2.0.0"), ("OurDom.Example.", counted)]),
-                ("127.0.0.7", [("x", "503 5.5.1"), ("near.example", "459 4.7.1"), (DOMAIN, counted)])]):
-            with Wire(relay.port, source) as client:
-                for name, reply in table:
-                    command = "etrn\t" + name
-                    if reply == counted:        # the flush before may be under way
-                        wait(lambda client=client, command=command: client.say(command) == counted)
-                    else:
-                        self.assertEqual(client.say(command)[:len(reply)], reply)
-                    if reply[:3] == "503":
-                        client.say("HELO gw")
-                self.assertEqual(client.say("NOOP"), "250 2.0.0 Ok")        # each reply had one line
-        relay.run("--hold", DOMAIN)
-        with relay.client() as client:
-            self.assertEqual(client.say("ETRN " + DOMAIN)[:9], "458 4.0.0")
-            self.assertEqual(client.say("MAIL FROM:<>", "ETRN " + DOMAIN)[:9], "503 5.5.1")
-        relay.logged(r"flush\[\d+\]: etrn: site=ourdom\.example, client=unknown\[127\.0\.0\.1\], messages=1, "
-                     r"reply=253")
-
-
 # -- TLS
 
 class Secured(Relays):
@@ -5841,11 +5512,7 @@ class Secured(Relays):
     def setUp(self) -> None:
         super().setUp()
         for name, text in PEMS.items():
-            with open(self.path(name), "w", encoding="ascii") as file:
-                file.write(text)
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.folder, name)
+            save(self.path(name), text)
 
     def install(self, certificate: str = "one") -> None:
         """Put a pair where the relay's is, as a renewal does."""
@@ -5887,6 +5554,8 @@ class TlsWire(Wire):
 
 
 class TlsClients(Secured):
+    """STARTTLS at our door: nothing leaks in, nothing is lost, renewals are seen."""
+
     def test_a_session_over_tls_is_shown_in_received_and_sidecar(self) -> None:
         with self.local() as local, TlsWire(local.port, secure=False) as client:
             self.assertIn("STARTTLS", client.say("EHLO client.example").replace("250-", "").split("\n"))
@@ -5984,8 +5653,7 @@ class TlsClients(Secured):
             self.install("two")
             self.assertEqual(shown(), "two.pem")
             for text in cases(self, [PEMS["one.pem"], PEMS["one.pem"][:200], "", "-----BEGIN CERTIFICATE\n"]):
-                with open(self.path("relay.pem"), "w", encoding="ascii") as file:
-                    file.write(text)            # not the key's, half written, empty
+                save(self.path("relay.pem"), text)            # not the key's, half written, empty
                 self.assertEqual({shown() for _ in range(3)}, {"two.pem"})
             os.unlink(self.path("relay.key"))
             self.assertEqual({shown() for _ in range(2)}, {"two.pem"})
@@ -6000,8 +5668,7 @@ class TlsClients(Secured):
         section = "[tls]\ncertificate = %s\nkey = %s\n" % (self.path("relay.pem"), self.path("relay.key"))
         relay = self.relay(domain=section)
         for name, text in (("relay.pem", "half"), ("locked.key", LOCKED_KEY)):
-            with open(self.path(name), "w", encoding="ascii") as file:
-                file.write(text)
+            save(self.path(name), text)
         for domain, said in cases(self, [
                 (section.replace("relay.", "absent."), ["not reloaded, .* stays: certificate "]),
                 (section.replace("relay.", "locked."), ["not reloaded, .* stays: certificate "]),
@@ -6048,40 +5715,28 @@ class SecurePrimary(Primary):
     """It offers STARTTLS.  Script verbs of its own: "STARTTLS", and "TLS", said instead of a handshake."""
 
     def __init__(self, certificate: str, **script: Any) -> None:
-        super().__init__(**dict(script, greeting=b""))
+        super().__init__(**script)
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(certificate, certificate.replace(".pem", ".key"))
         self.connections = self.secured = 0
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _talk(self, sock: socket.socket, more: Sequence[str] = ("STARTTLS",)) -> bool:
         self.connections += 1
-        with contextlib.suppress(OSError, ValueError), sock, sock.makefile("rb") as lines:
-            sock.sendall(b"220 primary.example ESMTP\r\n")
-            for line in lines:
-                verb = line.upper().strip()
-                if verb.startswith(b"EHLO"):
-                    sock.sendall(b"250-primary.example\r\n250-PIPELINING\r\n250 STARTTLS\r\n")
-                elif verb != b"STARTTLS":
-                    return self._talk(sock, itertools.chain([line], lines))     # type: ignore[arg-type]
-                elif self._say(sock, "STARTTLS", "", "220 2.0.0 go") == "2":
-                    if "TLS" in self.script:
-                        self._say(sock, "TLS", "", "")
-                    return self._secure(self.context.wrap_socket(sock, server_side=True))
-
-    def _secure(self, sock: ssl.SSLSocket) -> None:
-        self.clients.append(sock)
-        self.secured += 1
-        with sock, sock.makefile("rb") as lines:
-            self._talk(sock, lines)
+        if super()._talk(sock, more):
+            if "TLS" in self.script:
+                self._say(sock, "TLS", "", "")
+            with self.context.wrap_socket(sock, server_side=True) as secure:
+                self.clients.append(secure)
+                self.secured += 1
+                super()._talk(secure)
+        return False
 
 
 class TlsPrimaries(Secured):
     """The `tls` option of a domain."""
 
-    def primary(self, **script: Any) -> SecurePrimary:
-        primary = SecurePrimary(self.path("one.pem"), **script)
-        self.addCleanup(primary.__exit__)
-        return primary
+    def secure_primary(self, **script: Any) -> Any:
+        return self.primary(SecurePrimary, self.path("one.pem"), **script)
 
     def deliver(self, primary: Primary, policy: str, trusted: str = "") -> Tuple[bool, str]:
         """Whether a message could be delivered, or why not.  `trusted`: the only authority's certificate."""
@@ -6101,7 +5756,7 @@ class TlsPrimaries(Secured):
                 ("verify", "", 0, "TLS with .* failed"), ("verify", "two", 0, "TLS with .* failed"),
                 ("sha256:" + pin, "", 1, ""), ("sha256:" + bytes.fromhex(pin).hex(":").upper(), "", 1, ""),
                 ("sha256:" + "00" * 32, "", None, "is not the pinned one: sha256:" + pin)]):
-            primary = self.primary().start()
+            primary = self.secure_primary().start()
             is_sent, problem = self.deliver(primary, policy, trusted)
             self.assertEqual((is_sent, primary.connections), (not error, 1), problem)
             self.assertIn(secured, (primary.secured, None))
@@ -6113,7 +5768,7 @@ class TlsPrimaries(Secured):
             {"TLS": "no ServerHello"}, {"STARTTLS": b"220 go\r\n250 INJECTED\r\n"}, None]
         policies = "may", "require", "verify", "sha256:" + "00" * 32
         for fault, policy in cases(self, itertools.product(faults, policies)):
-            primary = (Relays.primary(self) if fault is None else self.primary(**fault)).start()
+            primary = (self.primary() if fault is None else self.secure_primary(**fault)).start()
             is_sent, error = self.deliver(primary, policy)
             self.assertEqual((is_sent, bool(error)), (policy == "may", policy != "may"))
             self.assertNotIn("INJECTED", error)
@@ -6122,13 +5777,10 @@ class TlsPrimaries(Secured):
             else:
                 self.assertEqual((primary.secured, primary.connections), (0, 2 if policy == "may" else 1))
 
-
-class Conversations(Secured):
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
     def test_a_primary_that_stops_reading_is_left_after_its_time(self) -> None:
         over = threading.Event()
-        primary = SecurePrimary(self.path("one.pem"), RCPT=lambda argument: str(over.wait(DEADLINE_S)))
-        self.addCleanup(primary.__exit__)
+        primary = self.secure_primary(RCPT=lambda argument: str(over.wait(DEADLINE_S)))
         self.addCleanup(over.set)
         primary.extensions = ["CHUNKING", "PIPELINING"]
         relay = self.relay(primary.start(), domain="tls = require", BLOCK_S=3.0, SWEEP_S=0.1)
@@ -6141,6 +5793,52 @@ class Conversations(Secured):
 
 
 class Attacks(Relays):
+    """What the network may do costs little, and costs others nothing."""
+
+    def test_the_disk_is_asked_before_mail_is_taken(self) -> None:
+        relay = self.relay(min_free_space="1000000G")
+        with relay.client() as client:
+            self.assertEqual((client.say("MAIL FROM:<>")[:9], client.say("NOOP")[:3]), ("452 4.3.1", "250"))
+
+    def test_connections_are_limited_for_one_client_and_for_all(self) -> None:
+        for option, most in cases(self, [("max_connections_per_client = 2", 2), ("max_connections = 2", 2),
+                                         ("max_connections_per_client = 1\nmax_connections = 3\n"
+                                          "trusted_clients = 127.0.0.0/8", 3)]):
+            relay = self.relay(relay=option)
+            for _ in range(2):              # who has left makes room
+                self.let_in(relay, most)
+
+    def test_who_is_idle_too_long_is_told_421(self) -> None:
+        """And who sends an octet now and then, at every stage; but not who sends message after message."""
+        relay = self.relay(relay="command_timeout = 2s", LINGER_S=0.3)
+        stages = [b"", b"", b"EHLO x\r\nNO", OPENING + b"DATA\r\n", OPENING + b"BDAT 99999\r\n",
+                  b"EHLO x\r\nBDAT 9999\r\n", b"EHLO x\r\n" + b"z" * 5000, OPENING + b"DATA\r\nSubject: "]
+        busy, *socks = self.opened(relay, 1 + len(stages))
+        heard, left, end = dict.fromkeys(socks, b""), set(socks), time.monotonic() + DEADLINE_S
+        for sock, stage in zip(socks, stages):
+            sock.sendall(stage)
+        for number in itertools.count():
+            if number % 5 == 0:
+                busy.sendall((b".\r\n" if number else b"") + OPENING + b"DATA\r\n")
+                if not left or time.monotonic() > end:
+                    break
+            busy.sendall(b"y" * 98 + b"\r\n")
+            for sock in select.select(left, [], [], 0.05)[0]:
+                data = read(sock)
+                heard[sock] += data
+                left -= set() if data else {sock}
+            for sock, octet in zip(socks, [b"", *[b"x"] * 6, b"\0"]):
+                with contextlib.suppress(OSError):
+                    sock.sendall(octet)
+            time.sleep(0.05)
+        for sock in cases(self, socks):
+            self.assertIn(b"421 4.4.2", heard[sock])
+        self.assertEqual(left, set())
+        busy.sendall(b".\r\nQUIT\r\n")
+        replies = read_all(busy)
+        self.assertEqual((b"421" in replies, b"\n221" in replies), (False, True))
+        self.assertEqual(self.kept(relay), 2 * replies.count(b"queued"))
+
     def flood(self, relay: Relay, lines: bytes) -> int:
         """Ten clients that send so much, and read nothing.  How many octets went out."""
         total = 0
@@ -6160,7 +5858,7 @@ class Attacks(Relays):
         began = processor_s(relay)
         sock, = self.opened(relay, 1)
         sock.sendall(OPENING + sample + b"QUIT\r\n")
-        self.assertIn(b"\r\n221 ", b"".join(iter(functools.partial(read, sock), b"")))
+        self.assertIn(b"\r\n221 ", read_all(sock))
         cost = (processor_s(relay) - began) / len(sample)       # of an octet, on this machine
         sent = self.flood(relay, sample * 5)
         used = processor_s(relay)
@@ -6191,7 +5889,7 @@ class Attacks(Relays):
                 for _ in range(120):
                     sock.sendall(part)
                 sock.sendall(b"\r\nQUIT\r\n")
-            replies = b"".join(iter(functools.partial(read, sock), b""))    # but for what a reset took away
+            replies = read_all(sock)    # but for what a reset took away
             if not start:
                 self.assertRegex(replies, rb"\A500 5\.5\.2[^\n]*\n221 [^\n]*\n\Z")
             self.assertEqual(replies.count(b"queued"), b"BDAT" in start)
@@ -6206,13 +5904,14 @@ class Attacks(Relays):
         hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
         highest = max(map(int, os.listdir("/proc/%d/fd" % pid)))
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 1, hard))
-        late = [socket.create_connection(("127.0.0.1", relay.port), DEADLINE_S) for _ in range(20)]
+        late = [connect(relay.port) for _ in range(20)]
         relay.logged("out of file descriptors")
         used = processor_s(relay)
         time.sleep(0.5)                 # the loop must have nothing to do
         self.assertLess(processor_s(relay) - used, 0.2)
         held[0].sendall(b"NOOP\r\n")
-        self.assertIn(b"250 2.0.0", b"".join(iter(lambda: held[0].recv(1), b"\n")))
+        with held[0].makefile("rb") as lines:
+            self.assertIn(b"250 2.0.0", lines.readline())
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
         self.assertEqual({read(sock)[:4] for sock in late}, {b"220 "})
         for sock in [*late, *held]:
@@ -6242,14 +5941,13 @@ class Attacks(Relays):
 
     def test_who_speaks_before_the_banner_is_turned_away(self) -> None:
         relay = self.relay(relay="greet_pause = 60s")
-        where = "127.0.0.1", relay.port
-        with socket.create_connection(where, DEADLINE_S) as hasty:      # which is less than the pause
-            socket.create_connection(where, DEADLINE_S).close()
+        with connect(relay.port) as hasty:      # which is less than the pause
+            connect(relay.port).close()
             hasty.sendall(b"EHLO x\r\n")
-            self.assertRegex(b"".join(iter(lambda: read(hasty), b"")), rb"\A521 5\.5\.1 [^\r]*\r\n\Z")
+            self.assertRegex(read_all(hasty), rb"\A521 5\.5\.1 [^\r]*\r\n\Z")
         self.reload(relay, "configuration reread", relay="greet_pause = 1s")
         began = time.monotonic()
-        with socket.create_connection(where, DEADLINE_S) as patient:
+        with connect(relay.port) as patient:
             self.assertEqual(patient.recv(4), b"220 ")
             self.assertGreater(time.monotonic() - began, 0.9)
         relay.logged(r"NOQUEUE: reject: PREGREET from unknown\[127\.0\.0\.1\]: 521 5\.5\.1")
@@ -6293,7 +5991,6 @@ class Attacks(Relays):
             header = relay.run("--show", row["id"], "--raw")[1].partition("\r\n\r\n")[0]
             self.assertRegex(header, r"\AReceived: from [^\r\n<>(){}\"\\]* \(unknown \[127\.0\.0\.1\]\)"
                              r"(\r\n\t[^\r]+){2,3}\r\nSubject: x\Z")
-        assert relay.process is not None
         start = r"\A[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d backup etrn_relay/[a-z]+\[%d\]: " % relay.process.pid
         for line in relay.log:
             self.assertRegex(line, start)
@@ -6301,19 +5998,6 @@ class Attacks(Relays):
         self.no_bugs(relay.log)
         for name in itertools.chain.from_iterable(names for _, _, names in os.walk(relay.spool)):
             self.assertRegex(name, r"\A([0-9A-F]{6,20}\.(eml|json|new)|[a-z]+\.(json|new)|control|lock)\Z")
-
-
-@unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "only root can become another account")
-class Accounts(Relays):
-    def test_root_is_given_up_for_good_once_ports_are_bound(self) -> None:
-        os.chmod(self.folder, 0o755)
-        with Relay(self.folder, "127.0.0.1:9", relay="user = nobody") as relay:
-            assert relay.process is not None
-            with open("/proc/%d/status" % relay.process.pid, encoding="ascii") as file:
-                ids = re.findall(r"(?m)^[UG]id:\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d+)$", file.read())
-            account = pwd.getpwnam("nobody")
-            self.assertEqual(ids, [(str(account.pw_uid),) * 4, (str(account.pw_gid),) * 4])
-            self.assertEqual((relay.send()[:3], relay.end()), ("250", 0))
 
 
 # -- recipients, sizes, cut-through, while_up
@@ -6327,6 +6011,8 @@ TAKEN, REFUSED, UNSURE = "250 2.1.5", "550 5.1.1", "450 4.1.1"
 
 
 class Recipients(Relays):
+    """Whom a domain has: by list, by file, by its primary's word; and how large mail may be."""
+
     VERIFY = "recipients = verify\nunknown_recipients = defer\n"
 
     def test_a_list_is_obeyed_and_postmaster_is_on_it(self) -> None:
@@ -6335,11 +6021,10 @@ class Recipients(Relays):
         self.assertEqual(replies, [TAKEN] * 3 + [REFUSED, TAKEN])
 
     def test_a_file_is_obeyed_and_read_again_but_not_a_failed_export(self) -> None:
-        path = os.path.join(self.folder, "list")
+        path = self.path("list")
 
         def write(text: str) -> None:
-            with open(path + ".new", "w", encoding="utf-8") as file:
-                file.write(text)
+            save(path + ".new", text)
             os.replace(path + ".new", path)
         write("# empty\n")
         relay = self.relay(domain="recipients = file:" + path, SWEEP_S=0.05)
@@ -6381,43 +6066,6 @@ class Recipients(Relays):
             wait(lambda relay=relay: self.rcpt(relay, "late", "new") == [TAKEN, REFUSED], "its own word")
             primary.stop()
 
-    def test_only_a_word_about_the_recipient_counts(self) -> None:
-        nothing = [
-            {"RCPT": "450 4.2.0 later"}, {"RCPT": "554 5.7.1 not from you"}, {"RCPT": "421 4.7.0 bye"},
-            {"RCPT": CUT}, {"RCPT": "552 5.2.2 full"}, {"RCPT": b"gibberish\r\n"}, {"RCPT": "550 5.7.23 SPF"},
-            {"RCPT": b"350 5.1.1 what\r\n"}, {"RCPT": b"550-5.1.1 a\r\n250 b\r\n"}, {"RCPT": "554 no"},
-            {"RCPT": "550 5.1.8 bad sender"}, {"RCPT": "550 5.1.7 bad sender"}, {"MAIL": "550 5.1.1 no"},
-            {"greeting": "550 5.1.1 no"}, {"EHLO": "550 5.1.1 no", "HELO": "550 5.1.1 no"}]
-        words = ["550 no such user", "551 5.1.6 moved", "553 mailbox name not allowed", "554 5.1.1 nobody",
-                 "550 5.1.10 null mx", "550 5.1.2 x", "501 5.1.3 x"]
-        table = [(said, UNSURE) for said in nothing] + [({"RCPT": word}, REFUSED) for word in words]
-        primaries = [self.primary(**said).start() for said, _ in table]
-        relay = self.relay(domain="".join("[domain d%d.example]\nprimary = %s\n%s" % (
-            number, one.address, self.VERIFY) for number, one in enumerate(primaries)))
-        for number, (_, reply) in cases(self, enumerate(table)):
-            self.assertEqual(self.rcpt(relay, "u@d%d.example" % number), [reply])
-        relay.end()
-        with open(os.path.join(relay.spool, "recipients.json"), "rb") as file:
-            self.assertEqual(len(json.load(file)["recipients"]), len(words))
-
-    def test_a_refused_message_opens_the_question_and_is_no_word_itself(self) -> None:
-        """One forged letter must not make a user unknown for everybody."""
-        primary = self.primary(RCPT=lambda argument: "550 5.1.1 sender is a liar" if "evil" in [
-            line for line in primary.log if line.startswith("MAIL")][-1] else None)
-        relay = self.relay(primary.start(), domain=self.VERIFY + CutThrough.OPTIONS)
-        self.assertEqual(relay.send(sender="evil@x.example", recipients=["u@" + DOMAIN])[:3], "550")
-        wait(lambda: any(line.startswith("RCPT TO:<u@") for line in primary.log[2:]), "the question")
-        self.assertEqual(relay.send(recipients=["u@" + DOMAIN])[:3], "250")
-
-    def test_a_primary_that_refuses_all_is_doubted_and_one_that_takes_all_is_not_asked_again(self) -> None:
-        relay = self.relay(self.primary(RCPT=only("good")).start(), domain=self.VERIFY)
-        self.assertEqual(self.rcpt(relay, "a", "b", "c", "d", "e", "f", "a"), [REFUSED] * 4 + [UNSURE] * 3)
-        self.assertEqual(self.rcpt(relay, "good", "g", "a"), [TAKEN, REFUSED, REFUSED])
-        primary = self.primary().start()
-        relay = self.relay(primary, domain=self.VERIFY)
-        self.assertEqual((self.rcpt(relay, "one"), primary.uses["RCPT"]), ([TAKEN], 2))   # it and a stranger
-        self.assertEqual((self.rcpt(relay, "two", "three"), primary.uses["RCPT"]), ([TAKEN] * 2, 2))
-
     def test_sessions_share_a_question_wait_some_seconds_at_most_and_a_late_answer_is_kept(self) -> None:
         gate = threading.Event()
         primary = self.primary(RCPT=lambda argument: "550 5.1.1 no" if gate.wait(DEADLINE_S) else None)
@@ -6433,13 +6081,6 @@ class Recipients(Relays):
         wait(lambda: self.rcpt(relay, "user") == [REFUSED], "the answer")
         self.assertEqual(sum("user@ourdom.example" in line for line in primary.log), 1)
 
-    def test_a_question_to_a_dying_connection_is_asked_once_more(self) -> None:
-        asked: Set[str] = set()
-        primary = self.primary(
-            RCPT=lambda argument: "550 5.1.1 no" if argument in asked else asked.add(argument) or CUT)
-        relay = self.relay(primary.start(), domain=self.VERIFY)
-        self.assertEqual(self.rcpt(relay, "one", "two", "three"), [REFUSED] * 3)
-
     def test_knowledge_has_its_time(self) -> None:
         cache, again = etrn.RecipientCache(), etrn.RecipientCache()
         cache.learn("Good@x.example", True, 1000.0)
@@ -6454,8 +6095,6 @@ class Recipients(Relays):
                 self.assertEqual([one.knows(address, 1000.0 + days * 86400.0) for address in (
                     "good@x.example", "bad@x.example", "any@y.example")], known)
 
-
-class Announced(Relays):
     def test_a_primarys_own_size_bounds_mail_for_its_domains_alone(self) -> None:
         sizes = {"small": "SIZE 100000", "large": "SIZE 9000000", "odd": "SIZE 10", "silent": "8BITMIME"}
         primaries = {name: self.primary().start() for name in sizes}
@@ -6466,7 +6105,7 @@ class Announced(Relays):
         domains = "".join("[domain %s.example]\nprimary = %s\n" % one for one in addresses)
         relay = self.relay(relay="max_message_size = 20M", domain=domains)
         relay.send(recipients=["u@%s.example" % name for name in sizes])
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
 
         def answers(size: int) -> str:
             with relay.client() as client:
@@ -6490,6 +6129,8 @@ class Announced(Relays):
 
 
 class CutThrough(Relays):
+    """While the primary is up the client hears its verdict, and nothing is kept."""
+
     OPTIONS = "cutthrough = yes\nrecovery_grace = 0s\n"
 
     def test_the_client_hears_the_primarys_own_verdict(self) -> None:
@@ -6523,7 +6164,7 @@ class CutThrough(Relays):
         bad = "bad@" + DOMAIN
         for people in cases(self, [["good@" + DOMAIN, bad], [bad, "bad@two.example"]]):
             self.assertEqual(relay.send(recipients=people)[:3], "250")
-            wait(relay.is_empty, "an empty spool")
+            relay.until_empty()
             told = b"".join(data for *_, data in smarthost.messages)
             self.assertEqual(set(re.findall(rb"Final-Recipient: rfc822; (\S+)", told)),
                              {one.encode() for one in people if one[:3] == "bad"})
@@ -6563,6 +6204,8 @@ class CutThrough(Relays):
 
 
 class WhileUp(Relays):
+    """while_up = defer: spam that avoids the primary is put off, who persists is not."""
+
     def test_mail_stays_out_while_the_primary_is_up_but_for_who_persists(self) -> None:
         relay = self.relay(self.primary().start(), domain="while_up = defer", GREYLIST_WAIT_S=0.5)
         later, taken = ["450 4.3.2"], [TAKEN]
@@ -6597,24 +6240,6 @@ class WhileUp(Relays):
                                                    etrn.Now(second, 0.0)), is_taken)
 
 
-class RealClients(Secured):
-    def test_swaks_sends_over_starttls_and_in_the_clear(self) -> None:
-        pair = self.path("one.pem"), self.path("one.key")
-        relay = self.relay(domain="[tls]\ncertificate = %s\nkey = %s\n" % pair)
-        command = [program("swaks"), "--server", "127.0.0.1:%d" % relay.port, "--helo", "swaks.example",
-                   "--from", "a@sender.example", "--to", "u@%s,v@%s" % (DOMAIN, DOMAIN)]
-        for options, tls, status in cases(self, [
-                (["--tls"], "TLSv1.3", 0), ([], None, 0), (["--protocol", "SMTP"], None, 0),
-                (["--pipeline"], None, 0), (["--to", "u@other.example", "--quit-after", "RCPT"], None, 24)]):
-            done = subprocess.run(command + options, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-            self.assertEqual((done.returncode, b"554 5.7.1" in done.stdout), (status, status > 0))
-            row = relay.queue()[-1]
-            self.assertEqual((row["client"]["helo"], row["client"]["tls"]), ("swaks.example", tls))
-            self.assertEqual(len(row["recipients"]), 2)
-
-
-# -- Postfix as the primary, and as a client
-
 def tls_section(test: Secured) -> str:
     return "[tls]\ncertificate = %s\nkey = %s\n" % (test.path("one.pem"), test.path("one.key"))
 
@@ -6622,6 +6247,8 @@ def tls_section(test: Secured) -> str:
 @unittest.skipIf(os.geteuid(), "only root can start a Postfix of its own")
 @unittest.skipUnless(os.path.exists("/usr/share/postfix/master.cf.dist"), "needs Debian's postfix")
 class RealPostfix(Secured):
+    """Postfix as the primary, and as a client."""
+
     CONFIG = """
         compatibility_level=3.6 queue_directory=%(folder)s/spool data_directory=%(folder)s/data alias_maps=
         maillog_file=%(folder)s/log maillog_file_prefixes=%(folder)s notify_classes= mydestination=
@@ -6642,15 +6269,14 @@ class RealPostfix(Secured):
         os.chmod(folder, 0o755)
         for name in ("etc", "spool", "data", "mail/box/new", "mail/box/cur", "mail/box/tmp"):
             os.makedirs(os.path.join(folder, name))
-        with open("/usr/share/postfix/master.cf.dist", encoding="utf-8") as file:
-            master = re.sub(r"(?m)^smtp(\s+inet\s)", r"%d\1" % self.port, file.read())
+        master = load("/usr/share/postfix/master.cf.dist")
+        master = re.sub(r"(?m)^smtp(\s+inet\s)", r"%d\1" % self.port, master)
         no_chroot = re.sub(r"(?m)^(\S+\s+(?:unix|inet|fifo)\s+\S+\s+\S+\s+)y", r"\1n", master)
         nobody = pwd.getpwnam("nobody")
         values = {"folder": folder, "pems": self.folder, "uid": nobody.pw_uid, "gid": nobody.pw_gid}
         config = "".join(word + "\n" for word in (self.CONFIG % values + options).split())
         for name, text in (("log", ""), ("etc/main.cf", config), ("etc/master.cf", no_chroot)):
-            with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-                file.write(text)
+            save(os.path.join(folder, name), text)
         for where, _, _ in os.walk(os.path.join(folder, "mail")):
             shutil.chown(where, "nobody")
         for name in ("data", "log"):    # postsuper, which tells of half-made files, is not root
@@ -6682,7 +6308,7 @@ class RealPostfix(Secured):
         self.assertRegex(self.read_log(), r"Anonymous TLS connection established from .*127\.0\.0\.1.*TLSv1")
         relay.logged(r"to=<user@ourdom\.example>, relay=127\.0\.0\.1\[127\.0\.0\.1\]:%d, .*dsn=2\.0\.0, "
                      r"status=sent \(250 2\.0\.0 Ok" % self.port)
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         # From Postfix, as a sender.
         with Wire(self.port) as client:
             client.say("EHLO client.example")
@@ -6716,7 +6342,7 @@ class RealPostfix(Secured):
             relay.logged(": down: ", since)
             self.run_postfix("start", self.postfix)
             loading.result(DEADLINE_S)
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         wait(lambda: {one["Subject"] for one in self.box} == set(map(str, range(160))), "all", 2 * DEADLINE_S)
         # "postfix stop" cuts two connections; what it took of a window without having said so comes again.
         self.assertLessEqual(len(self.box) - 160, 2 * etrn.CHUNK_MESSAGES)
@@ -6756,7 +6382,40 @@ def log_in(wire: Wire, username: str = "gw", password: str = "se cret", mechanis
 
 
 class Authenticated(Relays):
-    """ETRN by a client that authenticated, and primary = etrn."""
+    """Who may ask with ETRN, what is said, RFC 1985; clients that authenticate, and primary = etrn."""
+
+    def test_each_reply_of_the_table_on_one_line(self) -> None:
+        down, counted = self.primary(), "253 2.0.0 OK, 1 pending messages for node ourdom.example started"
+        relay = self.relay(down, relay="trusted_clients = 127.0.0.7/32", domain=(
+            "[domain far.example]\nprimary = 127.0.0.2:%d\n[domain sub.tree.example]\n[domain shut.example]\n"
+            "etrn = none\n[domain near.example]\netrn = 127.0.0.1/32\n" % down.port))
+        relay.send(recipients=["u@" + DOMAIN, "u@far.example"])
+        relay.logged(r"ourdom\.example: down: ")
+        relay.logged(r"far\.example: down: ")
+        for source, table in cases(self, [
+                ("127.0.0.8", [("x", "503 5.5.1"), ("near.example", "459 4.7.1"), (DOMAIN, "250 2.0.0")]),
+                ("127.0.0.1", [
+                    (DOMAIN, "503 5.5.1"), ("", "500 5.5.4"), ("#q", "501 5.5.4"), ("../x", "501 5.5.4"),
+                    ("example", "459 4.7.1"), ("other.example", "459 4.7.1"), ("@other.example", "459 4.7.1"),
+                    ("shut.example", "459 4.7.1"), ("tree.example", "459 4.7.1"), ("@tree.example", "250 2"),
+                    ("near.example", "250 2"), ("far.example", "250 2.0.0"), ("OurDom.Example.", counted)]),
+                ("127.0.0.7", [("x", "503 5.5.1"), ("near.example", "459 4.7.1"), (DOMAIN, counted)])]):
+            with Wire(relay.port, source) as client:
+                for name, reply in table:
+                    command = "etrn\t" + name
+                    if reply == counted:        # the flush before may be under way
+                        wait(lambda client=client, command=command: client.say(command) == counted)
+                    else:
+                        self.assertEqual(client.say(command)[:len(reply)], reply)
+                    if reply[:3] == "503":
+                        client.say("HELO gw")
+                self.assertEqual(client.say("NOOP"), "250 2.0.0 Ok")        # each reply had one line
+        relay.run("--hold", DOMAIN)
+        with relay.client() as client:
+            self.assertEqual(client.say("ETRN " + DOMAIN)[:9], "458 4.0.0")
+            self.assertEqual(client.say("MAIL FROM:<>", "ETRN " + DOMAIN)[:9], "503 5.5.1")
+        relay.logged(r"flush\[\d+\]: etrn: site=ourdom\.example, client=unknown\[127\.0\.0\.1\], messages=1, "
+                     r"reply=253")
 
     def test_auth_adds_rights_and_takes_none(self) -> None:
         target = "primary = 127.0.0.2:%d" % self.primary().port
@@ -6783,14 +6442,13 @@ class Authenticated(Relays):
         relay.logged(r"smtpd\[\d+\]: unknown\[127\.0\.0\.1\]: sasl_method=CRAM-MD5, sasl_username=gw$")
 
     def test_passwords_are_read_from_files_and_again_at_sighup(self) -> None:
-        secret = os.path.join(self.folder, "secret")
+        secret = self.path("secret")
         options = "username = gw\npassword = file:" + secret
         relay = Relay(self.folder, "etrn", domain=options, LOGIN_FAILED_S=0.01)
         self.addCleanup(relay.__exit__)
         for content, logged in cases(self, [
                 ("p\u00e2ss 1\n", "started"), ("two", "configuration reread"), ("", "not reloaded.*empty")]):
-            with open(secret, "w", encoding="utf-8") as file:
-                file.write(content)
+            save(secret, content)
             relay.signal(signal.SIGHUP) if relay.process else relay.start()
             relay.logged(logged)
             for password, code in ((content.strip() or "two", "235"), ("pass 1", "535"), ("", "535")):
@@ -6832,24 +6490,13 @@ class Authenticated(Relays):
                 self.assertEqual(client.say("ETRN " + DOMAIN)[:len(code)], code)
             wait(lambda primary=primary: primary.uses["RCPT"], "a delivery there")
             relay.logged(r"primary\[\d+\]: ourdom\.example: at %s since an authenticated ETRN" % source)
-        wait(relay.is_empty, "an empty spool")          # the old one is not waited for
+        relay.until_empty()          # the old one is not waited for
         self.assertEqual((len(old.messages), len(new.messages)), (0, 1))
         relay.end()
         relay.start()                   # it is known after a restart, too
         relay.send()
         wait(lambda: len(new.messages) == 2)
         self.assertIn("at 127.0.0.3 since an authenticated ETRN", relay.run("--status")[1])
-
-    def test_an_etrn_from_this_host_itself_makes_no_loop(self) -> None:
-        port = unused_port()
-        with mock.patch.dict(globals(), CONFIG=CONFIG.replace("127.0.0.1:0", "127.0.0.1:%d" % port)):
-            relay = Relay(self.folder, "etrn", domain=LOGIN_OPTIONS, SMTP_PORT=port)
-        with relay:
-            relay.send()
-            with Wire(relay.port) as client:
-                self.assertEqual((log_in(client)[:3], client.say("ETRN " + DOMAIN)[:3]), ("235", "253"))
-            relay.logged(r"ourdom\.example: down: mail for ourdom\.example loops back to this host")
-            self.assertEqual(len(relay.queue()), 1)
 
 
 class Odmr(Secured):
@@ -6892,7 +6539,7 @@ class Odmr(Secured):
         relay.logged(r"to=<user@ourdom\.example>, relay=none, .*status=deferred \(waits to be collected by")
         self.assertEqual(self.collect(customer, "atrn OURDOM.example"),
                          "250 2.0.0 OK now reversing the connection")
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         self.assertEqual([without_received(data) for _, _, data in customer.messages], bodies)
         self.assertEqual((customer.log[0], customer.log[-1]), ("ehlo backup.example.net", "QUIT"))
         relay.logged(r"flush\[\d+\]: atrn: site=ourdom\.example, client=unknown\[127\.0\.0\.1\], messages=25")
@@ -6923,7 +6570,7 @@ class Odmr(Secured):
         with TlsWire(self.port) as wire:
             self.assertEqual((log_in(wire, mechanism="PLAIN")[:3], wire.say("ATRN")[:3]), ("235", "250"))
             customer._serve(wire.sock)
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         self.assertEqual([without_received(data) for _, _, data in customer.messages], bodies)
 
     def test_each_domain_of_the_customer_has_its_turn(self) -> None:
@@ -6953,7 +6600,7 @@ class Odmr(Secured):
             first.close()
             wait(lambda: second.say("ATRN")[:3] == "250", "the first to be gone")
             customer._serve(second.sock)
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         self.assertEqual(len(customer.messages), 1)
 
     def test_who_is_silent_gives_way_to_the_next_and_what_was_said_early_counts(self) -> None:
@@ -6982,7 +6629,7 @@ class Odmr(Secured):
             self.assertEqual(relay.json("--status")["domains"][DOMAIN]["primary"], "unknown")
         customer.script = {}
         self.assertEqual(self.collect(customer)[:3], "250")
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         self.assertEqual(len(customer.messages), 3)
 
     def test_verdicts_are_taken_as_those_of_any_primary(self) -> None:
@@ -7029,29 +6676,33 @@ class Odmr(Secured):
         relay.start()
         self.assertEqual(len(relay.queue()), 2)
 
-    def test_a_bug_at_the_turn_costs_its_client_alone(self) -> None:
-        relay = self.odmr(1, greet=None)            # instead of the function
-        for _ in range(2):
-            with self.visit() as wire:
-                self.assertEqual((wire.say("ATRN")[:3], wire.lines.read()), ("250", b""))
-            self.gone(relay)
-        self.assertEqual(len(relay.queue()), 1)
 
+class RealClients(Secured):
+    """swaks, fetchmail and msmtp, as clients and as the customer of ODMR."""
 
-@unittest.skipUnless(shutil.which("fetchmail"), "fetchmail is not installed")
-class Fetchmail(Relays):
-    """The one client of ODMR in common use."""
+    def test_swaks_sends_over_starttls_and_in_the_clear(self) -> None:
+        pair = self.path("one.pem"), self.path("one.key")
+        relay = self.relay(domain="[tls]\ncertificate = %s\nkey = %s\n" % pair)
+        command = [program("swaks"), "--server", "127.0.0.1:%d" % relay.port, "--helo", "swaks.example",
+                   "--from", "a@sender.example", "--to", "u@%s,v@%s" % (DOMAIN, DOMAIN)]
+        for options, tls, status in cases(self, [
+                (["--tls"], "TLSv1.3", 0), ([], None, 0), (["--protocol", "SMTP"], None, 0),
+                (["--pipeline"], None, 0), (["--to", "u@other.example", "--quit-after", "RCPT"], None, 24)]):
+            done = subprocess.run(command + options, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            self.assertEqual((done.returncode, b"554 5.7.1" in done.stdout), (status, status > 0))
+            row = relay.queue()[-1]
+            self.assertEqual((row["client"]["helo"], row["client"]["tls"]), ("swaks.example", tls))
+            self.assertEqual(len(row["recipients"]), 2)
 
     def fetch(self, text: str) -> str:
         """Run it once; returns what it said."""
-        file = os.path.join(self.folder, "fetchmailrc")
-        with open(file, "w", encoding="utf-8") as stream:
-            os.chmod(file, 0o600)
-            stream.write("set no bouncemail\n%s fetchdomains ourdom.example other.example\n" % text)
+        file = self.path("fetchmailrc")
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600))
+        save(file, "set no bouncemail\n%s fetchdomains ourdom.example other.example\n" % text)
         done = subprocess.run(
-            ["fetchmail", "-f", file, "-v", "--nodetach", "--pidfile", file + ".pid", "--timeout", "20"],
+            [program("fetchmail"), "-f", file, "-v", "--nodetach", "--pidfile", file + ".pid"], check=False,
             env=dict(os.environ, HOME=self.folder, FETCHMAILHOME=self.folder), capture_output=True,
-            timeout=DEADLINE_S, check=False)
+            timeout=DEADLINE_S)
         return (done.stdout + done.stderr).decode("utf-8", "replace")
 
     def test_it_collects_a_queue(self) -> None:
@@ -7065,7 +6716,7 @@ class Fetchmail(Relays):
         for body in bodies:
             relay.send(body)
         said = self.fetch(text)
-        wait(relay.is_empty, "an empty spool after\n" + said)
+        relay.until_empty(said)
         self.assertEqual([without_received(data) for _, _, data in customer.messages], bodies)
         wait(lambda: (relay.queue(), relay.json("--status")["connections"]) == ([], 0), "its end")
         self.assertIn("You have no mail", self.fetch(text))
@@ -7077,31 +6728,28 @@ class Fetchmail(Relays):
         relay.send(recipients=["u@" + DOMAIN, "u@other.example"])
         said = self.fetch("poll 127.0.0.1 protocol ETRN port %d %s" % (
             relay.port, 'esmtpname "gw" esmtppassword "se cret"'))
-        wait(relay.is_empty, "an empty spool after\n" + said)
+        relay.until_empty(said)
         relay.logged(r"etrn: site=other\.example, client=unknown\[127\.0\.0\.1\], messages=1, reply=253")
 
+    def test_fetchmail_and_msmtp_ask_for_their_domains(self) -> None:
+        for name in cases(self, ["fetchmail", "msmtp"]):
+            path, primary, slow = program(name), self.primary(), "probe_interval = 1h\n"
+            other = "[domain other.example]\n%sprimary = %s" % (slow, primary.address)
+            relay = self.relay(primary, domain=slow + other, PROBE_FIRST_S=3600.0)
+            for one in (DOMAIN, "other.example"):
+                relay.send(recipients=["u@" + one])
+                relay.logged(re.escape(one) + ": down: ")
+            primary.start()
+            if name == "fetchmail":
+                self.fetch("poll 127.0.0.1 service %d proto ETRN" % relay.port)
+            for one in ("x.example", DOMAIN, "other.example") if name == "msmtp" else ():
+                done = subprocess.run([path, "--file=/dev/null", "--host=127.0.0.1", "--rmqs=" + one,
+                                       "--port=%d" % relay.port], check=False, capture_output=True)
+                self.assertEqual(done.returncode, 69 if one == "x.example" else 0, done.stdout)
+            relay.until_empty()
 
-# -- the promise, notices, alerts, signatures
 
-class Promise(Relays):
-    """Every 250 arrives, octet for octet; what is not written down yet may come twice, and nothing else."""
-
-    def test_a_relay_killed_while_delivering_sends_little_twice_and_loses_nothing(self) -> None:
-        primary = self.primary()
-        relay = self.relay(primary, domain="connections = 2", UNRECORDED_MAX=10)
-        sent = {b"Subject: %d\r\n\r\n%s\r\n" % (number, b"%d" % number * 100) for number in range(120)}
-        with relay.client() as client:
-            self.assertEqual({client.send(data)[:3] for data in sent}, {"250"})
-        primary.start()
-        for goal in (5, 40, 80):
-            wait(lambda goal=goal: len(primary.messages) >= goal, "deliveries")
-            relay.end(signal.SIGKILL)
-            relay.start()
-        wait(relay.is_empty, "an empty spool")
-        self.assertEqual({without_received(data) for _, _, data in primary.messages}, sent)
-        # At each kill: what the disk had not taken, and one on each connection.
-        self.assertLessEqual(len(primary.messages), len(sent) + 3 * (10 + 2))
-
+# -- notices, alerts
 
 class Bounces(Relays):
     """Notices to senders; a scripted primary plays the smarthost."""
@@ -7113,7 +6761,7 @@ class Bounces(Relays):
     def notice(self, relay: Relay) -> Tuple[Any, Any, Any]:
         """The first notice, its part about the message, and that about the first recipient."""
         wait(lambda: self.sink.messages, "a notice")
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         notice = email.message_from_bytes(self.sink.messages[0][2], policy=email.policy.default)
         whole, one, *_ = list(notice.iter_parts())[1].get_payload()
         return notice, whole, one
@@ -7136,14 +6784,6 @@ class Bounces(Relays):
         relay.logged(r"smtp\[\d+\]: [0-9A-F]+: to=<u@ourdom\.example>, .*status=expired \(")
         relay.logged(r"bounce\[\d+\]: [0-9A-F]+: sender non-delivery notification: [0-9A-F]+")
 
-    def test_mail_without_a_sender_is_never_answered(self) -> None:
-        relay = self.relay_to_sink()
-        relay.send(sender="")
-        relay.send(recipients=["<u@%s> NOTIFY=NEVER" % DOMAIN])
-        relay.logged("double bounce")
-        wait(lambda: relay.json("--status")["domains"][DOMAIN]["expired"] == 2, "both to expire")
-        self.assertEqual((relay.files(), self.sink.messages), ([], []))
-
     def test_an_operator_returns_mail_and_a_notice_that_is_refused_goes_to_the_postmaster(self) -> None:
         relay = self.relay_to_sink(domain="", bounces="postmaster = postmaster@x.example")
         self.sink.script["RCPT"] = lambda to: "250 ok" if "postmaster@" in to else "550 5.1.1 no such user"
@@ -7154,21 +6794,6 @@ class Bounces(Relays):
         self.assertEqual(self.sink.messages[0][:2], ("", ["postmaster@x.example"]))
         self.assertIn(b"a@sender.example", self.sink.messages[0][2])
         relay.logged(r"to=<user@ourdom\.example>, .*dsn=5\.0\.0, status=bounced \(Returned by the postmaster")
-
-    def test_a_refusal_is_kept_for_the_grace_and_then_returned_harmlessly(self) -> None:
-        said = b"550-5.1.1 a\r\n550-5.1.1 Bcc: v@x.example\r\n550 5.1.1 \x1b[2J\xff\0\r\n"
-        primary = self.primary(RCPT=said)
-        relay = self.relay_to_sink(primary.start(), "recovery_grace = 1s\nretry_interval = 1s")
-        relay.send()
-        wait(lambda: primary.uses["RCPT"], "the first try")
-        self.assertEqual((self.sink.messages, len(relay.files())), ([], 2))
-        notice, _, one = self.notice(relay)
-        self.assertEqual((one["Status"], one["Diagnostic-Code"][:17], one["Remote-MTA"], notice["Bcc"]),
-                         ("5.1.1", "smtp; 550 5.1.1 a", "dns; 127.0.0.1", None))
-        self.assertEqual(len(list(notice.iter_parts())), 3)
-        self.assertIsNone(re.search(rb"(?mi)^bcc:|[\x00\x1b\xff]", self.sink.messages[0][2]))
-        self.assertGreaterEqual(primary.uses["RCPT"], 2)
-        self.assertTrue(all(line.isprintable() for line in relay.log))
 
     def test_a_server_that_comes_back_half_configured_loses_nobodys_mail(self) -> None:
         primary = self.primary(RCPT="550 5.1.1 no such user")
@@ -7183,7 +6808,7 @@ class Bounces(Relays):
         for number in range(6):         # nor is anybody turned away at the door
             self.assertEqual(relay.send(recipients=["u%d@%s" % (number, DOMAIN)])[:3], "250")
         primary.script.clear()
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         relay.logged(r": up after rejecting for \d+s, 11 messages waiting")
         self.assertEqual((len(primary.messages), self.sink.messages), (11, []))
 
@@ -7213,7 +6838,7 @@ class Alerting(Relays):
 
     def test_an_outage_its_end_and_a_refusal_reach_program_web_hook_and_mail(self) -> None:
         primary, sink = self.primary(), self.primary().start()
-        told, program = (os.path.join(self.folder, name) for name in ("told", "tell me.sh"))
+        told, program = (self.path(name) for name in ("told", "tell me.sh"))
         with open(program, "w", encoding="ascii") as file:
             file.write("#!/bin/sh\nexec >>$1\ntest $ETRN_EVENT = up && sleep 0.5\n"
                        "printf '%s ' $ETRN_EVENT $ETRN_DOMAIN $ETRN_WAITING\ncat\necho\n")
@@ -7246,56 +6871,36 @@ class Alerting(Relays):
         self.assertEqual({mail["Auto-Submitted"] for mail in mails}, {"auto-generated"})
         events = sorted(mail["Subject"].split()[-1] for mail in mails)
         self.assertEqual(events, ["down", "rejecting", "up", "up"])
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
 
     def test_what_cannot_be_told_is_logged_without_secrets_and_holds_nothing_up(self) -> None:
         refused = b"HTTP/1.1 500 no\r\nContent-Length: 0\r\n\r\n"
+        primary = self.primary().start()
+        relay = self.relay(primary)
         for said, options, expected in cases(self, [
                 (refused, "", "webhook: .*500"), (b"HTTP/1.1 200 " + b"x" * 70000, "", "webhook: "),
                 (b"\x1b[2J\r\n\r\n", "", r"webhook: \\x1b\[2J"),
                 (refused, "command = /nowhere/program", "command: .*No such file"),
                 (b"", "command = sh -c 'exit 3' secret", "command: exit status 3$")]):
-            primary = self.primary()
             with webhook(said) as (hook, _):
-                relay = self.relay(primary, domain=hook + options)
-                relay.send()
-                relay.logged("error: alert not told by " + expected)
+                self.reload(relay, "configuration reread", domain=hook + options)
                 since = len(relay.log)
+                primary.stop()
+                relay.send()
+                relay.logged("error: alert not told by " + expected, since)
                 primary.start()
+                since = len(relay.log)
+                relay.signal(signal.SIGUSR1)
                 relay.logged("error: alert not told by " + expected, since)     # of its return
-                wait(relay.is_empty, "an empty spool")
-                self.assertTrue(all(line.isprintable() and "secret" not in line for line in relay.log))
-                relay.end(signal.SIGKILL)
-
-
-class Signed(Relays):
-    """What arrives is what was sent, octet for octet, behind our Received: other people's signatures hold."""
-    DATA = b"\r\n".join([
-        b"DKIM-Signature: v=1; a=rsa-sha256; d=sender.example;\r\n\tbh=AAAA;\r\n b=BBBB",
-        b"From:  A  <a@sender.example>", b"Subject: folded\r\n\tand   spaced", b"Received: x", b"", b".",
-        b"..two", b" \t blanks \t", b"caf\xe9 \xff", b"x" * 900, b"", b"From me", b"", b"", b""])
-
-    def passed(self, data: bytes) -> List[bytes]:
-        """As it arrives when sent by DATA and by BDAT."""
-        primary = self.primary().start()
-        with self.relay(primary).client() as wire:
-            self.assertEqual(wire.send(data, parameters=" BODY=8BITMIME")[:3], "250")
-            wire.say("MAIL FROM:<a@sender.example>", "RCPT TO:<user@%s>" % DOMAIN)
-            for part, last in ((data[:777], b""), (data[777:], b" LAST")):
-                wire.raw(b"BDAT %d%s\r\n" % (len(part), last) + part)
-                self.assertEqual(wire.reply()[:3], "250")
-        wait(lambda: len(primary.messages) == 2, "both")
-        return [arrived for _, _, arrived in primary.messages]
-
-    def test_nothing_is_changed_but_our_received_field_before_it(self) -> None:
-        for arrived in self.passed(self.DATA):
-            self.assertRegex(arrived, rb"\AReceived: from client\.example ")
-            self.assertEqual(without_received(arrived), self.DATA)
+                relay.until_empty()
+        self.assertTrue(all(line.isprintable() and "secret" not in line for line in relay.log))
 
 
 # == 13. COMMANDS ==============================================================
 
 class Commands(Relays):
+    """Each command, with a relay and without one."""
+
     def both(self, more: int = 0) -> Iterator[Relay]:
         """A relay with three or more messages in two domains, its primary down: running, then stopped."""
         for self.is_running in (True, False):
@@ -7323,7 +6928,7 @@ class Commands(Relays):
             for row in rows:
                 self.assertEqual(set(row), set(
                     "id domain state sender size received expires next_attempt client recipients".split()))
-                self.assertEqual(row["size"], os.path.getsize(os.path.join(relay.spool, row["id"] + ".eml")))
+                self.assertEqual(row["size"], os.path.getsize(relay.at(row["id"] + ".eml")))
                 self.assertEqual((row["state"], row["client"]), ("queued", client))
                 self.assertAlmostEqual(row["expires"] - row["received"], 7 * 86400, delta=1)
                 self.assertEqual(set(row["recipients"][0]), {"address", "attempts", "last_response"})
@@ -7340,12 +6945,13 @@ class Commands(Relays):
             one = status["domains"][DOMAIN]
             self.assertEqual(set(one), set("primary since queued bytes oldest accepted delivered bounced "
                                            "deferred expired last_error next_probe".split()))
-            self.assertEqual((one["primary"], one["queued"], one["accepted"]), ("down", 2, 2))
+            self.assertEqual((one["primary"], one["queued"], one["accepted"], one["oldest"]),
+                             ("down", 2, 2, rows[0]["received"]))
             self.assertIn("Connection refused", one["last_error"])
             self.assertIn(DOMAIN, relay.run("--status")[1])
             # --show and --export
             id = rows[0]["id"]
-            with open(os.path.join(relay.spool, id + ".eml"), "rb") as file:
+            with open(relay.at(id + ".eml"), "rb") as file:
                 self.assertEqual(relay.run("--show", id.lower(), "--raw"), (0, file.read().decode(), ""))
             text = relay.run("--show", id)[1]
             self.assertEqual(("one@x.example" in text, "Subject: one" in text), (True, True))
@@ -7385,7 +6991,7 @@ class Commands(Relays):
             self.assertEqual(len(relay.files()), 46)
             self.down.script.clear()
             if not self.is_running:             # a primary of which nothing is known is tried at once
-                os.unlink(os.path.join(relay.spool, "state.json"))
+                os.unlink(relay.at("state.json"))
             with shorten(LOAD_BATCH=1):         # what is read last is counted, too
                 code, text, _ = relay.run("--flush", DOMAIN, "--json")
             told = json.loads(text)
@@ -7401,12 +7007,12 @@ class Commands(Relays):
         relay.end(signal.SIGKILL)
         for id, old, new in ((finished, '"state":"queued"', '"state":"delivered"'),
                              (late, '"received":17', '"received":16')):
-            with open(os.path.join(relay.spool, id + ".json"), "r+", encoding="ascii") as file:
+            with open(relay.at(id + ".json"), "r+", encoding="ascii") as file:
                 text = file.read()
                 file.seek(0)
                 file.write(text.replace(old, new))
                 file.truncate()
-        with open(os.path.join(relay.spool, grown + ".eml"), "ab") as file:
+        with open(relay.at(grown + ".eml"), "ab") as file:
             file.write(b"x")
 
         def tree() -> Dict[str, Any]:
@@ -7430,13 +7036,11 @@ class Commands(Relays):
         self.assertEqual((done.returncode, done.stderr), (69, b"etrn_relay.py: the relay broke off\n"))
 
     def test_usage_help_and_errors_of_the_configuration(self) -> None:
-        relay = Relay(self.folder, "127.0.0.1:9")
-        for line in cases(self, ["--nonsense", "--status --queue", "--flush", "--stat", "--show x --yes"]):
-            self.assertEqual(relay.run(*line.split())[0], 64)
+        relay = Relay(self.folder)
         self.assertEqual((relay.queue(), relay.json("--status")["spool"]["messages"]), ([], 0))
         with mock.patch.dict(os.environ, {"ETRN_RELAY_CONFIG": relay.file}):
             self.assertIn(DOMAIN, json.loads(run("--status", "--json")[1])["domains"])
-        self.assertEqual(run("--config", os.path.join(self.folder, "none.conf"), "--status")[0], 78)
+        self.assertEqual(run("--config", self.path("none.conf"), "--status")[0], 78)
         relay.write_config(domain="zzz = 1")
         code, _, errors = relay.run()
         self.assertEqual((code, errors, os.path.exists(relay.spool)),
@@ -7447,26 +7051,6 @@ class Commands(Relays):
                                 "show status config json no-wait raw yes version".split()):
             self.assertIn("--" + name, text)
         self.assertEqual(run("--version"), (0, "etrn_relay %s\n" % etrn.__version__, ""))
-
-
-class Sums(unittest.TestCase):
-    def test_sums_of_a_destination_equal_a_count_whatever_comes_and_goes(self) -> None:
-        chance, clock = random.Random(1985), Clock()
-        one = etrn.Destination(DOMAIN, config().domains[DOMAIN], clock.now)
-        for self.row in range(2000):
-            id = "A%05d" % chance.randrange(60)
-            if id not in one.entries:
-                clock.advance(seconds=chance.randrange(9))
-                one.add(etrn.Entry(id, chance.randrange(1, 5000), clock.wall), clock.now)
-            elif chance.random() < 0.5:
-                one.hold(one.entries[id], not one.entries[id].is_held)
-            else:
-                one.drop(id)
-            entries = list(one.entries.values())
-            self.assertEqual((one.octets, len(one.by_state[etrn.State.HELD]), one.oldest()), (
-                sum(entry.size for entry in entries), sum(entry.is_held for entry in entries),
-                min((entry.received for entry in entries), default=None)))
-            self.assertEqual(sum(map(len, one.by_state.values())), len(entries))
 
 
 # -- the status page
@@ -7556,12 +7140,18 @@ class Page(unittest.TestCase):
                 "Recent events", "refuses below 100M", "20:59:42", "since 25 Nov 2025, 20:01:12, for 1h",
                 "etrn_relay 0.1, up 2h, process 71", "12 accepted", "10 Mar 2026", "32.0G"]):
             self.assertIn(text, page)
-        for changes, text in cases(self, [
-                ({}, "Primary down"), ({"load_error": "EACCES"}, "unreadable: EACCES"),
-                ({"spool": {"sick": "EIO"}}, "Spool sick: EIO"), ({"spool": {"free": 1}}, "Disk short: 1B"),
-                ({"spool": {"loading": True}}, "still being read")]):
-            top = etrn.format_page(facts(**changes)).partition("<dl")[0]
+        for changes, reasons, text in cases(self, [
+                ({}, [], "Primary down"),
+                ({"load_error": "EACCES"}, ["spool unreadable: EACCES"], "unreadable: EACCES"),
+                ({"spool": {"sick": "EIO"}}, ["spool sick: EIO"], "Spool sick: EIO"),
+                ({"spool": {"free": 1000}}, ["disk short: 1000B free"], "Disk short: 1000B"),
+                ({"spool": {"free": 0}, "min_free": 0}, ["disk short: 0B free"], "Disk short: 0B"),
+                ({"spool": {"sick": "x", "free": 0}}, ["spool sick: x", "disk short: 0B free"], "Spool sick"),
+                ({"spool": {"loading": True}}, [], "still being read")]):
+            found, top = facts(**changes), etrn.format_page(facts(**changes)).partition("<dl")[0]
             self.assertEqual((text in top, "All is well" in top), (True, False))
+            ills = [ill[:len(reason)] for ill, reason in zip(etrn.find_ills(found), reasons)]
+            self.assertEqual((ills, len(etrn.find_ills(found))), (reasons, len(reasons)))       # of /healthz
         well = facts()
         for one in well.status["domains"].values():
             one["primary"] = "up"
@@ -7604,29 +7194,10 @@ class Page(unittest.TestCase):
             self.assertEqual((found, samples[labels]), (kind, value))
             self.assertEqual(ill.get("etrn_relay_" + name), None if other is None else (kind, {"": other}))
 
-    def test_health_names_its_reasons(self) -> None:
-        for changes, reasons in cases(self, [
-                ({}, []), ({"spool": {"sick": "Input/output error"}}, ["spool sick: Input/output error"]),
-                ({"spool": {"free": 1000}}, ["disk short: 1000B free"]),
-                ({"spool": {"free": 0}, "min_free": 0}, ["disk short: 0B free"]),
-                ({"load_error": "EACCES"}, ["spool unreadable: EACCES"]),
-                ({"spool": {"sick": "x", "free": 0}}, ["spool sick", "disk short"])]):
-            found = etrn.find_ills(facts(**changes))
-            self.assertEqual([ill[:len(reason)] for ill, reason in zip(found, reasons)], reasons)
-            self.assertEqual(len(found), len(reasons))
-
-    def test_public_status_has_the_promised_keys_and_no_other(self) -> None:
-        public = etrn.public_status(facts(text="x.example").status)
-        for value, keys in cases(self, [
-                (public, "version pid uptime connections spool domains"),
-                (public["spool"], "messages bytes free held corrupt"),
-                (public["domains"], "example.com example.org x.example"),
-                (public["domains"]["example.com"], "primary since queued bytes oldest accepted delivered "
-                 "bounced deferred expired last_error next_probe")]):
-            self.assertEqual(set(value), set(keys.split()))
-
 
 class Histories(unittest.TestCase):
+    """A week of each domain, for the page: bounded, kept, and believed only where it makes sense."""
+
     def test_a_history_stays_bounded_and_survives_a_save(self) -> None:
         chance, history = random.Random(822), etrn.History()
         names = ["d%d.example" % number for number in range(etrn.HISTORY_DOMAINS_MAX + 20)]
@@ -7653,21 +7224,17 @@ class Histories(unittest.TestCase):
         self.assertEqual((len(columns), columns[-6:]), (168, [
             (0, "off"), (5, "up"), (90, "rejecting"), (0, "off"), (1, "down"), (0, "off")]))
         self.assertEqual(history.columns("other.example", start), [(0, "off")] * 168)
-        for text in cases(self, [
-                "peak <b>90</b></span><span>trouble in 2 hours", 'class="down" d="M166 72v-4h1V72z"',
-                'class="rejecting" d="M164 72v-72h1V72z"']):
-            self.assertIn(text, etrn._format_chart(columns, WALL))
 
     def test_nonsense_in_the_file_is_forgotten(self) -> None:
-        for rows in cases(self, [
-                None, {}, [], 5, "abc", [[1, 2]], *([row] for row in (
-                    ["x", 1, "up"], [float("nan"), 1, "up"], [[], 1, "up"], [1, float("inf"), "up"],
-                    [1, -1, "up"], [1, 10 ** 400, "up"], [1, 1, "sideways"], [1, 1, FOREIGN]))]):
+        good = {"domains": {"a": [[490000, 3, "up"]]}, "sites": {"a": {"depth": []}}}
+        rows = ([float("nan"), 1, "up"], [1, -1, "up"], [1, 10 ** 400, "up"], [1, 1, FOREIGN])
+        odd = [{"domains": {"a": [row]}} for row in rows]
+        for values in cases(self, [*SpoolPeople.variants(good), *odd]):
             history = etrn.History()
-            history.from_values({"domains": {"a": rows, "b": [[490000, 3, "up"]]}})
-            self.assertEqual(list(history.to_values(WALL)["domains"]), ["b"])
-        for values in cases(self, [{}, {"domains": []}, {"domains": 5}, {"sites": {"a": {"depth": []}}}]):
             history.from_values(values)
+            for hours in history.to_values(WALL)["domains"].values():
+                self.assertTrue(all(type(at) is int and depth >= 0 and state == "up"
+                                    for at, depth, state in hours))
 
 
 def fetch(port: int, path: str = "/", method: str = "GET", **headers: str) -> Tuple[int, Any, str]:
@@ -7686,7 +7253,9 @@ def basic(user: str, password: str) -> str:
 STATUS_PAGE = "[status]\nlisten = 127.0.0.1:0\n"
 
 
-class Pages(Relays):
+class PageOverHttp(Relays):
+    """What a browser, a scraper and an attacker see; and what becomes of it while the relay lives."""
+
     def page(self, relay: Relay, since: int = 0) -> int:
         return int(relay.logged(r"status page on http://127\.0\.0\.1:(\d+)/", since).group(1))
 
@@ -7695,12 +7264,8 @@ class Pages(Relays):
         self.running = self.relay(bounces=STATUS_PAGE + ("token = %s" % token if token else ""), **options)
         return self.page(self.running)
 
-
-class PageOverHttp(Pages):
-    """What a browser, a scraper and an attacker see."""
-
     def raw(self, port: int, data: bytes) -> bytes:
-        with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as sock:
+        with connect(port) as sock:
             sock.sendall(data)
             return b"".join(iter(lambda: sock.recv(65536), b""))
 
@@ -7756,12 +7321,7 @@ class PageOverHttp(Pages):
 
     def test_health_is_503_with_the_reason(self) -> None:
         port = self.serve()
-        with open(self.running.file, "r+", encoding="utf-8") as file:
-            text = file.read().replace("min_free_space = 0", "min_free_space = 4000000G")
-            file.seek(0)
-            file.write(text)
-        self.running.signal(signal.SIGHUP)
-        self.running.logged("configuration reread")
+        self.reload(self.running, "configuration reread", min_free_space="4000000G")
         status, _, body = fetch(port, "/healthz")
         self.assertEqual((status, body[:11]), (503, "disk short:"))
         self.assertIn("Disk short:", fetch(port)[2])
@@ -7769,7 +7329,7 @@ class PageOverHttp(Pages):
     def test_twenty_readers_at_once_wait_their_turn(self) -> None:
         """None of them is reset."""
         port = self.serve(PAGE_CONNECTIONS=4)
-        readers = [socket.create_connection(("127.0.0.1", port), DEADLINE_S) for _ in range(25)]
+        readers = [connect(port) for _ in range(25)]
         for sock in readers:
             self.addCleanup(sock.close)
         for sock in readers:
@@ -7780,19 +7340,16 @@ class PageOverHttp(Pages):
             self.assertEqual((answer[9:12], answer[-8:]), (b"200", b"</html>\n"))
 
     def test_slow_clients_neither_block_nor_stay(self) -> None:
-        port = self.serve(PAGE_TOTAL_S=0.3)
-        slow = []
-        for _ in range(5):
-            slow.append(socket.create_connection(("127.0.0.1", port), DEADLINE_S))
-            self.addCleanup(slow[-1].close)
-            slow[-1].sendall(b"GET / HTT")
+        port = self.serve(PAGE_TOTAL_S=1.0)
+        slow = [connect(port) for _ in range(5)]
+        for sock in slow:
+            self.addCleanup(sock.close)
+            sock.sendall(b"GET / HTT")
         self.assertEqual(fetch(port, "/healthz")[0], 200)
         for sock in slow:
             with contextlib.suppress(ConnectionError):
                 self.assertNotIn(b" 200 ", sock.recv(1000))
 
-
-class PageOfARelay(Pages):
     def test_the_page_shows_an_outage_and_remembers_it(self) -> None:
         primary = self.primary()
         relay = self.relay(primary, bounces=STATUS_PAGE)
@@ -7807,79 +7364,45 @@ class PageOfARelay(Pages):
             del one["domains"][DOMAIN]["next_probe"]
         self.assertEqual(shown, told)
         primary.start()
-        wait(relay.is_empty, "an empty spool")
+        relay.until_empty()
         name = "etrn_relay_messages_delivered_total"
         wait(lambda: parse_metrics(fetch(port, "/metrics")[2])[name][1]['domain="%s"' % DOMAIN] == 1,
              "the delivery to be counted")
         self.assertIn("%s: down: connect to " % DOMAIN, fetch(port)[2])
         self.assertEqual(relay.end(), 0)
-        with open(os.path.join(relay.spool, "history.json"), encoding="ascii") as file:
+        with open(relay.at("history.json"), encoding="ascii") as file:
             (_, peak, state), *_ = json.load(file)["domains"][DOMAIN]
         self.assertEqual((peak, state), (1, "down"))
         mark = len(relay.log)
         relay.start()
         self.assertIn("peak <b>1</b>", fetch(self.page(relay, mark))[2])
 
-    def test_a_message_to_two_domains_is_one_for_each(self) -> None:
-        primary = self.primary()
-        relay = self.relay(primary, domain="[domain other.example]\nprimary = %s" % primary.address)
-        self.assertEqual(relay.send(recipients=["a@" + DOMAIN, "b@other.example"])[:3], "250")
-        status = relay.json("--status")
-        self.assertEqual((len(relay.queue()), status["spool"]["messages"], status["spool"]["bytes"]),
-                         (2, 2, sum(one["bytes"] for one in status["domains"].values())))
-        relay.run("--hold", "all")
-        self.assertEqual(relay.json("--status")["spool"]["held"], 2)
-        relay.run("--release", "other.example")
-        primary.start()
-        wait(lambda: relay.json("--status")["spool"]["messages"] == 1, "one of the two to leave")
-        self.assertEqual(relay.json("--status")["spool"]["held"], 1)
-        relay.run("--release", "all")
-        wait(relay.is_empty, "an empty spool")
-        wait(lambda: relay.json("--status")["spool"]["messages"] == 0)
-
     def test_a_hangup_moves_the_page_and_changes_the_token(self) -> None:
         port = self.serve("one")
         relay = self.running
         self.assertEqual(fetch(port, Authorization="Bearer one")[0], 200)
-        relay.write_config(bounces=STATUS_PAGE + "token = two")
-        relay.signal(signal.SIGHUP)
-        relay.logged("configuration reread")
+        self.reload(relay, "configuration reread", bounces=STATUS_PAGE + "token = two")
         for token, status in (("one", 401), ("two", 200)):
             self.assertEqual(fetch(port, Authorization="Bearer " + token)[0], status)
         relay.logged("http.*: refused: GET / from unknown.127.0.0.1.: 401 wrong token")
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen(1)
-            relay.write_config(bounces="[status]\nlisten = 127.0.0.1:%d" % taken.getsockname()[1])
-            relay.signal(signal.SIGHUP)
-            relay.logged("not reloaded, .* stays: cannot listen on .*: Address already in use")
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            self.reload(relay, "not reloaded, .* stays: cannot listen on .*: Address already in use",
+                        bounces="[status]\nlisten = 127.0.0.1:%d" % taken.getsockname()[1])
         self.assertEqual(fetch(port, Authorization="Bearer two")[0], 200)
         mark = len(relay.log)
         moved = unused_port()
-        relay.write_config(bounces="[status]\nlisten = localhost:%d" % moved)
-        relay.signal(signal.SIGHUP)
+        self.reload(relay, bounces="[status]\nlisten = localhost:%d" % moved)
         self.assertEqual((self.page(relay, mark), fetch(moved)[0]), (moved, 200))
-        relay.write_config(bounces="")
-        mark = len(relay.log)
-        relay.signal(signal.SIGHUP)
-        relay.logged("configuration reread", mark)
+        self.reload(relay, "configuration reread", bounces="")
         for gone in cases(self, [port, moved]):
             with self.assertRaises(OSError):
                 fetch(gone)
         self.assertEqual(relay.send()[:3], "250")
 
-    def test_a_taken_port_stops_the_start(self) -> None:
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen(1)
-            port = taken.getsockname()[1]
-            relay = Relay(self.folder, "127.0.0.1:9", bounces="[status]\nlisten = 127.0.0.1:%d" % port)
-            code, _, errors = relay.run()
-        said = "etrn_relay.py: cannot listen on 127.0.0.1:%d: Address already in use\n" % port
-        self.assertEqual((code, errors), (75, said))
-
 
 class Terminal(unittest.TestCase):
+    """What commands show to people."""
+
     def setUp(self) -> None:
         waiting = [("example.com", "queued"), ("example.com", "held"), ("long.example.org", "delivering")]
         recipient = {"address": "u@example.com", "state": "queued", "attempts": 3, "next_attempt": WALL + 240,
@@ -7937,26 +7460,20 @@ class Terminal(unittest.TestCase):
             b"From", b"last", b"", b""])
         self.assertEqual(etrn.format_mbox(dict(self.sidecar, sender=""), b"x")[:19], b"From MAILER-DAEMON ")
 
-    def test_progress(self) -> None:
-        for total, left, text in cases(self, [(0, 0, "[####] 0 of 0"), (8, 8, "[....] 0 of 8"),
-                                              (8, 3, "[##..] 5 of 8")]):
-            self.assertEqual(etrn.format_progress(total, left, 4), text)
-
 
 class Units(Folder):
     """--print-unit"""
     NASTY = "it's a \"50%\" $HOME & <b>;.conf"
 
     def unit(self, kind: str, text: str = "", name: str = "etrn.conf") -> str:
-        path = os.path.join(self.folder, name)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
+        path = self.path(name)
+        save(path, text)
         code, out, errors = run("--print-unit", kind, "--config", path)
         self.assertEqual((code, errors), (0, ""))
         return out
 
     def test_every_kind_names_this_script_this_python_and_the_configuration(self) -> None:
-        path = os.path.join(self.folder, "etrn.conf")
+        path = self.path("etrn.conf")
         for kind in cases(self, sorted(etrn.UNITS)):
             code, out, errors = run("--print-unit", kind, "--config", path)
             self.assertEqual((code, "Set  spool = " in errors), (0, True))
@@ -7965,21 +7482,15 @@ class Units(Folder):
             self.assertIn(path, self.unit(kind))
             os.unlink(path)
         self.assertEqual(run("--print-unit", "sysv")[0], 64)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write("[relay]\nnonsense = 1\n")
+        save(path, "[relay]\nnonsense = 1\n")
         self.assertEqual(run("--print-unit", "systemd", "--config", path)[0], 78)
         nowhere = mock.patch.object(os.path, "exists", return_value=False)
         with nowhere, mock.patch.dict(os.environ, ETRN_RELAY_CONFIG=""):
             self.assertIn("--config /etc/etrn.conf\n", run("--print-unit", "systemd")[1])
 
-    def test_the_script_itself_prints_one(self) -> None:
-        done = subprocess.run([sys.executable, SOURCE, "--print-unit", "procd", "--config", "x"],
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
-        self.assertEqual((done.returncode, SOURCE.encode() in done.stdout), (0, True))
-
     def test_what_cannot_be_written_in_a_unit_is_refused(self) -> None:
         for kind, name in cases(self, itertools.product(etrn.UNITS, ("a\nb", "a\u202eb", "a\x7f"))):
-            code, out, errors = run("--print-unit", kind, "--config", os.path.join(self.folder, name))
+            code, out, errors = run("--print-unit", kind, "--config", self.path(name))
             self.assertEqual((code, out, "cannot be written in a unit" in errors), (64, "", True))
 
     def test_a_systemd_unit_gives_what_the_configuration_needs_and_no_more(self) -> None:
@@ -8000,26 +7511,20 @@ class Units(Folder):
             self.assertNotIn(absent, out)
 
     def test_words_that_systemd_would_take_apart_are_quoted(self) -> None:
-        for text, quoted in cases(self, [
-                ("/usr/bin/python3", "/usr/bin/python3"), ("/a b", '"/a b"'), ("/50%", "/50%%"),
-                ("/$x", "/$x"), ('/"x"', '"/\\"x\\""'), ("/it's", '"/it\'s"'), ("/a\\b", '"/a\\\\b"'),
-                ("/a;b", '"/a;b"'), ("", '""')]):
-            self.assertEqual(etrn.quote_systemd(text), quoted)
         self.assertIn('/it\'s a \\"50%%\\" $$HOME & <b>;.conf"\n', self.unit("systemd", name=self.NASTY))
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
     def test_systemd_itself_finds_nothing_wrong(self) -> None:
-        path = os.path.join(self.folder, "etrn_relay.service")
+        path = self.path("etrn_relay.service")
         for text in cases(self, ["spool = /var/lib/etrn_relay", "user = mail\nspool = a b%%c"]):
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(self.unit("systemd", "[relay]\n%s\n" % text, self.NASTY))
+            save(path, self.unit("systemd", "[relay]\n%s\n" % text, self.NASTY))
             done = subprocess.run(["systemd-analyze", "verify", "--man=no", path], stdout=subprocess.PIPE,
                                   stderr=subprocess.STDOUT, check=False)
             about_us = [line for line in done.stdout.decode().split("\n") if "etrn_relay" in line]
             self.assertEqual((about_us, done.returncode), ([], 0))
 
     def test_the_others_hand_on_each_word_whole(self) -> None:
-        command = [sys.executable, SOURCE, "--config", os.path.join(self.folder, self.NASTY)]
+        command = [sys.executable, SOURCE, "--config", self.path(self.NASTY)]
         for kind, prelude, script in cases(self, [
                 ("openrc", "", 'eval printf "\'%s\\n\'" $command $command_args\n'),
                 ("procd", "procd_open_instance() { :; }; procd_close_instance() { :; }\n"
@@ -8033,25 +7538,13 @@ class Units(Folder):
         self.assertEqual((read["ProgramArguments"], read["KeepAlive"]), (command, {"SuccessfulExit": False}))
 
 
-class Asking(Relays):
-    def configured(self, primary: str = "127.0.0.1:9", dns: Optional[Dns] = None,
-                   change: Tuple[str, str] = ("", ""), **options: Any) -> Relay:
-        """A relay that does not run, and asks that nameserver."""
-        one = Relay(self.folder, primary, **options)
-        with open(one.file, encoding="utf-8") as file:
-            text = file.read().replace(*change)
-        if dns is not None:
-            text = text.replace("nameservers = 127.0.0.1:9", "nameservers = %s" % str(dns.endpoint))
-        with open(one.file, "w", encoding="utf-8") as file:
-            file.write(text)
-        return one
+class Probes(Relays):
+    """--probe says what a delivery would meet, and sends nothing."""
 
-
-class Probes(Asking):
     def probe(self, primary: str, domain: str = "", zone: Any = None) -> Tuple[int, Any, str]:
         """Exit status, what --json says (of the host, where there is one), and what people read."""
         with Dns(zone or {}) as dns:
-            one = self.configured(primary, dns if zone is not None else None, domain=domain)
+            one = Relay(self.folder, primary, domain=domain, nameservers=str(dns.endpoint))
             code, out, _ = one.run("--probe", DOMAIN, "--json")
             again, text, _ = one.run("--probe", DOMAIN)
         self.assertEqual((again, os.path.exists(one.spool)), (code, False))
@@ -8082,33 +7575,31 @@ class Probes(Asking):
             code, host, text = self.probe(primary.address)
             self.assertEqual((code, host["takes_mail"], word in text), (status, False, True))
         for name, status, word in cases(self, [("other.example", 1, "no such dom"), ("a b", 64, "neither")]):
-            code, out, errors = self.configured().run("--probe", name, "--json")
+            code, out, errors = Relay(self.folder).run("--probe", name, "--json")
             self.assertEqual((code, out, word in errors), (status, "", True))
 
     def test_a_probe_ends_although_nobody_answers(self) -> None:
         for stage, text, status in cases(self, [
                 ("greeting", "no answer", 69), ("EHLO", "no answer", 69), ("RCPT", "timed out", 75)]):
             primary = self.primary(**{stage: HANG}).start()
-            with shorten(PROBE_REPLY_S=0.3, PROBE_HOSTS_S=1.0):
+            with shorten(PROBE_REPLY_S=0.3, PROBE_HOSTS_S=0.5):
                 began = time.monotonic()
                 code, host, _ = self.probe(primary.address)
             self.assertLess(time.monotonic() - began, DEADLINE_S)
             self.assertEqual((code, text in host["error"]), (status, True))
         with Dns({}, mangle=lambda packet: None) as dns, shorten(PROBE_ROUTE_S=0.2):
             began = time.monotonic()
-            code, out, _ = self.configured("mx", dns).run("--probe", DOMAIN, "--json")
+            relay = Relay(self.folder, "mx", nameservers=str(dns.endpoint))
+            code, out, _ = relay.run("--probe", DOMAIN, "--json")
             self.assertLess(time.monotonic() - began, DEADLINE_S)
         self.assertEqual((code, json.loads(out)["hosts"], "no answer" in out), (69, [], True))
 
     def test_the_certificate_is_shown_and_the_policy_of_the_domain_holds(self) -> None:
         files = make_certificate(self, self.folder, "mx.primary.example")
-        primary = SecurePrimary(files[0])
-        self.addCleanup(primary.__exit__)
-        primary.start()
-        with open(files[0], encoding="ascii") as file:
-            pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(file.read())).hexdigest()
+        primary = self.primary(SecurePrimary, files[0]).start()
+        pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(load(files[0]))).hexdigest()
         for policy in cases(self, ["may", "require", "sha256:" + pin]):
-            code, host, text = self.probe(primary.address, "tls = %s\n" % policy)
+            code, host, _ = self.probe(primary.address, "tls = %s\n" % policy)
             self.assertEqual((code, host["sha256"], host["tls"][:6]), (0, pin, "TLSv1."))
         for policy, code, word in cases(self, [("none", 0, "takes_mail: True"), ("verify", 69, "failed"),
                                                ("sha256:" + "0" * 64, 69, pin)]):
@@ -8119,19 +7610,6 @@ class Probes(Asking):
             where = "mx.primary.example:%d" % primary.port
             self.assertEqual(self.probe(where, "tls = verify", zone=zone)[0], 0)
             self.assertIn("127.0.0.1", self.probe(primary.address, "tls = verify")[1]["error"])     # the name
-
-    def test_a_dead_dns_leaves_the_route_that_worked_last(self) -> None:
-        primary = self.primary().start()
-        relay = Relay(self.folder, "mx", domain="[domain other.example]")
-        os.mkdir(relay.spool)
-        site = {"route": [["mail.example", "127.0.0.1", primary.port]], "route_of": "mx", "size_limit": 0,
-                "route_seen": time.time(), "since": 0, "recovered": 0, "counters": {}, "held": False,
-                "primary": "up"}
-        with open(os.path.join(relay.spool, "state.json"), "w", encoding="utf-8") as file:
-            json.dump({"sites": {DOMAIN: site}}, file)
-        code, out, _ = relay.run("--probe", DOMAIN, "--json")
-        self.assertEqual((code, "using the route that worked last" in json.loads(out)["error"]), (0, True))
-        self.assertEqual(os.listdir(relay.spool), ["state.json"])
 
     def test_the_route_holds_what_a_delivery_would_try(self) -> None:
         mx = {(DOMAIN, etrn.MX): [(10, "a.example"), (20, "backup.example.net"), (20, "peer.example")],
@@ -8147,10 +7625,12 @@ class Probes(Asking):
             self.assertEqual((code, word in found["error"], word in text), (69, True, True))
 
 
-class Checks(Asking):
+class Checks(Relays):
+    """--check says what will not work, and changes nothing."""
+
     def check(self, zone: Any = None, **options: Any) -> Tuple[int, List[Dict[str, str]]]:
         with Dns(zone or {}) as dns:
-            one = self.configured(dns=dns, **options)
+            one = Relay(self.folder, nameservers=str(dns.endpoint), **options)
             before = sorted(os.listdir(self.folder))
             code, out, _ = one.run("--check", "--json")
             self.assertEqual(sorted(os.listdir(self.folder)), before)       # nothing is changed
@@ -8187,8 +7667,7 @@ class Checks(Asking):
 
     def test_files_it_needs(self) -> None:
         self.found("error", "No such file", domain="recipients = file:users")
-        with open(os.path.join(self.folder, "users"), "w", encoding="utf-8") as file:
-            file.write("\ufeffuser@%s OK\r\nnonsense\n" % DOMAIN)
+        save(self.path("users"), "\ufeffuser@%s OK\r\nnonsense\n" % DOMAIN)
         for level, text, options in cases(self, [
                 ("warning", "; not an address in line 2", {"domain": "recipients = file:users"}),
                 ("error", "none: No such file", {"bounces": "username = u\npassword = file: none"}),
@@ -8196,12 +7675,12 @@ class Checks(Asking):
                 ("error", "/users: [SSL]", {"bounces": "[tls]\ncertificate = users\nkey = users"}),
                 ("error", "cannot write", {"relay": "log = none/relay.log"})]):
             self.found(level, text, **options)
-        with open(os.path.join(self.folder, "spool"), "wb"):
+        with open(self.path("spool"), "wb"):
             pass
         self.found("error", "spool is not a directory")
 
     def test_the_spool_must_be_of_use_to_its_account(self) -> None:
-        spool = os.path.join(self.folder, "spool")
+        spool = self.path("spool")
         self.found("error", "no such account", relay="user = nosuchuser")
         if os.geteuid() != 0:
             self.skipTest("only root can become another account")
@@ -8212,8 +7691,9 @@ class Checks(Asking):
         os.chown(spool, nobody, -1)
         code, findings = self.check(relay="user = nobody")
         self.assertEqual(code, 0, findings)
-        lock, secret = os.path.join(spool, "lock"), os.path.join(self.folder, "secret")
-        os.close(os.open(lock, os.O_WRONLY | os.O_CREAT, 0o600))        # root left it behind
+        lock, secret = os.path.join(spool, "lock"), self.path("secret")
+        save(lock, "")                              # root left it behind
+        os.chmod(lock, 0o600)
         self.found("error", "nobody cannot write " + lock, relay="user = nobody")
         os.chown(lock, nobody, -1)
         with open(os.open(secret, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
@@ -8226,8 +7706,7 @@ class Checks(Asking):
                 ("nobody cannot write", {"relay": "log = secret"})]):
             options["relay"] = "user = nobody\n" + options.get("relay", "")
             self.found("error", text, **options)
-        with open(secret, "w", encoding="ascii") as file:
-            file.write(PEMS["one.key"] + PEMS["one.pem"])
+        save(secret, PEMS["one.key"] + PEMS["one.pem"])
         self.found("warning", "nobody cannot read %s when it is renewed" % secret, relay="user = nobody",
                    bounces="[tls]\ncertificate = %s\nkey = %s" % (secret, secret))
         self.assertEqual(os.geteuid(), 0)
@@ -8235,11 +7714,11 @@ class Checks(Asking):
     def test_what_cannot_start_or_tells_too_much_is_said(self) -> None:
         free, port = shutil.disk_usage(self.folder).free, unused_port()
         for size, level in cases(self, [(free // 3, "ok"), (free * 2, "error")]):
-            self.found(level, "/spool: ", change=("min_free_space = 0", "min_free_space = %d" % size))
+            self.found(level, "/spool: ", min_free_space="%d" % size)
         self.found("error", "127.0.0.1:%d: Address already in use" % port,
-                   change=("127.0.0.1:0", "0.0.0.0:%d, 127.0.0.1:%d" % (port, port)))
+                   listen="0.0.0.0:%d, 127.0.0.1:%d" % (port, port))
         with socket.create_server(("127.0.0.1", port)):
-            self.found("error", "Address already in use", change=("127.0.0.1:0", "127.0.0.1:%d" % port))
+            self.found("error", "Address already in use", listen="127.0.0.1:%d" % port)
         for page, is_said in cases(self, [
                 ("0.0.0.0:0", True), ("127.0.0.1:0", False), ("0.0.0.0:0\ntoken = x", False)]):
             _, findings = self.check(bounces="[status]\nlisten = " + page)
@@ -8247,21 +7726,17 @@ class Checks(Asking):
         for mode, domain, is_said in cases(self, [
                 (0o644, "username = u\npassword = p", True), (0o640, "username = u\npassword = p", False),
                 (0o644, "", False)]):
-            os.chmod(os.path.join(self.folder, "etrn.conf"), mode)
+            os.chmod(self.path("etrn.conf"), mode)
             _, findings = self.check(domain=domain)
             self.assertEqual(any("everybody may read it" in one["text"] for one in findings), is_said)
         for kind in cases(self, ["overlay", "tmpfs"]):
             with mock.patch.object(etrn, "file_system", return_value=kind):
                 self.found("warning", "spool is on " + kind)
 
-    def test_a_port_of_the_running_relay_is_none(self) -> None:
+    def test_a_port_of_the_running_relay_is_not_taken(self) -> None:
         port = unused_port()
-        relay = self.relay(change=("127.0.0.1:0", "127.0.0.1:%d" % port))
+        relay = self.relay(listen="127.0.0.1:%d" % port)
         self.assertEqual((relay.port, relay.run("--check")[0]), (port, 0))
-
-    @unittest.skipUnless(os.path.exists("/proc/self/mountinfo"), "no /proc")
-    def test_the_kind_of_a_file_system_is_known(self) -> None:
-        self.assertEqual((etrn.file_system("/proc"), bool(etrn.file_system("/"))), ("proc", True))
 
     def test_it_ends_although_nobody_answers(self) -> None:
         done = threading.Event()
@@ -8273,17 +7748,7 @@ class Checks(Asking):
             self.assertLess(time.monotonic() - began, DEADLINE_S)
 
 
-class Demonstration(Folder):
-    def test_the_demonstration_works_and_leaves_nothing(self) -> None:
-        done = subprocess.run(
-            [sys.executable, SOURCE, "--demo"], cwd=self.folder, env=dict(os.environ, TMPDIR=self.folder),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
-        self.assertEqual((done.returncode, done.stderr, os.listdir(self.folder)), (0, b"", []))
-        for word in (b"sender4@example.org", b"253 2.0.0 OK, 5 pending", b"Nothing was lost"):
-            self.assertIn(word, done.stdout)
-
-
-# -- a server that only the test turns
+# -- what nears its end
 
 def clocked(clock: Clock) -> Any:
     """The relay's two clocks are this one."""
@@ -8305,39 +7770,6 @@ def idle_server(test: Folder, text: str = "", domain: str = "") -> Iterator[etrn
         server.queue.spool.may_write = False
         server.close()
         spool.close()
-
-
-# -- certificates
-
-class Certificates(Folder):
-    """What is read of a certificate, where this Python can."""
-
-    def path_of(self, text: str) -> str:
-        with open(os.path.join(self.folder, "x.pem"), "w", encoding="utf-8") as file:
-            file.write(text)
-        return file.name
-
-    def test_the_end_is_read_where_this_python_can(self) -> None:
-        pem = PEMS["one.pem"]
-        for text in cases(self, [pem, PEMS["one.key"] + pem, "Attributes\n" + pem, pem + PEMS["two.pem"]]):
-            self.assertEqual(etrn.read_certificate_end(self.path_of(text)), 4733510400.0)
-        with shorten(ssl=None):         # type: ignore[arg-type]
-            self.assertEqual(etrn.read_certificate_end(self.path_of(pem)), 0.0)
-        with mock.patch.object(ssl, "_ssl", None):
-            self.assertEqual(etrn.read_certificate_end(self.path_of(pem)), 0.0)
-
-    def test_garbage_is_refused_and_nothing_else_happens(self) -> None:
-        chance, whole = random.Random(4), ssl.PEM_cert_to_DER_cert(PEMS["one.pem"])
-        framed = "-----BEGIN CERTIFICATE-----\n%s\n-----END CERTIFICATE-----\n"
-        for text in cases(self, ["", PEMS["one.key"], PEMS["one.pem"][:200], framed % "@@", framed % "MIAA"]):
-            self.assertRaises((ValueError, OSError), etrn.read_certificate_end, self.path_of(text))
-        for _ in range(500):
-            data = bytearray(whole)
-            for _ in range(chance.randint(1, 4)):
-                data[chance.randrange(len(data))] = chance.randrange(256)
-            with contextlib.suppress(ValueError, OSError):
-                text = ssl.DER_cert_to_PEM_cert(bytes(data))
-                self.assertIsInstance(etrn.read_certificate_end(self.path_of(text)), float)
 
 
 def make_certificate(test: unittest.TestCase, folder: str, name: str = "backup.example.net",
@@ -8372,6 +7804,8 @@ class Watchfulness(Folder):
                                                (336, "has expired"), (13, ""), (12, "has expired")]):
                 self.assertEqual(self.swept(server, told, clock, 3600 * hours),
                                  ["certificate: the certificate %s %s" % (files[0], expires)] * bool(expires))
+            with mock.patch.object(ssl, "_ssl", None):      # this Python cannot read dates
+                self.assertEqual(etrn.read_certificate_end(files[0]), 0.0)
             make_certificate(self, self.folder, days=90)    # no client asks for STARTTLS, and yet it is seen
             self.assertEqual(self.swept(server, told, clock, 86500), [])
             self.assertAlmostEqual(server.certificate.end, time.time() + 90 * 86400, delta=60)
@@ -8408,9 +7842,11 @@ class Watchfulness(Folder):
 # -- what other programs read in the log
 
 class LogReaders(Relays):
+    """pflogsumm and fail2ban read our lines as Postfix's."""
+
     def read(self, *command: str) -> str:
         """What a program says of a log with an event of every kind."""
-        name, path = program(command[0]), os.path.join(self.folder, "mail.log")
+        name, path = program(command[0]), self.path("mail.log")
         answers = {"later": "450 4.2.0 Greylisted", "never": "550 5.1.1 (no) such, user"}
         primary = self.primary(RCPT=lambda argument: answers.get(argument[4:].partition("@")[0])).start()
         relay = self.relay(primary, domain="recovery_grace = 0s\nrecipients = any")
@@ -8426,8 +7862,7 @@ class LogReaders(Relays):
         relay.send(sender="one@x.example", recipients=["a@" + DOMAIN])
         relay.logged("to=<a@.* status=deferred .*Connection refused")
         self.assertEqual(relay.end(), 0)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write("\n".join(relay.log) + "\n")
+        save(path, "\n".join(relay.log) + "\n")
         done = subprocess.run([name, *(path if word == "LOG" else word for word in command[1:])],
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
         self.assertEqual(done.returncode, 0, done.stdout)
@@ -8481,11 +7916,12 @@ class Misuse(Relays):
             return process.wait(DEADLINE_S), b"".join(shown).decode().replace("\r\n", "\n")
 
     def test_no_odd_command_starts_a_relay_or_does_anything(self) -> None:
-        relay = Relay(self.folder, "127.0.0.1:9")
+        relay = Relay(self.folder)
         for line in cases(self, [
                 "--flush ''", "--queue=", "--hold ''", "--show ''", "--config '' --queue", "--yes", "--raw",
                 "--queue --yes", "--flush #queue", "--hold a\tb", "--delete all", "--bounce ALL", "--show",
-                "--no-wait", "stray", "--status --queue", "--json", "--frobnicate", "--flush x --raw"]):
+                "--no-wait", "stray", "--status --queue", "--json", "--frobnicate", "--flush x --raw",
+                "--stat", "--flush"]):
             with mock.patch.object(etrn, "serve", side_effect=AssertionError("a relay was started")):
                 code, out, errors = relay.run(*(word.strip("'") for word in line.split(" ")))
             self.assertEqual((code, out, errors[:14], os.listdir(self.folder)), (
@@ -8503,40 +7939,18 @@ class Misuse(Relays):
             self.assertEqual(done.returncode, 78)
             self.assertIn(b"neither ./etrn.conf nor /etc/etrn.conf", done.stdout)
 
-    def test_one_message_is_listed_alone_and_shown_with_the_same_attempts(self) -> None:
-        relay = self.relay()
-        relay.send()
-        relay.send(sender="", recipients=["Other@OURDOM.example"])
-        wait(lambda: min(row["recipients"][0]["attempts"] for row in relay.queue()) >= 2, "two attempts each")
-        id = relay.queue()[1]["id"]
-        self.assertEqual([row["id"] for row in relay.json("--queue", id.lower())], [id])
-        one, = relay.json("--show", id)["recipients"]
-        self.assertGreaterEqual(one["attempts"], 2)
-        self.assertRegex(one["last_response"], r"^connect to 127\.0\.0\.1:\d+: Connection refused$")
-        self.assertRegex(relay.run("--show", id)[1], r"<Other@OURDOM\.example>: queued, (?:[2-9]|\d\d+) att")
-
     def test_a_hold_of_subdomains_or_of_all_holds_the_first_mail_too(self) -> None:
+        relay = self.relay(self.primary().start())
         for what in cases(self, ["@" + DOMAIN, "all", DOMAIN.upper()]):
-            relay = self.relay(self.primary().start())
             self.assertEqual(relay.run("--hold", what)[0], 0)       # before any mail has come
             relay.send()
             self.assertEqual([row["state"] for row in relay.queue()], ["held"])
             relay.run("--release", what)
-            wait(relay.is_empty, "an empty spool")
+            wait(lambda: relay.is_empty() and not relay.queue(), "an empty spool")
 
     def test_flush_draws_its_progress_on_a_terminal(self) -> None:
         primary = self.primary()
         relay = self.relay(primary)
-        for _ in range(3):
-            relay.send()
-        relay.logged(": down: ")
-        primary.start()
-        code, shown = self.terminal(relay, "--flush " + DOMAIN.upper())
-        self.assertEqual(code, 0, shown)
-        self.assertRegex(shown.split("\r")[-1], r"(?:\[#{40}\] \d of \d\n)?ourdom\.example: "
-                         r"(?:3 delivered|\d delivered|nothing is queued)")
-        wait(relay.is_empty, "an empty spool")
-        primary.stop()
         relay.send()
         relay.end()
         primary.start()
@@ -8549,41 +7963,28 @@ class Misuse(Relays):
         for _ in range(2):
             relay.send()
         relay.end()
-        for answer, code in cases(self, [(b"", 64), (b"n\n", 0), (b"\n", 0)]):
+        for answer, code in cases(self, [(b"", 64), (b"n\n", 0)]):
             done = self.command(relay, "--delete all", input=answer)
             self.assertEqual((done.returncode, len(relay.queue())), (code, 2), done)
-        for answer in cases(self, [b"\n", b"\x04"]):
-            code, shown = self.terminal(relay, "--delete all", answer)
-            self.assertIn("Really delete all queued mail?", shown)
-            self.assertEqual((code, len(relay.queue())), (0, 2))
+        code, shown = self.terminal(relay, "--delete all", b"\n")
+        self.assertEqual((code, len(relay.queue())), (0, 2))
+        self.assertIn("Really delete all queued mail?", shown)
         done = self.command(relay, "--bounce " + relay.queue()[0]["id"])
         self.assertEqual(done.returncode, 0, done)                  # one message: nobody is asked
-        self.assertEqual((self.terminal(relay, "--delete all", b"y\n")[0], relay.files()), (0, []))
-        relay.start()
-        relay.send()
         done = self.command(relay, "--delete all", input=b"y\n")
         self.assertEqual((done.returncode, relay.files()), (0, []))
 
     def test_mail_expires_without_a_daemon_too(self) -> None:
         """--flush from cron: three runs that failed after its time, and the last run's own try."""
-        grey = self.primary(RCPT="450 4.2.0 greylisted").start()
-        for primary, attempts in cases(self, [(None, 0), (grey, 0), (None, 9)]):
-            relay = self.relay(primary, domain="lifetime = 1s")
-            if primary is not None:
-                primary.stop()
-            relay.send()
-            relay.end()
-            one, = relay.queue()
-            time.sleep(max(0.0, one["expires"] + 0.01 - time.time()))
-            if primary is not None:
-                primary.start()
-            if attempts:                # the primary is back: delivered, however late
-                path = os.path.join(relay.spool, one["id"] + ".json")
-                with open(path, "r+", encoding="utf-8") as file:
-                    text = file.read().replace('"attempts":0', '"attempts":%d' % attempts)
-                    file.seek(0)
-                    file.write(text)
-                relay.write_config(primary=self.primary().start().address)
+        relay = Relay(self.folder, domain="lifetime = 1s")
+        os.mkdir(relay.spool)
+        for script, attempts in cases(self, [(None, 0), ({"RCPT": "450 4.2.0 greylisted"}, 0), ({}, 9)]):
+            sidecar = sidecar_of("ABCDE0", received=time.time() - 5)
+            sidecar["recipients"][0].update(attempts=attempts)
+            write_files(relay.spool, pair(sidecar))
+            primary = self.primary(**script or {})
+            relay.write_config(primary=(primary if script is None else primary.start()).address)
+            if script == {}:            # the primary is back: delivered, however late
                 relay.run("--flush", DOMAIN)
                 self.assertEqual(relay.files(), [])
                 continue
@@ -8591,7 +7992,7 @@ class Misuse(Relays):
                 relay.run("--flush", DOMAIN)
                 row, = relay.queue()        # in the end the notice
                 self.assertEqual((run, row["sender"]), (run, "a@sender.example" if run < 3 else ""))
-            self.assertEqual(relay.run("--show", one["id"])[0], 1)
+            self.assertEqual(relay.run("--delete", row["id"])[0], 0)
 
     def test_an_export_is_read_by_mailbox_and_names_the_recipients_of_its_domain_alone(self) -> None:
         relay = self.relay(domain="[domain two.example]\n")
@@ -8602,7 +8003,7 @@ class Misuse(Relays):
         people = ["u@" + DOMAIN, "v@two.example"]
         relay.send(sender="j\u00f6rg@sender.example", parameters=" SMTPUTF8", recipients=people)
         relay.end()
-        with open(os.path.join(self.folder, "mbox"), "wb") as out:
+        with open(self.path("mbox"), "wb") as out:
             self.command(relay, "--export " + DOMAIN, stdout=out, check=True)
         with contextlib.closing(mailbox.mbox(out.name)) as box:
             mails = [box.get_bytes(key).split(b"\n\n", 1)[1] for key in box.keys()]
@@ -8622,15 +8023,17 @@ class Misuse(Relays):
         relay = self.relay()
         data = b"Subject: x\r\n\r\n" + b"y" * 200000 + b"\r\n"
         relay.send(data, sender="j\u00f6rg@x.example", parameters=" SMTPUTF8")
-        id = relay.queue()[0]["id"]
-        for line in cases(self, ["--export " + DOMAIN, "--show %s --raw" % id, "--show " + id, "--queue",
-                                 "--status", "--queue --json", "--help", "--print-unit systemd"]):
-            reader, writer = os.pipe()
-            os.close(reader)
-            for options in ({"stdout": writer}, {"env": dict(os.environ, PYTHONIOENCODING="ascii")}):
-                done = self.command(relay, line, **options)
-                self.assertEqual((done.returncode, done.stderr), (0, b""))
-            os.close(writer)
+        id, ascii = relay.queue()[0]["id"], {"env": dict(os.environ, PYTHONIOENCODING="ascii")}
+        reader, writer = os.pipe()
+        os.close(reader)
+        self.addCleanup(os.close, writer)
+        leaves = {"stdout": writer}
+        for line, options in cases(self, [
+                ("--export " + DOMAIN, leaves), ("--export " + DOMAIN, ascii),
+                ("--show %s --raw" % id, leaves), ("--show " + id, ascii),
+                ("--queue", ascii), ("--queue --json", leaves), ("--help", leaves)]):
+            done = self.command(relay, line, **options)
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
 
     @unittest.skipUnless(os.geteuid() == 0, "needs root, to become another account")
     def test_an_account_owns_all_of_its_spool_whoever_commands(self) -> None:
@@ -8638,10 +8041,13 @@ class Misuse(Relays):
         with Relay(self.folder, self.primary().address, relay="user = nobody") as relay:
             relay.send()
             relay.logged(": down: ")
+            status, nobody = load("/proc/%d/status" % relay.process.pid), pwd.getpwnam("nobody")
+            self.assertEqual(re.findall(r"(?m)^[UG]id:\s+(\d+)\s+(\d+)\s+(\d+)\s+(\d+)$", status), [
+                (str(id),) * 4 for id in (nobody.pw_uid, nobody.pw_gid)])       # root is given up for good
             self.assertEqual((relay.end(), relay.run("--hold", "all")[0]), (0, 0))      # by root, offline
         owners = {os.stat(os.path.join(folder, name)).st_uid
                   for folder, _, files in os.walk(relay.spool) for name in [".", *files]}
-        self.assertEqual((owners, os.geteuid(), os.getegid()), ({pwd.getpwnam("nobody").pw_uid}, 0, 0))
+        self.assertEqual((owners, os.geteuid(), os.getegid()), ({nobody.pw_uid}, 0, 0))
         os.chown(relay.spool, 0, 0)
         for user, why in cases(self, [("nosuch", b"there is no such account"),
                                       ("nobody", b"that account cannot write the spool")]):
@@ -8654,7 +8060,7 @@ class Misuse(Relays):
                                   {"domain": "recipients = file:missing"},
                                   {"bounces": "username = u\npassword = file:missing"},
                                   {"domain": "[tls]\ncertificate = missing\nkey = missing"}]):
-            relay = Relay(tempfile.mkdtemp(dir=self.folder), "127.0.0.1:9", **lines)
+            relay = Relay(self.inner(), **lines)
             with mock.patch.object(etrn.Server, "listen", side_effect=AssertionError("a port was bound")):
                 code, _, errors = relay.run()
             self.assertEqual((code, errors.count("\n")), (78, 1), errors)
@@ -8663,58 +8069,25 @@ class Misuse(Relays):
 class Outage(Relays):
     """The main job, with programs that are not ours."""
 
-    def test_dots_at_the_borders_of_blocks_are_what_they_were(self) -> None:
-        """A large body is read block by block.  No border makes a dot, loses one, or ends the data."""
-        evil = b"x\r\n.\r\nMAIL FROM:<evil@x.example>\r\nRCPT TO:<evil@ourdom.example>\r\nDATA\r\n.y\r\n"
-        sent = [b"Subject: %d\r\n\r\n" % shift + b"\r\n" * 1700 + b"." * (shift % 3) + b"q" * shift
-                + evil * 150 for shift in range(len(evil))]
-        primary = self.primary()
-        relay = self.relay(primary, BLOCK_OCTETS=4096)
-        for extension in cases(self, ["HELP", "CHUNKING"]):
-            with relay.client() as client:
-                self.assertEqual({client.send(data)[:3] for data in sent}, {"250"})
-            primary.extensions.insert(0, extension)
-            primary.start()
-            wait(relay.is_empty, "an empty spool")
-            primary.stop()
-            self.assertEqual(sorted(without_received(data) for _, _, data in primary.messages), sorted(sent))
-            primary.messages.clear()
-
-    def test_fetchmail_and_msmtp_ask_for_their_domains(self) -> None:
-        path, names = os.path.join(self.folder, "fetchmailrc"), [DOMAIN, "two.example"]
-        environment = dict(os.environ, HOME=self.folder, FETCHMAILHOME=self.folder)
-        for name in cases(self, ["fetchmail", "msmtp"]):
-            command, primary = [program(name)], self.primary()
-            other = "[domain two.example]\nprobe_interval = 1h\nprimary = " + primary.address
-            relay = self.relay(primary, domain="probe_interval = 1h\n" + other, PROBE_FIRST_S=3600.0)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
-                file.write("poll 127.0.0.1 service %d proto ETRN fetchdomains %s %s\n" % (relay.port, *names))
-            for one in names:
-                relay.send(recipients=["u@" + one])
-                relay.logged(re.escape(one) + ": down: ")
-            primary.start()
-            lines = [["--nodetach", "--nosyslog", "-f", path, "--pidfile", path + ".pid"]]
-            if name == "msmtp":
-                lines = [["--file=/dev/null", "--host=127.0.0.1", "--port=%d" % relay.port, "--rmqs=" + one]
-                         for one in ["other.example", *names]]
-            for line in lines:
-                done = subprocess.run([*command, *line], check=False, env=environment, timeout=DEADLINE_S,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                self.assertEqual(done.returncode, 69 if "--rmqs=other.example" in line else 0, done.stdout)
-            wait(relay.is_empty, "an empty spool")
+    def test_the_demonstration_works_and_leaves_nothing(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-S", SOURCE, "--demo"], cwd=self.folder,
+            env=dict(os.environ, TMPDIR=self.folder),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+        self.assertEqual((done.returncode, done.stderr, os.listdir(self.folder)), (0, b"", []))
+        for word in (b"sender4@example.org", b"253 2.0.0 OK, 5 pending", b"Nothing was lost"):
+            self.assertIn(word, done.stdout)
 
     def test_the_sample_runs_as_it_is_and_small(self) -> None:
         """From a fresh folder, as a script; but its two ports are ones that are free here."""
         primary, own = self.primary(), self.primary()
-        with open(SAMPLE, encoding="utf-8") as file:
-            text = file.read().replace("127.0.0.1:2525", own.address)
-        with open(os.path.join(self.folder, "etrn.conf.sample"), "w", encoding="utf-8") as file:
-            file.write(text.replace("127.0.0.1:2526", primary.address))
+        text = load(SAMPLE).replace("127.0.0.1:2525", own.address)
+        save(self.path("etrn.conf.sample"), text.replace("127.0.0.1:2526", primary.address))
         shutil.copy(SOURCE, self.folder)
         own.sock.close()
         command = [sys.executable, "etrn_relay.py", "--config", "etrn.conf.sample"]
         measure = "import os, sys; id = os.spawnv(1, sys.argv[1], sys.argv[1:]); print(os.wait4(id, 0)[2][2])"
-        with open(os.path.join(self.folder, "log"), "w+", encoding="utf-8") as log:
+        with open(self.path("log"), "w+", encoding="utf-8") as log:
             process = subprocess.Popen(command, cwd=self.folder, stderr=log)
             self.addCleanup(process.wait)
             self.addCleanup(process.kill)
@@ -8743,8 +8116,8 @@ class Machines(Relays):
 
     def test_standard_files_that_are_closed_become_dev_null_and_a_rotated_log_is_opened_anew(self) -> None:
         primary = self.primary()
-        for closed in cases(self, ["0", "1", "2", "012"]):
-            relay = Relay(tempfile.mkdtemp(dir=self.folder), primary.address, relay="log = relay.log")
+        for closed in cases(self, ["1", "012"]):
+            relay = Relay(self.inner(), primary.address, relay="log = relay.log")
             closing = "".join(" %s>&-" % fd for fd in closed)
             command = ["sh", "-c", 'exec "$0" "$@"' + closing, sys.executable, SOURCE, "--config", relay.file]
             relay.process, relay.reader = subprocess.Popen(command), threading.current_thread()
@@ -8752,8 +8125,7 @@ class Machines(Relays):
 
             def logged(pattern: str, name: str = "relay.log", relay: Relay = relay) -> Any:
                 with contextlib.suppress(FileNotFoundError):
-                    with open(os.path.join(relay.folder, name), encoding="utf-8") as file:
-                        return re.search(pattern, file.read())
+                    return re.search(pattern, load(os.path.join(relay.folder, name)))
             relay.port = int(wait(lambda: logged(r"listening on 127\.0\.0\.1:(\d+)")).group(1))
             for fd in closed:
                 self.assertEqual(os.readlink("/proc/%d/fd/%s" % (relay.process.pid, fd)), "/dev/null")
@@ -8769,83 +8141,36 @@ class Machines(Relays):
             self.assertTrue(logged("stopped"))
 
     def test_an_address_that_is_not_there_yet_may_come_and_one_that_is_taken_may_be_left(self) -> None:
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen(1)
+        with socket.create_server(("127.0.0.1", 0)) as taken:
             busy = "127.0.0.1:%d" % taken.getsockname()[1]
             first = "listen = 127.0.0.1:0\n"
             for where, option in cases(self, itertools.product(
                     ["203.0.113.9:0", "[2001:db8::9]:0", busy],
                     ["listen = ", first + "odmr_listen = ", first + "[status]\nlisten = "])):
                 why = "already in use" if where == busy else "Cannot assign"
-                file = os.path.join(tempfile.mkdtemp(dir=self.folder), "etrn.conf")
-                with open(file, "w", encoding="utf-8") as stream:
-                    stream.write("[relay]\n%s%s\n[domain %s]\n" % (option, where, DOMAIN))
+                file = os.path.join(self.inner(), "etrn.conf")
+                save(file, "[relay]\n%s%s\n[domain %s]\n" % (option, where, DOMAIN))
                 code, _, errors = run("--config", file)
                 self.assertRegex(errors, r"\Aetrn_relay.py: cannot listen on \S+: [^\n]*%s[^\n]*\n\Z" % why)
                 self.assertEqual(code, 75)
 
-    def aged(self, server: etrn.Server, clock: Clock) -> Tuple[int, int]:
-        """What is left of the message's life: seconds in memory, and on disk."""
-        queue = server.queue
-        wait(lambda: server.loop.turn(0.0) or not (queue.spool.unanswered or queue.loader.is_busy))
-        person, = server.spool.read_sidecar("ABCDEF")["recipients"]
-        return (round(queue.destinations.all[DOMAIN].next_deadline() - clock.mono),
-                round(person["expires"] - clock.wall))
-
-    def test_mail_taken_by_a_wrong_clock_has_its_true_age_in_memory_and_on_disk_and_later(self) -> None:
-        """A board without a battery, a clock that was ahead, a NAS that was suspended."""
-        for wrong, when in cases(self, itertools.product(
-                [-10 * 86400, -6 * 86400, 86400 - 1764000000, 10 * 86400, -120, 4000],
-                ["before", "between", "under way"])):
-            shutil.rmtree(os.path.join(self.folder, "spool"), True)
-            clock, left = Clock(), (7 * 86400 - 1,) * 2
-            clock.wall += wrong
-            with clocked(clock), idle_server(self, "min_free_space = 0\n") as server:
-                server.start()
-                clock.advance(100.3)
-                server.loop.turn(0.0)
-                clock.wall -= wrong * (when == "between")      # before the message, and not yet noticed
-                sidecar = dict(sidecar_of("ABCDEF"), received=clock.wall)
-                sidecar["recipients"][0].update(expires=clock.wall + 7 * 86400, next_attempt=clock.wall)
-                server.spool.commit([("ABCDEF", MESSAGE, [sidecar])])
-                clock.wall -= wrong * (when == "under way")    # while the disk is at work
-                server.loop.turn(0.0)
-                server.queue.accept(sidecar, len(MESSAGE))
-                clock.wall -= wrong * (when == "before")
-                clock.advance(1.1)
-                self.assertEqual(self.aged(server, clock), left)
-            with clocked(clock), idle_server(self, "min_free_space = 0\n") as server:
-                server.start()
-                server.queue.loader.load()
-                self.assertEqual(self.aged(server, clock), left)
-
     def test_readers_share_the_lock_and_a_relay_waits_for_a_command_but_not_for_a_relay(self) -> None:
         relay = self.relay()
-        other = Relay(relay.folder, "127.0.0.1:9")
-        self.assertRegex(other.run()[2], r"spool is in use by process %d\n\Z" % relay.process.pid)
+        other = Relay(relay.folder)
+        code, _, errors = other.run()
+        self.assertEqual(code, 75)
+        self.assertRegex(errors, r"spool is in use by process %d\n\Z" % relay.process.pid)
         for _ in range(3):
             relay.send()
         relay.end()
-
-        def is_waiting(last: Any) -> bool:
-            with contextlib.suppress(OSError):
-                folder = "/proc/%d/fd/" % relay.process.pid if relay.process is not last else ""
-                return any(os.readlink(folder + one).endswith("/lock") for one in os.listdir(folder))
-            return False
-        spool, last = etrn.Spool(relay.spool), relay.process
-        self.addCleanup(spool.close)
+        spool = etrn.Spool(relay.spool)
         spool.open(is_relay=False)
         with shorten(LOCK_WAIT_S=0.1):
             codes = [relay.run(*line.split())[0] for line in ("--status", "--queue", "--hold all")]
         self.assertEqual(codes, [75] * 3)
-        thread = threading.Thread(target=relay.start, daemon=True)
-        thread.start()
-        wait(lambda: is_waiting(last), "a relay at the lock")
-        self.assertTrue(thread.is_alive() and relay.process.poll() is None)
-        spool.close()
-        thread.join(DEADLINE_S)
-        self.assertEqual((thread.is_alive(), len(relay.queue()), relay.end()), (False, 3, 0))
+        threading.Timer(0.5, spool.close).start()
+        relay.start()                                           # it waits
+        self.assertEqual((len(relay.queue()), relay.end()), (3, 0))
         with mock.patch.object(etrn.Spool, "load", autospec=True, side_effect=etrn.Spool.load) as load:
             id = relay.queue()[1]["id"]
             load.reset_mock()
@@ -8856,7 +8181,7 @@ class Machines(Relays):
         primary = self.primary()
         relay = self.relay(primary, SWEEP_S=0.05)
         relay.send()
-        path = os.path.join(relay.spool, "control")
+        path = relay.at("control")
         os.unlink(path)                 # by somebody who tidies up
         wait(lambda: os.path.exists(path), "the control socket")
         self.assertEqual(relay.json("--status")["pid"], relay.process.pid)
@@ -8889,9 +8214,8 @@ class Layers(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        with open(SOURCE, encoding="utf-8") as file:
-            one = cls("test_every_rule_is_kept")
-            one.look_at(file.read())
+        one = cls("test_every_rule_is_kept")
+        one.look_at(load(SOURCE))
         cls.source, cls.tree, cls.banners, cls.nodes = one.source, one.tree, one.banners, one.nodes
 
     def look_at(self, source: str) -> None:
@@ -9037,8 +8361,7 @@ class Layers(unittest.TestCase):
 
     def test_the_oldest_python_promised_can_read_the_source(self) -> None:
         for path in cases(self, [SOURCE, os.path.abspath(__file__)]):
-            with open(path, encoding="utf-8") as file:
-                ast.parse(file.read(), feature_version=(3, 8))
+            ast.parse(load(path), feature_version=(3, 8))
 
     def test_importing_has_no_effect(self) -> None:
         code = ("import signal, sys, threading, os\n"
@@ -9119,11 +8442,6 @@ class Senders:
 
 
 class Ledgers(Relays):
-    def taker(self, **script: Any) -> Taker:
-        primary = Taker(**script)
-        self.addCleanup(primary.__exit__)
-        return primary
-
     def compare(self, primary: Primary, relay: Relay, ledger: Iterable[bytes]) -> None:
         """Every 250 was delivered, intact."""
         if not primary.is_up:
@@ -9133,7 +8451,7 @@ class Ledgers(Relays):
         self.assertEqual([mark for mark in ledger if mark not in found], [])
         for _, _, data in primary.messages:
             self.assertEqual(without_received(data), marked(mark_of(data)))
-        self.assertEqual(os.listdir(os.path.join(relay.spool, "corrupt")), [])
+        self.assertEqual(os.listdir(relay.at("corrupt")), [])
 
 
 def open_files(relay: Relay) -> int:
@@ -9145,7 +8463,7 @@ class Storms(Ledgers):
     RELAY = "max_connections_per_client = 0"
 
     def storm(self, seed: int, seconds: float, relay_dies: bool) -> None:
-        self.row, chance, primary = seed, random.Random(seed), self.taker()
+        self.row, chance, primary = seed, random.Random(seed), self.primary(Taker)
         relay = self.relay(primary.start(), relay=self.RELAY)
         deaths, samples, files = [], [], open_files(relay)      # type: List[str], List[float], int
         senders, end = Senders(relay, 0.01), time.monotonic() + seconds
@@ -9197,7 +8515,8 @@ class Sickness(Relays):
     """A disk that fails under a running relay, and is well again."""
 
     def test_every_failing_disk_is_answered_4xx_and_outlived(self) -> None:
-        for fault in cases(self, [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE]):
+        for fault in cases(self, [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE,
+                                  errno.EMFILE]):
             primary, fails, shim = self.primary(), threading.Event(), types.SimpleNamespace(**vars(os))
 
             def call(name: str, fault: int, fails: threading.Event, *given: Any, **options: Any) -> Any:
@@ -9210,7 +8529,7 @@ class Sickness(Relays):
                 setattr(shim, name, functools.partial(call, name, fault, fails))
             domain = "[domain two.example]\nprimary = %s\nrecipients = any\ncutthrough = no\n"
             with shorten(RETRY_DISK_S=0.1, SWEEP_S=0.05, PROBE_FIRST_S=0.05, os=shim), Local(
-                    tempfile.mkdtemp(dir=self.folder), domain=domain % primary.address) as local, (
+                    self.inner(), domain=domain % primary.address) as local, (
                     Wire(local.port)) as client:
                 client.say("EHLO client.example")
                 self.assertEqual(client.send(marked(b"first"), recipients=["x@two.example"])[:3], "250")
@@ -9218,7 +8537,8 @@ class Sickness(Relays):
                 expected = "452 4.3.1" if fault in (errno.ENOSPC, errno.EDQUOT) else "451 4.3.0"
                 for data in (MESSAGE, b"x" * 600000 + b"\r\n", MESSAGE):
                     self.assertEqual(client.send(data)[:9], expected)
-                self.assertEqual(bool(local.server.queue.spool.sick), fault in (errno.EIO, errno.EROFS))
+                self.assertEqual(bool(local.server.queue.spool.sick),
+                                 fault in (errno.EIO, errno.EROFS, errno.ESTALE))
                 primary.start()
                 if fault != errno.EMFILE:               # delivery goes on, but not without descriptors
                     wait(lambda: primary.messages, "a delivery")            # noqa: B023
@@ -9243,7 +8563,7 @@ class Mounts(Ledgers):
         """A folder with a fresh file system on it; skips the test where that cannot be."""
         if os.geteuid() != 0:
             self.skipTest("only root can mount")
-        folder = tempfile.mkdtemp(dir=self.folder)
+        folder = self.inner()
         self.command("mount", *words, folder)
         self.addCleanup(subprocess.run, ["umount", "-l", folder], stderr=subprocess.DEVNULL)
         return folder
@@ -9269,7 +8589,7 @@ class Mounts(Ledgers):
         return False
 
     def power_cuts(self, kind: str, times: int) -> None:
-        image, chance, primary = os.path.join(self.folder, "image"), random.Random(times), self.taker()
+        image, chance, primary = self.path("image"), random.Random(times), self.primary(Taker)
         with open(image, "wb") as file:
             file.truncate(320 << 20)            # sparse; xfs wants 300 MB
         self.command(program("mkfs." + kind), "-q", image)
@@ -9310,59 +8630,19 @@ class Mounts(Ledgers):
     def test_many_power_cuts_lose_nothing_on_xfs(self) -> None:
         self.power_cuts("xfs", 12)
 
-    def test_a_full_disk_takes_no_mail_but_lets_it_leave(self) -> None:
-        folder, greylisted = self.mount("-t", "tmpfs", "-o", "size=1M", "x"), set()     # type: str, Set[str]
-
-        def rcpt(argument: str) -> Optional[str]:
-            is_new = "grey" in argument and argument not in greylisted
-            greylisted.add(argument)
-            return "450 4.2.0 Greylisted" if is_new else None
-        primary, marks = self.primary(RCPT=rcpt), [b"%d%s" % (n, b"grey" * (n % 2)) for n in range(10)]
-        with Relay(folder, primary.address, domain="retry_interval = 1s\nmax_retry_interval = 1s") as relay:
-            for mark in marks:
-                person = "%s@%s" % (mark.decode(), DOMAIN)
-                self.assertEqual(relay.send(b"Subject: %s\r\n\r\n" % mark, recipients=[person])[:3], "250")
-            with open(os.path.join(folder, "filler"), "wb", 0) as file, contextlib.suppress(OSError):
-                while True:
-                    file.write(b"x" * 4096)
-            for data in (b"x" * 300000 + b"\r\n", MESSAGE):
-                self.assertEqual(relay.send(data)[:9], "452 4.3.1")
-            self.assertEqual(os.listdir(os.path.join(relay.spool, "incoming")), [])
-            primary.start()
-            wait(relay.is_empty, "all mail to leave the full disk")
-            self.assertEqual(sorted(mark_of(data) for _, _, data in primary.messages), sorted(marks))
-            os.unlink(os.path.join(folder, "filler"))
-            self.assertEqual(relay.send(MESSAGE)[:3], "250")
-            wait(lambda: len(primary.messages) == 11, "new mail")
-
 
 # -- hours of trouble, in seconds
 
-class Soak(Played):
+class Soak(Simulated):
     """A primary that comes and goes, greylists, hangs, hangs up and refuses; an operator at work; clocks that
     are set; a relay that starts anew.  Nothing is ever stuck, lost, or sent twice."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        for patch in (mock.patch.object(etrn, "dial", lambda plan: Simulation.current.dial(plan)),
-                      mock.patch("time.time", lambda: Simulation.current.clock.wall), mock.patch("os.fsync")):
-            patch.start()
-            self.addCleanup(patch.stop)
 
     WORDS = ["", "450 4.2.0 grey", "421 4.3.2 busy", CUT, HANG, "554 5.7.1 no"]
     DOMAIN_LINES = "retry_interval = 1m\nmax_retry_interval = 10m\nconnections = %d\n"
 
     def hours(self, seed: int, hours: float) -> Dict[Any, int]:
         self.row, self.chance = seed, random.Random(seed)
-        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None     # the disk is not what is tried
-        with tempfile.TemporaryDirectory(prefix="etrn-test-", dir=memory) as folder:
-            self.sim = Simulation(folder, self.DOMAIN_LINES % 5)
-            self.live(hours)
-            self.sim.spool.close()
-        return self.seen
-
-    def live(self, hours: float) -> None:
-        sim = self.sim
+        sim = self.simulate(self.DOMAIN_LINES % 5)
         sim.extensions = [["PIPELINING"], [], ["PIPELINING", "CHUNKING"]][self.row % 3]
         self.is_up, self.steady = False, 0.0            # `steady`: since or from when on all is well
         self.came: Dict[str, float] = {}                # ID: when it came, or was last held, let go or loaded
@@ -9385,6 +8665,7 @@ class Soak(Played):
         self.seen.update(expired=len(self.ended), delivered=len(sim.taken))
         twice = {id for id, count in collections.Counter(sim.taken).items() if id and count > 1}
         self.assertEqual(twice - self.in_doubt, set())
+        return self.seen
 
     def note_ends(self) -> None:
         lines = "".join(self.sim.journal.lines)
@@ -9550,11 +8831,13 @@ class Bench:
     @contextlib.contextmanager
     def relay(self) -> Iterator[Tuple[Relay, Primary]]:
         self.number += 1
-        folder = os.path.join(self.folder, str(self.number))
+        folder = self.path(str(self.number))
         os.mkdir(folder)
         with Primary() as primary:
-            relay = Relay(folder, primary.address, SLOW_MS=self.fsync_ms,
+            port = unused_port()
+            relay = Relay(folder, primary.address, SLOW_MS=self.fsync_ms, listen="127.0.0.1:%d" % port,
                           relay="max_connections_per_client = 0\nlog = relay.log\nmax_connections = 2000")
+            relay.port = port
             self.start(relay)
             yield relay, primary
             relay.process.terminate()
@@ -9562,18 +8845,16 @@ class Bench:
 
     def start(self, relay: Relay) -> float:
         """Returns the seconds until it greets."""
-        path = os.path.join(relay.folder, "relay.log")
-        with contextlib.suppress(OSError):
-            os.remove(path)
         began = time.monotonic()
         relay.process = subprocess.Popen([sys.executable, "-c", SLOW_STARTER, json.dumps(relay.limits),
                                           "--config", relay.file], stdin=subprocess.DEVNULL)
 
-        def started() -> Any:
-            with contextlib.suppress(OSError), open(path, encoding="utf-8") as log:
-                return re.search(r"started: .*listening on 127\.0\.0\.1:(\d+)", log.read(100000))
-        relay.port = int(wait(started, "the start").group(1))
-        relay.client().close()
+        def greets() -> bool:
+            with contextlib.suppress(OSError):
+                relay.client().close()
+                return True
+            return False
+        wait(greets, "the start")
         return time.monotonic() - began
 
     def accept(self, relay: Relay, count: int) -> None:
@@ -9618,7 +8899,7 @@ class Bench:
             id = "%X" % (0xABC0000000 + number)
             sidecar = sidecar_of(id, size=len(data), sha256=hashlib.sha256(data).hexdigest())
             for kind, octets in ((".eml", data), (".json", etrn.format_sidecar(sidecar))):
-                with open(os.path.join(relay.spool, id + kind), "wb") as file:
+                with open(relay.at(id + kind), "wb") as file:
                     file.write(octets)
         greeting = self.start(relay)
         wait(lambda: relay.json("--status")["spool"]["messages"] >= size, "the queue to be read", HARD_S)
@@ -9673,27 +8954,37 @@ class Result(unittest.TextTestResult):
             "\nat the %s %.1500r\n" % (key, vars(test)[key]) for key in ("row", "state") if key in vars(test))
 
 
-def run_tests(given: argparse.Namespace) -> Tuple[int, int, int]:
+class Turns(unittest.TestSuite):
+    """Processes that share a pipe of numbers: each takes the next, until all are taken."""
+    _cleanup = False
+
+    def __init__(self, tests: List[unittest.TestCase], pipe: int) -> None:
+        super().__init__()
+        self.tests, self.pipe = tests, pipe
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.tests[int(number)] for number in iter(lambda: os.read(self.pipe, 4), b""))
+
+
+def run_tests(tests: List[unittest.TestCase], given: argparse.Namespace) -> Tuple[int, int, int]:
     """Numbers of tests that passed, failed and were skipped."""
-    everything = unittest.TestLoader().loadTestsFromModule(sys.modules[__name__])
-    wanted = given.k.replace(" ", "_").lower()
-    chosen = [test for group in everything for test in group if wanted in test.id().lower()
-              and (given.long or not hasattr(getattr(test, test.id().rpartition(".")[2]), "is_long"))]
-    part, parts = map(int, given.part.split("/"))
+    suite = unittest.TestSuite(tests) if given.turns is None else Turns(tests, given.turns)
     runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2 if given.v else 1, resultclass=Result)
-    result = runner.run(unittest.TestSuite(chosen[part::parts]))
+    result = runner.run(suite)
     failed = {test.id() for test, _ in result.failures + result.errors} | {
         test.id() for test in result.unexpectedSuccesses}
     skipped = {test.id() for test, _ in result.skipped} - failed
     return max(0, result.testsRun - len(failed) - len(skipped)), len(failed), len(skipped)
 
 
-def run_parts(arguments: Sequence[str], parts: int) -> Tuple[int, int, int]:
+def run_parts(count: int, words: Sequence[str], processes: int) -> Tuple[int, int, int]:
     """The same in several processes: most tests wait for something most of their time."""
-    sums = [0, 0, 0]
-    command = [sys.executable, os.path.abspath(__file__), *arguments]
-    for worker in [subprocess.Popen([*command, "--part", "%d/%d" % (part, parts)], stdout=subprocess.PIPE)
-                   for part in range(parts)]:
+    sums, (reader, writer) = [0, 0, 0], os.pipe()
+    os.write(writer, b"".join(b"%04d" % number for number in reversed(range(count))))   # the long ones first
+    os.close(writer)
+    command = [sys.executable, os.path.abspath(__file__), *words, "--turns", str(reader)]
+    for worker in [subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[reader])
+                   for _ in range(processes)]:
         text = worker.communicate()[0].decode("utf-8", "replace")
         match = re.search(r"(\d+) passed, (\d+) failed, (\d+) skipped\n\Z", text)
         print(text[:match.start()] if match else text, end="")
@@ -9706,9 +8997,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Tests of etrn_relay.py.")
     parser.add_argument("-k", metavar="PATTERN", default="", help="only tests whose name contains PATTERN")
     parser.add_argument("-v", action="store_true", help="name each test")
-    parser.add_argument("-j", metavar="N", type=int, default=4, help="in so many processes [4]")
+    parser.add_argument("-j", metavar="N", type=int, default=6, help="in so many processes [6]")
     parser.add_argument("--long", action="store_true", help="also the tests that take minutes")
-    parser.add_argument("--part", metavar="K/N", help="only every Nth test, from the Kth on; in this process")
+    parser.add_argument("--turns", metavar="FD", type=int, help=argparse.SUPPRESS)      # of run_parts()
     parser.add_argument("--bench", action="store_true", help="measure speed and memory instead of testing")
     parser.add_argument("--fsync-ms", metavar="MS", type=float, default=0.0, help="--bench on so slow a disk")
     parser.add_argument("--most", metavar="N", type=int, default=10000, help="--bench: most queued [10000]")
@@ -9716,15 +9007,19 @@ def main() -> int:
     if given.bench:
         Bench(given.fsync_ms, given.most).run()
         return 0
-    if given.part is None:
+    everything = unittest.TestLoader().loadTestsFromModule(sys.modules[__name__])
+    wanted = given.k.replace(" ", "_").lower()
+    tests = [test for group in everything for test in group if wanted in test.id().lower()
+             and (given.long or not hasattr(getattr(test, test.id().rpartition(".")[2]), "is_long"))]
+    if given.turns is None:
         # The relay is started a hundred times; it need not be compiled each time.
         with tempfile.TemporaryDirectory(prefix="etrn-test-") as cache:
             os.environ["PYTHONPYCACHEPREFIX"] = cache
             os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
             words = ["-v"] * given.v + ["--long"] * given.long + ["-k", given.k]
-            counts = run_parts(words, 1 if given.k else given.j)
+            counts = run_parts(len(tests), words, 1 if given.k else given.j)
     else:
-        counts = run_tests(given)
+        counts = run_tests(tests, given)
     print("%d passed, %d failed, %d skipped" % counts)
     return 1 if counts[1] else 0
 
