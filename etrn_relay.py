@@ -8170,6 +8170,9 @@ def serve(cfg: Config) -> int:
     server.certificate = server.load_certificate(cfg)
     server.listen(cfg)
     account.become()
+    first = threading.Thread(target=time.time)
+    first.start()
+    first.join()        # glibc loads a library when the first thread ends: out of descriptors that aborts us
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: server.loop.post(server.on_signal, number))
     signal.set_wakeup_fd(server.loop.writer.fileno(), warn_on_full_buffer=False)

@@ -12,8 +12,6 @@ CONTENTS  1 HARNESS  2 GRAMMAR  3 CONFIG  4 SESSION  5 SMUGGLING  6 SPOOL
           7 PROOF  8 SCHEDULE  9 DELIVERY  10 DNS  11 DSN  12 RELAY  13 COMMANDS
           14 LAYERS  15 BENCH
 """
-from __future__ import annotations
-
 import argparse
 import ast
 import asyncio
@@ -61,7 +59,6 @@ import time
 import types
 import unittest
 import warnings
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 from unittest import mock
 
 import etrn_relay as etrn
@@ -80,7 +77,7 @@ DOMAIN = "ourdom.example"
 MESSAGE = b"From: <a@sender.example>\r\nSubject: one\r\n\r\nHello.\r\n"
 
 
-def wait(is_so: Callable[[], Any], what: str = "", seconds: float = DEADLINE_S) -> Any:
+def wait(is_so, what="", seconds=DEADLINE_S):
     """The first true value of `is_so()`; fails when it never comes."""
     end = time.monotonic() + seconds
     while True:
@@ -92,7 +89,7 @@ def wait(is_so: Callable[[], Any], what: str = "", seconds: float = DEADLINE_S) 
         time.sleep(0.005)
 
 
-def unused_port() -> int:
+def unused_port():
     """For a program that will bind it later, and again after a stop.  Below the ports that
     the system gives to whoever asks for any: what connects meanwhile does not get it."""
     while True:
@@ -103,18 +100,18 @@ def unused_port() -> int:
             return port
 
 
-def config(text: str = "", domain: str = "", file: str = "/nowhere/etrn.conf") -> etrn.Config:
+def config(text="", domain="", file="/nowhere/etrn.conf"):
     """A small configuration: lines for [relay], lines for [domain ourdom.example] and what follows it."""
     return etrn.parse_config("[relay]\nhostname = backup.example.net\n%s\n[domain %s]\n%s\n" % (text,
         DOMAIN, domain), file)
 
 
-def load(path: str) -> str:
+def load(path):
     with open(path, encoding="utf-8", errors="replace") as file:
         return file.read()
 
 
-def save(path: str, text: str) -> str:
+def save(path, text):
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
     return path
@@ -123,25 +120,25 @@ def save(path: str, text: str) -> str:
 class Folder(unittest.TestCase):
     """Test cases with a temporary folder of their own."""
 
-    def setUp(self) -> None:
+    def setUp(self):
         self.folder = tempfile.mkdtemp(prefix="etrn-test-")
         self.addCleanup(shutil.rmtree, self.folder, True)
 
-    def path(self, name: str) -> str:
+    def path(self, name):
         return os.path.join(self.folder, name)
 
-    def inner(self) -> str:
+    def inner(self):
         """A new folder in it."""
         return tempfile.mkdtemp(dir=self.folder)
 
 
-def long_run(test: Any) -> Any:
+def long_run(test):
     """Minutes, not seconds: runs with --long only."""
     test.is_long = True
     return test
 
 
-def shorten(**seconds: float) -> Any:
+def shorten(**seconds):
     """Other values for constants of section 2, so that no test waits for a real timeout."""
     return mock.patch.multiple(etrn, **seconds)
 
@@ -149,17 +146,15 @@ def shorten(**seconds: float) -> Any:
 # -- scripted primaries
 
 HANG, CUT = object(), object()          # answers: never, or the connection closed
-Said = Union[str, bytes, object]
 
 
-def smtp(stage: Any, say: Any, hear: Callable[[str], None], take: Callable[[bytes], None],
-         more: Sequence[str] = ()) -> Iterator[Any]:
+def smtp(stage, say, hear, take, more=()):
     """The server's side of SMTP.  Yields None for a line, a number for so many octets, a float for a pause,
     "TLS" for a handshake, "QUIT" at the end; is sent what came.  `say(verb, argument, default)` returns the
     first digit of what it said; what it is given besides is done before a 2xx leaves: who reads it may look.
     Verb "none": what is out of order."""
-    sender: Optional[str] = None
-    recipients: List[str] = []
+    sender = None
+    recipients = []
     while True:
         line = (yield None).rstrip(b"\r\n").decode("utf-8")
         hear(line)
@@ -212,19 +207,19 @@ class Primary:
     It is created down, on a port that stays its own; start() and stop() may
     follow each other.  `messages` are (sender, recipients, data) as accepted."""
 
-    def __init__(self, **script: Any) -> None:
-        self.script: Dict[str, Any] = dict(script)
-        self.extensions: List[str] = ["PIPELINING", "8BITMIME", "SMTPUTF8", "DSN", "SIZE 1000000"]
-        self.messages: List[Tuple[str, List[str], bytes]] = []
-        self.log: List[str] = []        # commands as they came
-        self.uses: Dict[str, int] = collections.Counter()
-        self.clients: List[socket.socket] = []
-        self.threads: List[threading.Thread] = []
+    def __init__(self, **script):
+        self.script = dict(script)
+        self.extensions = ["PIPELINING", "8BITMIME", "SMTPUTF8", "DSN", "SIZE 1000000"]
+        self.messages = []
+        self.log = []        # commands as they came
+        self.uses = collections.Counter()
+        self.clients = []
+        self.threads = []
         self.port = 0
         self.sock = self._bind()
         self.is_up = False
 
-    def _bind(self) -> socket.socket:
+    def _bind(self):
         """Bound but not listening, a port refuses connections and stays ours."""
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -233,22 +228,22 @@ class Primary:
         return sock
 
     @property
-    def address(self) -> str:
+    def address(self):
         return "127.0.0.1:%d" % self.port
 
-    def start(self) -> "Primary":
+    def start(self):
         self.sock.listen(64)
         self.is_up = True
         self._spawn(self._accept, self.sock)
         return self
 
-    def stop(self) -> None:
+    def stop(self):
         """As abruptly as a power cut."""
         self._end()
         last, self.sock = self.sock, self._bind()      # before it is let go: nobody else gets it
         last.close()
 
-    def _end(self) -> None:
+    def _end(self):
         self.is_up = False
         for sock in [self.sock, *self.clients]:
             with contextlib.suppress(OSError):
@@ -257,19 +252,19 @@ class Primary:
             thread.join(DEADLINE_S)
         self.clients, self.threads = [], []
 
-    def __enter__(self) -> "Primary":
+    def __enter__(self):
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_):
         self._end()
         self.sock.close()
 
-    def _spawn(self, target: Callable[..., None], *arguments: Any) -> None:
+    def _spawn(self, target, *arguments):
         thread = threading.Thread(target=target, args=arguments, daemon=True)
         self.threads.append(thread)
         thread.start()
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener):
         while self.is_up:
             try:
                 sock, _ = listener.accept()
@@ -279,12 +274,12 @@ class Primary:
             self.clients.append(sock)
             self._spawn(self._serve, sock)
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _serve(self, sock):
         with contextlib.suppress(OSError, ValueError), sock:       # cut by the script, stop() or the client
             self._say(sock, "greeting", "", "220 primary.example ESMTP")
             self._talk(sock)
 
-    def _said(self, verb: str, argument: str, default: str) -> Said:
+    def _said(self, verb, argument, default):
         said = self.script.get(verb, default)
         if isinstance(said, list):
             said = said[min(self.uses[verb], len(said) - 1)]
@@ -293,8 +288,7 @@ class Primary:
             said = said(argument)
         return default if said is None else said
 
-    def _say(self, sock: socket.socket, verb: str, argument: str, default: str,
-             taken: Callable[[], None] = lambda: None) -> str:
+    def _say(self, sock, verb, argument, default, taken=lambda: None):
         """Answer; returns the first digit.  `taken` is done before a 2xx leaves: who reads it may look."""
         said = self._said(verb, argument, default)
         if said is HANG:
@@ -312,10 +306,10 @@ class Primary:
             raise OSError
         return data[:1].decode("latin-1")
 
-    def on_data(self, sock: socket.socket, data: bytes) -> None:
+    def on_data(self, sock, data):
         """A whole message is here; its answer comes next."""
 
-    def _talk(self, sock: socket.socket, more: Sequence[str] = ()) -> bool:
+    def _talk(self, sock, more=()):
         """Whether TLS is to begin."""
         talk = smtp(self, functools.partial(self._say, sock), self.log.append,
                     functools.partial(self.on_data, sock), more)
@@ -331,11 +325,11 @@ class Primary:
 
 # -- scripted nameservers
 
-def wire_name(name: str) -> bytes:
+def wire_name(name):
     return b"".join(bytes([len(label)]) + label.encode("ascii") for label in name.split(".") if label) + b"\0"
 
 
-def record(owner: str, kind: int, data: Any) -> bytes:
+def record(owner, kind, data):
     """One resource record; data as etrn_relay shows it, an alias as text."""
     if not isinstance(data, bytes):
         if kind in (etrn.A, etrn.AAAA):
@@ -345,8 +339,7 @@ def record(owner: str, kind: int, data: Any) -> bytes:
     return wire_name(owner) + struct.pack("!HHIH", kind, 1, 60, len(data)) + data
 
 
-def dns_answer(id: int, name: str, kind: int, records: Sequence[bytes] = (), rcode: int = 0,
-               flags: int = 0x8180) -> bytes:
+def dns_answer(id, name, kind, records=(), rcode=0, flags=0x8180):
     return (struct.pack("!HHHHHH", id, flags | rcode, 1, len(records), 0, 0) + wire_name(name)
             + struct.pack("!HH", kind, 1) + b"".join(records))
 
@@ -356,10 +349,9 @@ class Dns:
     to records; a name in no key does not exist.  `truncate` sends UDP clients
     to TCP, `mangle` changes each UDP answer (or returns None: silence)."""
 
-    def __init__(self, zone: Dict[Tuple[str, int], List[Any]], truncate: bool = False, rcode: int = 0,
-                 mangle: Callable[[bytes], Optional[bytes]] = lambda packet: packet) -> None:
+    def __init__(self, zone, truncate=False, rcode=0, mangle=lambda packet: packet):
         self.zone, self.truncate, self.rcode, self.mangle = zone, truncate, rcode, mangle
-        self.asked: List[Tuple[str, str, int]] = []     # (udp or tcp, name, kind)
+        self.asked = []     # (udp or tcp, name, kind)
         while True:
             self.tcp, self.udp = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             self.tcp.bind(("127.0.0.1", 0))
@@ -375,20 +367,20 @@ class Dns:
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     @property
-    def endpoint(self) -> etrn.Endpoint:
+    def endpoint(self):
         return etrn.Endpoint("127.0.0.1", self.port)
 
-    def __enter__(self) -> "Dns":
+    def __enter__(self):
         self.thread.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_):
         self.end.close()
         self.thread.join(DEADLINE_S)
         for sock in (self.tcp, self.udp, self.ended):
             sock.close()
 
-    def _run(self) -> None:
+    def _run(self):
         while True:
             ready = select.select([self.tcp, self.udp, self.ended], [], [])[0]
             if self.ended in ready:
@@ -403,7 +395,7 @@ class Dns:
                     reply = self._reply(file.read(struct.unpack("!H", file.read(2))[0]), "tcp")
                     sock.sendall(struct.pack("!H", len(reply)) + reply)
 
-    def _reply(self, packet: bytes, how: str) -> bytes:
+    def _reply(self, packet, how):
         id, = struct.unpack("!H", packet[:2])
         name, at = etrn.parse_name(packet, 12)
         kind, = struct.unpack("!H", packet[at:at + 2])
@@ -422,29 +414,29 @@ class Dns:
 
 # -- a client of the relay, octet for octet
 
-def connect(port: int, source: str = "127.0.0.1") -> socket.socket:
+def connect(port, source="127.0.0.1"):
     return socket.create_connection(("127.0.0.1", port), DEADLINE_S, (source, 0))
 
 
 class Wire:
     """An SMTP client that says exactly what it is told to."""
 
-    def __init__(self, port: int, source: str = "127.0.0.1") -> None:
+    def __init__(self, port, source="127.0.0.1"):
         self.sock = connect(port, source)
         self.lines = self.sock.makefile("rb")
         self.greeting = self.reply()
 
-    def __enter__(self) -> "Wire":
+    def __enter__(self):
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_):
         self.close()
 
-    def close(self) -> None:
+    def close(self):
         self.lines.close()
         self.sock.close()
 
-    def reply(self) -> str:
+    def reply(self):
         """All lines of a reply; empty when the relay has closed the connection."""
         out = []
         while True:
@@ -453,7 +445,7 @@ class Wire:
             if line[3:4] != "-":
                 return "\n".join(out)
 
-    def say(self, *commands: str) -> str:
+    def say(self, *commands):
         """Send commands, one after the other; returns the last one's reply."""
         reply = ""
         for command in commands:
@@ -461,12 +453,10 @@ class Wire:
             reply = self.reply()
         return reply
 
-    def raw(self, data: bytes) -> None:
+    def raw(self, data):
         self.sock.sendall(data)
 
-    def send(self, data: bytes, sender: str = "a@sender.example",
-             recipients: Sequence[str] = ("user@" + DOMAIN,),
-             parameters: str = "") -> str:
+    def send(self, data, sender="a@sender.example", recipients=("user@" + DOMAIN,), parameters=""):
         """A whole transaction; returns the reply that settled it."""
         reply = self.say("MAIL FROM:<%s>%s" % (sender, parameters))
         for one in recipients if reply[0] == "2" else ():
@@ -515,22 +505,22 @@ class Relay:
     """etrn_relay.py as a process, in a folder of its own.  start() may follow kill() or stop().
     Options: values for CONFIG, and for constants of section 2."""
 
-    def __init__(self, folder: str, primary: str = "127.0.0.1:9", **options: Any) -> None:
+    def __init__(self, folder, primary="127.0.0.1:9", **options):
         self.folder = folder
         self.file = os.path.join(folder, "etrn.conf")
         self.spool = os.path.join(folder, "spool")
         self.values = {name: options.pop(name, usual) for name, usual in USUAL.items()}
         self.limits = dict(QUICK, **options)
         self.write_config(primary=primary)
-        self.log: List[str] = []
+        self.log = []
         self.port = 0
-        self.process: Optional[subprocess.Popen[bytes]] = None
+        self.process = None
 
-    def write_config(self, **values: str) -> None:
+    def write_config(self, **values):
         self.values.update(values)
         save(self.file, CONFIG % self.values)
 
-    def start(self) -> "Relay":
+    def start(self):
         process = subprocess.Popen([*PYTHON, json.dumps(self.limits), "--config", self.file],
                                    stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
         self.process, since = process, len(self.log)
@@ -539,15 +529,15 @@ class Relay:
         self.port = int(self.logged(r"started: .*listening on 127\.0\.0\.1:(\d+)", since).group(1))
         return self
 
-    def _read(self, process: "subprocess.Popen[bytes]") -> None:
+    def _read(self, process):
         assert process.stderr is not None
         with process.stderr as lines:
             for line in lines:
                 self.log.append(line.decode("utf-8", "replace").rstrip("\n"))
 
-    def logged(self, pattern: str, since: int = 0) -> Any:
+    def logged(self, pattern, since=0):
         """The match of the first line of the log that has one."""
-        def look() -> Any:
+        def look():
             found = next(filter(None, (re.search(pattern, line) for line in self.log[since:])), None)
             is_dead = self.process is not None and self.process.poll() is not None
             if found is None and is_dead and not self.reader.is_alive():
@@ -555,7 +545,7 @@ class Relay:
             return found
         return wait(look, "a log line like %r in\n%s" % (pattern, "\n".join(self.log[-20:])))
 
-    def end(self, number: int = signal.SIGTERM) -> int:
+    def end(self, number=signal.SIGTERM):
         """Stop it with a signal; returns its exit status."""
         assert self.process is not None
         self.process.send_signal(number)
@@ -563,60 +553,60 @@ class Relay:
         self.reader.join(DEADLINE_S)
         return status
 
-    def signal(self, number: int) -> None:
+    def signal(self, number):
         assert self.process is not None
         self.process.send_signal(number)
 
-    def __enter__(self) -> "Relay":
+    def __enter__(self):
         return self.start()
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_):
         if self.process is not None and self.process.poll() is None:
             self.end(signal.SIGKILL)
 
-    def client(self, hello: str = "EHLO client.example") -> Wire:
+    def client(self, hello="EHLO client.example"):
         wire = Wire(self.port)
         wire.say(hello)
         return wire
 
-    def send(self, data: bytes = MESSAGE, **envelope: Any) -> str:
+    def send(self, data=MESSAGE, **envelope):
         with self.client() as wire:
             return wire.send(data, **envelope)
 
-    def run(self, *arguments: str) -> Tuple[int, str, str]:
+    def run(self, *arguments):
         return run("--config", self.file, *arguments)
 
-    def json(self, *arguments: str) -> Any:
+    def json(self, *arguments):
         return json.loads(self.run(*arguments, "--json")[1])
 
-    def queue(self) -> List[Dict[str, Any]]:
-        rows: List[Dict[str, Any]] = self.json("--queue")
+    def queue(self):
+        rows = self.json("--queue")
         return rows
 
-    def read_spool(self) -> None:
+    def read_spool(self):
         """Returns once it has; until then it refuses or waits with what would do harm."""
         self.queue()
 
-    def files(self) -> List[str]:
+    def files(self):
         return spool_files(self.spool)
 
-    def is_empty(self) -> bool:
+    def is_empty(self):
         return not self.files()
 
-    def until_empty(self, hint: str = "") -> None:
+    def until_empty(self, hint=""):
         wait(self.is_empty, "an empty spool " + hint)
 
-    def at(self, *names: str) -> str:
+    def at(self, *names):
         """A path in its spool."""
         return os.path.join(self.spool, *names)
 
 
-def spool_files(folder: str) -> List[str]:
+def spool_files(folder):
     """Names of the queued pairs, without what else a spool holds."""
     return sorted(name for name in os.listdir(folder) if re.fullmatch(r"[0-9A-F]{6,20}\.(eml|json)", name))
 
 
-def run(*arguments: str) -> Tuple[int, str, str]:
+def run(*arguments):
     """The command line in this process: exit status, output, errors."""
     out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "stdin",
@@ -625,7 +615,7 @@ def run(*arguments: str) -> Tuple[int, str, str]:
     texts = []
     for stream in (out, err):
         stream.flush()
-        texts.append(stream.buffer.getvalue().decode("utf-8"))      # type: ignore[attr-defined]
+        texts.append(stream.buffer.getvalue().decode("utf-8"))
     return code, texts[0], texts[1]
 
 
@@ -681,33 +671,33 @@ wsrvA954zyk8osSizI8qhntTfsoV4SFCFDNquID7hMPGaJpB3mS9E2Bm46rP5A==
 
 # -- tests
 
-def cases(test: unittest.TestCase, table: Iterable[Any]) -> Iterator[Any]:
+def cases(test, table):
     """Rows of a table; a failure names the row it happened at, and an empty table is one."""
     rows = list(table)
     test.assertTrue(rows)
     for row in rows:
-        test.row = row                  # type: ignore[attr-defined]
+        test.row = row
         yield row
-    del test.row                        # type: ignore[attr-defined]
+    del test.row
 
 
 class Relays(Folder):
     """Tests with relays as processes, and primaries for them."""
 
-    def primary(self, *kind: Any, **script: Any) -> Any:
+    def primary(self, *kind, **script):
         """A primary that is down; of another class than Primary, if given, with the arguments for it."""
         primary = kind[0](*kind[1:], **script) if kind else Primary(**script)
         self.addCleanup(primary.__exit__)
         return primary
 
-    def relay(self, primary: Union[Primary, str, None] = None, **options: Any) -> Relay:
+    def relay(self, primary=None, **options):
         """A running relay."""
         target = primary.address if isinstance(primary, Primary) else primary or self.primary().address
         relay = Relay(self.inner(), target, **options)
         self.addCleanup(relay.__exit__)
         return relay.start()
 
-    def reload(self, running: Relay, *expected: str, **values: str) -> None:
+    def reload(self, running, *expected, **values):
         """SIGHUP with another configuration, until the log has said all that is expected."""
         running.write_config(**values)
         since = len(running.log)
@@ -715,16 +705,16 @@ class Relays(Folder):
         for one in expected:
             running.logged(one, since)
 
-    def rcpt(self, relay: Relay, *users: str, sender: str = "a@sender.example") -> List[str]:
+    def rcpt(self, relay, *users, sender="a@sender.example"):
         """Code and status for each."""
         with relay.client() as client:
             client.say("MAIL FROM:<%s>" % sender)
             addresses = [one if "@" in one else one + "@" + DOMAIN for one in users]
             return [client.say("RCPT TO:<%s>" % address)[:9] for address in addresses]
 
-    def let_in(self, relay: Relay, most: int) -> None:
+    def let_in(self, relay, most):
         """Of more clients so many are greeted and served; those of before may not have left yet."""
-        def count() -> int:
+        def count():
             with contextlib.ExitStack() as stack:
                 wires = [stack.enter_context(Wire(relay.port)) for _ in range(most + 2)]
                 replies = [wire.say("NOOP") if wire.greeting[:3] == "220" else wire.reply() for wire in wires]
@@ -732,7 +722,7 @@ class Relays(Folder):
                 return replies.count("250 2.0.0 Ok") if replies.count("") >= 2 else 0
         wait(lambda: count() == most, "%d to be let in" % most)
 
-    def opened(self, relay: Relay, count: int) -> List[socket.socket]:
+    def opened(self, relay, count):
         """Connections that were greeted."""
         socks = [connect(relay.port) for _ in range(count)]
         for sock in socks:
@@ -741,14 +731,14 @@ class Relays(Folder):
                 self.assertRegex(lines.readline(), rb"\A220 [^\r]+\r\n\Z")
         return socks
 
-    def kept(self, relay: Relay) -> int:
+    def kept(self, relay):
         """Files of messages, once nobody is connected and nothing is half kept."""
         wait(lambda: relay.json("--status")["connections"] == 0, "all to be gone")
         wait(lambda: not os.listdir(relay.at("incoming")), "nothing to be half kept")
         self.no_bugs(relay.log)
         return len(relay.files())
 
-    def no_bugs(self, log: Iterable[str]) -> None:
+    def no_bugs(self, log):
         self.assertEqual([line for line in log if "bug: " in line], [])
 
 
@@ -757,7 +747,7 @@ class Relays(Folder):
 class Grammar(unittest.TestCase):
     """Text from outside becomes a value, or is refused with its reason; values become text."""
 
-    def test_domains_become_lower_case_a_labels(self) -> None:
+    def test_domains_become_lower_case_a_labels(self):
         for text, name in cases(self, [
                 ("Example.COM", "example.com"), ("a", "a"), ("x-1.example", "x-1.example"),
                 ("1.2.example", "1.2.example"), ("_dmarc.example", "_dmarc.example"),
@@ -768,7 +758,7 @@ class Grammar(unittest.TestCase):
                 ("a" * 63 + ".example", "a" * 63 + ".example")]):
             self.assertEqual(etrn.parse_domain(text), name)
 
-    def test_what_is_no_domain_is_refused(self) -> None:
+    def test_what_is_no_domain_is_refused(self):
         for text in cases(self, [
                 "", ".", "..", "a..", "a..b", ".a", "-a.example", "a-.example", "a" * 64 + ".example",
                 "a." * 127 + "aa", "a b", "a\0b", "a\tb", "192.0.2.1", "192.0.2.1.", "a.1", "*", "@", "#q",
@@ -776,7 +766,7 @@ class Grammar(unittest.TestCase):
                 "\u202eb.example", "[192.0.2.1]", "\udcff.example"]):
             self.assertRaises(ValueError, etrn.parse_domain, text)
 
-    def test_paths_are_taken_apart(self) -> None:
+    def test_paths_are_taken_apart(self):
         """Also such as RFC 5321 forbids and the world sends: they go on as they came."""
         for text, address, domain, rest in cases(self, [
                 ("<>", "", "", ""), ("<a@b.example>", "a@b.example", "b.example", ""),
@@ -799,14 +789,14 @@ class Grammar(unittest.TestCase):
             path, left = etrn.parse_path(text, "5.1.3")
             self.assertEqual((str(path), path.domain, left), (address, domain, rest))
 
-    def test_spellings_of_one_address_have_one_key(self) -> None:
+    def test_spellings_of_one_address_have_one_key(self):
         for one, other in cases(self, [
                 ("<U@D.example>", "u@d.Example."), ("<u@münchen.example>", "<u@XN--mnchen-3ya.example>"),
                 ("<u@faß.example>", "<u@xn--fa-hia.example>")]):
             self.assertEqual(etrn.parse_path(one, "")[0].key, etrn.parse_path(other, "")[0].key)
         self.assertNotEqual(etrn.parse_path("<u@faß.example>", "")[0].key, "u@fass.example")
 
-    def test_a_path_that_could_be_rerouted_is_known_as_such(self) -> None:
+    def test_a_path_that_could_be_rerouted_is_known_as_such(self):
         for text, expected in cases(self, [("<u@d.example>", False), ("<u%o.example@d.example>", True),
                 ("<o.example!u@d.example>", True), ("<@d.example:u@d.example>", True),
                 ('<"u@o.example"@d.example>', True), ("<u@[192.0.2.1]>", True), ("<|cmd@d.example>", False),
@@ -814,7 +804,7 @@ class Grammar(unittest.TestCase):
                 ("u@[192.0.2.1]", True), ("..u%o.example..@d.example.", True)]):
             self.assertEqual(etrn.parse_path(text, "5.1.3")[0].is_rerouting, expected)
 
-    def test_xtext_has_its_form(self) -> None:
+    def test_xtext_has_its_form(self):
         for text in cases(self, ["abc", "a+2Bb", "QQ314159", "+00"]):
             self.assertEqual(etrn.parse_xtext(text, 100), text)
         for text in cases(self, [None, "", "a b", "a=b", "a+", "a+2", "a+2g", "é", "a\x7f", "x" * 101]):
@@ -824,7 +814,7 @@ class Grammar(unittest.TestCase):
                 ("a+b=", 99, "a+2Bb+3D"), ("é ", 99, "+C3+A9+20"), ("a+", 3, "a")]):
             self.assertEqual(etrn.encode_xtext(text, longest), encoded)
 
-    def test_parameters_follow_their_rfcs(self) -> None:
+    def test_parameters_follow_their_rfcs(self):
         self.assertEqual(etrn.parse_parameters(" size=10 SMTPUTF8 X-A=b"),
                          {"SIZE": "10", "SMTPUTF8": None, "X-A": "b"})
         for parse, text, value in cases(self, [(etrn.parse_notify, "never", "NEVER"),
@@ -843,7 +833,7 @@ class Grammar(unittest.TestCase):
             for text in texts:
                 self.assertRaises(etrn.Refuse, parse, text)
 
-    def test_numbers_are_shown_for_people(self) -> None:
+    def test_numbers_are_shown_for_people(self):
         for show, value, text in cases(self, [
                 (etrn.format_duration, 0, "0s"), (etrn.format_duration, 59, "59s"),
                 (etrn.format_duration, 60, "1m"), (etrn.format_duration, 8040, "2h14m"),
@@ -859,20 +849,20 @@ class Grammar(unittest.TestCase):
                 (etrn.format_delay, 9.99, "10"), (etrn.format_delay, 604800, "604800")]):
             self.assertEqual(show(value), text)
 
-    def test_foreign_text_is_one_printable_line(self) -> None:
+    def test_foreign_text_is_one_printable_line(self):
         for text in cases(self, ["a\r\nb", "a\x1b[2Jb", "\u202e\u2066", "\0", "a\u2028b", "x" * 9999,
                                  "\udcff"]):
             shown = etrn.printable(text)
             self.assertTrue(shown.isprintable() and len(shown.splitlines()) == 1 and len(shown) < 1000, shown)
 
-    def test_clients_are_counted_by_network(self) -> None:
+    def test_clients_are_counted_by_network(self):
         self.assertEqual(etrn.client_network("2001:db8::1"), etrn.client_network("2001:db8::ffff:2"))
         self.assertNotEqual(etrn.client_network("2001:db8::1"), etrn.client_network("2001:db8:0:1::1"))
         self.assertEqual(etrn.client_network("192.0.2.1"), "192.0.2.1")
         self.assertEqual(etrn.client_network("fe80::1%eth0"), etrn.client_network("fe80::2"))
         self.assertEqual(etrn.greylist_network("192.0.2.1"), etrn.greylist_network("192.0.2.254"))
 
-    def test_what_idna_2003_and_2008_encode_differently_is_encoded_by_2008(self) -> None:
+    def test_what_idna_2003_and_2008_encode_differently_is_encoded_by_2008(self):
         for text, name in cases(self, [
                 ("straße.example", "xn--strae-oqa.example"), ("STRAßE.example", "xn--strae-oqa.example"),
                 ("faß.test", "xn--fa-hia.test"), ("ς.example", "xn--3xa.example"),
@@ -884,7 +874,7 @@ class Grammar(unittest.TestCase):
                                  "ß\0.example"]):
             self.assertRaises(ValueError, etrn.parse_domain, text)
 
-    def test_lower_case_hex_goes_on_in_capitals_and_tabs_are_blanks(self) -> None:
+    def test_lower_case_hex_goes_on_in_capitals_and_tabs_are_blanks(self):
         self.assertEqual(etrn.parse_xtext("a+2b+3D+3d", 100), "a+2B+3D+3D")
         self.assertEqual(etrn.parse_orcpt("rfc822;a+3db@c"), "rfc822;a+3Db@c")
         self.assertEqual(etrn.parse_parameters("\tSIZE=1\t \tBODY=7BIT\t"), {"SIZE": "1", "BODY": "7BIT"})
@@ -907,7 +897,7 @@ SAMPLE_VALUES = {("relay", "hostname"): "backup.example.net", ("relay", "listen"
                  ("domain", "primary"): "127.0.0.1:2526"}
 
 
-def format_sample() -> str:
+def format_sample():
     """The text of etrn.conf.sample: every option with its default.  To write it anew:
     python3 -c 'import test_etrn_relay as t; print(t.format_sample(), end="")' > etrn.conf.sample"""
     out, last = [SAMPLE_HEAD.rstrip()], ""
@@ -923,7 +913,7 @@ def format_sample() -> str:
 class Configuration(Folder):
     """What operators write is understood, or told with file and line and what to write instead."""
 
-    def error(self, text: str) -> str:
+    def error(self, text):
         with self.assertRaises(etrn.ConfigError) as caught:
             etrn.parse_config(text, "etrn.conf")
         return str(caught.exception)
@@ -1005,7 +995,7 @@ class Configuration(Folder):
 => 6: this username has another password elsewhere
         """
 
-    def test_each_fault_is_told_with_file_and_line(self) -> None:
+    def test_each_fault_is_told_with_file_and_line(self):
         rows = [row.strip().split(" => ") for row in self.FAULTS.replace("\\\n", "").strip().split("\n")]
         for text, expected in cases(self, [*rows, [
                 "[domain a.example] | username = " + "u" * 256, "2: username: longer than 255 octets"]]):
@@ -1013,7 +1003,7 @@ class Configuration(Folder):
             error = self.error(text.replace(" | ", "\n"))
             self.assertTrue(error.startswith("etrn.conf:" + expected), error)
 
-    def test_a_fault_is_told_at_its_own_line_wherever_that_is(self) -> None:
+    def test_a_fault_is_told_at_its_own_line_wherever_that_is(self):
         for text, line in cases(self, [
                 ("[relay]\n\nlisten = 127.0.0.1:25,\n  # more\n\n  [::1]:zz\n", 3),      # where a list begins
                 ("[relay]\nlisten =\n  127.0.0.1:25\n  [::1]:25\nzzz = 1\n", 5),          # behind one
@@ -1026,7 +1016,7 @@ class Configuration(Folder):
                 ("[relay]\nlisten = 25\n; [domain b]\n#zzz = 2\n\n[domain a.example]\nzzz = 1\n", 7)]):
             self.assertEqual(self.error(text).split(":")[:2], ["etrn.conf", str(line)])
 
-    def test_what_people_write_is_understood(self) -> None:
+    def test_what_people_write_is_understood(self):
         for text, name, value in cases(self, [
                 ("\ufeff[relay]\nhostname = a.example\n", "hostname", "a.example"),
                 ("[relay]\r\nHostName: a.example\r\n", "hostname", "a.example"),
@@ -1072,12 +1062,12 @@ class Configuration(Folder):
             cfg = etrn.parse_config("%s\n%s\n" % (section, text), "/x/etrn.conf")
             self.assertEqual(getattr(cfg.domain("a.example"), name), value)
 
-    def test_yes_and_no_are_said_in_every_common_way(self) -> None:
+    def test_yes_and_no_are_said_in_every_common_way(self):
         for word in cases(self, "yes On 1 True no false 0 OFF".split()):
             cfg = config("", "xclient = %s\ncutthrough = %s" % (word, word)).domain(DOMAIN)
             self.assertEqual((cfg.xclient, cfg.cutthrough), (word in "yes On 1 True",) * 2)
 
-    def test_values_reach_their_domain_by_defaults_and_sections(self) -> None:
+    def test_values_reach_their_domain_by_defaults_and_sections(self):
         cfg = etrn.parse_config(
             "[relay]\ndomains = plain.example, .wild.example Own.example\n[defaults]\nlifetime = 2d\n"
             "[domain own.example]\nlifetime = 1h\nprimary = mail.own.example:26, [2001:db8::1]:27 192.0.2.1",
@@ -1093,7 +1083,7 @@ class Configuration(Folder):
         self.assertEqual((cfg.first_domain, list(cfg.domains)),
                          ("plain.example", ["plain.example", ".wild.example", "own.example"]))
 
-    def test_odmr_has_a_port_of_its_own_and_passwords_may_be_in_files(self) -> None:
+    def test_odmr_has_a_port_of_its_own_and_passwords_may_be_in_files(self):
         cfg = etrn.parse_config(
             "[relay]\nodmr_listen = 127.0.0.1, [::1]:367\n[domain a.example]\nprimary = ATRN\n"
             "username = a user\npassword = file:a.secret\n[domain b.example]\nprimary = etrn\n"
@@ -1109,7 +1099,7 @@ class Configuration(Folder):
         self.assertFalse(config().has_logins)
         self.assertTrue(config("", "username = u\npassword = p").has_logins)
 
-    def test_the_machine_is_asked_for_its_name_only_where_none_is_given(self) -> None:
+    def test_the_machine_is_asked_for_its_name_only_where_none_is_given(self):
         file = self.path("etrn.conf")
         with mock.patch.object(etrn, "fully_qualified_name", side_effect=["machine.example"]):
             for text, name in cases(self, [("[relay]\nhostname = a.example\n", "a.example"), ("",
@@ -1117,13 +1107,13 @@ class Configuration(Folder):
                 save(file, text)
                 self.assertEqual(etrn.read_config(file).hostname, name)
 
-    def test_a_file_that_is_not_utf8_is_told_with_its_line(self) -> None:
+    def test_a_file_that_is_not_utf8_is_told_with_its_line(self):
         file = self.path("etrn.conf")
         with open(file, "wb") as stream:
             stream.write(b"[relay]\n# caf\xe9\n")
         self.assertEqual(run("--config", file, "--status"), (78, "", "%s:2: not UTF-8\n" % file))
 
-    def test_link_local_servers_have_their_zone(self) -> None:
+    def test_link_local_servers_have_their_zone(self):
         for text, where in cases(self, [
                 ("fe80::1%eth0", ("fe80::1%eth0", 53)), ("[fe80::1%eth0]:54", ("fe80::1%eth0", 54)),
                 ("[FE80:0::1%br-lan.2]", ("fe80::1%br-lan.2", 53)), ("192.0.2.1:54", ("192.0.2.1", 54))]):
@@ -1138,7 +1128,7 @@ class Configuration(Folder):
         for text, path in cases(self, [("/a/file", "/a/file"), ("./resolv.conf", "/nowhere/./resolv.conf")]):
             self.assertEqual(config("nameservers = " + text).nameservers, path)
 
-    def test_a_final_dot_of_a_domain_is_dropped(self) -> None:
+    def test_a_final_dot_of_a_domain_is_dropped(self):
         cfg = etrn.parse_config("[relay]\nhostname = B.example.\ndomains = a.example. .w.example.\n[domain "
                                 "C.example.]\nprimary = mail.c.example.:26\nrecipients = u@c.example.\n",
                                 "/x")
@@ -1147,7 +1137,7 @@ class Configuration(Folder):
         self.assertEqual((cfg.domain("c.example").primary, cfg.domain("c.example").recipients),
                          ((("mail.c.example", 26),), {"u@c.example"}))
 
-    def test_u_labels_are_served_by_their_a_label_unless_programs_disagree_about_it(self) -> None:
+    def test_u_labels_are_served_by_their_a_label_unless_programs_disagree_about_it(self):
         cfg = etrn.parse_config("[relay]\ndomains = münchen.example xn--strae-oqa.example xn--a.test", "/x")
         self.assertEqual(list(cfg.domains), ["xn--mnchen-3ya.example", "xn--strae-oqa.example", "xn--a.test"])
         for text in cases(self, [
@@ -1159,7 +1149,7 @@ class Configuration(Folder):
             with self.assertRaisesRegex(etrn.ConfigError, ":[12]: .*write the A-label, xn--"):
                 etrn.parse_config(text, "etrn.conf")
 
-    def test_paths_are_taken_as_they_stand(self) -> None:
+    def test_paths_are_taken_as_they_stand(self):
         for text in cases(self, ["[relay]\nspool = \"/var/spool/x\"\n", "[relay]\nspool = '/x'\n",
                 "[relay]\nspool = ~/spool\n", "[relay]\nlog = $HOME/log\n",
                 "[tls]\ncertificate = ${DIR}/c\nkey = k\n", "[relay]\nnameservers = /etc/$x\n",
@@ -1173,7 +1163,7 @@ class Configuration(Folder):
             "/x/c")
         self.assertEqual((cfg.bounces_password, cfg.spool), ("'~$\"", "/x/my spool"))
 
-    def test_recipients_files_are_read_as_other_programs_write_them(self) -> None:
+    def test_recipients_files_are_read_as_other_programs_write_them(self):
         for text, entries in cases(self, [
                 ("\ufeffA@B.Example\r\nc@d.example\r\n", {"a@b.example", "c@d.example"}),
                 ("a@b.example OK\nc@b.example\tc\n@D.example. x@y\n",
@@ -1209,7 +1199,7 @@ class Configuration(Folder):
             probe_interval=5s retry_interval=5m max_retry_interval=1h recovery_grace=1h xclient=no
             max_queue_size="""
 
-    def test_options_and_defaults_are_those_of_the_contract(self) -> None:
+    def test_options_and_defaults_are_those_of_the_contract(self):
         section, table = "", {}
         for word in self.CONTRACT.split():
             name, equals, default = word.partition("=")
@@ -1220,7 +1210,7 @@ class Configuration(Folder):
         found = {place: option.default.replace(", ", ",") for place, option in etrn.OPTIONS.items()}
         self.assertEqual(found, table)
 
-    def test_etrn_conf_sample_is_what_the_table_makes_and_parses(self) -> None:
+    def test_etrn_conf_sample_is_what_the_table_makes_and_parses(self):
         text = load(SAMPLE)
         self.assertEqual(text, format_sample())
         cfg = etrn.parse_config(text, "/x/etrn.conf")
@@ -1232,7 +1222,7 @@ class Configuration(Folder):
 class Logs(Folder):
     """Lines reach file, stderr or syslog; a log that fails stops nothing."""
 
-    def test_a_new_log_file_is_not_for_everybody_and_is_opened_again(self) -> None:
+    def test_a_new_log_file_is_not_for_everybody_and_is_opened_again(self):
         path, mask = self.path("log"), os.umask(0o002)
         self.addCleanup(os.umask, mask)
         log = etrn.Log(path, "info", "backup.example.net")
@@ -1250,7 +1240,7 @@ class Logs(Folder):
         self.assertRaises(OSError, log.reopen, "/nowhere/log")
         self.assertEqual(log.where, path)               # the old one stays in use
 
-    def test_a_log_that_cannot_be_written_stops_nothing(self) -> None:
+    def test_a_log_that_cannot_be_written_stops_nothing(self):
         for stream in cases(self, [None, open(os.devnull, encoding="utf-8")]):
             with mock.patch.object(sys, "stderr", stream), contextlib.closing(stream or io.StringIO()):
                 log = etrn.Log("stderr", "info", "x")
@@ -1258,7 +1248,7 @@ class Logs(Folder):
                 log.flush()
                 self.assertEqual(log.lines, [])
 
-    def test_the_page_has_the_last_notable_lines_and_no_service_crowds_out_another(self) -> None:
+    def test_the_page_has_the_last_notable_lines_and_no_service_crowds_out_another(self):
         log = etrn.Log("stderr", "error", "x")
         log.write("primary", "down")
         for number in range(100):
@@ -1277,8 +1267,8 @@ class Logs(Folder):
             log.write("smtpd", "failed %d" % number, "warning")
         self.assertEqual(log.notable[0][1:], ("primary", "down", "info"))
 
-    def test_syslog_gets_the_tag_and_the_priority_of_each_event(self) -> None:
-        calls: List[Any] = []
+    def test_syslog_gets_the_tag_and_the_priority_of_each_event(self):
+        calls = []
         fake = mock.Mock(**dict.fromkeys(("openlog", "syslog"), lambda *given: calls.append(given)))
         with mock.patch.object(etrn, "syslog", fake):
             log = etrn.Log("syslog", "info", "x")
@@ -1302,7 +1292,7 @@ NAME, SECRET = "tim", "tanstaaftanstaaf"
 DIGEST = base64.b64encode(b"tim b913a602c7eda7a495b4e6e7334d3890").decode()
 
 
-def judge_login(login: etrn.Login) -> Optional[etrn.Reply]:
+def judge_login(login):
     is_right = login.username == NAME and login.is_right(SECRET)
     return None if is_right else etrn.Reply(535, "5.7.8", "authentication failed")
 
@@ -1311,20 +1301,20 @@ class Player:
     """Stands in for the server: answers what a session asks, and keeps its
     actions with neighbours joined.  What was discarded leaves no trace."""
 
-    def __init__(self, session: etrn.Session, answers: Optional[Dict[str, Any]] = None) -> None:
+    def __init__(self, session, answers=None):
         self.session = session
         self.answers = dict({"mail": None, "rcpt": None, "commit": etrn.Reply(250, "2.0.0", "queued"),
                              "etrn": etrn.Reply(250, "2.0.0", "started"), "login": judge_login,
                              "atrn": etrn.Reply(250, "2.0.0", "reversing")}, **(answers or {}))
-        self.actions: List[Tuple[str, Any]] = []
-        self.bodies: List[bytes] = []           # of committed messages
+        self.actions = []
+        self.bodies = []           # of committed messages
         self.body = b""
         self.take(session.greet())
 
-    def receive(self, data: bytes) -> None:
+    def receive(self, data):
         self.take(self.session.receive(data))
 
-    def take(self, actions: List[Any]) -> None:
+    def take(self, actions):
         todo = collections.deque(actions)
         while todo:
             action = todo.popleft()
@@ -1345,42 +1335,41 @@ class Player:
                 self.body = b"" if isinstance(action, etrn.Discard) else self.body
                 self.add(type(action).__name__.lower(), tuple(action))
 
-    def shown(self, value: Any) -> Any:
+    def shown(self, value):
         if not isinstance(value, etrn.Transaction):
             return value
         return (value.sender, tuple(one.address for one in value.recipients), value.size, value.body,
                 value.smtputf8, self.body)
 
-    def add(self, what: str, value: Any) -> None:
+    def add(self, what, value):
         self.actions.append((what, value))
 
     @property
-    def replies(self) -> List[str]:
+    def replies(self):
         """The last line of each reply."""
         text = b"".join(data for what, data in self.actions if what == "send").decode("utf-8")
         return [line for line in text.split("\r\n") if line and line[3:4] == " "]
 
     @property
-    def codes(self) -> List[str]:
+    def codes(self):
         return [reply[:3] for reply in self.replies]
 
     @property
-    def notes(self) -> List[str]:
+    def notes(self):
         return [value[0] for what, value in self.actions if what == "note"]
 
     @property
-    def is_closed(self) -> bool:
+    def is_closed(self):
         return any(what == "close" for what, _ in self.actions)
 
-    def count(self, what: str) -> int:
+    def count(self, what):
         return sum(kind == what for kind, _ in self.actions)
 
 
 DIALOGUE_DOMAINS = "[domain .wild.example]\n[domain xn--mnchen-3ya.example]\n"
 
 
-def new_session(size_limit: int = 0, domain: str = "", is_odmr: bool = False, tls: Optional[str] = None,
-                **relay: Any) -> etrn.Session:
+def new_session(size_limit=0, domain="", is_odmr=False, tls=None, **relay):
     text = "\n".join("%s = %s" % pair for pair in relay.items())
     cfg = config("max_message_size = %d\n%s" % (size_limit, text), domain + DIALOGUE_DOMAINS)
     session = etrn.Session(cfg, False, "192.0.2.7", CHALLENGE, is_odmr)
@@ -1388,13 +1377,12 @@ def new_session(size_limit: int = 0, domain: str = "", is_odmr: bool = False, tl
     return session
 
 
-def pieces(data: bytes, cuts: Iterable[int]) -> Iterator[bytes]:
+def pieces(data, cuts):
     bounds = [0, *sorted(cuts), len(data)]
     return (data[start:end] for start, end in zip(bounds, bounds[1:]) if start < end)
 
 
-def play(data: bytes, cuts: Iterable[int] = (), answers: Optional[Dict[str, Any]] = None,
-        **options: Any) -> Player:
+def play(data, cuts=(), answers=None, **options):
     """A session that was sent `data` in the pieces that `cuts` make."""
     player = Player(new_session(**options), answers)
     for piece in pieces(data, cuts):
@@ -1402,7 +1390,7 @@ def play(data: bytes, cuts: Iterable[int] = (), answers: Optional[Dict[str, Any]
     return player
 
 
-def play_all_ways(test: unittest.TestCase, data: bytes, **options: Any) -> Player:
+def play_all_ways(test, data, **options):
     """Whole, octet by octet, and cut at random: one and the same."""
     whole = play(data, **options)
     chance = random.Random(len(data))
@@ -1417,10 +1405,10 @@ class Dialogues(unittest.TestCase):
     """Filled by script()."""
 
 
-SCRIPTS: List[Tuple[str, bytes, Dict[str, Any]]] = []       # name, what is sent, the options it has
+SCRIPTS = []       # name, what is sent, the options it has
 
 
-def script(name: str, *texts: str, **options: Any) -> None:
+def script(name, *texts, **options):
     """Dialogues, each in a session of its own: `C:` a line sent, `R:` octets without a line
     end, `S:` the code (and enhanced code) answered, `S: 421 close` when the session ends with
     it, `B:` a message that is committed.  Backslash escapes as in Python."""
@@ -1433,7 +1421,7 @@ def script(name: str, *texts: str, **options: Any) -> None:
                      [part for kind, part in parts if kind == "B"]))
         SCRIPTS.append((name, sent, options))
 
-    def test(self: unittest.TestCase) -> None:
+    def test(self):
         for sent, expected, bodies in cases(self, rows):
             player = play_all_ways(self, sent, **options)
             wanted = [want.replace(" close", "") for want in expected]
@@ -1445,11 +1433,11 @@ def script(name: str, *texts: str, **options: Any) -> None:
     setattr(Dialogues, test.__name__, test)
 
 
-def each(prologue: str, commands: Sequence[str], code: str, epilogue: str = "") -> str:
+def each(prologue, commands, code, epilogue=""):
     return prologue + "".join("C: %s S: %s\n" % (command, code) for command in commands) + epilogue
 
 
-def each_mail(paths: Sequence[str], code: str) -> str:
+def each_mail(paths, code):
     return READY + "".join("C: MAIL FROM:%s S: %s\nC: RSET S: 250\n" % (path, code) for path in paths)
 
 
@@ -1708,7 +1696,7 @@ script("atrn refused leaves the session as it was", each(KNOWN, ["ATRN", "ATRN a
 class Logins(unittest.TestCase):
     """AUTH, ATRN and STARTTLS as the session sees them."""
 
-    def test_what_is_offered_depends_on_names_tls_and_port(self) -> None:
+    def test_what_is_offered_depends_on_names_tls_and_port(self):
         for options, auth, others in cases(self, [
                 ({}, [], True), ({"domain": LOGIN}, ["AUTH CRAM-MD5"], True),
                 ({"domain": LOGIN, "tls": "TLSv1.3"}, ["AUTH CRAM-MD5 PLAIN"], True),
@@ -1721,7 +1709,7 @@ class Logins(unittest.TestCase):
                 rest += ["SIZE 4711", "LIMITS RCPTMAX=1000"]
             self.assertEqual(sorted(lines), sorted(["backup.example.net", *auth, *rest]))
 
-    def test_an_atrn_that_is_granted_ends_the_session_and_hands_on_what_came_behind_it(self) -> None:
+    def test_an_atrn_that_is_granted_ends_the_session_and_hands_on_what_came_behind_it(self):
         opening = b"EHLO x\r\nAUTH CRAM-MD5\r\n%s\r\n" % DIGEST.encode()
         for argument, domains in cases(self, [(b"", ()), (b" OurDom.Example", (DOMAIN,)),
                 (b" a.example, b.example", ("a.example", "b.example"))]):
@@ -1731,7 +1719,7 @@ class Logins(unittest.TestCase):
         player = play(opening + b"ATRN\r\n220 customer\r\n", domain=LOGIN, is_odmr=True)
         self.assertEqual(player.actions[-1], ("reverse", (b"220 customer\r\n",)))
 
-    def test_starttls_forgets_who_it_was_and_lets_nothing_through_from_before(self) -> None:
+    def test_starttls_forgets_who_it_was_and_lets_nothing_through_from_before(self):
         again = b"MAIL FROM:<>\r\nEHLO x\r\nAUTH PLAIN %s\r\nSTARTTLS\r\n" % PLAIN.encode()
         known = b"EHLO x\r\nAUTH CRAM-MD5\r\n%s\r\nSTARTTLS\r\n" % DIGEST.encode()
         for first, behind, codes, is_closed in cases(self, [
@@ -1745,14 +1733,14 @@ class Logins(unittest.TestCase):
             player.receive(behind)
             self.assertEqual((player.codes[1:], player.is_closed), (codes, is_closed))
 
-    def test_failures_are_noted_in_one_line_that_fail2ban_knows(self) -> None:
+    def test_failures_are_noted_in_one_line_that_fail2ban_knows(self):
         name = base64.b64encode("x\u2028] 1.2.3.4 b913".encode()).decode()
         note, = play(b"EHLO x\r\nAUTH CRAM-MD5\r\n%s\r\n" % name.encode(), domain=LOGIN).notes
         self.assertRegex(note, r"\Awarning: unknown\[192\.0\.2\.7\]: SASL CRAM-MD5 authentication failed:"
             r" .*sasl_username=x")
         self.assertTrue(note.isprintable())
 
-    def test_a_login_is_right_or_not(self) -> None:
+    def test_a_login_is_right_or_not(self):
         digest = hmac.new(b"pass", CHALLENGE, "md5").hexdigest().encode()
         cram = [(b"u " + digest, "u", True), (b"a b " + digest, "a b", True),
                 (b"u " + digest.upper(), "u", True), (b"u " + digest[:-1], "u", False),
@@ -1769,7 +1757,7 @@ class Logins(unittest.TestCase):
 class Sessions(unittest.TestCase):
     """What a session asks, keeps, notes and says of itself."""
 
-    def test_no_reply_precedes_the_question(self) -> None:
+    def test_no_reply_precedes_the_question(self):
         """Each command waits for what the server is asked, and gets its own answer."""
         chance, session = random.Random(7), new_session()
         session.greet()
@@ -1785,7 +1773,7 @@ class Sessions(unittest.TestCase):
         replies += b"".join(one.data for one in actions if isinstance(one, etrn.Send))
         self.assertEqual([int(line[:3]) for line in replies.splitlines()], expected)
 
-    def test_our_received_field_is_in_form_whatever_the_client_said(self) -> None:
+    def test_our_received_field_is_in_form_whatever_the_client_said(self):
         for helo, name, protocol in cases(self, [
                 ("EHLO mx.b.example", "mx.b.example", "ESMTP"), ("HELO (x); by y", "unknown", "SMTP"),
                 ("HELO a\tb", "unknown", "SMTP"), ("EHLO é\u202e", "x\r\ny", "ESMTP")]):
@@ -1820,7 +1808,7 @@ FRONTS = [b"", b"Subject: x\r\n\r\ntext", b"Subject: x\r\n\r\n..\r\n", b"x\r\n..
 OPENING = b"EHLO x\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<u@ourdom.example>\r\n"
 
 
-def mended(raw: bytes) -> bytes:
+def mended(raw):
     """What a body must become, said in another way than the relay says it."""
     text = re.sub(rb"\r\n|\r|\n", lambda match: b" " if match.group() == b"\r" else b"\r\n",
         raw.replace(b"\0", b""))
@@ -1829,11 +1817,11 @@ def mended(raw: bytes) -> bytes:
     return re.sub(rb"\A((?:X-Mailbox-Line: .*\r\n)*)([ \t])", b"\\1\r\n\\2", text)
 
 
-def unstuffed(raw: bytes) -> bytes:
+def unstuffed(raw):
     return re.sub(rb"(?m)^\.", b"", raw)        # behind any LF, bare ones too
 
 
-def read_data(raw: bytes) -> Tuple[bytes, Optional[bytes]]:
+def read_data(raw):
     """DATA octet by octet, as a table of states would: what is kept, and what follows the end."""
     # `line`: since the last LF; `before`: how the line before ended
     kept, line, before = b"", b"", b"\r\n"
@@ -1850,8 +1838,7 @@ def read_data(raw: bytes) -> Tuple[bytes, Optional[bytes]]:
 class Smuggling(unittest.TestCase):
     """Only CRLF . CRLF ends data, wherever what looks like it stands and however it comes."""
 
-    def check(self, stream: bytes, cuts: Sequence[Iterable[int]], expected: bytes,
-            replies: List[str]) -> None:
+    def check(self, stream, cuts, expected, replies):
         for cut in cuts:
             player = play(stream, cut)
             self.assertEqual(player.bodies, [expected])
@@ -1859,24 +1846,24 @@ class Smuggling(unittest.TestCase):
             self.assertIsNone(re.search(rb"\r(?!\n)|(?<!\r)\n|\0", player.bodies[0]))
             self.assertEqual(player.count("mail"), 1)
 
-    def test_no_vector_ends_the_data_wherever_it_stands_and_however_it_comes(self) -> None:
+    def test_no_vector_ends_the_data_wherever_it_stands_and_however_it_comes(self):
         for vector, front in cases(self, itertools.product(VECTORS, FRONTS)):
             raw = front + vector + EVIL + b"\r\n"
             stream = OPENING + b"DATA\r\n" + raw + b".\r\nQUIT\r\n"
             at = len(OPENING) + 6 + len(front)
-            cuts: List[Iterable[int]] = [(), range(len(stream))]
+            cuts = [(), range(len(stream))]
             cuts += [(offset,) for offset in range(at - 3, at + len(vector) + 4)]
             cuts += [(offset, offset + 1) for offset in range(at - 2, at + len(vector) + 2)]
             self.check(stream, cuts, mended(unstuffed(raw)), ["354", "250", "221"])
 
-    def test_no_vector_at_any_cut_of_the_whole_stream(self) -> None:
+    def test_no_vector_at_any_cut_of_the_whole_stream(self):
         for vector in cases(self, VECTORS):
             raw = b"x" + vector + EVIL + b"\r\n"
             stream = OPENING + b"DATA\r\n" + raw + b".\r\n"
             self.check(stream, [(offset,) for offset in range(len(stream))], mended(unstuffed(raw)),
                 ["354", "250"])
 
-    def test_no_vector_within_bdat_nor_between_two_chunks(self) -> None:
+    def test_no_vector_within_bdat_nor_between_two_chunks(self):
         for vector, front in cases(self, itertools.product(VECTORS, FRONTS)):
             raw = front + vector + EVIL + b"\r\n.\r\n"
             for size in range(len(front), len(front) + len(vector) + 1):
@@ -1884,7 +1871,7 @@ class Smuggling(unittest.TestCase):
                     size, raw[:size], len(raw) - size, raw[size:])
                 self.check(stream, [(), range(len(stream))], mended(raw), ["250", "250", "221"])
 
-    def test_every_vector_is_refused_at_the_true_end_where_so_configured(self) -> None:
+    def test_every_vector_is_refused_at_the_true_end_where_so_configured(self):
         vectors = [vector for vector in VECTORS if vector != b"\r\n..\r\n"]     # this one alone is in order
         for vector, front, how in cases(self, itertools.product(vectors, FRONTS, ("DATA", "BDAT"))):
             raw = front + vector + EVIL + b"\r\n"
@@ -1895,14 +1882,14 @@ class Smuggling(unittest.TestCase):
                 self.assertEqual((player.bodies, player.count("mail")), ([], 1))
                 self.assertEqual([reply[:9] for reply in player.replies[-2:]], ["550 5.6.0", "250 2.0.0"])
 
-    def test_no_vector_ends_data_that_is_over_the_limit(self) -> None:
+    def test_no_vector_ends_data_that_is_over_the_limit(self):
         for vector in cases(self, VECTORS):
             stream = OPENING + b"DATA\r\n" + b"x" * 600 + vector + EVIL + b"\r\n.\r\nNOOP\r\n"
             for cuts in ((), range(len(stream))):
                 player = play(stream, cuts, size_limit=500)
                 self.assertEqual((player.bodies, player.codes[-3:]), ([], ["354", "552", "250"]))
 
-    def test_bare_newlines_before_the_true_end_and_before_dots(self) -> None:
+    def test_bare_newlines_before_the_true_end_and_before_dots(self):
         """A client like smtplib stuffs behind any LF; a lone dot between bare LFs never stays a line."""
         for raw, body in cases(self, [
                 (b"x\n", b"x\r\n"), (b"x\r", b"x "), (b"x\r\n.\r", b"x\r\n "), (b"x\0", b"x"),
@@ -1913,7 +1900,7 @@ class Smuggling(unittest.TestCase):
             player = play_all_ways(self, OPENING + b"DATA\r\n" + raw + b"\r\n.\r\nNOOP\r\n")
             self.assertEqual((player.bodies, player.codes[4:]), ([body + b"\r\n"], ["354", "250", "250"]))
 
-    def test_every_short_string_is_read_as_by_another_reader_at_every_cut(self) -> None:
+    def test_every_short_string_is_read_as_by_another_reader_at_every_cut(self):
         """All strings of up to six of the octets that matter, each in two pieces and octet by octet."""
         for raw in cases(self, map(b"".join, itertools.product([b"\r", b"\n", b".", b"a"], repeat=6))):
             raw += b"\r\n.\r\nz"
@@ -1929,7 +1916,7 @@ class Smuggling(unittest.TestCase):
                 if (kept, rest) != expected:
                     self.fail("%r cut at %s: %r" % (raw, list(cuts), (kept, rest)))
 
-    def test_random_octets_come_out_mended_and_whole(self) -> None:
+    def test_random_octets_come_out_mended_and_whole(self):
         chance = random.Random(1)
         for _ in range(400):
             raw = b"".join(chance.choice([b"\r", b"\n", b".", b"\0", b"a", b" ", b"From ", b"\r\n", b">"])
@@ -1944,7 +1931,7 @@ class Smuggling(unittest.TestCase):
 class Leniency(unittest.TestCase):
     """What the world sends and RFC 5321 forbids: contract 4.  And what it invites."""
 
-    def test_a_first_line_is_mended_however_it_comes(self) -> None:
+    def test_a_first_line_is_mended_however_it_comes(self):
         many, mbox = b"From x\r\n" * (etrn.MAILBOX_LINES_MAX + 3), b"X-Mailbox-Line: "
         for raw, body in cases(self, [
                 (b" joins: us\r\na: b\r\n", b"\r\n joins: us\r\na: b\r\n"), (b"\tx\r\n", b"\r\n\tx\r\n"),
@@ -1963,14 +1950,14 @@ class Leniency(unittest.TestCase):
                 stream = OPENING + b"BDAT 1\r\n%sBDAT %d LAST\r\n%s" % (raw[:1], len(raw) - 1, raw[1:])
                 self.assertEqual(play_all_ways(self, stream).bodies, [body])
 
-    def test_an_mbox_line_without_end_takes_no_memory(self) -> None:
+    def test_an_mbox_line_without_end_takes_no_memory(self):
         player = Player(new_session())
         player.receive(OPENING + b"DATA\r\nFrom ")
         for _ in range(20):
             player.receive(b"x" * 65536)
             self.assertLess(len(player.session.buffer + player.session.transaction.opening.held), 10)
 
-    def test_blanks_tabs_and_line_ends_of_commands(self) -> None:
+    def test_blanks_tabs_and_line_ends_of_commands(self):
         plain = b"RCPT TO:<u@ourdom.example>"
         for line in cases(self, [
                 plain + b"\r\r\n", plain + b"\n", b"RCPT TO:\t<u@ourdom.example>\r\n",
@@ -1983,7 +1970,7 @@ class Leniency(unittest.TestCase):
             self.assertEqual(player.codes, ["220", "250", "250", "250", "354", "250", "250"])
             self.assertEqual((player.count("rcpt"), player.bodies), (1, [b"x\r\n"]))
 
-    def test_a_hundred_commands_without_a_message_and_then_each_is_an_error(self) -> None:
+    def test_a_hundred_commands_without_a_message_and_then_each_is_an_error(self):
         verbs = [b"NOOP\r\n", b"RSET\r\n", b"VRFY x\r\n", b"HELP\r\n", b"EHLO x\r\n", b"HELO x\r\n"]
         flood = b"".join(itertools.islice(itertools.cycle(verbs), etrn.JUNK_COMMANDS_MAX + etrn.ERRORS_MAX))
         player = play_all_ways(self, flood)
@@ -2030,7 +2017,7 @@ class Addresses(unittest.TestCase):
         u@ourdom.example<v@ourdom.example>""".split() + [
             "<u@%sourdom.example>" % ("x." * 120), "<u@%s.wild.example>" % ".".join(["d" * 60] * 5)]
 
-    def test_mail_for_elsewhere_is_refused_whatever_its_disguise(self) -> None:
+    def test_mail_for_elsewhere_is_refused_whatever_its_disguise(self):
         for path, code in cases(self, [(path, "554 5.7.1") for path in self.ELSEWHERE]
                                 + [(path, "5") for path in self.NO_PATHS]):
             for verb in ("RCPT TO:", "RCPT\tTO:"):
@@ -2039,13 +2026,13 @@ class Addresses(unittest.TestCase):
                 self.assertEqual([reply[:len(code)] for reply in player.replies[3:]], [code])
                 self.assertEqual(player.count("rcpt"), 0)
 
-    def test_a_line_end_within_an_address_begins_another_bad_command(self) -> None:
+    def test_a_line_end_within_an_address_begins_another_bad_command(self):
         for newline in cases(self, [b"\r\n", b"\n", b"\r\r\n"]):
             player = play_all_ways(self, b"EHLO x\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<a" + newline
                                    + b"RCPT TO:<v@other.example>@ourdom.example>\r\n")
             self.assertEqual(player.codes[3:], ["501", "501"])
 
-    def test_our_own_addresses_are_accepted_in_every_spelling(self) -> None:
+    def test_our_own_addresses_are_accepted_in_every_spelling(self):
         for path, address, domain in cases(self, [
                 ("<postmaster>", "postmaster@ourdom.example", DOMAIN),
                 ("PostMaster", "PostMaster@ourdom.example", DOMAIN),
@@ -2063,18 +2050,18 @@ class Addresses(unittest.TestCase):
 
 # -- fuzz: a second each, seeded; ETRN_RELAY_LONG=600 makes it ten minutes
 
-def seeds(test: unittest.TestCase, seconds: float = 1.0) -> Iterator[random.Random]:
+def seeds(test, seconds=1.0):
     """Sources of chance until the time is over; a failure names the seed."""
     end = time.monotonic() + seconds * LONG
     for seed in itertools.count(int(LONG * 1000)):
         if time.monotonic() > end:
             break
-        test.row = seed                 # type: ignore[attr-defined]
+        test.row = seed
         yield random.Random(seed)
-    del test.row                        # type: ignore[attr-defined]
+    del test.row
 
 
-def mutated(chance: random.Random, data: bytes, words: Sequence[bytes]) -> bytes:
+def mutated(chance, data, words):
     """Some octets changed, left out, doubled, or replaced by what may hurt."""
     out = bytearray(data)
     for _ in range(chance.randrange(1, 6)):
@@ -2102,7 +2089,7 @@ DIALOGUE = (b"EHLO x\r\nMAIL FROM:<a@b.example> SIZE=100 BODY=8BITMIME RET=HDRS 
 class Whims(Player):
     """A server that answers by the question alone, so that every cut of a dialogue gets the same answers."""
 
-    def add(self, what: str, value: Any) -> None:
+    def add(self, what, value):
         super().add(what, value)
         refusal = [None, None, None, etrn.Reply(450, "4.2.0", "no"), etrn.Reply(550, "5.1.1", "no")][
             hashlib.sha256(repr((what, value)).encode()).digest()[0] % 5]
@@ -2113,7 +2100,7 @@ class Whims(Player):
 class Fuzz(unittest.TestCase):
     """Whatever comes is answered or refused, and the same however it is cut."""
 
-    def played(self, data: bytes, cuts: Iterable[int], options: Dict[str, Any], has_tls: bool) -> Player:
+    def played(self, data, cuts, options, has_tls):
         session = new_session(**options)
         session.has_tls = has_tls
         player = Whims(session)
@@ -2122,7 +2109,7 @@ class Fuzz(unittest.TestCase):
             self.assertLessEqual(len(session.buffer), max(etrn.COMMAND_MAX, len(piece)))
         return player
 
-    def test_any_dialogue_is_answered_in_order_however_it_is_cut(self) -> None:
+    def test_any_dialogue_is_answered_in_order_however_it_is_cut(self):
         for chance in seeds(self, 2.0):
             options = {"size_limit": chance.choice([0, 0, 150, 3000]),
                        "max_recipients": chance.choice([1, 1000]),
@@ -2144,7 +2131,7 @@ class Fuzz(unittest.TestCase):
                 self.assertEqual(whole.actions[-1][0], "close")
             self.assertTrue(all(note.isprintable() for note in whole.notes))
 
-    def test_random_octets_in_every_state(self) -> None:
+    def test_random_octets_in_every_state(self):
         states = [b"", b"EHLO x\r\n", OPENING.partition(b"RCPT")[0], OPENING, OPENING + b"DATA\r\n",
                   OPENING + b"BDAT 100\r\n", OPENING + b"BDAT 1\r\nx", b"x" * 3000]
         for chance in seeds(self):
@@ -2155,7 +2142,7 @@ class Fuzz(unittest.TestCase):
             whole = self.played(state + noise, (), {}, False)
             self.assertEqual(self.played(state + noise, cuts, {}, False).actions, whole.actions)
 
-    def test_paths_that_are_taken_are_paths_when_they_are_sent(self) -> None:
+    def test_paths_that_are_taken_are_paths_when_they_are_sent(self):
         """What was judged is what is sent: a path parsed, shown and parsed again is the same."""
         letters = [*"ab.@\"\\ \t<>[]:,%!éß-1", "xn--", "127.0.0.1", "IPv6:::1", "postmaster"]
         for chance in seeds(self, 0.5):
@@ -2171,7 +2158,7 @@ class Fuzz(unittest.TestCase):
                     self.assertIn(rest[:1], ("", " ", "\t"))
                     self.assertNotRegex(str(path), r"[\x00-\x1f\x7f]")
 
-    def test_any_packet_is_an_answer_or_an_error(self) -> None:
+    def test_any_packet_is_an_answer_or_an_error(self):
         name = "mail.example.org"
         good = [dns_answer(7, name, kind, [record(name, kind, data)] * 3) for kind, data in (
             (etrn.A, "192.0.2.1"), (etrn.AAAA, "2001:db8::1"), (etrn.MX, (10, "mx.example.org")))]
@@ -2188,9 +2175,9 @@ class Fuzz(unittest.TestCase):
                 if answer is not None:
                     self.assertLessEqual(len(answer.records), etrn.DNS_RECORDS_MAX)
 
-    def test_any_reply_is_a_code_or_an_error_however_it_is_cut(self) -> None:
-        def read(data: bytes, cuts: Iterable[int]) -> List[Any]:
-            replies, out = etrn.Replies("mx.example"), []       # type: ignore[var-annotated]
+    def test_any_reply_is_a_code_or_an_error_however_it_is_cut(self):
+        def read(data, cuts):
+            replies, out = etrn.Replies("mx.example"), []
             try:
                 for code, text in (reply for piece in pieces(data, cuts) for reply in replies.feed(piece)):
                     self.assertTrue(200 <= code <= 599 and etrn.reply_text(code, text).isprintable())
@@ -2220,7 +2207,7 @@ class Fuzz(unittest.TestCase):
 USER, OTHER = "user@" + DOMAIN, "other@" + DOMAIN
 
 
-def sidecar_of(id: str, recipients: Sequence[str] = (USER,), **values: Any) -> Dict[str, Any]:
+def sidecar_of(id, recipients=(USER,), **values):
     now = time.time()
     fields = etrn.make_sidecar(id, "mail", recipients[0].rpartition("@")[2], "a@sender.example",
                                [(one, "", "") for one in recipients], now, now + 86400,
@@ -2228,7 +2215,7 @@ def sidecar_of(id: str, recipients: Sequence[str] = (USER,), **values: Any) -> D
     return dict(fields, **values)
 
 
-def old_sidecar(id: str, recipients: Sequence[str], held: Sequence[str] = (), **values: Any) -> Any:
+def old_sidecar(id, recipients, held=(), **values):
     """As version 0.1 wrote it: each recipient names its domain, `held` those that are held."""
     sidecar = sidecar_of(id, recipients, format=1, held=list(held), **values)
     del sidecar["domain"]
@@ -2237,13 +2224,13 @@ def old_sidecar(id: str, recipients: Sequence[str], held: Sequence[str] = (), **
     return sidecar
 
 
-def pair(sidecar: Dict[str, Any], data: bytes = MESSAGE) -> Dict[str, bytes]:
+def pair(sidecar, data=MESSAGE):
     """The files of a queued message."""
     whole = dict(sidecar, size=len(data), sha256=hashlib.sha256(data).hexdigest())
     return {sidecar["id"] + ".eml": data, sidecar["id"] + ".json": etrn.format_sidecar(whole)}
 
 
-def write_files(folder: str, files: Dict[str, Any]) -> None:
+def write_files(folder, files):
     """None is a folder."""
     for name, data in sorted(files.items()):
         if data is None:
@@ -2253,18 +2240,18 @@ def write_files(folder: str, files: Dict[str, Any]) -> None:
                 file.write(data)
 
 
-def store(spool: etrn.Spool, id: str, data: bytes = MESSAGE, **values: Any) -> Optional[OSError]:
+def store(spool, id, data=MESSAGE, **values):
     """Accept a message; None when it may be acknowledged."""
     return spool.commit([(id, data, [sidecar_of(id, **values)])])[0]
 
 
-def opened(folder: str) -> etrn.Spool:
+def opened(folder):
     spool = etrn.Spool(folder)
     spool.open()
     return spool
 
 
-def start(spool: etrn.Spool) -> Dict[str, Any]:
+def start(spool):
     """What a start makes of a spool, in the relay's order: (sidecar, body) by ID, or an exception."""
     ids, alone = spool.list()
     for id in alone:
@@ -2277,7 +2264,7 @@ def start(spool: etrn.Spool) -> Dict[str, Any]:
     return {id: spool.read([id])[0] for id in spool.list()[0]}
 
 
-def recover(spool: etrn.Spool) -> Dict[str, bytes]:
+def recover(spool):
     """What a start finds: the queued messages, intact.  One that is not fails the test."""
     return {id: data for id, (_, data) in start(spool).items()}
 
@@ -2287,22 +2274,19 @@ def recover(spool: etrn.Spool) -> Dict[str, bytes]:
 class Node:
     """A file or folder of a Platter: what it is now, and what of that a power cut would leave at least."""
 
-    def __init__(self, data: Optional[bytes] = None) -> None:
+    def __init__(self, data=None):
         self.is_folder, self.is_given_up = data is None, False      # its fsync failed
         self.data = self.safe = data or b""
-        self.names: Dict[str, "Node"] = {}      # of a folder
-        self.safe_names: Dict[str, "Node"] = {}
-        self.pending: Dict[str, List[Optional["Node"]]] = {}    # name: what it has meant since the last fsync
+        self.names = {}      # of a folder
+        self.safe_names = {}
+        self.pending = {}    # name: what it has meant since the last fsync
 
-    def set(self, name: str, node: Optional["Node"]) -> None:
+    def set(self, name, node):
         self.pending.setdefault(name, []).append(node)
         if node is None:
             del self.names[name]
         else:
             self.names[name] = node
-
-
-Remains = Dict[str, Optional[bytes]]      # what a power cut leaves: path: octets, or None for a folder
 
 
 class Platter:
@@ -2315,18 +2299,18 @@ class Platter:
     `on_step` is called before each operation that changes something; `fault` gives the errno with which the
     nth operation fails, or 0; `most` octets go into one write."""
 
-    def __init__(self, state: Dict[str, Any], age_s: float = 0.0) -> None:
+    def __init__(self, state, age_s=0.0):
         self.root = Node()
-        self.files: Dict[int, Tuple[Node, int]] = {}    # descriptor: (node, where reading goes on)
-        self.renames: List[Any] = []    # (folder, name, file, new folder, new name)
+        self.files = {}    # descriptor: (node, where reading goes on)
+        self.renames = []    # (folder, name, file, new folder, new name)
         self.count, self.most, self.time = 0, 1 << 30, time.time() - age_s
-        self.on_step: Callable[[], None] = lambda: None
-        self.fault: Callable[[int, str], int] = lambda number, name: 0
+        self.on_step = lambda: None
+        self.fault = lambda number, name: 0
         for path, data in sorted(state.items()):
             folder, name, _ = self._at(path)
             folder.names[name] = folder.safe_names[name] = Node(data)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name):
         if name.startswith(("O_", "ST_", "POSIX_")) or name in ("path", "getpid"):
             return getattr(os, name)
         if name in ("posix_fadvise", "ftruncate", "pwrite", "fstatvfs"):        # advice, and the lock's text
@@ -2335,9 +2319,9 @@ class Platter:
 
     # -- what stands for os
 
-    def _at(self, path: str, dir_fd: Optional[int] = None, must: bool = False) -> Tuple[Node, str, Any]:
+    def _at(self, path, dir_fd=None, must=False):
         """The folder that a name is in, the name, and what it means."""
-        node: Any = self.root if dir_fd is None else self.files[dir_fd][0]
+        node = self.root if dir_fd is None else self.files[dir_fd][0]
         folder, name = node, ""
         for part in path.split("/"):
             if part not in ("", "."):
@@ -2348,7 +2332,7 @@ class Platter:
             raise OSError(errno.ENOENT, "No such file or directory", path)
         return folder, name, node
 
-    def _step(self, name: str, is_change: bool = True) -> None:
+    def _step(self, name, is_change=True):
         if is_change:
             self.on_step()
         number, self.count = self.count, self.count + 1
@@ -2356,13 +2340,13 @@ class Platter:
         if code:
             raise OSError(code, os.strerror(code))
 
-    def _make(self, path: str, dir_fd: Optional[int], node: Node) -> None:
+    def _make(self, path, dir_fd, node):
         folder, name, found = self._at(path, dir_fd)
         if found is not None:
             raise OSError(errno.EEXIST, "File exists", path)
         folder.set(name, node)
 
-    def open(self, path: str, flags: int, mode: int = 0o777, dir_fd: Optional[int] = None) -> int:
+    def open(self, path, flags, mode=0o777, dir_fd=None):
         self._step("open", bool(flags & os.O_CREAT))
         if flags & os.O_EXCL or (flags & os.O_CREAT and self._at(path, dir_fd)[2] is None):
             self._make(path, dir_fd, Node(b""))
@@ -2370,20 +2354,20 @@ class Platter:
         self.files[fd] = (self._at(path, dir_fd, True)[2], 0)
         return fd
 
-    def read(self, fd: int, most: int) -> bytes:
+    def read(self, fd, most):
         self._step("read", False)
         node, at = self.files[fd]
         data = node.data[at:at + most]
         self.files[fd] = (node, at + len(data))
         return data
 
-    def write(self, fd: int, data: Any) -> int:
+    def write(self, fd, data):
         self._step("write")
         part = bytes(data)[:self.most]
         self.files[fd][0].data += part
         return len(part)
 
-    def fsync(self, fd: int) -> None:
+    def fsync(self, fd):
         node = self.files[fd][0]
         if node.is_given_up:
             raise AssertionError("a file whose fsync failed is synced again")
@@ -2395,12 +2379,12 @@ class Platter:
         node.safe, node.safe_names = node.data, dict(node.names)
         node.pending.clear()
 
-    def close(self, fd: int) -> None:
+    def close(self, fd):
         node, _ = self.files.pop(fd)    # gone, even when this fails
         if not node.is_folder:
             self._step("close")
 
-    def rename(self, old: str, new: str, src_dir_fd: int, dst_dir_fd: int) -> None:
+    def rename(self, old, new, src_dir_fd, dst_dir_fd):
         self._step("rename")
         here, name, node = self._at(old, src_dir_fd, True)
         there, new_name, found = self._at(new, dst_dir_fd)
@@ -2409,38 +2393,38 @@ class Platter:
             here.set(name, None)
             self.renames.append((here, name, node, there, new_name))
 
-    def link(self, old: str, new: str, src_dir_fd: int, dst_dir_fd: int) -> None:
+    def link(self, old, new, src_dir_fd, dst_dir_fd):
         self._step("link")
         self._make(new, dst_dir_fd, self._at(old, src_dir_fd, True)[2])
 
-    def unlink(self, path: str, dir_fd: Optional[int] = None) -> None:
+    def unlink(self, path, dir_fd=None):
         self._step("unlink")
         folder, name, _ = self._at(path, dir_fd, True)
         folder.set(name, None)
 
-    def mkdir(self, path: str, mode: int = 0o777, dir_fd: Optional[int] = None) -> None:
+    def mkdir(self, path, mode=0o777, dir_fd=None):
         self._step("mkdir")
         self._make(path, dir_fd, Node())
 
-    def rmdir(self, path: str, dir_fd: int) -> None:
+    def rmdir(self, path, dir_fd):
         if self._at(path, dir_fd, True)[2].names:
             raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
         self.unlink(path, dir_fd)
 
-    def makedirs(self, path: str, mode: int, exist_ok: bool) -> None:
+    def makedirs(self, path, mode, exist_ok):
         with contextlib.suppress(FileExistsError):
             self.mkdir(path, mode)      # those above are there
 
-    def listdir(self, path: Union[str, int]) -> List[str]:
+    def listdir(self, path):
         self._step("listdir", False)
         return list((self.files[path][0] if isinstance(path, int) else self._at(path, None, True)[2]).names)
 
     @contextlib.contextmanager
-    def scandir(self, fd: int) -> Iterator[Iterable[Any]]:
+    def scandir(self, fd):
         yield [types.SimpleNamespace(name=name, stat=lambda follow_symlinks, name=name: self.stat(name, fd))
                for name in self.listdir(fd)]
 
-    def stat(self, path: str, dir_fd: Optional[int] = None) -> Any:
+    def stat(self, path, dir_fd=None):
         self._step("stat", False)
         node = self._at(path, dir_fd, True)[2]
         return types.SimpleNamespace(
@@ -2449,12 +2433,12 @@ class Platter:
 
     lstat = stat
 
-    def fstat(self, fd: int) -> Any:
+    def fstat(self, fd):
         return self.stat(".", fd)
 
     # -- power cuts
 
-    def states(self, chance: random.Random, most: int) -> Iterator[Remains]:
+    def states(self, chance, most):
         """What a power cut may leave now: all of it when that is not more than `most`, else the plain ones,
         each single exception to these, and some by chance."""
         options = self._options()
@@ -2468,12 +2452,12 @@ class Platter:
                         chosen[here, name] = node
             yield self._state(chosen)
 
-    def killed(self) -> Remains:
+    def killed(self):
         """What there is when the process dies, and the machine does not."""
         return self._state({what: values[-1] for what, values in self._options().items()})
 
     @staticmethod
-    def _some(options: List[List[Any]], chance: random.Random, most: int) -> Iterator[Sequence[Any]]:
+    def _some(options, chance, most):
         for plain in ([one[0] for one in options], [one[-1] for one in options]):
             yield plain
             for at, values in enumerate(options):
@@ -2482,9 +2466,9 @@ class Platter:
         for _ in range(most):
             yield [chance.choice(values) for values in options]
 
-    def _options(self) -> Dict[Tuple[Node, Optional[str]], List[Any]]:
+    def _options(self):
         """What names of a folder and octets of a file (None) may be, the synced first, the newest last."""
-        options: Dict[Tuple[Node, Optional[str]], List[Any]] = {}
+        options = {}
         found, left = set(), [self.root]
         while left:
             node = left.pop()
@@ -2501,10 +2485,10 @@ class Platter:
                 left += [one for values in node.pending.values() for one in values if one is not None]
         return options
 
-    def _state(self, chosen: Dict[Any, Any]) -> Remains:
-        state: Remains = {}
+    def _state(self, chosen):
+        state = {}
 
-        def walk(folder: Node, path: str) -> None:
+        def walk(folder, path):
             for name in {**folder.safe_names, **folder.pending}:
                 node = chosen.get((folder, name), folder.safe_names.get(name))
                 if node is not None:
@@ -2516,7 +2500,7 @@ class Platter:
 
 # -- stories
 
-def seen(sidecar: Dict[str, Any], data: bytes = MESSAGE, **states: str) -> Any:
+def seen(sidecar, data=MESSAGE, **states):
     """Body, states of the recipients, domain, and whether it is held."""
     people = {one["address"]: one["state"] for one in sidecar["recipients"]}
     people.update((name + "@" + DOMAIN, state) for name, state in states.items())
@@ -2542,7 +2526,7 @@ class PowerCuts(Folder):
     PARTS = {"ABCDE9": ["a@one.example"], "ABCDE901": ["b@two.example", "d@two.example"],
              "ABCDE902": ["c@three.example"]}
 
-    def setUp(self) -> None:
+    def setUp(self):
         super().setUp()
         self.chance = random.Random(6)
         still = mock.patch.object(time, "time", lambda: 1764000000.0)       # equal states are checked once
@@ -2550,10 +2534,10 @@ class PowerCuts(Folder):
         self.addCleanup(still.stop)
         self.two = {self.ZERO: sidecar_of(self.ZERO, [USER, OTHER]), self.ONE: sidecar_of(self.ONE)}
 
-    def platter_for(self, name: str) -> Tuple[Platter, Dict[str, List[Any]]]:
+    def platter_for(self, name):
         """What a story begins with; and what each message and file may be before its first step."""
-        files: Remains = {"incoming": None, "corrupt": None}
-        promised: Dict[str, List[Any]] = {}
+        files = {"incoming": None, "corrupt": None}
+        promised = {}
         for id, sidecar in self.two.items():
             files.update(pair(sidecar))
             promised[id] = [seen(sidecar)]
@@ -2574,13 +2558,13 @@ class PowerCuts(Folder):
             promised[self.ZERO] = [None]
             for key in ("ABCDE0.json", "ABCDE0.json or aside", "ABCDE0.eml", "ABCDE0.eml or aside"):
                 promised[key] = [MESSAGE if "eml" in key else b"{"]
-        state: Remains = {"/var": None, "/var/spool": None, **({self.SPOOL: None} if files else {})}
+        state = {"/var": None, "/var/spool": None, **({self.SPOOL: None} if files else {})}
         state.update(("%s/%s" % (self.SPOOL, one), data) for one, data in files.items())
         platter = Platter(state)
         platter.most = 300              # short writes are no errors
         return platter, promised
 
-    def steps(self, name: str) -> List[Any]:
+    def steps(self, name):
         """({message or file: what it is after that}, method of Spool, values)"""
         zero, first = self.ZERO, self.ONE
         three = {id: sidecar_of(id) for id in (self.FIVE, self.SIX, self.SEVEN)}
@@ -2590,7 +2574,7 @@ class PowerCuts(Folder):
         told = {self.NOTICE: seen(notice, b"multipart/report")}
         accept = [({id: seen(one)}, "commit", [(id, MESSAGE, [one])]) for id, one in three.items()]
 
-        def record(id: str, after: Any, state: str, **more: Any) -> List[Any]:
+        def record(id, after, state, **more):
             notices = [(self.NOTICE, b"multipart/report", notice)] if more else []
             return [({id: after, **more}, "record", id, {}, {USER: {"state": state}}, notices)]
         return {
@@ -2614,7 +2598,7 @@ class PowerCuts(Folder):
             "begin": [({"ABCDE7.eml": None, "ABCDE8.eml": None}, "list")],      # so it stays
         }[name.replace("_copied", "")]
 
-    def act(self, name: str, spool: etrn.Spool, promised: Dict[str, List[Any]]) -> Optional[OSError]:
+    def act(self, name, spool, promised):
         """All steps, up to the first error.  In a story that ends in _copied links do not exist."""
         no_links = mock.patch.object(etrn.os, "link", side_effect=OSError(errno.EPERM, "not permitted"))
         with no_links if name.endswith("_copied") else contextlib.nullcontext():
@@ -2640,19 +2624,19 @@ class PowerCuts(Folder):
     # -- and what came of it
 
     @contextlib.contextmanager
-    def on(self, platter: Platter) -> Iterator[None]:
+    def on(self, platter):
         lock = types.SimpleNamespace(LOCK_EX=2, LOCK_SH=1, LOCK_NB=4, LOCK_UN=8, flock=lambda fd, how: None)
         with mock.patch.object(etrn, "os", platter), mock.patch.object(etrn, "fcntl", lock):
             yield
 
-    def spool_for(self, name: str) -> etrn.Spool:
+    def spool_for(self, name):
         return etrn.Spool(self.SPOOL) if name in self.OPENING else opened(self.SPOOL)
 
-    def files_of(self, state: Remains) -> Remains:
+    def files_of(self, state):
         begin = self.SPOOL + "/"
         return {path[len(begin):]: data for path, data in state.items() if path.startswith(begin)}
 
-    def check(self, state: Remains, promised: Dict[str, List[Any]], is_killed: bool = False) -> None:
+    def check(self, state, promised, is_killed=False):
         """Start on what is left, and compare.  After a mere kill no half of a pair is there to explain."""
         self.state = {path: data and data[:60] for path, data in state.items()}, promised
         files = self.files_of(state)
@@ -2670,12 +2654,12 @@ class PowerCuts(Folder):
         are_old = all(found.get(id) == seen(sidecar) for id, sidecar in self.two.items())
         self.assertTrue(is_told or are_old, "marked or removed before its sender is told")
 
-    def cut(self, name: str, most: int = 48, fault: Any = lambda number, name: 0) -> Platter:
+    def cut(self, name, most=48, fault=lambda number, name: 0):
         """Before and after each step."""
         platter, promised = self.platter_for(name)
-        found: Dict[Any, Tuple[Remains, Any, bool]] = {}
+        found = {}
 
-        def look() -> None:
+        def look():
             now = {key: list(its) for key, its in promised.items()}
             for is_killed, states in ((True, [platter.killed()]), (False, platter.states(self.chance, most))):
                 for one in states:
@@ -2690,26 +2674,26 @@ class PowerCuts(Folder):
         self.assertGreater(len(found), 4)
         return platter
 
-    def cut_each(self, names: Sequence[str], most: int = 48) -> None:
+    def cut_each(self, names, most=48):
         for name in cases(self, names):
             platter = self.cut(name, most)
             self.assertIsNone(self.result)
             left = [one for one in self.files_of(platter.killed()) if one.startswith(("incoming", "done"))]
             self.assertEqual(left, ["incoming"])
 
-    def test_while_mail_is_accepted_or_changes_or_leaves(self) -> None:
+    def test_while_mail_is_accepted_or_changes_or_leaves(self):
         self.cut_each(["accept", *self.CHANGING])
         self.cut_each(["batch", "several", "several_copied"], 16)
 
-    def test_while_a_start_removes_all_that_crashes_leave_and_an_old_spool_is_taken_over(self) -> None:
+    def test_while_a_start_removes_all_that_crashes_leave_and_an_old_spool_is_taken_over(self):
         self.cut_each(self.OPENING, 16)
 
-    def test_a_message_whose_names_cannot_be_synced(self) -> None:
+    def test_a_message_whose_names_cannot_be_synced(self):
         """It is withdrawn; and stays whole where that cannot be done."""
         for hits in cases(self, [[("fsync", 2)], [("fsync", 2), ("rename", 3)]]):
-            names: List[str] = []
+            names = []
 
-            def fault(number: int, name: str, names: List[str] = names, hits: Any = hits) -> int:
+            def fault(number, name, names=names, hits=hits):
                 names.append(name)
                 return errno.EIO if (name, names.count("rename")) in hits else 0
             platter = self.cut("accept", 48, fault)
@@ -2720,15 +2704,15 @@ class PowerCuts(Folder):
 
     ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
 
-    def test_with_a_failing_call_nothing_is_lost_but_its_own_story(self) -> None:
+    def test_with_a_failing_call_nothing_is_lost_but_its_own_story(self):
         self.fail_each([*itertools.product(["accept"], self.ERRORS, [False]), ("remove", errno.ENOSPC, True),
                         *itertools.product(self.NAMES, [errno.EIO], (False, True))])
 
     @long_run
-    def test_with_every_call_failing_in_every_way_nothing_is_lost_but_its_own_story(self) -> None:
+    def test_with_every_call_failing_in_every_way_nothing_is_lost_but_its_own_story(self):
         self.fail_each(itertools.product(self.NAMES, self.ERRORS, (False, True)), 99)
 
-    def fail_each(self, rows: Iterable[Tuple[str, int, bool]], most: int = 5) -> None:
+    def fail_each(self, rows, most=5):
         """For each story, errno, and whether it lasts: fail at the first step, at the second, and so on."""
         failed, found = 0, {}
         for name, code, is_lasting in cases(self, rows):
@@ -2766,19 +2750,19 @@ class PowerCuts(Folder):
             self.check(state, promised)
         self.assertGreater(failed, 100)
 
-    def test_errors_that_linux_tells_once_or_late_are_not_swallowed(self) -> None:
+    def test_errors_that_linux_tells_once_or_late_are_not_swallowed(self):
         """Of a folder: only to those who opened it before.  XFS that is down: by fstat() alone."""
         for is_down in cases(self, [False, True]):
             platter, promised = self.platter_for("accept")
             real, names, early = platter.fsync, [], []
 
-            def fault(number: int, name: str, names: Any = names, is_down: bool = is_down) -> int:
+            def fault(number, name, names=names, is_down=is_down):
                 names.append(name)
                 if name == "rename":
                     early[:] = platter.files            # noqa: B023
                 return errno.EIO if is_down and name == "stat" and names[-2] == "fsync" else 0
 
-            def fsync(fd: int, names: Any = names, is_down: bool = is_down) -> None:
+            def fsync(fd, names=names, is_down=is_down):
                 real(fd)                                # noqa: B023
                 if not is_down and fd in early:         # noqa: B023
                     raise OSError(errno.EIO, "what was renamed could not be written")
@@ -2791,47 +2775,47 @@ class PowerCuts(Folder):
 class SpoolPeople(Folder):
     """What people do to a directory, what other programs left in it, and what version 0.1 did."""
 
-    def setUp(self) -> None:
+    def setUp(self):
         super().setUp()
         self.path = self.path("spool")
         self.spool = opened(self.path)
         self.addCleanup(lambda: self.spool.close())
         self.assertIsNone(store(self.spool, "ABCDE0"))
 
-    def at(self, name: str) -> str:
+    def at(self, name):
         return os.path.join(self.path, name)
 
-    def put(self, **files: Any) -> None:
+    def put(self, **files):
         write_files(self.path, files)
 
-    def tree(self) -> List[str]:
+    def tree(self):
         """Names that look like ours."""
         return sorted(os.path.join(at, name)[len(self.path) + 1:] for at, folders, names in os.walk(self.path)
                       for name in folders + names if "." in name)
 
-    def restart(self) -> Dict[str, Any]:
+    def restart(self):
         self.spool.close()
         self.spool = opened(self.path)
         return start(self.spool)
 
-    def found(self, id: str) -> List[Any]:
+    def found(self, id):
         """However it is read."""
         try:
-            looked: Any = self.spool.look(id, "whole")
+            looked = self.spool.look(id, "whole")
         except (etrn.Corrupt, etrn.NotOurs, OSError) as error:
             looked = error
         return [*self.spool.load([id]), *self.spool.read([id]), looked]
 
-    def failing(self, code: int, **calls: Iterable[str]) -> Any:
+    def failing(self, code, **calls):
         """Of os, for these names or (where there are none) always."""
-        def call(names: Iterable[str], real: Any, first: Any, *rest: Any, **options: Any) -> Any:
+        def call(names, real, first, *rest, **options):
             if not names or first in names:
                 raise OSError(code, os.strerror(code))
             return real(first, *rest, **options)
         return mock.patch.multiple(etrn.os, **{
             name: functools.partial(call, its, getattr(os, name)) for name, its in calls.items()})
 
-    def test_files_of_others_are_left_alone_and_odd_things_do_not_keep_it_from_starting(self) -> None:
+    def test_files_of_others_are_left_alone_and_odd_things_do_not_keep_it_from_starting(self):
         for name in ("README.txt", "notes.json", "abc.eml", "A.eml", "ABCDEF.txt"):
             self.put(**{name: b"x", "incoming/" + name: b"x"})
         for folder, name in itertools.product(("incoming/", "done/"), ("ABCDE0.json/x", "ABCDE8.eml/x")):
@@ -2839,7 +2823,7 @@ class SpoolPeople(Folder):
         before = self.tree()
         self.assertEqual((list(self.restart()), self.tree()), (["ABCDE0"], before))
 
-    def test_what_is_no_file_or_makes_no_sense_is_set_aside_and_does_not_stop_the_rest(self) -> None:
+    def test_what_is_no_file_or_makes_no_sense_is_set_aside_and_does_not_stop_the_rest(self):
         for name in ("ABCDE5", "ABCDE6", "ABCDE8"):
             self.assertIsNone(store(self.spool, name))
             os.unlink(self.at(name + ".eml"))
@@ -2855,7 +2839,7 @@ class SpoolPeople(Folder):
         self.assertIn("moved to corrupt/: ABCDE0.json ABCDE0.eml", self.spool.set_aside("ABCDE0", "why"))
         self.assertIn("nothing left of it", self.spool.set_aside("ABCDE0", "why"))
 
-    def test_a_body_that_does_not_match_its_sha256_is_not_sent(self) -> None:
+    def test_a_body_that_does_not_match_its_sha256_is_not_sent(self):
         large = MESSAGE * 9000
         for body, bad in cases(self, [(MESSAGE, MESSAGE[:-1] + b"X"), (MESSAGE, MESSAGE + b"X"),
                                       (MESSAGE, MESSAGE[:-1]), (MESSAGE, b""), (large, large[:-1] + b"X")]):
@@ -2865,7 +2849,7 @@ class SpoolPeople(Folder):
             self.assertEqual({type(one) for one in self.found("ABCDEF")[1:]}, {etrn.Corrupt})
             self.assertEqual(self.spool.remove(["ABCDEF"]), [None])
 
-    def test_what_may_not_be_read_or_is_newer_or_is_not_given_by_the_disk_stays_where_it_is(self) -> None:
+    def test_what_may_not_be_read_or_is_newer_or_is_not_given_by_the_disk_stays_where_it_is(self):
         for number, version in enumerate((2, 2, 3, 99)):
             self.put(**pair(sidecar_of("ABCDF%d" % number, format=version)))
         before = self.tree()
@@ -2879,7 +2863,7 @@ class SpoolPeople(Folder):
                 start(self.spool)
         self.assertEqual(self.tree(), before)
 
-    def test_a_queue_id_in_use_is_not_taken_again(self) -> None:
+    def test_a_queue_id_in_use_is_not_taken_again(self):
         self.put(**{"ABCDE1.eml": MESSAGE})
         both = [sidecar_of("ABCDE2"), sidecar_of("ABCDE0", ["u@two.example"])]
         for error in cases(self, [store(self.spool, "ABCDE0", b"new"), store(self.spool, "ABCDE1", b"new"),
@@ -2887,13 +2871,13 @@ class SpoolPeople(Folder):
             self.assertEqual(getattr(error, "errno", None), errno.EEXIST)
         self.assertEqual((recover(self.spool), os.listdir(self.at("incoming"))), ({"ABCDE0": MESSAGE}, []))
 
-    def test_a_start_needs_no_space_and_no_right_to_the_folder_above(self) -> None:
+    def test_a_start_needs_no_space_and_no_right_to_the_folder_above(self):
         self.spool.close()
         full = self.failing(errno.ENOSPC, write=(), pwrite=(), ftruncate=())
         with self.failing(errno.EACCES, open=(self.folder,)), full:
             self.assertEqual(list(self.restart()), ["ABCDE0"])
 
-    def test_a_spool_that_was_unmounted_or_moved_takes_nothing_and_loses_nothing(self) -> None:
+    def test_a_spool_that_was_unmounted_or_moved_takes_nothing_and_loses_nothing(self):
         os.rename(self.path, self.path + ".away")
         for is_there in cases(self, [False, True]):
             if is_there:
@@ -2912,14 +2896,14 @@ class SpoolPeople(Folder):
             self.assertEqual(self.spool.remove(["ABCDE1", "ABCDE2"]), [None, None])
         self.assertEqual(recover(self.spool), {"ABCDE0": MESSAGE})
 
-    def test_a_full_disk_does_not_keep_what_was_delivered(self) -> None:
+    def test_a_full_disk_does_not_keep_what_was_delivered(self):
         for code, is_gone in cases(self, [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)]):
             self.assertIsNone(store(self.spool, "ABCDE1"))
             with self.failing(code, rename=()):
                 self.assertEqual(self.spool.remove(["ABCDE1"]) == [None], is_gone)
             self.assertEqual("ABCDE1" in recover(self.spool), not is_gone)
 
-    def test_several_destinations_share_a_body_and_leave_one_by_one_and_nothing_stays(self) -> None:
+    def test_several_destinations_share_a_body_and_leave_one_by_one_and_nothing_stays(self):
         self.assertEqual({os.stat(self.at(name)).st_mode & 0o77 for name in [*self.tree(), "lock"]}, {0})
         sidecars = [sidecar_of("ABCDF%d" % number, ["u@d%d.example" % number]) for number in range(3)]
         for links, missing in cases(self, [(3, {}), (1, {"link": ()})]):
@@ -2931,7 +2915,7 @@ class SpoolPeople(Folder):
                 self.assertEqual(self.spool.remove(["ABCDF%d" % number]), [None])
         self.assertEqual((self.spool.remove(["ABCDE0", "ABCDE7"]), self.tree()), ([None, None], []))
 
-    def test_the_spool_has_one_owner_and_a_command_is_waited_for(self) -> None:
+    def test_the_spool_has_one_owner_and_a_command_is_waited_for(self):
         beside = etrn.Spool(self.path)
         for name, is_relay in cases(self, [(str(os.getpid()), True), ("command", False)]):
             self.spool.close()
@@ -2948,13 +2932,13 @@ class SpoolPeople(Folder):
 
     # -- what others wrote
 
-    NASTY: List[Any] = [None, True, False, 0, -1, 5, 1e308, -0.5, float("nan"), float("inf"), 10 ** 30,
+    NASTY = [None, True, False, 0, -1, 5, 1e308, -0.5, float("nan"), float("inf"), 10 ** 30,
                         10 ** 400, "", "x", "a b", "x\r\ny", "\ud800", "a@b@c", "\0", [], [None], ["x"], {}]
 
     @classmethod
-    def variants(cls, good: Any) -> Iterator[Any]:
+    def variants(cls, good):
         """The same with any one value changed or missing."""
-        def places(value: Any, path: Tuple[Any, ...] = ()) -> Iterator[Tuple[Any, ...]]:
+        def places(value, path=()):
             for key in value if type(value) is dict else range(len(value)) if type(value) is list else ():
                 yield (*path, key)
                 yield from places(value[key], (*path, key))
@@ -2968,7 +2952,7 @@ class SpoolPeople(Folder):
                     del target[last]
                 yield changed
 
-    def test_a_sidecar_either_makes_sense_or_is_corrupt(self) -> None:
+    def test_a_sidecar_either_makes_sense_or_is_corrupt(self):
         """Nothing that passes makes anything fail later."""
         good = sidecar_of("ABCDE1", [USER, OTHER], ret="HDRS", envid="x+20y", sha256="0" * 64)
         person = good["recipients"][1]
@@ -3007,12 +2991,12 @@ class SpoolPeople(Folder):
                 self.spool.peek_sidecar("ABCDE0")
             self.assertIsInstance(self.spool.load_state("state.json"), dict)
 
-    def test_a_sidecar_of_as_many_as_a_message_may_have_can_be_read_again(self) -> None:
+    def test_a_sidecar_of_as_many_as_a_message_may_have_can_be_read_again(self):
         people = ["%s%d@%s" % ("x" * 200, number, DOMAIN) for number in range(50000)]       # max_recipients
         self.assertIsNone(store(self.spool, "ABCDE1", recipients=people))
         self.assertIsInstance(self.spool.load(["ABCDE1"])[0], list)
 
-    def test_a_clock_that_was_set_changes_all_times_of_a_message(self) -> None:
+    def test_a_clock_that_was_set_changes_all_times_of_a_message(self):
         times = ("expires", "next_attempt", "last_attempt", "refused_since")
         self.spool.record("ABCDE0", {}, {USER: {"last_attempt": 5.0, "refused_since": 6.0}})
         before = self.spool.read_sidecar("ABCDE0")
@@ -3021,7 +3005,7 @@ class SpoolPeople(Folder):
         before["received"] += 1000.0
         self.assertEqual(self.spool.read_sidecar("ABCDE0"), before)
 
-    def test_a_message_of_version_0_1_becomes_one_for_each_domain(self) -> None:
+    def test_a_message_of_version_0_1_becomes_one_for_each_domain(self):
         people = ["a@one.example", "b@two.example", "c@two.example", "d@gone.example"]
         for kind, held, is_held in cases(self, [
                 ("mail", ["two.example"], (False, True)), ("mail", [], (False, False)),
@@ -3051,7 +3035,7 @@ class SpoolPeople(Folder):
 class SpoolWork(Folder):
     """The writer's batches."""
 
-    def setUp(self) -> None:
+    def setUp(self):
         super().setUp()
         self.spool = opened(self.path("spool"))
         self.addCleanup(self.spool.close)
@@ -3059,9 +3043,9 @@ class SpoolWork(Folder):
         self.addCleanup(loop.close)
         self.threads = etrn.SpoolThreads(self.spool, loop)
 
-    def work(self, *questions: Any) -> List[Any]:
+    def work(self, *questions):
         """As one batch; what each asker hears, in the order in which they asked."""
-        told: List[Any] = [None] * len(questions)
+        told = [None] * len(questions)
         answers = self.threads._work([(functools.partial(told.__setitem__, number), one[0], one[1:])
                                       for number, one in enumerate(questions)])
         self.assertEqual(len(answers), len(questions))
@@ -3069,10 +3053,10 @@ class SpoolWork(Folder):
             then(result)
         return told
 
-    def commit(self, id: str) -> Tuple[str, str, bytes, List[Dict[str, Any]]]:
+    def commit(self, id):
         return "commit", id, MESSAGE, [sidecar_of(id)]
 
-    def test_nothing_overtakes_what_was_asked_of_the_same_message(self) -> None:
+    def test_nothing_overtakes_what_was_asked_of_the_same_message(self):
         one, keep, remove = "ABCDE1", self.commit("ABCDE1"), ("remove", "ABCDE1")
         hold, let_go = (("record", one, {"held": held}, {}) for held in (True, False))
         for questions, left, is_held in cases(self, [
@@ -3087,7 +3071,7 @@ class SpoolWork(Folder):
                              [(id, is_held, len(questions) == 7) for id in left])
             self.spool.remove(left)
 
-    def test_a_batch_is_written_then_synced_then_entered_and_shares_its_last_fsync(self) -> None:
+    def test_a_batch_is_written_then_synced_then_entered_and_shares_its_last_fsync(self):
         platter, steps = Platter({"/var": None, "/var/spool": None}), []
         with PowerCuts.on(self, platter):
             self.threads.spool = spool = opened(PowerCuts.SPOOL)
@@ -3103,11 +3087,11 @@ class SpoolWork(Folder):
                 self.assertEqual(act(), result)
                 self.assertEqual(steps, expected)
 
-    def test_where_an_fsync_takes_long_many_are_under_way_at_once(self) -> None:
+    def test_where_an_fsync_takes_long_many_are_under_way_at_once(self):
         """And each message has its own luck.  The kernel need not take advice."""
         together, real = threading.Barrier(8), os.fsync
 
-        def fsync(fd: int) -> None:
+        def fsync(fd):
             if os.fstat(fd).st_size == 5:
                 raise OSError(errno.EIO, "I/O error")
             if stat.S_ISREG(os.fstat(fd).st_mode):
@@ -3122,7 +3106,7 @@ class SpoolWork(Folder):
         self.assertEqual([error and error.errno for error in errors], [None] * 4 + [errno.EIO])
         self.assertEqual(list(recover(self.spool)), ids[:4])
 
-    def test_a_bug_is_told_to_who_asked(self) -> None:
+    def test_a_bug_is_told_to_who_asked(self):
         for broken in cases(self, ["commit", "remove", "heal"]):
             with mock.patch.object(self.spool, broken, side_effect=RuntimeError("a bug")):
                 told = self.work(self.commit("ABCDE1"), ("remove", "ABCDE7"), ("heal",))
@@ -3189,7 +3173,7 @@ class Mutations(unittest.TestCase):
 
     WATCHERS = ("SpoolWork", "PowerCuts", "Recording", "SpoolPeople")
 
-    def mutants(self) -> Iterator[Tuple[str, str]]:
+    def mutants(self):
         """Names and sources."""
         source = load(SOURCE)
         lines, end = source.splitlines(True), source[:source.index("# == 8. SESSION")].count("\n")
@@ -3208,11 +3192,11 @@ class Mutations(unittest.TestCase):
             else:
                 yield name, source.replace(old, new)
 
-    def test_each_mutation_finds_its_place(self) -> None:
+    def test_each_mutation_finds_its_place(self):
         self.assertGreater(sum(name.startswith("line ") for name, _ in self.mutants()), 11)
 
     @long_run
-    def test_each_mutation_is_noticed(self) -> None:
+    def test_each_mutation_is_noticed(self):
         loader = unittest.TestLoader()
         tests = [test for name in self.WATCHERS for test in loader.loadTestsFromTestCase(globals()[name])
                  if not getattr(getattr(test, test._testMethodName), "is_long", False)]
@@ -3228,13 +3212,13 @@ class Mutations(unittest.TestCase):
             missed += [name] * (not failed)
         self.assertEqual(missed, [])
 
-    def seconds(self, test: unittest.TestCase) -> float:
+    def seconds(self, test):
         """What it takes without any mutation; it passes then."""
         began = time.monotonic()
         self.assertTrue(self.passes(test), test.id())
         return time.monotonic() - began
 
-    def passes(self, test: unittest.TestCase) -> bool:
+    def passes(self, test):
         result = unittest.TestResult()
         with contextlib.redirect_stderr(io.StringIO()):
             copy.copy(test).run(result)
@@ -3246,14 +3230,14 @@ class Mutations(unittest.TestCase):
 class Clock:
     """Both clocks.  advance() moves them together."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.mono, self.wall = 1000.0, 1764000000.0
 
     @property
-    def now(self) -> etrn.Now:
+    def now(self):
         return etrn.Now(self.mono, self.wall)
 
-    def advance(self, seconds: float = 0, hours: float = 0, days: float = 0) -> etrn.Now:
+    def advance(self, seconds=0, hours=0, days=0):
         step = seconds + 3600 * hours + 86400 * days
         self.mono, self.wall = self.mono + step, self.wall + step
         return self.now
@@ -3262,16 +3246,16 @@ class Clock:
 class Schedule(unittest.TestCase):
     """A destination alone; its stories are told in Recovery, with all that is around it."""
 
-    def setUp(self) -> None:
+    def setUp(self):
         self.clock = Clock()
 
-    def begin(self, domain: str = "", state: str = "UNKNOWN") -> etrn.Destination:
+    def begin(self, domain="", state="UNKNOWN"):
         one = etrn.Destination(DOMAIN, config("", domain).domain(DOMAIN), self.clock.now)
         one.add(etrn.Entry("A00", 100, self.clock.wall), self.clock.now)
         one.state = etrn.Primary[state]
         return one
 
-    def test_names_and_homes(self) -> None:
+    def test_names_and_homes(self):
         sections = "primary = %s\n[domain .w.example]\nprimary = etrn\n[domain x.example]\nlifetime = %s"
         known, now = etrn.Destinations(config("", sections % ("etrn", "7d"))), self.clock.now
         one, two, other = (known.get(name, now) for name in (DOMAIN, "a.w.example", "x.example"))
@@ -3300,7 +3284,7 @@ class Schedule(unittest.TestCase):
             names = sorted(one.name for one in known.matching(what))
             self.assertEqual((" ".join(names), known.serves(what)), (expected, is_served))
 
-    def test_what_is_known_after_a_restart(self) -> None:
+    def test_what_is_known_after_a_restart(self):
         """A route does not outlive the primary that it led to; wrong values cost knowledge, not the start."""
         one = self.begin("primary = mx")
         one.route, one.size_limit = [etrn.Hop("m.example", "192.0.2.1", 25)], 99999
@@ -3333,7 +3317,7 @@ WAYS = (["PIPELINING", "8BITMIME", "DSN", "SIZE 1000000"], ["8BITMIME", "SIZE"],
         ["PIPELINING", "CHUNKING", "DSN", "8BITMIME"], ["CHUNKING", "SIZE"])
 
 
-def make_plan(cfg: etrn.DomainConfig, primary: Any, **values: Any) -> etrn.Plan:
+def make_plan(cfg, primary, **values):
     """What dial() is given; the one place that knows the shape of Plan."""
     return etrn.Plan(DOMAIN, cfg, primary, "backup.example.net", etrn.Resolver(()), (), ())._replace(**values)
 
@@ -3341,20 +3325,20 @@ def make_plan(cfg: etrn.DomainConfig, primary: Any, **values: Any) -> etrn.Plan:
 class PuppetLoop(etrn.Loop):
     """Without sockets, on a clock that is not real.  What would run in a thread runs at once."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock):
         self.clock, self.now, self.is_woken = clock, clock.now, True
         self.timers, self.order, self.posted = [], itertools.count(), collections.deque()
 
-    def bug(self, error: BaseException) -> None:
+    def bug(self, error):
         raise error
 
-    def turn(self, longest: Optional[float] = None) -> None:
+    def turn(self, longest=None):
         self.now = self.clock.now
         while self.posted or (self.timers and self.timers[0][0] <= self.now.mono):
             call, values = self.posted.popleft() if self.posted else (heapq.heappop(self.timers)[2], ())
             self.guard(call, *values)
 
-    def in_thread(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+    def in_thread(self, work, then):
         result = work()
         is_slow = str(getattr(result, "error", "")).endswith("timed out")
         self.later(etrn.CONNECT_S if is_slow else 0.0, lambda: then(result))
@@ -3364,24 +3348,23 @@ class Puppet:
     """A Stream without a socket, with a primary at its other end.  `stage` says what that says: a Primary
     that is not started, or a Simulation."""
 
-    def __init__(self, loop: PuppetLoop, stage: Any, on_data: Callable[[bytes], None],
-                 on_end: Callable[[str], None]) -> None:
+    def __init__(self, loop, stage, on_data, on_end):
         self.loop, self.stage, self.on_data, self.on_end = loop, stage, on_data, on_end
         self.out, self.moved, self.sock, self.came = bytearray(), loop.now.mono, self, b""
-        self.on_sent: Any = None
-        self.on_closed: Callable[[], None] = lambda: None
+        self.on_sent = None
+        self.on_closed = lambda: None
         self.is_over = self.is_silent = self.is_pausing = False
         self.is_ahead = False           # a command came before the one before was answered
-        self.behind: List[bytes] = []   # what had come behind each end of data when that was answered
+        self.behind = []   # what had come behind each end of data when that was answered
         self.sender = ""
         self.talk = smtp(stage, self._say, self._on_line, lambda data: self.behind.append(self.came))
         self.want = next(self.talk)
         stage.puppets = [*getattr(stage, "puppets", []), self]
 
-    def getsockname(self) -> Tuple[str, int]:
+    def getsockname(self):
         return "127.0.0.1", 9
 
-    def send(self, data: bytes) -> None:
+    def send(self, data):
         self.came += data
         self.moved = self.loop.now.mono
         self.loop.post(self._play)
@@ -3389,17 +3372,17 @@ class Puppet:
             self.loop.post(self.on_sent)
             self.on_sent = None
 
-    def finish(self, linger: bool = True) -> None:
+    def finish(self, linger=True):
         self._play()
         self.close()
 
-    def close(self) -> None:
+    def close(self):
         if not self.is_over:
             self.is_over = True
             self.stage.puppets.remove(self)
             self.on_closed()
 
-    def _play(self) -> None:
+    def _play(self):
         """Hear what has come, and answer."""
         while not (self.is_silent or self.is_over or self.is_pausing):
             size = self.came.find(b"\n") + 1 or -1 if self.want is None else self.want
@@ -3408,17 +3391,17 @@ class Puppet:
             piece, self.came = self.came[:size], self.came[size:]
             self._hear(piece)
 
-    def _hear(self, piece: Optional[bytes] = None) -> None:
+    def _hear(self, piece=None):
         self.want = self.talk.send(piece)
         self.is_pausing, self.is_silent = isinstance(self.want, float), self.is_silent or self.want == "QUIT"
         if self.is_pausing:
             self.loop.later(self.want, lambda: self._hear() or self._play())
 
-    def _on_line(self, line: str) -> None:
+    def _on_line(self, line):
         self.stage.log.append(line)
         self.is_ahead |= bool(self.came) and line[:4] != "BDAT"
 
-    def _say(self, verb: str, argument: str, default: str, taken: Callable[[], None] = lambda: None) -> str:
+    def _say(self, verb, argument, default, taken=lambda: None):
         self.stage.current = self
         said = self.stage._said(verb, argument, default)
         data = b"" if said in (CUT, HANG) else said if isinstance(said, bytes) else (
@@ -3434,7 +3417,7 @@ class Puppet:
         return data[:1].decode("latin-1")
 
 
-def greeted(stage: Any, extensions: Iterable[str]) -> Any:
+def greeted(stage, extensions):
     """A Dialer that has done its work."""
     offered = {one.partition(" ")[0].lower(): one.partition(" ")[2] for one in extensions}
     return types.SimpleNamespace(
@@ -3445,7 +3428,7 @@ def greeted(stage: Any, extensions: Iterable[str]) -> Any:
 class Played(Folder):
     """Tests whose primaries are played: Connection talks to a Puppet."""
 
-    def setUp(self) -> None:
+    def setUp(self):
         super().setUp()
         patch = mock.patch.object(etrn, "Stream", Puppet)
         patch.start()
@@ -3456,12 +3439,11 @@ class Played(Folder):
 class Delivery(Played):
     """Exchanges over one connection."""
 
-    def setUp(self) -> None:
+    def setUp(self):
         super().setUp()
-        self.mail: Dict[str, Tuple[Dict[str, Any], bytes]] = {}
+        self.mail = {}
 
-    def put(self, data: bytes = MESSAGE, recipients: Sequence[Any] = ("user@" + DOMAIN,),
-            **values: Any) -> str:
+    def put(self, data=MESSAGE, recipients=("user@" + DOMAIN,), **values):
         """A message; recipients may have NOTIFY and ORCPT with them."""
         id = "%X" % (0xABC001 + len(self.mail))
         people = [(one, "", "") if isinstance(one, str) else one for one in recipients]
@@ -3470,30 +3452,30 @@ class Delivery(Played):
         self.mail[id] = dict(sidecar, size=len(data), **values), data
         return id
 
-    def primary(self, extensions: Sequence[str] = WAYS[0], **script: Any) -> Primary:
+    def primary(self, extensions=WAYS[0], **script):
         primary = Primary(**script)
         self.addCleanup(primary.__exit__)
         primary.extensions = list(extensions)
         return primary
 
-    def deliver(self, primary: Primary, *ids: str, one: Any = None, say: Any = None, **options: str) -> Any:
+    def deliver(self, primary, *ids, one=None, say=None, **options):
         """The first message's verdicts; all are in `results`, the end in `error`, the time in `seconds`.
         Recipients without a verdict go in the next transaction, as in Queue.  `say`: another exchange."""
         lines = "\n".join("%s = %s" % item for item in options.items())
         one = self.one = one or etrn.Destination(DOMAIN, config("", lines).domain(DOMAIN), self.clock.now)
         loop, began, left = PuppetLoop(self.clock), self.clock.mono, collections.deque(ids)
-        results = self.results = {id: [] for id in ids}         # type: Dict[str, List[etrn.Verdict]]
-        ends: List[str] = []
+        results = self.results = {id: [] for id in ids}
+        ends = []
 
-        def ask(then: Callable[[bytes], None], what: str, id: str, offset: int) -> None:
+        def ask(then, what, id, offset):
             loop.post(then, self.mail[id][1][offset:offset + etrn.BLOCK_OCTETS])
 
-        def judge(id: str, verdicts: List[etrn.Verdict]) -> None:
+        def judge(id, verdicts):
             results[id] += verdicts
             is_left = bool(verdicts) and len(results[id]) < len(self.mail[id][0]["recipients"])
             left.extendleft([id] * is_left)
 
-        def feed(connection: etrn.Connection) -> None:
+        def feed(connection):
             while left and connection.has_room():
                 id = left.popleft()
                 sidecar, data = self.mail[id]
@@ -3519,11 +3501,11 @@ class Delivery(Played):
         self.assertTrue(way[0] or not self.puppet.is_ahead)
         return results[ids[0]]
 
-    def words(self, *ids: str) -> str:
+    def words(self, *ids):
         """What became of each message of one recipient: sent, deferred, refused, untried."""
         return "".join("".join(one.kind[0] for one in self.results[id]) or "u" for id in ids)
 
-    def test_mail_arrives_octet_for_octet(self) -> None:
+    def test_mail_arrives_octet_for_octet(self):
         chance = random.Random(3)
         dots = b"".join(chance.choice([b"\r\n", b".", b"a"]) for _ in range(400)) + b"\r\n"
         for body in cases(self, [MESSAGE, b"", b".\r\n", b"..\r\n.\r\n\r\n.x\r\n", b"\r\n",
@@ -3546,7 +3528,7 @@ class Delivery(Played):
         . 334 x = deferred; DATA 250 taken already = deferred; . 354 go = deferred
         """
 
-    def test_verdicts_are_the_primarys_own_where_the_reply_fits_its_command(self) -> None:
+    def test_verdicts_are_the_primarys_own_where_the_reply_fits_its_command(self):
         for verb, said, expected in cases(self, re.findall(r"(\S+) (.*?) = (.*?)[;\n]", self.VERDICTS)):
             for way in WAYS[:2 if verb == "DATA" else 4]:
                 primary = self.primary(way, **{verb: said.replace("|", "\n")})
@@ -3560,7 +3542,7 @@ class Delivery(Played):
               (".", 600, "354 go", "d", "r"), ("RSET", 300, "354 go", "r", "r"),
               ("QUIT", 300, "354 go", "s", "s")]
 
-    def test_every_fault_at_every_stage_has_its_outcome_and_no_message_is_lost_or_doubled(self) -> None:
+    def test_every_fault_at_every_stage_has_its_outcome_and_no_message_is_lost_or_doubled(self):
         for (stage, _, wrong, usual, refused), way in cases(self, itertools.product(self.STAGES, WAYS[:2])):
             for fault, said in {**FAULTS, "wrong class": wrong}.items():
                 self.row = (stage, fault, way)
@@ -3580,8 +3562,8 @@ class Delivery(Played):
                 if stage != ".":                # there nobody knows whether it was taken
                     self.assertEqual(reached, taken)
 
-    def test_every_reply_has_its_deadline(self) -> None:
-        def drip(_: str) -> object:
+    def test_every_reply_has_its_deadline(self):
+        def drip(_):
             self.puppet.loop.later(20, lambda: drip("") and self.puppet.on_data(b"250-x\r\n"))
             return HANG
         for (stage, seconds, *_), way, said in cases(self,
@@ -3618,7 +3600,7 @@ class Delivery(Played):
         ("- - s[du]uu s[du]uu", {"RCPT": ["250", AGAIN], ".": ["250", "452 full"]}, None),
         ("s[du]uu s[du]uu - -", {"DATA": ["354 go", b"354 go\r\n250 taken\r\n"]}, "not asked for")]
 
-    def test_what_becomes_of_several_messages(self) -> None:
+    def test_what_becomes_of_several_messages(self):
         """One word for all WAYS, or one for each, `-` where that does not occur there."""
         for words, script, error in cases(self, self.SEVERAL):
             for way, expected in zip(WAYS, words.split() if " " in words else [words] * 4):
@@ -3635,7 +3617,7 @@ class Delivery(Played):
                         self.assertEqual((bool(self.error), primary.log[-1] == "QUIT"),
                                          (bool(error), not error))
 
-    def test_a_reply_out_of_step_is_no_word_about_a_message(self) -> None:
+    def test_a_reply_out_of_step_is_no_word_about_a_message(self):
         """The connection ends; mail goes again one by one, without window and PIPELINING."""
         for stage, code, way in cases(self, itertools.product(
                 ["MAIL", "RCPT", "DATA", ".", "RSET"], (500, 502, 503, 504), WAYS)):
@@ -3659,7 +3641,7 @@ class Delivery(Played):
             self.assertEqual((self.words(*ids[1:]), self.puppet.is_ahead), ("ss", False))
             self.assertFalse([line for line in primary.log if line[:4] == "BDAT"])
 
-    def test_recipients(self) -> None:
+    def test_recipients(self):
         """A hundred at a time, each with its own verdict; put off behind accepted ones, they go in the next
         transaction, at once."""
         many, some = (["u%d@%s" % (number, DOMAIN) for number in range(count)] for count in (250, 25))
@@ -3684,7 +3666,7 @@ class Delivery(Played):
                                  {"sent"})
                 self.assertEqual([one[1] for one in primary.messages], [some[:10], some[10:20], some[20:]])
 
-    def test_the_window_is_small(self) -> None:
+    def test_the_window_is_small(self):
         """What is in doubt when a connection breaks is bounded, however much waits."""
         for most, limits in cases(self, [(16, {"LATE_S": 10}), (3, {"CHUNK_MESSAGES": 3}),
                                          (3, {"CHUNK_REPLIES": 9})]):
@@ -3693,7 +3675,7 @@ class Delivery(Played):
                 self.deliver(self.primary(WAYS[2], **{".": ["250 ok", CUT]}), *ids)
             self.assertEqual(self.words(*ids), "s" + "d" * most + "u" * (29 - most))
 
-    def test_what_is_asked_of_the_primary_and_passed_on(self) -> None:
+    def test_what_is_asked_of_the_primary_and_passed_on(self):
         utf8 = {"smtputf8": True, "sender": "\xe9@sender.example", "recipients": ["\xfc@" + DOMAIN]}
         people = {"recipients": [("user@" + DOMAIN, "FAILURE,DELAY", "rfc822;x@y")], "ret": "HDRS",
                   "envid": "QQ+2B"}
@@ -3720,7 +3702,7 @@ class Delivery(Played):
                 self.assertEqual((found, verdict.is_told), (words, extension == "DSN"))
             self.assertEqual([one[2] for one in primary.messages], [data, b"next\r\n"][words is None:])
 
-    def introduced(self, verb: str, clients: Sequence[Sequence[str]], **script: Any) -> List[str]:
+    def introduced(self, verb, clients, **script):
         """What a primary that offers XCLIENT or XFORWARD hears when it is sent a message of each client."""
         primary = self.primary(["PIPELINING", verb + " NAME ADDR PROTO HELO PORT", "SIZE"], **script)
         ids = [self.put(client={"address": address, "name": name, "helo": helo, "tls": None})
@@ -3729,7 +3711,7 @@ class Delivery(Played):
         self.assertEqual((self.words(*ids), self.error), ("s" * len(ids), ""))
         return primary.log
 
-    def test_the_original_client_is_handed_on_as_postfix_documents_it(self) -> None:
+    def test_the_original_client_is_handed_on_as_postfix_documents_it(self):
         us = "backup.example.net"
         for client, name, address, helo, ehlo in cases(self, [
                 (("192.0.2.7", "b.example", "mx.b.example"), "b.example", "192.0.2.7", "mx.b.example",
@@ -3761,9 +3743,9 @@ class Delivery(Played):
         self.deliver(primary, ids[1], xclient="yes")    # what is offered then counts
         self.assertEqual((self.puppet.is_ahead, primary.messages[0][0]), (False, "a@sender.example"))
 
-    def test_what_a_question_is_answered_with(self) -> None:
-        def ask(primary: Primary, address: str = "u@" + DOMAIN) -> Tuple[str, str]:
-            heard: List[Tuple[str, str]] = []
+    def test_what_a_question_is_answered_with(self):
+        def ask(primary, address="u@" + DOMAIN):
+            heard = []
             self.deliver(primary, self.put(), say=lambda connection: etrn.verify(
                 connection, address, lambda *word: heard.append(word)))
             self.assertEqual(len(heard), 1)
@@ -3791,11 +3773,11 @@ class PuppetSpool(etrn.SpoolThreads):
     """Without its threads."""
     may_write = True
 
-    def __init__(self, spool: etrn.Spool, loop: PuppetLoop) -> None:
+    def __init__(self, spool, loop):
         self.spool, self.loop, self.sick, self.unanswered, self.answered = spool, loop, "", 0, 0.0
         self.may_write = True
 
-    def ask(self, then: Callable[[Any], None], what: str, *values: Any) -> None:
+    def ask(self, then, what, *values):
         self.unanswered += 1
         done = [(then, self._do(what, values))] if what in self.READS else self._work([(then, what, values)])
         self.loop.post(self._tell, done)
@@ -3803,28 +3785,27 @@ class PuppetSpool(etrn.SpoolThreads):
 
 class Simulation:
     """A Queue whose clock is not real and whose primaries are played: days pass in moments."""
-    current: "Simulation"
 
-    def __init__(self, folder: str, options: str = "") -> None:
+    def __init__(self, folder, options=""):
         Simulation.current = self
         self.clock = Clock()
         self.spool = etrn.Spool(os.path.join(folder, "spool"))
         self.spool.open()
-        self.puppets: List[Puppet] = []                 # open connections
-        self.log: List[str] = []                        # commands as they came
-        self.dials: List[Tuple[float, str]] = []        # (when, destination)
-        self.offered: List[Tuple[float, str]] = []      # (when, ID) at MAIL
-        self.messages: List[Tuple[str, List[str], bytes]] = []
-        self.alerts: List[Dict[str, Any]] = []
+        self.puppets = []                 # open connections
+        self.log = []                        # commands as they came
+        self.dials = []        # (when, destination)
+        self.offered = []      # (when, ID) at MAIL
+        self.messages = []
+        self.alerts = []
         self.extensions, self.pace_s, self.serial = ["PIPELINING"], 0.1, 0
-        self.reach: Callable[[str], Any] = lambda name: None        # None: it greets; a text: why not; HANG
-        self.script: Dict[str, Callable[[str], Any]] = {}           # verb: of the ID or address; None: yes
+        self.reach = lambda name: None        # None: it greets; a text: why not; HANG
+        self.script = {}           # verb: of the ID or address; None: yes
         usual = [one + "\n" for one in ("primary = 192.0.2.1", "recipients = any")
                  if one.split()[0] not in options.partition("[")[0]]
         self.cfg = config("nameservers = 127.0.0.1:9", "".join(usual) + options)
         self.begin()
 
-    def begin(self) -> None:
+    def begin(self):
         """The relay starts."""
         self.loop = PuppetLoop(self.clock)
         self.puppets.clear()
@@ -3834,35 +3815,34 @@ class Simulation:
         self.queue.loader.load()
         self.turn()
 
-    def restart(self, asleep: str = "0") -> None:
+    def restart(self, asleep="0"):
         self.queue.save_state()
         self.turn()
         self.clock.advance(days=float(asleep))
         self.begin()
 
-    def dial(self, plan: etrn.Plan) -> etrn.Dialled:
+    def dial(self, plan):
         word = self.reach(plan.name)
         self.dials.append((self.clock.mono, plan.name))
         if word is None:
             return etrn.Dialled(greeted(self, self.extensions), "", (HOP,))
         return etrn.Dialled(None, "connect to %s: %s" % (HOP, "timed out" if word is HANG else word), (HOP,))
 
-    def _said(self, verb: str, argument: str, default: str) -> Any:
+    def _said(self, verb, argument, default):
         path = argument.partition("<")[2].partition(">")[0]
         id = (path if verb == "MAIL" else self.current.sender).partition("@")[0]
         self.offered += [(self.clock.mono, id)] * (verb == "MAIL" and id != "")
         return self.script.get(verb, lambda _: None)(path if verb == "RCPT" else id) or default
 
     @property
-    def taken(self) -> List[str]:
+    def taken(self):
         return [sender.partition("@")[0] for sender, _, _ in self.messages]
 
     @property
-    def one(self) -> etrn.Destination:
+    def one(self):
         return self.queue.destinations.get(DOMAIN, self.clock.now)
 
-    def put(self, *addresses: Any, domain: str = DOMAIN, kind: str = "mail", sender: Any = None,
-            data: bytes = MESSAGE, across: float = 0.0, **values: Any) -> str:
+    def put(self, *addresses, domain=DOMAIN, kind="mail", sender=None, data=MESSAGE, across=0.0, **values):
         """Accept a message; its sender tells its ID.  Recipients may have NOTIFY and ORCPT with them.
         `across`: days by which the clock is set while the disk is at work."""
         self.serial += 1
@@ -3878,13 +3858,13 @@ class Simulation:
         self.queue.accept(sidecar, len(data))
         return id
 
-    def turn(self) -> None:
+    def turn(self):
         self.loop.turn()
         self.queue.sweep()
         self.queue.alerts.sweep(1 << 40, 0.0)
         self.loop.turn()
 
-    def run(self, seconds: float = 0, until: Callable[[], Any] = lambda: False) -> None:
+    def run(self, seconds=0, until=lambda: False):
         """Let time pass."""
         end = self.clock.mono + seconds
         while self.clock.mono < end and not until():
@@ -3894,7 +3874,7 @@ class Simulation:
             self.clock.advance(max(0.001, at - self.clock.mono))
         self.turn()
 
-    def down(self, count: str = "0", how: Any = "Connection refused") -> None:
+    def down(self, count="0", how="Connection refused"):
         """It goes away, and so many messages come."""
         self.reach = lambda name: how
         for connection in self.queue.deliveries.all():
@@ -3902,59 +3882,59 @@ class Simulation:
         for _ in range(int(count)):
             self.put()
 
-    def back(self, *rcpt: str) -> None:
+    def back(self, *rcpt):
         """It greets again, and says this to each recipient."""
         self.reach, self.script["RCPT"] = lambda name: None, lambda address: " ".join(rcpt)
 
-    def jump(self, days: Any) -> None:
+    def jump(self, days):
         self.clock.wall += 86400.0 * float(days)
 
-    def flush(self) -> Any:
+    def flush(self):
         """By command.  How it ends."""
         self.answers = etrn.run_command(self.queue, {"command": "flush", "what": DOMAIN})
         return next(self.answers)
 
-    def etrn(self, count: str = "1") -> int:
+    def etrn(self, count="1"):
         """So many, a twentieth of a second apart; the last one's reply."""
         for number in range(int(count)):
             self.run(0.05 if number else 0)
             code = etrn.answer_etrn(self.queue, DOMAIN, "192.0.2.1", "x").code
         return code
 
-    def state(self) -> str:
+    def state(self):
         """The primary's, and how many messages wait, were bounced, expired."""
         one = self.one
         counts = ["%d %s" % (one.counters[what], what) for what in ("bounced",
                 "expired") if one.counters[what]]
         return ", ".join(["%s %d" % (one.state.value, len(one.entries)), *counts])
 
-    def pauses(self) -> str:
+    def pauses(self):
         """Between dials since it was asked last: the shortest and the longest."""
         times, self.dials = [at for at, _ in self.dials], []
         gaps = [round(after - before) for before, after in zip(times, times[1:])]
         return "%d to %d" % (min(gaps), max(gaps))
 
-    def turns(self) -> str:
+    def turns(self):
         """Since it was asked last: how many transactions, of how many messages."""
         offered, self.offered = self.offered, []
         return "%d of %d" % (len(offered), len({id for _, id in offered}))
 
-    def times(self, number: str) -> str:
+    def times(self, number):
         """When the nth message was offered, since the first time."""
         at = [at for at, id in self.offered if id == "%X" % (0xABC000 + int(number))]
         return " ".join("%d" % round(one - at[0]) for one in at)
 
-    def order(self) -> str:
+    def order(self):
         """In which messages were offered."""
         return " ".join("%d" % (int(id, 16) - 0xABC000) for _, id in self.offered)
 
-    def queued(self) -> int:
+    def queued(self):
         return sum(len(one.entries) for one in self.queue.destinations.all.values())
 
-    def logged(self, *pattern: str) -> int:
+    def logged(self, *pattern):
         return sum(re.search(" ".join(pattern), line) is not None for line in self.journal.lines)
 
-    def notices(self) -> List[Tuple[str, Any]]:
+    def notices(self):
         """Targets and parts of the notices that wait in the spool."""
         out = []
         for one in self.queue.destinations.all.values():
@@ -3964,7 +3944,7 @@ class Simulation:
                 out.append((sidecar["recipients"][0]["address"], list(parsed.iter_parts())))
         return out
 
-    def say(self, verb: str, *words: str) -> None:
+    def say(self, verb, *words):
         """It says this from now on; or, with `to`, of these messages or users only."""
         some, _, text = " ".join(words).rpartition(": ") if words[:1] == ("to",) else ("", "",
                 " ".join(words))
@@ -3972,9 +3952,9 @@ class Simulation:
         said = {"HANG": HANG, "CUT": CUT}.get(text, text.replace("|", "\n"))
         self.script[verb] = lambda key: said if not keys or key.partition("@")[0] in keys else None
 
-    def tell(self, test: unittest.TestCase, story: str) -> None:
+    def tell(self, test, story):
         """Statements, and questions with ` = ` and what their answer matches."""
-        words: Dict[str, Callable[..., Any]] = {
+        words = {
             "put": lambda *who: self.put(*("%s@%s" % (one, DOMAIN) for one in who)),
             "hang": lambda count: self.down(count, HANG), "across": lambda days: self.put(across=float(days)),
             "many": lambda count: [self.put() for _ in range(int(count))], "taken": lambda: len(self.taken),
@@ -3988,18 +3968,18 @@ class Simulation:
         for said in story.split("; "):
             question, is_asked, answer = said.partition(" =")
             word, *rest = question.split()
-            test.row = (said, story)            # type: ignore[attr-defined]
+            test.row = (said, story)
             if word[0] == "+":
                 self.run(float(word[1:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[word[-1]])
             else:
-                found = words.get(word, getattr(self, word, None))(*rest)       # type: ignore[misc]
+                found = words.get(word, getattr(self, word, None))(*rest)
                 test.assertRegex(str(found) if is_asked else "", r"\A%s\Z" % answer.strip())
 
 
 class Simulated(Played):
     """Tests on a clock that is not real."""
 
-    def setUp(self) -> None:
+    def setUp(self):
         super().setUp()
         for patch in (
                 mock.patch.multiple(etrn, dial=lambda plan: Simulation.current.dial(plan), run_alert_command=(
@@ -4008,7 +3988,7 @@ class Simulated(Played):
             patch.start()
             self.addCleanup(patch.stop)
 
-    def simulate(self, *options: str) -> Simulation:
+    def simulate(self, *options):
         memory = "/dev/shm"             # many times as fast as a disk
         folder = tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None)
         self.addCleanup(shutil.rmtree, folder, True)
@@ -4020,23 +4000,23 @@ class Simulated(Played):
 class Recording(Simulated):
     """The queue and a disk that does not take what it says."""
 
-    def setUp(self) -> None:
+    def setUp(self):
         super().setUp()
         self.simulate()
 
-    def failing(self, what: str, code: int) -> Any:
+    def failing(self, what, code):
         return mock.patch.object(self.sim.spool, what, side_effect=OSError(code, os.strerror(code)))
 
-    def entries(self) -> List[str]:
+    def entries(self):
         return sorted(id for one in self.sim.queue.destinations.all.values() for id in one.entries)
 
-    def look(self) -> Tuple[List[str], int]:
+    def look(self):
         """As at SIGHUP: messages in the queue, and the number of those in corrupt/."""
         self.sim.queue.loader.load()
         self.sim.turn()
         return self.entries(), self.sim.spool.count_corrupt()
 
-    def test_a_full_disk_keeps_nothing_from_being_tried_and_what_was_delivered_is_not_forgotten(self) -> None:
+    def test_a_full_disk_keeps_nothing_from_being_tried_and_what_was_delivered_is_not_forgotten(self):
         sim, id = self.sim, self.sim.put()
         with self.failing("_replace", errno.ENOSPC), self.failing("remove", errno.EROFS):
             sim.script["RCPT"] = lambda address: "450 4.2.0 later"
@@ -4049,7 +4029,7 @@ class Recording(Simulated):
         sim.run(60)
         self.assertEqual((sim.taken, self.entries(), sim.spool.list()[0]), ([id], [], []))
 
-    def test_a_delivery_to_some_is_written_down_before_the_rest_is_tried(self) -> None:
+    def test_a_delivery_to_some_is_written_down_before_the_rest_is_tried(self):
         sim, id = self.sim, self.sim.put(USER, OTHER)
         sim.script["RCPT"] = lambda address: "450 4.2.0 later" if address == OTHER else None
         with self.failing("_replace", errno.ENOSPC):
@@ -4062,9 +4042,9 @@ class Recording(Simulated):
         sim.run(2 * 3600)
         self.assertEqual([people for _, people, _ in sim.messages], [[USER], [OTHER]])
 
-    def test_a_sender_hears_once_however_often_it_takes_to_write_that_down(self) -> None:
+    def test_a_sender_hears_once_however_often_it_takes_to_write_that_down(self):
         """And the loop knows of the notice, also when its message has left, or lost its body, meanwhile."""
-        def half(ids: Sequence[str]) -> Any:
+        def half(ids):
             type(self.sim.spool).remove(self.sim.spool, ids)
             raise OSError(errno.EIO, "of the last fsync")
         full = OSError(errno.ENOSPC, "full")
@@ -4089,7 +4069,7 @@ class Recording(Simulated):
             self.assertEqual(self.entries(), ids)
             self.assertEqual(sorted(sim.spool.read_sidecar(one)["kind"] for one in ids), left)
 
-    def test_a_pair_that_is_being_copied_is_waited_for_and_half_of_one_not_for_ever(self) -> None:
+    def test_a_pair_that_is_being_copied_is_waited_for_and_half_of_one_not_for_ever(self):
         self.sim.reach, ids = lambda name: "Connection refused", ["ABCD0%d" % number for number in range(5)]
         self.sim.clock.wall = os.stat(self.folder).st_ctime
         self.look()
@@ -4107,7 +4087,7 @@ class Recording(Simulated):
         self.sim.run(60)
         self.assertEqual((self.entries(), self.sim.spool.count_corrupt()), (ids[:4], 1))
 
-    def test_a_spool_of_version_0_1_is_taken_over_whatever_stands_in_its_state_files(self) -> None:
+    def test_a_spool_of_version_0_1_is_taken_over_whatever_stands_in_its_state_files(self):
         sim, wall, counters = self.sim, self.sim.clock.wall, dict.fromkeys(etrn.COUNTERS, 3)
         write_files(sim.spool.path, pair(old_sidecar("ABCDE1", [USER, "u@other.example"], ["other.example"])))
         state = {"format": 1, "saved": wall, "homes": {DOMAIN: "192.0.2.1"}, "sites": {DOMAIN: {
@@ -4233,7 +4213,7 @@ probe_interval = 1h | [alerts] | command = /bin/true | after = 7d: down 1; +5.9d
 lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alerts =
 """
 
-    def test_stories(self) -> None:
+    def test_stories(self):
         heals = [("say RCPT to b c d e: 550 half", "4"), ("flush", "6"), ("restart", "6")]
         stories = re.sub("\n  ", "; ", re.sub("#.*\n", "", self.STORIES)).strip().split("\n")
         rows = [(one, heal) for one in stories for heal in (heals if "HEAL" in one else heals[:1])]
@@ -4242,14 +4222,14 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
             sim = self.simulate(*options.split(" | "))
             sim.tell(self, text.replace("HEAL", heal).replace("LEFT", left))
 
-    def test_one_message_holds_no_other_up(self) -> None:
+    def test_one_message_holds_no_other_up(self):
         for way, said, known in cases(self, itertools.product(WAYS, ("CUT", "HANG"), ("", "put u; +5s; "))):
             sim = self.simulate()
             sim.extensions = way
             sim.tell(self, known + "say . to %d: %s; many 26" % (1 + bool(known), said))
             sim.tell(self, "+15s; taken = %d; say .; +700s; state = up 0" % (25 + bool(known)))
 
-    def test_what_hangs_is_bounded_and_an_etrn_starts_a_fresh_connection(self) -> None:
+    def test_what_hangs_is_bounded_and_an_etrn_starts_a_fresh_connection(self):
         for known in cases(self, ["", "put u; +5s; "]):
             sim = self.simulate()
             sim.tell(self, known + "say . HANG; many 40")
@@ -4259,20 +4239,20 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
                 self.assertTrue(len(sim.puppets) <= 20 and (number <= 20 or len(sim.dials) > before))
             sim.tell(self, "say .; etrn; +30s; taken = 30")
 
-    def test_what_the_dns_says_stays_in_its_line_of_the_log(self) -> None:
+    def test_what_the_dns_says_stays_in_its_line_of_the_log(self):
         sim = self.simulate()
         dial = sim.dial
-        sim.dial = lambda plan: dial(plan)._replace(warning="no such name: x\nJan  1 forged")  # type: ignore
+        sim.dial = lambda plan: dial(plan)._replace(warning="no such name: x\nJan  1 forged")
         sim.tell(self, r"put u; +10s; taken = 1; logged no such name: x\\x0aJan = 1")
 
-    def test_recipients_have_their_turns(self) -> None:
+    def test_recipients_have_their_turns(self):
         """Put off behind accepted ones they go at once, with a 4xx of their own after its pause."""
         sim = self.simulate()
         sim.tell(self, "put u; +2h")
-        seen: List[Tuple[int, str]] = []
+        seen = []
         began = sim.clock.mono
 
-        def rcpt(address: str) -> Optional[str]:
+        def rcpt(address):
             seen.append((round(sim.clock.mono - began), address[0]))
             is_full = address[0] == "c" and [one for _, one in seen].count("c") == 1
             return "450 4.2.0 grey" if address[0] == "a" else "452 4.5.3 too many" if is_full else None
@@ -4280,7 +4260,7 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
         sim.tell(self, "put a b c; +400s")
         self.assertEqual(seen, [(0, "a"), (0, "b"), (0, "c"), (0, "c"), (300, "a")])
 
-    def test_connections_double_up_to_their_number_and_halved_ones_close(self) -> None:
+    def test_connections_double_up_to_their_number_and_halved_ones_close(self):
         sim, seen = self.simulate(), []
         sim.tell(self, "down 200; +60s; back")
         while sim.queued():
@@ -4297,7 +4277,7 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
         sim.script["MAIL"] = lambda id: len(sim.current.behind) >= 10 and "452 4.5.3 Too many messages"
         sim.tell(self, "many 100; +15s; taken = 100; logged status=deferred = 0")
 
-    def test_many_dead_domains_keep_no_live_one_waiting_nor_one_another(self) -> None:
+    def test_many_dead_domains_keep_no_live_one_waiting_nor_one_another(self):
         dead = ["d%d.example" % number for number in range(40)]
         sim = self.simulate(*("[domain %s]\nprimary = 192.0.2.1" % one for one in dead))
         sim.reach = lambda name: HANG if name != DOMAIN else None
@@ -4314,7 +4294,7 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
             sim.run(600)
         self.assertFalse(sim.queue.destinations.all[dead[39]].entries)
 
-    def test_a_damaged_body_is_never_sent_and_who_is_done_with_is_not_sent_to(self) -> None:
+    def test_a_damaged_body_is_never_sent_and_who_is_done_with_is_not_sent_to(self):
         sim = self.simulate()
         sim.tell(self, "down 1; put a b; +5s")
         with open(os.path.join(sim.spool.path, "ABC001.eml"), "r+b") as file:
@@ -4324,7 +4304,7 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
         self.assertEqual([(one[0][:6], one[1]) for one in sim.messages], [("ABC002", ["b@" + DOMAIN])])
         self.assertEqual((sim.queue.corrupt, spool_files(sim.spool.path)), (1, []))
 
-    def test_who_is_told_what_is_as_notify_asks(self) -> None:
+    def test_who_is_told_what_is_as_notify_asks(self):
         events = ["failed", "delayed", "relayed"]
         for (notify, *counts), event in cases(self, itertools.product([
                 ("", 1, 1, 0), ("NEVER", 0, 0, 0), ("FAILURE", 1, 0, 0), ("DELAY", 0, 1, 0),
@@ -4358,7 +4338,7 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
         sim.put(("u@" + DOMAIN, "SUCCESS", ""))
         sim.tell(self, r"+60s; taken = 1; notices = \[\]")
 
-    def test_a_notice_nobody_takes_for_days_goes_to_the_postmaster_once_and_then_ends(self) -> None:
+    def test_a_notice_nobody_takes_for_days_goes_to_the_postmaster_once_and_then_ends(self):
         for postmaster in cases(self, ["", "pm@home.example"]):
             sim = self.simulate("probe_interval = 1h\nlifetime = 1d", "[bounces]\npostmaster = " + postmaster,
                                 "[defaults]\nlifetime = 1d\nprobe_interval = 1h")
@@ -4371,7 +4351,7 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
             self.assertEqual((sim.queued(), spool_files(sim.spool.path)), (0, []))
             self.assertTrue(sim.logged("double bounce: dropped"))
 
-    def test_a_refusal_is_returned_harmlessly(self) -> None:
+    def test_a_refusal_is_returned_harmlessly(self):
         sim = self.simulate()
         sim.down("1")
         sim.run(60)
@@ -4386,7 +4366,7 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
         self.assertNotRegex("".join(map(str, parts)), r"(?mi)^bcc:|[\x00\x1b\xff]")
         self.assertTrue(all(line[:-1].isprintable() for line in sim.journal.lines))
 
-    def test_size_and_smtputf8_end_as_notices_that_say_so(self) -> None:
+    def test_size_and_smtputf8_end_as_notices_that_say_so(self):
         for values, offered, octets, status in cases(self, [
                 ({}, "SIZE 70000", 80000, "5.3.4"), ({}, "SIZE 10", 50, ""),        # that is nonsense
                 ({"smtputf8": True, "sender": "\xe9@sender.example"}, "SIZE", 50, "5.6.7")]):
@@ -4398,9 +4378,9 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
             found = [parts[1].get_payload()[1]["Status"] for _, parts in sim.notices()]
             self.assertEqual(found, [status] if status else [])
 
-    def ask(self, sim: Simulation, name: str) -> Tuple[str, float]:
+    def ask(self, sim, name):
         """What a client is told of a recipient, and after how long."""
-        heard: List[Tuple[str, float]] = []
+        heard = []
         began = sim.clock.mono
         sim.queue.deliveries.ask(sim.one, "%s@%s" % (name, DOMAIN), lambda word, text: heard.append(
             (word, round(sim.clock.mono - began))))
@@ -4408,10 +4388,10 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
         self.assertEqual(len(heard), 1)
         return heard[0]
 
-    def knows(self, sim: Simulation, name: str) -> Optional[bool]:
+    def knows(self, sim, name):
         return sim.queue.recipients.knows("%s@%s" % (name, DOMAIN), sim.clock.wall)
 
-    def test_word_about_recipients_is_believed_only_of_a_primary_that_is_itself(self) -> None:
+    def test_word_about_recipients_is_believed_only_of_a_primary_that_is_itself(self):
         bad = "550 5.1.1 no"
         for state, reply, word, known in cases(self, [
                 ("fresh", bad, "bad", False), ("returned", bad, "bad", None), ("fresh", None, "good", True),
@@ -4432,7 +4412,7 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
             sim.queue.deliveries._open(sim.one, greeted(sim, ["PIPELINING"]))
             self.assertEqual((self.ask(sim, "u")[0], self.knows(sim, "u")), (word, known))
 
-    def test_questions(self) -> None:
+    def test_questions(self):
         sim = self.simulate("recipients = verify")
         sim.script["RCPT"] = lambda address: None if address[:3] == "yes" else "550 5.1.1 no"
         for number in range(6):                 # five in a row with no good one known are doubted
@@ -4445,9 +4425,9 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
         sim.tell(self, "+5s")
         self.assertIs(self.knows(sim, "no8"), False)
         sim.pace_s = 0.1                        # a primary that hangs up after 20 errors lets no guess pass
-        errors: Dict[Puppet, int] = collections.Counter()
+        errors = collections.Counter()
 
-        def rcpt(address: str) -> str:
+        def rcpt(address):
             errors[sim.current] += 1
             return "550 5.1.1 no" + "\n421 too many errors" * (errors[sim.current] == 20)
         sim.script["RCPT"] = rcpt
@@ -4472,7 +4452,7 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
 class Dialling(Relays):
     """dial(), on real sockets: whatever happens there says nothing about the mail."""
 
-    def dial(self, *primaries: Primary, tls: str = "none", **plan: Any) -> etrn.Dialled:
+    def dial(self, *primaries, tls="none", **plan):
         cfg = config("", "primary = %s\ntls = %s" % (", ".join(one.address for one in primaries),
                                                      tls)).domain(DOMAIN)
         found = etrn.dial(make_plan(cfg, cfg.primary, **plan))
@@ -4482,7 +4462,7 @@ class Dialling(Relays):
             self.addCleanup(found.client.close)
         return found
 
-    def test_what_a_primary_may_say_before_the_mail(self) -> None:
+    def test_what_a_primary_may_say_before_the_mail(self):
         faults = [said for name, said in FAULTS.items() if name != "5xx"]
         for stage, said, is_there in cases(self, [
                 ("greeting", "554 5.7.1 go away", False), ("greeting", "250 what", False),
@@ -4505,7 +4485,7 @@ class Dialling(Relays):
                 self.assertIn("starttls", found.client.esmtp_features)
             primary.stop()
 
-        def drip(_: str) -> object:
+        def drip(_):
             with contextlib.suppress(OSError):
                 while True:
                     primary.clients[-1].sendall(b"2")
@@ -4515,7 +4495,7 @@ class Dialling(Relays):
         with shorten(COMMAND_S=0.3):
             self.assertIn("timed out", self.dial(primary).error)
 
-    def test_the_next_host_is_tried_and_a_dead_one_costs_a_moment(self) -> None:
+    def test_the_next_host_is_tried_and_a_dead_one_costs_a_moment(self):
         down, cross, up = self.primary(), self.primary(greeting="554 not today"), self.primary().start()
         cross.start()
         found = self.dial(down, cross, up)
@@ -4525,7 +4505,7 @@ class Dialling(Relays):
                          r"connect to 127\.0\.0\.1:%d: Connection refused" % down.port)
         good, real = etrn.Hop("m.example", "127.0.0.1", up.port), socket.socket
 
-        def without_ipv6(family: int = socket.AF_INET, *rest: Any, **more: Any) -> socket.socket:
+        def without_ipv6(family=socket.AF_INET, *rest, **more):
             if family == socket.AF_INET6:
                 raise OSError(errno.EAFNOSUPPORT, "Address family not supported")
             return real(family, *rest, **more)
@@ -4548,19 +4528,19 @@ class Dialling(Relays):
             for sock in full:
                 sock.setblocking(False)
                 sock.connect_ex(dead[1:])
-            hop, sock = next(etrn.connect_each([dead, good], etrn.Dial()))       # type: ignore[assignment]
+            hop, sock = next(etrn.connect_each([dead, good], etrn.Dial()))
             self.assertEqual(hop, good)
             for one in [sock, *full]:
                 one.close()
 
-    def test_a_route_back_to_this_relay_is_refused(self) -> None:
+    def test_a_route_back_to_this_relay_is_refused(self):
         primary = self.primary().start()
         for host in cases(self, ["127.0.0.1", "0.0.0.0"]):
             found = self.dial(primary, listeners=(etrn.Endpoint(host, primary.port),))
             self.assertIn("loops back", found.error)
         self.assertFalse(primary.clients)
 
-    def test_a_smarthost_gets_user_and_password_in_utf8_and_is_named_with_its_words(self) -> None:
+    def test_a_smarthost_gets_user_and_password_in_utf8_and_is_named_with_its_words(self):
         digest = base64.b64encode(
             ("\xfc " + hmac.new("p\xe4".encode(), b"<1@x>", "md5").hexdigest()).encode()).decode()
         for offered, script, said, error in cases(self, [
@@ -4571,7 +4551,7 @@ class Dialling(Relays):
                 ("GSSAPI", [], [], "it offers none of PLAIN, LOGIN, CRAM-MD5")]):
             client = etrn.Dialer("backup.example.net", HOP, mock.Mock())
             client.esmtp_features = {"auth": offered}
-            client.ask = mock.Mock(side_effect=script)          # type: ignore[method-assign]
+            client.ask = mock.Mock(side_effect=script)
             with contextlib.ExitStack() as stack:
                 if error:
                     stack.enter_context(self.assertRaisesRegex(etrn.PeerError,
@@ -4579,7 +4559,7 @@ class Dialling(Relays):
                 client.log_in("\xfc", "p\xe4")
             self.assertEqual([" ".join(call[0]) for call in client.ask.call_args_list], said)
 
-    def test_a_customer_that_is_gone_before_our_ehlo_is_no_bug(self) -> None:
+    def test_a_customer_that_is_gone_before_our_ehlo_is_no_bug(self):
         for early in cases(self, [b"", b"220 early\r\n", b"220 a\r\n250 b\r\n", b"garbage\r\n"]):
             ours, theirs = socket.socketpair()
             theirs.sendall(b"220 customer\r\n" if not early else b"")
@@ -4591,20 +4571,20 @@ class Dialling(Relays):
 class RoutesOfRelays(Relays):
     """Relays that find their primary in a scripted DNS; hosts have one port, on addresses of their own."""
 
-    def setUp(self) -> None:
+    def setUp(self):
         super().setUp()
         self.mail = self.primary()
-        self.zone: Dict[Tuple[str, int], List[Any]] = {
+        self.zone = {
             (DOMAIN, etrn.MX): [(10, "mail.example"), (20, "a.example"), (20, "b.example")],
             ("mail.example", etrn.A): ["127.0.0.1"], ("a.example", etrn.A): ["127.0.0.2"],
             ("b.example", etrn.A): ["127.0.0.3"]}
 
-    def mx_relay(self, dns: Dns, number: int, hostname: str, **limits: float) -> Relay:
+    def mx_relay(self, dns, number, hostname, **limits):
         """A relay that is MX host 127.0.0.NUMBER, and takes our mail on another port."""
         return self.relay("mx", hostname=hostname, nameservers=str(dns.endpoint), SMTP_PORT=self.mail.port,
                           listen="127.0.0.1:0, 127.0.0.%d:%d" % (number, self.mail.port), **limits)
 
-    def test_two_relays_of_equal_preference_never_exchange_mail_and_both_deliver(self) -> None:
+    def test_two_relays_of_equal_preference_never_exchange_mail_and_both_deliver(self):
         with Dns(self.zone) as dns:     # one is known by its name, the other by its address alone
             relays = [self.mx_relay(dns, 2, "a.example"), self.mx_relay(dns, 3, "unlisted.example")]
             for number in range(6):
@@ -4624,10 +4604,10 @@ class RoutesOfRelays(Relays):
                 self.assertEqual(relay.end(), 0)        # its log is whole then
                 self.assertEqual(sum(": client=" in line for line in relay.log), 3)
             subjects = sorted(re.search(rb"Subject: (\d)", data).group(1) for _, _,
-                              data in self.mail.messages)   # type: ignore
+                              data in self.mail.messages)
             self.assertEqual(subjects, [b"%d" % number for number in range(6)])
 
-    def test_the_last_route_serves_when_the_dns_dies_even_after_a_restart(self) -> None:
+    def test_the_last_route_serves_when_the_dns_dies_even_after_a_restart(self):
         self.mail.start()
         with Dns(self.zone) as dns:
             relay = self.mx_relay(dns, 2, "a.example", DNS_TOTAL_S=1.0, DNS_TRY_S=0.5)
@@ -4659,8 +4639,8 @@ class Routes(unittest.TestCase):
     A = {"m1": ["192.0.2.1"], "m2": ["192.0.2.2"], "bare": ["192.0.2.3"], "backup": ["192.0.2.99"],
          "us": ["192.0.2.99"], "m3": ["127.0.0.1", "10.0.0.1", "9.9.9.9"]}
 
-    def setUp(self) -> None:
-        zone: Dict[Tuple[str, int], List[Any]] = {("m1.example", etrn.AAAA): ["2001:db8::1"]}
+    def setUp(self):
+        zone = {("m1.example", etrn.AAAA): ["2001:db8::1"]}
         for name, records in self.MX.items():
             zone[name + ".example", etrn.MX] = [(n, host and host + ".example") for n, host in records]
         zone.update({(name + ".example", etrn.A): addresses for name, addresses in self.A.items()})
@@ -4668,14 +4648,14 @@ class Routes(unittest.TestCase):
         self.dns.__enter__()
         self.addCleanup(self.dns.__exit__)
 
-    def route(self, name: str, port: str = "192.0.2.99", **plan: Any) -> str:
+    def route(self, name, port="192.0.2.99", **plan):
         cfg = etrn.Destinations(config()).config_of(name)
         plan.update(resolver=etrn.Resolver((self.dns.endpoint,)), name=name, hostname="backup.example")
         hops, self.warning = etrn.find_route(make_plan(cfg, "mx", listeners=(etrn.Endpoint(port, 25),),
                                                        **plan))
         return " ".join("%s %s" % (hop.host.partition(".")[0], hop.address) for hop in hops)
 
-    def test_routes_follow_mx_preferences_never_lead_here_and_fall_back_to_the_address(self) -> None:
+    def test_routes_follow_mx_preferences_never_lead_here_and_fall_back_to_the_address(self):
         m1, m2 = "m1 192.0.2.1 m1 2001:db8::1", "m2 192.0.2.2"
         for name, port, expected in cases(self, [
                 ("a.example", "", m1 + " " + m2), ("bare.example", "", "bare 192.0.2.3"),
@@ -4687,7 +4667,7 @@ class Routes(unittest.TestCase):
         seen = {" ".join(self.route("x.example").split()[:6:2]) for _ in range(40)}
         self.assertEqual(seen, {"bare m2 m3", "m2 bare m3"})
 
-    def test_whatever_the_dns_says_the_mail_is_kept(self) -> None:
+    def test_whatever_the_dns_says_the_mail_is_kept(self):
         for name, expected in cases(self, [
                 ("only.example", "loops back"), ("null.example", "null MX"), ("none.example", "no such name"),
                 ("gone.example", "none.example"), ("dry.example", "no address is known for a.example"),
@@ -4712,26 +4692,26 @@ class Packets(unittest.TestCase):
     HEAD = struct.pack("!HHHHHH", 7, 0x8180, 1, 1, 0, 0)
     ASKED = wire_name("a.example") + struct.pack("!HH", etrn.MX, 1)
 
-    def parse(self, packet: bytes, kind: int = etrn.MX) -> Optional[etrn.Answer]:
+    def parse(self, packet, kind=etrn.MX):
         return etrn.parse_answer(packet, 7, "a.example", kind)
 
-    def records(self, kind: int, *records: bytes) -> Tuple[List[Any], str]:
+    def records(self, kind, *records):
         answer = self.parse(dns_answer(7, "a.example", kind, records), kind)
         return answer.records, answer.name
 
-    def test_a_query_is_a_question_and_nothing_else(self) -> None:
+    def test_a_query_is_a_question_and_nothing_else(self):
         self.assertEqual(etrn.format_query(7, "a.example", etrn.MX),
                          struct.pack("!HHHHHH", 7, 0x0100, 1, 0, 0, 0) + self.ASKED)
         for name in cases(self, ["", "a..example", ".", "a.", "x" * 64 + ".example", "\xe9.example",
                                  "ab." * 85 + "c"]):
             self.assertRaises(etrn.DnsError, etrn.format_query, 7, name, etrn.MX)
 
-    def test_names_are_compared_without_case_and_compressed_ones_read(self) -> None:
+    def test_names_are_compared_without_case_and_compressed_ones_read(self):
         packet = (self.HEAD + wire_name("A.eXample") + struct.pack("!HH", etrn.MX, 1)
                   + b"\xc0\x0c" + struct.pack("!HHIH", etrn.MX, 1, 9, 6) + b"\0\x05\x01m\xc0\x0e")
         self.assertEqual(self.parse(packet).records, [(5, "m.example")])
 
-    def test_aliases_are_followed_within_the_packet_and_not_round_in_circles(self) -> None:
+    def test_aliases_are_followed_within_the_packet_and_not_round_in_circles(self):
         b, c, back = (record(owner + ".example", etrn.CNAME, alias + ".example")
                       for owner, alias in ("ab", "bc", "ba"))
         end = record("c.example", etrn.A, "192.0.2.1")
@@ -4741,13 +4721,13 @@ class Packets(unittest.TestCase):
             self.assertEqual(self.records(etrn.A, *chain), expected)
         self.assertRaises(etrn.DnsError, self.records, etrn.A, b, back)
 
-    def test_records_of_other_owners_kinds_and_classes_are_left_out(self) -> None:
+    def test_records_of_other_owners_kinds_and_classes_are_left_out(self):
         for other in cases(self, [
                 record("b.example", etrn.A, "192.0.2.9"), record("a.example", etrn.AAAA, "::1"),
                 wire_name("a.example") + struct.pack("!HHIH", etrn.A, 3, 1, 4) + b"\1\2\3\4"]):
             self.assertEqual(self.records(etrn.A, other), ([], "a.example"))
 
-    def test_packets_of_another_id_are_ignored_and_answers_to_another_question_are_none(self) -> None:
+    def test_packets_of_another_id_are_ignored_and_answers_to_another_question_are_none(self):
         good = dns_answer(7, "a.example", etrn.MX)
         for packet in cases(self, [b"", b"\0", dns_answer(8, "a.example", etrn.MX), b"\1\7" + good[2:]]):
             self.assertIsNone(self.parse(packet))
@@ -4758,7 +4738,7 @@ class Packets(unittest.TestCase):
             self.assertRaises(etrn.DnsError, self.parse, packet)
         self.assertIsNotNone(self.parse(good))
 
-    def test_malicious_packets_are_refused(self) -> None:
+    def test_malicious_packets_are_refused(self):
         at = len(self.HEAD + self.ASKED)
         tail = struct.pack("!HHIH", etrn.MX, 1, 9, 4) + b"\0\1\1m"
         pointer = lambda target: struct.pack("!H", 0xc000 | target)        # noqa: E731
@@ -4781,7 +4761,7 @@ class Packets(unittest.TestCase):
         packet = dns_answer(7, "a.example", etrn.MX)        # a count that lies
         self.assertRaises(etrn.DnsError, self.parse, packet[:6] + b"\xff\xff" + packet[8:])
 
-    def test_answers_are_read_and_every_prefix_of_one_is_harmless(self) -> None:
+    def test_answers_are_read_and_every_prefix_of_one_is_harmless(self):
         for kind, *data in cases(self, [
                 (etrn.A, "192.0.2.1", "192.0.2.2"), (etrn.AAAA, "2001:db8::1"), (etrn.PTR, "host.example"),
                 (etrn.MX, (10, "m1.example"), (20, "m2.example"), (0, ""))]):
@@ -4795,34 +4775,34 @@ class Packets(unittest.TestCase):
 class Nameservers(unittest.TestCase):
     """Questions to servers as they are: slow, lying, broken, knowing little, link-local."""
 
-    ZONE: Dict[Tuple[str, int], List[Any]] = {
+    ZONE = {
         ("a.example", etrn.MX): [(10, "m1.example"), (20, "m2.example")],
         ("m1.example", etrn.A): ["192.0.2.1"], ("m1.example", etrn.AAAA): ["2001:db8::1"],
         ("m2.example", etrn.A): ["192.0.2.2"], ("bare.example", etrn.A): ["192.0.2.3"]}
     MX = ZONE["a.example", etrn.MX]
 
-    def setUp(self) -> None:
+    def setUp(self):
         self.stack = contextlib.ExitStack()
         self.addCleanup(self.stack.close)
 
-    def dns(self, zone: Any = None, **options: Any) -> Dns:
+    def dns(self, zone=None, **options):
         return self.stack.enter_context(Dns(zone or self.ZONE, **options))
 
-    def resolver(self, *servers: Dns) -> etrn.Resolver:
+    def resolver(self, *servers):
         return etrn.Resolver(tuple(one.endpoint for one in servers or [self.dns()]))
 
-    def test_records_come_over_udp_and_a_truncated_answer_over_tcp(self) -> None:
+    def test_records_come_over_udp_and_a_truncated_answer_over_tcp(self):
         for truncate, how in cases(self, [(False, ["udp"]), (True, ["udp", "tcp"])]):
             server = self.dns(truncate=truncate)
             self.assertEqual(self.resolver(server).query("A.example", etrn.MX), self.MX)
             self.assertEqual([how for how, _, _ in server.asked], how)
 
-    def test_a_name_that_does_not_exist_is_an_error_and_one_without_records_is_not(self) -> None:
+    def test_a_name_that_does_not_exist_is_an_error_and_one_without_records_is_not(self):
         with self.assertRaisesRegex(etrn.NoSuchName, "no such name"):
             self.resolver().query("none.example", etrn.MX)
         self.assertEqual(self.resolver().query("bare.example", etrn.MX), [])
 
-    def test_the_next_server_is_asked_when_one_fails(self) -> None:
+    def test_the_next_server_is_asked_when_one_fails(self):
         for broken in cases(self, [
                 {"mangle": lambda packet: None},
                 {"mangle": lambda packet: b"\0\0" + packet[2:] if packet[:2] != b"\0\0" else None}]):
@@ -4831,7 +4811,7 @@ class Nameservers(unittest.TestCase):
                 self.assertEqual(self.resolver(first, self.dns()).query("a.example", etrn.MX), self.MX)
                 self.assertTrue(first.asked)
 
-    def test_nobody_answering_is_an_error_in_bounded_time(self) -> None:
+    def test_nobody_answering_is_an_error_in_bounded_time(self):
         for mangle in cases(self, [lambda packet: None,         # the other: a bare header names nobody
                                    lambda packet: packet[:2] + b"\x81\x83" + b"\0" * 8]):
             silent = self.dns(mangle=mangle)
@@ -4840,7 +4820,7 @@ class Nameservers(unittest.TestCase):
                 self.resolver(silent).query("a.example", etrn.MX)
             self.assertNotIsInstance(caught.exception, etrn.NoSuchName)
 
-    def test_addresses_come_ipv4_first(self) -> None:
+    def test_addresses_come_ipv4_first(self):
         resolver = self.resolver()
         for host, expected in cases(self, [
                 ("m1.example", ["192.0.2.1", "2001:db8::1"]), ("M1.example.", ["192.0.2.1", "2001:db8::1"]),
@@ -4851,13 +4831,13 @@ class Nameservers(unittest.TestCase):
                                  "-a.example", "a\r\nb"]):
             self.assertRaisesRegex(etrn.DnsError, "^not a host name: ", resolver.addresses, host)
 
-    def test_a_nameserver_that_fails_at_ipv6_costs_neither_the_route_nor_much_time(self) -> None:
+    def test_a_nameserver_that_fails_at_ipv6_costs_neither_the_route_nor_much_time(self):
         server = self.dns(mangle=lambda packet: None if server.asked[-1][2] == etrn.AAAA else packet)
         with shorten(DNS_TRY_S=0.5):
             self.assertEqual(self.resolver(server).addresses("m1.example"), ["192.0.2.1"])
         self.assertLessEqual(sum(kind == etrn.AAAA for _, _, kind in server.asked), 2)
 
-    def test_a_name_counts_where_it_leads_back_to_the_address(self) -> None:
+    def test_a_name_counts_where_it_leads_back_to_the_address(self):
         pointers = {"192.0.2.1": "M1.example", "192.0.2.2": "m1.example", "192.0.2.3": "none.example",
                     "192.0.2.4": b"\3a b\0", "fe80::1": "m6.example"}
         zone = {(ipaddress.ip_address(address).reverse_pointer, etrn.PTR): [name]
@@ -4870,7 +4850,7 @@ class Nameservers(unittest.TestCase):
             self.assertEqual(self.resolver(server).name_of(address), name)
         self.assertRaises(etrn.DnsError, self.resolver(self.dns(rcode=2)).name_of, "192.0.2.1")
 
-    def test_a_resolv_conf_names_its_servers(self) -> None:
+    def test_a_resolv_conf_names_its_servers(self):
         with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
             file.write("# x\nsearch example\nnameserver 192.0.2.53\nnameserver fe80::1%eth0\tx\nnameserver\n"
                        "nameserver nonsense\nnameserver ::1\nnameserver 192.0.2.54\n")
@@ -4879,7 +4859,7 @@ class Nameservers(unittest.TestCase):
                              (("192.0.2.53", 53), ("fe80::1%eth0", 53), ("::1", 53)))
         self.assertEqual(etrn.read_resolv_conf("/nowhere/resolv.conf"), (("127.0.0.1", 53),))
 
-    def test_a_server_that_says_it_cannot_is_not_waited_for(self) -> None:
+    def test_a_server_that_says_it_cannot_is_not_waited_for(self):
         bare = lambda rcode, questions=0: lambda packet: packet[:2] + struct.pack(      # noqa: E731
             "!HHHHH", 0x8180 | rcode, questions, 0, 0, 0)
         for broken in cases(self, [
@@ -4893,7 +4873,7 @@ class Nameservers(unittest.TestCase):
             self.assertLess(time.monotonic() - began, DEADLINE_S)
             self.assertEqual(len(first.asked), 1)
 
-    def test_an_alias_alone_is_followed(self) -> None:
+    def test_an_alias_alone_is_followed(self):
         long = {("n%d.example" % at, etrn.CNAME): ["n%d.example" % (at + 1)] for at in range(20)}
         aliases = {"x": "y.example", "y": "a.example", "lost": "none.example", "dry": "bare.example",
                    "c0": "c0.example", "c1": "c2.example", "c2": "c1.example", "root": b"\0",
@@ -4912,7 +4892,7 @@ class Nameservers(unittest.TestCase):
                 self.resolver(server).query(name, etrn.MX)
             self.assertLessEqual(len(server.asked), 10)
 
-    def test_link_local_addresses_have_a_zone(self) -> None:
+    def test_link_local_addresses_have_a_zone(self):
         number, interface = socket.if_nameindex()[0]
         for host, *expected in cases(self, [
                 ("127.0.0.1", socket.AF_INET, ("127.0.0.1", 25)), ("::1", socket.AF_INET6, ("::1", 25, 0, 0)),
@@ -4925,7 +4905,7 @@ class Nameservers(unittest.TestCase):
             found = etrn.Resolver([etrn.Endpoint("fe80::1%eth0", 53)]).query("a.example", etrn.MX)
         self.assertEqual((found, address.call_args[0]), (self.MX, ("fe80::1%eth0", 53)))
 
-    def test_a_file_is_asked_for_all_questions_and_only_resolv_conf_itself_means_the_system(self) -> None:
+    def test_a_file_is_asked_for_all_questions_and_only_resolv_conf_itself_means_the_system(self):
         server = self.dns({**self.ZONE, ("localhost", etrn.A): ["192.0.2.77"]})
         with mock.patch.object(etrn, "read_resolv_conf", return_value=(server.endpoint,)):
             self.assertEqual(etrn.Resolver("/etc/other.conf").addresses("localhost"), ["192.0.2.77"])
@@ -4949,13 +4929,12 @@ HOSTILE = ["550 5.1.1 x\r\nBcc: v@other.example\r\n\r\nhello", "550 \r\n--BOUND/
            "550 =?utf-8?q?a?=\n\tb", "\0" * 400]
 
 
-def verdict(**values: Any) -> etrn.Verdict:
+def verdict(**values):
     whole = etrn.Verdict("u@" + DOMAIN, "refused", "5.1.1", "550 5.1.1 no such user", "mail.ourdom.example")
     return whole._replace(**values)
 
 
-def notice(verdicts: Sequence[etrn.Verdict], original: bytes = MESSAGE, full: bool = False,
-           action: str = "failed", person: Any = None, **sidecar: Any) -> Tuple[Any, bytes]:
+def notice(verdicts, original=MESSAGE, full=False, action="failed", person=None, **sidecar):
     """A notice, parsed by a stranger, and its octets.  `person` and `sidecar`: values in the sidecar."""
     people = [{"address": one.address, "orcpt": "", "attempts": 3, "last_attempt": 1764400000.0,
                "expires": 1764600000.0, **(person or {})} for one in verdicts]
@@ -4967,20 +4946,20 @@ def notice(verdicts: Sequence[etrn.Verdict], original: bytes = MESSAGE, full: bo
     return email.message_from_bytes(data, policy=email.policy.default), data
 
 
-def parts_of(message: Any) -> Tuple[str, Any, Any]:
+def parts_of(message):
     """The words of the text, the fields of the first recipient, what is returned."""
     text, status, returned = message.iter_parts()
     return " ".join(text.get_content().split()), status.get_payload()[1], returned
 
 
-def types_of(message: Any) -> List[str]:
+def types_of(message):
     return [part.get_content_type() for part in message.iter_parts()]
 
 
 class Notices(unittest.TestCase):
     """Well-formed for strangers, harmless whatever is quoted, and plain to a layman."""
 
-    def test_a_notice_is_a_multipart_report(self) -> None:
+    def test_a_notice_is_a_multipart_report(self):
         second = verdict(address="v@" + DOMAIN, response="timeout", remote="", status="4.4.7")
         message, _ = notice([verdict(), second], envid="QQ+2B1", person={"orcpt": "rfc822;u+2Bx@old.example"})
         self.assertEqual((message.get_content_type(), message.get_param("report-type"), message.defects),
@@ -5009,7 +4988,7 @@ class Notices(unittest.TestCase):
         last = email.utils.parsedate_to_datetime(both[0]["Last-Attempt-Date"])
         self.assertEqual(last.timestamp(), 1764400000.0)
 
-    def test_each_action_has_its_status_its_subject_and_its_words(self) -> None:
+    def test_each_action_has_its_status_its_subject_and_its_words(self):
         for action, status, expected, subject, words in cases(self, [
                 ("failed", "5.1.1", "5.1.1", "Undelivered", "It will not be tried again"),
                 ("failed", "", "5.0.0", "Undelivered", "could not be delivered to"),
@@ -5023,12 +5002,12 @@ class Notices(unittest.TestCase):
             until = email.utils.formatdate(1764600000.0, localtime=True) if action == "delayed" else None
             self.assertEqual(fields["Will-Retry-Until"], until)
 
-    def test_the_postmaster_is_told_of_a_message_without_a_sender(self) -> None:
+    def test_the_postmaster_is_told_of_a_message_without_a_sender(self):
         text = parts_of(notice([verdict()], sender="")[0])[0]
         self.assertIn("For the postmaster: a message of ", text)
         self.assertNotIn("will not be tried", text)
 
-    def test_foreign_text_puts_neither_header_nor_part_into_the_notice_nor_breaks_its_form(self) -> None:
+    def test_foreign_text_puts_neither_header_nor_part_into_the_notice_nor_breaks_its_form(self):
         table = itertools.product(("failed", "delayed", "relayed"), (False, True), ("", "\u00e9"),
                                   [*HOSTILE, "x" * 380 + " y"])
         original = b"Subject: one\r\nX-Long: " + b"y" * 5000 + b"\r\n\r\nHello.\r\n"
@@ -5046,7 +5025,7 @@ class Notices(unittest.TestCase):
             ours = data[:data.index(b"Undelivered Message")] if full else data
             self.assertLessEqual(max(map(len, ours.split(b"\r\n"))), 998)
 
-    def test_lines_of_a_notice_are_not_too_long_for_smtp(self) -> None:
+    def test_lines_of_a_notice_are_not_too_long_for_smtp(self):
         for local in cases(self, ["u", "u" * 1900, "\U0001f600" * 450, '"' + "a b" * 600 + '"']):
             one = verdict(address="%s@%s" % (local, DOMAIN), response="550 " + "w " * 200, remote="h" * 300)
             _, data = notice([one], person={"orcpt": "utf-8;%s@x.example" % local}, sender=one.address)
@@ -5061,7 +5040,7 @@ class Notices(unittest.TestCase):
         self.assertEqual(folded.replace(b"\r\n ", b""), header)
 
 
-    def test_what_an_operator_returned_was_neither_refused_nor_waited_for(self) -> None:
+    def test_what_an_operator_returned_was_neither_refused_nor_waited_for(self):
         words = "Returned by the postmaster of the backup mail server"
         for response, there, absent in cases(self, [
                 (words, "postmaster of the backup mail server returned it", "collected|refused the message"),
@@ -5071,7 +5050,7 @@ class Notices(unittest.TestCase):
             self.assertIn(there, text)
             self.assertNotRegex(text, absent)
 
-    def test_a_layman_is_told_what_happened_and_what_to_do(self) -> None:
+    def test_a_layman_is_told_what_happened_and_what_to_do(self):
         for status, response, happened, to_do in cases(self, [
                 ("5.1.1", "550 5.1.1 unknown", "no such mailbox", "letter by letter"),
                 ("5.1.10", "550 5.1.10 RecipientNotFound", "no such mailbox", "letter by letter"),
@@ -5097,7 +5076,7 @@ class Notices(unittest.TestCase):
                           "It was tried for 5 days and 18 hours (41 attempts, the last time on"):
                 self.assertIn(words, text)
 
-    def test_the_words_that_a_meaning_is_known_by_are_said_somewhere(self) -> None:
+    def test_the_words_that_a_meaning_is_known_by_are_said_somewhere(self):
         """They are our own or the system's, and would be forgotten when a text changes."""
         source = load(SOURCE)
         before, _, after = re.split(r"(?ms)^(# == \d+\. DSN =+$.*?)(?=^# == )", source)
@@ -5108,7 +5087,7 @@ class Notices(unittest.TestCase):
             meaning = etrn.meaning_of(verdict(status="4.4.7", response=phrase))[0]
             self.assertNotRegex(meaning, "refused the message|put the message off")
 
-    def test_the_types_of_rfc_6533_only_where_they_are_needed(self) -> None:
+    def test_the_types_of_rfc_6533_only_where_they_are_needed(self):
         """Many programs read the old ones alone."""
         plain, accent = b"Subject: x\r\n\r\ncaf\xc3\xa9\r\n", b"Subject: caf\xc3\xa9\r\n\r\nx\r\n"
         for address, orcpt, shown, expected in cases(self, [
@@ -5141,19 +5120,19 @@ class Notices(unittest.TestCase):
 
 # == 12. RELAY =================================================================
 
-def read(sock: socket.socket) -> bytes:
+def read(sock):
     try:
         return sock.recv(65536)
     except OSError:
         return b""
 
 
-def read_all(sock: socket.socket) -> bytes:
+def read_all(sock):
     """What comes until it is closed or reset."""
     return b"".join(iter(functools.partial(read, sock), b""))
 
 
-def without_received(data: bytes) -> bytes:
+def without_received(data):
     """The message without its first Received field."""
     return re.sub(rb"\AReceived:[^\r]*(?:\r\n[ \t][^\r]*)*\r\n", b"", data)
 
@@ -5171,7 +5150,7 @@ class Life(Relays):
               b"<a@sender.example>\r\nSubject: folded\r\n\tand   spaced\r\n\r\n.\r\n..two\r\n"
               b" \t blanks \t\r\ncaf\xe9 \xff\r\n%s\r\n\r\nFrom me\r\n\r\n\r\n" % (b"x" * 900)]
 
-    def test_mail_taken_while_the_primary_is_down_arrives_when_it_is_back(self) -> None:
+    def test_mail_taken_while_the_primary_is_down_arrives_when_it_is_back(self):
         primary = self.primary()
         relay = self.relay(primary)
         people = ["user@" + DOMAIN, "other@" + DOMAIN]
@@ -5195,7 +5174,7 @@ class Life(Relays):
                      r"\d+, delay=.*, dsn=2\.0\.0, status=sent \(250 ")
         relay.logged(r"qmgr\[\d+\]: [0-9A-F]+: removed")
 
-    def test_a_message_to_two_domains_becomes_two_that_wait_for_their_own_primaries(self) -> None:
+    def test_a_message_to_two_domains_becomes_two_that_wait_for_their_own_primaries(self):
         one, two = self.primary(), self.primary()
         relay = self.relay(one, domain="[domain two.example]\nprimary = %s\n" % two.address)
         relay.send(recipients=["a@" + DOMAIN, "b@two.example", "c@" + DOMAIN])
@@ -5212,7 +5191,7 @@ class Life(Relays):
         (_, people, data), (_, others, same) = one.messages[0], two.messages[0]
         self.assertEqual((people, others, data), (rows[DOMAIN], rows["two.example"], same))
 
-    def test_a_queue_survives_a_restart_and_its_pairs_a_journey_to_another_relay(self) -> None:
+    def test_a_queue_survives_a_restart_and_its_pairs_a_journey_to_another_relay(self):
         primary, other = self.primary(), self.primary().start()
         relay, second = self.relay(primary, STOP_DISK_S=1.5), self.relay(other)
         for number in range(3):
@@ -5236,7 +5215,7 @@ class Life(Relays):
             self.assertEqual({without_received(data) for *_, data in one.messages}, {MESSAGE})
         self.assertEqual(relay.json("--status")["domains"][DOMAIN]["accepted"], 3)
 
-    def test_a_relay_killed_while_delivering_sends_little_twice_and_loses_nothing(self) -> None:
+    def test_a_relay_killed_while_delivering_sends_little_twice_and_loses_nothing(self):
         """What is not written down yet may come twice, and nothing else."""
         primary = self.primary()
         relay = self.relay(primary, domain="connections = 2", UNRECORDED_MAX=10)
@@ -5253,8 +5232,8 @@ class Life(Relays):
         # At each kill: what the disk had not taken, and one on each connection.
         self.assertLessEqual(len(primary.messages), len(sent) + 3 * (10 + 2))
 
-    def test_etrn_sigusr1_and_the_primarys_own_connection_deliver_all_but_held_mail_at_once(self) -> None:
-        def etrn_from_elsewhere(relay: Relay) -> None:
+    def test_etrn_sigusr1_and_the_primarys_own_connection_deliver_all_but_held_mail_at_once(self):
+        def etrn_from_elsewhere(relay):
             with Wire(relay.port, "127.0.0.9") as wire:
                 self.assertEqual(wire.say("HELO gw", "ETRN @" + DOMAIN)[:3], "250")
         for act, said in cases(self, [
@@ -5273,7 +5252,7 @@ class Life(Relays):
             self.assertEqual([sender for sender, *_ in primary.messages], ["a@sender.example"])
             relay.logged(said and r"flush\[\d+\]: " + said)
 
-    def test_sighup_takes_all_or_nothing(self) -> None:
+    def test_sighup_takes_all_or_nothing(self):
         other, port = self.path("other.log"), unused_port()
         relay = self.relay(relay="max_connections = 2")
         self.assertEqual(self.rcpt(relay, "u@new.example"), ["554 5.7.1"])
@@ -5294,7 +5273,7 @@ class Life(Relays):
         self.reload(relay, relay="log = " + other, domain="")
         wait(lambda: os.path.exists(other) and os.path.getsize(other), "the new log")
 
-    def test_a_stop_lets_a_message_end_takes_no_other_and_waits_for_nobody_who_hangs(self) -> None:
+    def test_a_stop_lets_a_message_end_takes_no_other_and_waits_for_nobody_who_hangs(self):
         primary = self.primary(**{".": HANG}).start()
         relay = self.relay(primary)
         relay.send()
@@ -5311,8 +5290,8 @@ class Life(Relays):
             self.assertEqual((relay.process.wait(5.0), slow.reply()[:9]), (0, "421 4.3.2"))
         self.assertEqual((len(relay.files()), os.listdir(relay.at("incoming"))), (4, []))
 
-    def test_a_bug_costs_its_session_and_no_other(self) -> None:
-        def broken(*_: Any) -> Any:
+    def test_a_bug_costs_its_session_and_no_other(self):
+        def broken(*_):
             return 1 // 0
         for target, commands in cases(self, [
                 (mock.patch.dict(etrn.COMMANDS, {b"NOOP": (broken, etrn.ANY)}), ["NOOP"]),
@@ -5328,20 +5307,20 @@ class Life(Relays):
 class Local:
     """The relay in a thread of this process, where its functions can be replaced."""
 
-    def __init__(self, folder: str, relay: str = "", domain: str = "") -> None:
+    def __init__(self, folder, relay="", domain=""):
         self.cfg = config("listen = 127.0.0.1:0\nmin_free_space = 0\nnameservers = 127.0.0.1:9\n" + relay,
                           "primary = 127.0.0.1:9\nrecipients = any\ncutthrough = no\n" + domain,
                           os.path.join(folder, "etrn.conf"))
-        self.log: List[str] = []
+        self.log = []
 
-    def __enter__(self) -> "Local":
+    def __enter__(self):
         self.spool = opened(self.cfg.spool)
         log = etrn.Log("stderr", "info", "x")
 
-        def keep() -> None:
+        def keep():
             self.log.extend(log.lines)
             log.lines.clear()
-        log.flush = keep                # type: ignore[method-assign]
+        log.flush = keep
         self.server = server = etrn.Server(self.cfg, self.spool, log)
         server.certificate = server.load_certificate(self.cfg)
         server.recipient_files, server.logins = server.read_files(self.cfg)
@@ -5352,15 +5331,15 @@ class Local:
         wait(lambda: server.queue.loader.loads and not server.queue.loader.is_busy, "the spool to be read")
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_):
         self.server.loop.post(self.server.begin_stop)       # as SIGTERM does
         self.thread.join(DEADLINE_S)
         self.spool.close()
 
-    def half_kept(self) -> List[str]:
+    def half_kept(self):
         return os.listdir(os.path.join(self.spool.path, "incoming")) + list(self.spool.bodies)
 
-    def body(self, id: str) -> bytes:
+    def body(self, id):
         with open(os.path.join(self.spool.path, id + ".eml"), "rb") as file:
             return file.read()
 
@@ -5369,7 +5348,7 @@ class Wired(Relays):
     """What the session is shown to do, over a real connection: there the server
     carries its actions out after it has gone on."""
 
-    def exchange(self, local: Local, stream: bytes) -> List[str]:
+    def exchange(self, local, stream):
         """The replies' last lines to all of it in one piece; the client sends no more after that."""
         with Wire(local.port) as wire:
             wire.raw(stream)
@@ -5377,7 +5356,7 @@ class Wired(Relays):
             text = wire.lines.read().decode("utf-8")
         return [wire.greeting] + [line for line in text.split("\r\n") if line[3:4] == " "]
 
-    def bodies(self, local: Local) -> List[bytes]:
+    def bodies(self, local):
         """What was kept, without our Received fields, oldest first; it is gone then."""
         names = spool_files(local.spool.path)
         out = [without_received(local.body(name[:-4])) for name in names if name.endswith(".eml")]
@@ -5385,7 +5364,7 @@ class Wired(Relays):
             os.remove(os.path.join(local.spool.path, name))
         return out
 
-    def test_every_dialogue_comes_out_the_same(self) -> None:
+    def test_every_dialogue_comes_out_the_same(self):
         for options in cases(self, [{}, {"bare_newline": "reject"}, {"size_limit": 1000}]):
             lines = "max_message_size = %(size_limit)d\nbare_newline = %(bare_newline)s" % dict(
                 {"size_limit": 0, "bare_newline": "normalize"}, **options)
@@ -5400,7 +5379,7 @@ class Wired(Relays):
                 self.assertEqual(local.half_kept(), [])
             self.no_bugs(local.log)
 
-    def test_what_is_taken_back_after_it_went_to_the_spool_leaves_nothing_there(self) -> None:
+    def test_what_is_taken_back_after_it_went_to_the_spool_leaves_nothing_there(self):
         """Whatever part of a body the spool has when the client goes on."""
         with shorten(SPILL_OCTETS=1000), Local(self.folder) as local, Wire(local.port) as client:
             client.say("EHLO x")
@@ -5416,7 +5395,7 @@ class Wired(Relays):
 class Door(Relays):
     """What the world sends and standards forbid: octets in, and octets out at a primary.  Contract 4."""
 
-    def test_what_does_no_harm_goes_on_as_it_came(self) -> None:
+    def test_what_does_no_harm_goes_on_as_it_came(self):
         primary = self.primary().start()
         relay = self.relay(primary, domain="[domain xn--mnchen-3ya.example]\nprimary = " + primary.address)
         verp, a, u, body = "v" * 300, "<a@b.example>", "<u@ourdom.example>", b"S: x\r\n"
@@ -5453,10 +5432,10 @@ class Door(Relays):
 class Names(Relays):
     """Of clients, from their PTR records: contract 5, Trace."""
 
-    def ask(self, names: Sequence[str], primary: Primary, gate: Any = None, **options: Any) -> Relay:
+    def ask(self, names, primary, gate=None, **options):
         """A relay with a nameserver that knows names of 127.0.0.1, 127.0.0.2 and so on; each leads to the
         address that it begins with.  It answers when `gate` is open."""
-        zone: Dict[Tuple[str, int], List[Any]] = {}
+        zone = {}
         for number, name in enumerate(names, 1):
             zone["%d.0.0.127.in-addr.arpa" % number, etrn.PTR] = [name]
             zone[name, etrn.A] = ["127.0.0." + name.partition(".")[0].strip("-")]
@@ -5465,7 +5444,7 @@ class Names(Relays):
         self.addCleanup(self.dns.__exit__)
         return self.relay(primary, nameservers=str(self.dns.endpoint), **options)
 
-    def test_a_name_that_leads_back_stands_in_received_and_log_and_is_asked_for_once(self) -> None:
+    def test_a_name_that_leads_back_stands_in_received_and_log_and_is_asked_for_once(self):
         primary = self.primary().start()
         relay = self.ask(["1.mx.example", "2.mx.example", "99.mx.example", "-4.mx.example"], primary)
         for number, name in cases(self, [(1, r"1\.mx\.example"), (2, r"2\.mx\.example"), (3, "unknown"),
@@ -5482,7 +5461,7 @@ class Names(Relays):
             Wire(relay.port, "127.0.0.%d" % (number % 5 + 1)).close()
         self.assertEqual((relay.send()[:3], len(self.dns.asked)), ("250", asked))
 
-    def test_a_name_is_waited_for_a_second_and_one_that_comes_late_answers_no_other_question(self) -> None:
+    def test_a_name_is_waited_for_a_second_and_one_that_comes_late_answers_no_other_question(self):
         gate, word = threading.Event(), threading.Event()
         primary = self.primary(RCPT=lambda argument: "450 4.2.0 " + "later" * word.wait(DEADLINE_S)).start()
         relay = self.ask(["1.mx.example"], primary, gate, domain=Recipients.VERIFY,
@@ -5509,18 +5488,18 @@ class Names(Relays):
 class Secured(Relays):
     """Tests with certificates: files one.pem, one.key, two.pem and two.key."""
 
-    def setUp(self) -> None:
+    def setUp(self):
         super().setUp()
         for name, text in PEMS.items():
             save(self.path(name), text)
 
-    def install(self, certificate: str = "one") -> None:
+    def install(self, certificate="one"):
         """Put a pair where the relay's is, as a renewal does."""
         for kind in ("pem", "key"):
             shutil.copy(self.path("%s.%s" % (certificate, kind)), self.path("new"))
             os.replace(self.path("new"), self.path("relay." + kind))
 
-    def local(self, relay: str = "") -> "Local":
+    def local(self, relay=""):
         self.install()
         return Local(self.folder, relay, "[tls]\ncertificate = relay.pem\nkey = relay.key\n")
 
@@ -5528,14 +5507,14 @@ class Secured(Relays):
 class TlsWire(Wire):
     """A client that has said EHLO and, unless it says otherwise, STARTTLS."""
 
-    def __init__(self, port: int, secure: bool = True, **options: Any) -> None:
+    def __init__(self, port, secure=True, **options):
         super().__init__(port)
         self.say("EHLO client.example")
         if secure:
             assert self.say("STARTTLS")[:3] == "220"
             self.handshake(**options)
 
-    def handshake(self, **options: Any) -> None:
+    def handshake(self, **options):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         context.set_ciphers("DEFAULT:@SECLEVEL=0")
@@ -5545,7 +5524,7 @@ class TlsWire(Wire):
         self.sock = context.wrap_socket(self.sock)
         self.lines = self.sock.makefile("rb")
 
-    def rest(self) -> bytes:
+    def rest(self):
         """All that still comes until the relay closes."""
         try:
             return self.lines.read()
@@ -5556,7 +5535,7 @@ class TlsWire(Wire):
 class TlsClients(Secured):
     """STARTTLS at our door: nothing leaks in, nothing is lost, renewals are seen."""
 
-    def test_a_session_over_tls_is_shown_in_received_and_sidecar(self) -> None:
+    def test_a_session_over_tls_is_shown_in_received_and_sidecar(self):
         with self.local() as local, TlsWire(local.port, secure=False) as client:
             self.assertIn("STARTTLS", client.say("EHLO client.example").replace("250-", "").split("\n"))
             self.assertEqual(client.say("STARTTLS now")[:9], "501 5.5.4")
@@ -5566,7 +5545,7 @@ class TlsClients(Secured):
             self.assertNotIn("STARTTLS", client.say("EHLO again.example"))
             self.assertEqual(client.say("STARTTLS")[:9], "503 5.5.1")
             id = client.send(MESSAGE).split()[-1]
-            version = client.sock.version()     # type: ignore[attr-defined]
+            version = client.sock.version()
             self.assertEqual(local.spool.read_sidecar(id)["client"], {
                 "address": "127.0.0.1", "helo": "again.example", "tls": version, "name": "unknown"})
             self.assertIn(version, ("TLSv1.2", "TLSv1.3"))
@@ -5575,7 +5554,7 @@ class TlsClients(Secured):
                 r"\(using %s with cipher [A-Z0-9_-]+\)\r\n\tby .* with ESMTPS id %s\r\n" % (version, id))
             self.no_bugs(local.log)
 
-    def test_what_comes_behind_starttls_in_the_clear_is_never_a_command(self) -> None:
+    def test_what_comes_behind_starttls_in_the_clear_is_never_a_command(self):
         with self.local() as local:
             for injected, ahead in cases(self, itertools.product(
                     [b"NOOP\r\n", b"RSET\r\nMAIL FROM:<>\r\n", b"\r\n", b"\x16\x03\x01", b"QUIT\r\n" * 3000],
@@ -5593,7 +5572,7 @@ class TlsClients(Secured):
             self.assertEqual(spool_files(local.spool.path), [])
             self.no_bugs(local.log)
 
-    def test_all_that_was_said_before_tls_is_forgotten_but_errors_count(self) -> None:
+    def test_all_that_was_said_before_tls_is_forgotten_but_errors_count(self):
         opening = ["MAIL FROM:<a@b.example>", "RCPT TO:<u@%s>" % DOMAIN]
         with self.local() as local:
             for before in cases(self, [["NOOP"], opening, [*opening, "BDAT 8\r\nthrown"], ["WHAT"] * 5]):
@@ -5608,7 +5587,7 @@ class TlsClients(Secured):
                     errors = ["WHAT"] * (6 if before[0] != "WHAT" else 1)
                     self.assertEqual((client.say(*errors)[:9], client.rest()), ("421 4.7.0", b""))
 
-    def test_a_handshake_that_fails_or_stalls_costs_its_own_session_alone(self) -> None:
+    def test_a_handshake_that_fails_or_stalls_costs_its_own_session_alone(self):
         said = [b"SOMEFAILINGHANDSHAKE\r\n", b"\x16\x03\x01\x40\x00" + b"\0" * 50, b"\x16\x03", b"",
                 b"\x15\x03\x03\x00\x02\x02\x28", b"\x16\x03\x01\x02\x00\x01"]
         with shorten(SWEEP_S=0.05), self.local() as local, TlsWire(local.port) as good, \
@@ -5626,7 +5605,7 @@ class TlsClients(Secured):
             wait(lambda: local.server.smtp.open == len(local.server.smtp.clients) == 1, "the others to go")
             self.no_bugs(local.log)
 
-    def test_old_protocols_and_renegotiation_are_refused(self) -> None:
+    def test_old_protocols_and_renegotiation_are_refused(self):
         with self.local() as local:
             for version in cases(self, ["TLSv1", "TLSv1_1", "TLSv1_2", "TLSv1_3"]):
                 with TlsWire(local.port, secure=False) as client, warnings.catch_warnings():
@@ -5639,14 +5618,14 @@ class TlsClients(Secured):
                         client.handshake(**bounds)
                         self.assertEqual(client.say("NOOP")[:3], "250")
             wait(lambda: sum("TLS handshake failed" in line for line in local.log) == 2, "both in the log")
-            options = local.server.certificate.context.options      # type: ignore[union-attr]
+            options = local.server.certificate.context.options
             self.assertTrue(options & getattr(ssl, "OP_NO_RENEGOTIATION", 0x40000000))
 
-    def test_a_renewed_certificate_is_used_and_a_broken_one_is_not(self) -> None:
-        def shown() -> str:
+    def test_a_renewed_certificate_is_used_and_a_broken_one_is_not(self):
+        def shown():
             with TlsWire(local.port) as client:
                 self.assertEqual(client.say("NOOP")[:3], "250")
-                found = ssl.DER_cert_to_PEM_cert(client.sock.getpeercert(True))  # type: ignore[attr-defined]
+                found = ssl.DER_cert_to_PEM_cert(client.sock.getpeercert(True))
                 return next(name for name, text in PEMS.items() if text == found)
         with self.local() as local:
             self.assertEqual(shown(), "one.pem")
@@ -5663,7 +5642,7 @@ class TlsClients(Secured):
             renewed = ["certificate renewed\n"]
             self.assertEqual(said, renewed + ["warning: the certificate canno"] * 5 + renewed)
 
-    def test_sighup_takes_a_new_certificate_and_refuses_a_bad_one(self) -> None:
+    def test_sighup_takes_a_new_certificate_and_refuses_a_bad_one(self):
         self.install()
         section = "[tls]\ncertificate = %s\nkey = %s\n" % (self.path("relay.pem"), self.path("relay.key"))
         relay = self.relay(domain=section)
@@ -5683,12 +5662,12 @@ class TlsClients(Secured):
                 self.assertEqual(client.say("STARTTLS")[:3], "502")
             self.assertEqual(early.say("STARTTLS")[:3], "220")      # what was offered holds
 
-    def test_nothing_is_lost_of_what_waits_for_a_reader_or_the_disk_or_lies_in_the_tls_layer(self) -> None:
+    def test_nothing_is_lost_of_what_waits_for_a_reader_or_the_disk_or_lies_in_the_tls_layer(self):
         opening, body = "\r\n".join([*ENVELOPE, ""]).encode(), b"x" * 70 + b"\r\n"
         data = b"".join(b"%06d %s\r\n" % (number, b"y" * 60) for number in range(6000))
         append = etrn.Spool.append
 
-        def slowly(*arguments: Any) -> Any:
+        def slowly(*arguments):
             time.sleep(0.02)
             return append(*arguments)
         few = shorten(OUTPUT_MAX=256, UNWRITTEN_MAX=20000, SPILL_OCTETS=9000)
@@ -5714,13 +5693,13 @@ class TlsClients(Secured):
 class SecurePrimary(Primary):
     """It offers STARTTLS.  Script verbs of its own: "STARTTLS", and "TLS", said instead of a handshake."""
 
-    def __init__(self, certificate: str, **script: Any) -> None:
+    def __init__(self, certificate, **script):
         super().__init__(**script)
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(certificate, certificate.replace(".pem", ".key"))
         self.connections = self.secured = 0
 
-    def _talk(self, sock: socket.socket, more: Sequence[str] = ("STARTTLS",)) -> bool:
+    def _talk(self, sock, more=("STARTTLS",)):
         self.connections += 1
         if super()._talk(sock, more):
             if "TLS" in self.script:
@@ -5735,10 +5714,10 @@ class SecurePrimary(Primary):
 class TlsPrimaries(Secured):
     """The `tls` option of a domain."""
 
-    def secure_primary(self, **script: Any) -> Any:
+    def secure_primary(self, **script):
         return self.primary(SecurePrimary, self.path("one.pem"), **script)
 
-    def deliver(self, primary: Primary, policy: str, trusted: str = "") -> Tuple[bool, str]:
+    def deliver(self, primary, policy, trusted=""):
         """Whether a message could be delivered, or why not.  `trusted`: the only authority's certificate."""
         cfg = config("", "primary = localhost:%d\ntls = %s" % (primary.port, policy)).domain(DOMAIN)
         store = {"SSL_CERT_FILE": self.path(trusted + ".pem"), "SSL_CERT_DIR": self.path("none")}
@@ -5749,7 +5728,7 @@ class TlsPrimaries(Secured):
                 client.sendmail("a@b.example", "u@" + DOMAIN, MESSAGE)
         return len(primary.messages) == 1, error
 
-    def test_each_policy_with_a_primary_that_offers_tls(self) -> None:
+    def test_each_policy_with_a_primary_that_offers_tls(self):
         pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(PEMS["one.pem"])).hexdigest()
         for policy, trusted, secured, error in cases(self, [
                 ("none", "", 0, ""), ("may", "", 1, ""), ("require", "", 1, ""), ("verify", "one", 1, ""),
@@ -5762,8 +5741,8 @@ class TlsPrimaries(Secured):
             self.assertIn(secured, (primary.secured, None))
             self.assertRegex(problem, error or r"\A\Z")
 
-    def test_only_may_goes_on_in_the_clear_and_on_a_new_connection(self) -> None:
-        faults: List[Any] = [
+    def test_only_may_goes_on_in_the_clear_and_on_a_new_connection(self):
+        faults = [
             {"STARTTLS": "454 4.7.0 not now"}, {"STARTTLS": "500 5.5.1 no"}, {"STARTTLS": CUT}, {"TLS": CUT},
             {"TLS": "no ServerHello"}, {"STARTTLS": b"220 go\r\n250 INJECTED\r\n"}, None]
         policies = "may", "require", "verify", "sha256:" + "00" * 32
@@ -5778,7 +5757,7 @@ class TlsPrimaries(Secured):
                 self.assertEqual((primary.secured, primary.connections), (0, 2 if policy == "may" else 1))
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
-    def test_a_primary_that_stops_reading_is_left_after_its_time(self) -> None:
+    def test_a_primary_that_stops_reading_is_left_after_its_time(self):
         over = threading.Event()
         primary = self.secure_primary(RCPT=lambda argument: str(over.wait(DEADLINE_S)))
         self.addCleanup(over.set)
@@ -5795,12 +5774,12 @@ class TlsPrimaries(Secured):
 class Attacks(Relays):
     """What the network may do costs little, and costs others nothing."""
 
-    def test_the_disk_is_asked_before_mail_is_taken(self) -> None:
+    def test_the_disk_is_asked_before_mail_is_taken(self):
         relay = self.relay(min_free_space="1000000G")
         with relay.client() as client:
             self.assertEqual((client.say("MAIL FROM:<>")[:9], client.say("NOOP")[:3]), ("452 4.3.1", "250"))
 
-    def test_connections_are_limited_for_one_client_and_for_all(self) -> None:
+    def test_connections_are_limited_for_one_client_and_for_all(self):
         for option, most in cases(self, [("max_connections_per_client = 2", 2), ("max_connections = 2", 2),
                                          ("max_connections_per_client = 1\nmax_connections = 3\n"
                                           "trusted_clients = 127.0.0.0/8", 3)]):
@@ -5808,7 +5787,7 @@ class Attacks(Relays):
             for _ in range(2):              # who has left makes room
                 self.let_in(relay, most)
 
-    def test_who_is_idle_too_long_is_told_421(self) -> None:
+    def test_who_is_idle_too_long_is_told_421(self):
         """And who sends an octet now and then, at every stage; but not who sends message after message."""
         relay = self.relay(relay="command_timeout = 2s", LINGER_S=0.3)
         stages = [b"", b"", b"EHLO x\r\nNO", OPENING + b"DATA\r\n", OPENING + b"BDAT 99999\r\n",
@@ -5839,7 +5818,7 @@ class Attacks(Relays):
         self.assertEqual((b"421" in replies, b"\n221" in replies), (False, True))
         self.assertEqual(self.kept(relay), 2 * replies.count(b"queued"))
 
-    def flood(self, relay: Relay, lines: bytes) -> int:
+    def flood(self, relay, lines):
         """Ten clients that send so much, and read nothing.  How many octets went out."""
         total = 0
         for sock in self.opened(relay, 10):
@@ -5853,7 +5832,7 @@ class Attacks(Relays):
         return total
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
-    def test_a_flood_of_commands_is_served_a_little_at_a_time(self) -> None:
+    def test_a_flood_of_commands_is_served_a_little_at_a_time(self):
         relay, sample = self.relay(), b"BDAT 0\r\n" * 8000
         began = processor_s(relay)
         sock, = self.opened(relay, 1)
@@ -5866,7 +5845,7 @@ class Attacks(Relays):
         self.assertLess(processor_s(relay) - used, sent * cost / 2)
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
-    def test_clients_that_never_read_cost_little_and_are_cut_off(self) -> None:
+    def test_clients_that_never_read_cost_little_and_are_cut_off(self):
         relay = self.relay(relay="command_timeout = 1s", LINGER_S=0.3)
         before = resident_mb(relay)
         self.flood(relay, b"RCPT TO:<%s@other.example>\r\n" % (b"x" * 1900) * 10000)
@@ -5875,7 +5854,7 @@ class Attacks(Relays):
         self.assertEqual(self.kept(relay), 6)
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
-    def test_endless_lines_headers_and_data_take_no_memory(self) -> None:
+    def test_endless_lines_headers_and_data_take_no_memory(self):
         relay = self.relay(relay="max_message_size = 2M")
         relay.send()
         before, block = resident_mb(relay), b"y" * 65536
@@ -5897,10 +5876,10 @@ class Attacks(Relays):
         self.assertEqual((relay.send()[:3], self.kept(relay)), ("250", 6))
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
-    def test_out_of_descriptors_who_is_in_is_served_and_the_loop_rests(self) -> None:
+    def test_out_of_descriptors_who_is_in_is_served_and_the_loop_rests(self):
         import resource
         relay = self.relay(relay="max_connections_per_client = 0")
-        held, pid = self.opened(relay, 5), relay.process.pid    # type: ignore[union-attr]
+        held, pid = self.opened(relay, 5), relay.process.pid
         hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]
         highest = max(map(int, os.listdir("/proc/%d/fd" % pid)))
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 1, hard))
@@ -5918,7 +5897,7 @@ class Attacks(Relays):
             sock.close()
         self.assertEqual((relay.send()[:3], self.kept(relay), relay.end()), ("250", 2, 0))
 
-    def test_who_breaks_off_leaves_nothing_behind(self) -> None:
+    def test_who_breaks_off_leaves_nothing_behind(self):
         relay = self.relay()
         stages = [b"", b"EH", b"HELO x\r\n", b"z" * 5000] + [OPENING + sent for sent in (
             b"", b"DATA\r\n", b"DATA\r\nhalf a line", b"DATA\r\n" + b"x" * 400000 + b"\r\n.",
@@ -5931,7 +5910,7 @@ class Attacks(Relays):
             sock.close()
         self.assertEqual(self.kept(relay), 0)
 
-    def test_timeouts_shrink_when_connections_run_short(self) -> None:
+    def test_timeouts_shrink_when_connections_run_short(self):
         relay = self.relay(relay="max_connections = 10", STRESS_TIMEOUT_S=0.3, SWEEP_S=0.1)
         calm = self.opened(relay, 7)
         self.assertEqual(select.select(calm, [], [], 1.0)[0], [])
@@ -5939,7 +5918,7 @@ class Attacks(Relays):
         idle = wait(lambda: select.select(calm, [], [], 0)[0], "a 421 to the idle")
         self.assertIn(b"421 4.4.2", b"".join(map(read, idle)))
 
-    def test_who_speaks_before_the_banner_is_turned_away(self) -> None:
+    def test_who_speaks_before_the_banner_is_turned_away(self):
         relay = self.relay(relay="greet_pause = 60s")
         with connect(relay.port) as hasty:      # which is less than the pause
             connect(relay.port).close()
@@ -5952,14 +5931,14 @@ class Attacks(Relays):
             self.assertGreater(time.monotonic() - began, 0.9)
         relay.logged(r"NOQUEUE: reject: PREGREET from unknown\[127\.0\.0\.1\]: 521 5\.5\.1")
 
-    def test_messages_a_minute_are_limited_but_not_for_the_trusted(self) -> None:
+    def test_messages_a_minute_are_limited_but_not_for_the_trusted(self):
         for trusted, others in cases(self, [("none", {"450 4.7.1"}), ("127.0.0.0/8", set())]):
             relay = self.relay(relay="max_message_rate = 2\ntrusted_clients = " + trusted)
             with relay.client() as client:      # the minute may end meanwhile, once
                 replies = {client.say("RSET", "MAIL FROM:<>")[:9] for _ in range(6)}
             self.assertEqual(replies, {"250 2.1.0", *others})
 
-    def test_a_queue_that_is_full_takes_no_more_declared_or_not(self) -> None:
+    def test_a_queue_that_is_full_takes_no_more_declared_or_not(self):
         relay = self.relay(domain="max_queue_size = 3000\n[domain roomy.example]\n")
         with relay.client() as client:
             for size, options, reply in cases(self, [
@@ -5969,7 +5948,7 @@ class Attacks(Relays):
                 client.say("RSET")
         self.assertEqual(self.kept(relay), 6)
 
-    def test_nothing_from_the_network_forges_a_log_line_a_header_or_a_file_name(self) -> None:
+    def test_nothing_from_the_network_forges_a_log_line_a_header_or_a_file_name(self):
         relay = self.relay()
         nasty = ["<script>alert()</script>", '{"a": "b\\u0000"}', "x\u2028y\u2029z", "\u202e", "\U0001f600",
                  "x]: 5F0A21: removed", "x status=sent (250 ok)", "%s%n%x", "../../etc/passwd", "a\\r\\nb",
@@ -6002,7 +5981,7 @@ class Attacks(Relays):
 
 # -- recipients, sizes, cut-through, while_up
 
-def only(*good: str) -> Callable[[str], Optional[str]]:
+def only(*good):
     """A primary's RCPT: these local parts exist."""
     return lambda argument: None if argument[4:].partition("@")[0] in good else "550 5.1.1 no such user here"
 
@@ -6015,15 +5994,15 @@ class Recipients(Relays):
 
     VERIFY = "recipients = verify\nunknown_recipients = defer\n"
 
-    def test_a_list_is_obeyed_and_postmaster_is_on_it(self) -> None:
+    def test_a_list_is_obeyed_and_postmaster_is_on_it(self):
         relay = self.relay(domain="recipients = one@ourdom.example, Two@OURDOM.example")
         replies = self.rcpt(relay, "one", "ONE", "two", "three", "PostMaster")
         self.assertEqual(replies, [TAKEN] * 3 + [REFUSED, TAKEN])
 
-    def test_a_file_is_obeyed_and_read_again_but_not_a_failed_export(self) -> None:
+    def test_a_file_is_obeyed_and_read_again_but_not_a_failed_export(self):
         path = self.path("list")
 
-        def write(text: str) -> None:
+        def write(text):
             save(path + ".new", text)
             os.replace(path + ".new", path)
         write("# empty\n")
@@ -6045,7 +6024,7 @@ class Recipients(Relays):
         self.reload(relay, "configuration reread")
         self.assertEqual(self.rcpt(relay, "one", "two"), [REFUSED, TAKEN])
 
-    def test_the_primary_is_asked_and_its_word_remembered(self) -> None:
+    def test_the_primary_is_asked_and_its_word_remembered(self):
         primary = self.primary(RCPT=only("good", "late"))
         for policy, code in cases(self, [("accept", TAKEN), ("defer", UNSURE)]):
             primary.start()
@@ -6066,7 +6045,7 @@ class Recipients(Relays):
             wait(lambda relay=relay: self.rcpt(relay, "late", "new") == [TAKEN, REFUSED], "its own word")
             primary.stop()
 
-    def test_sessions_share_a_question_wait_some_seconds_at_most_and_a_late_answer_is_kept(self) -> None:
+    def test_sessions_share_a_question_wait_some_seconds_at_most_and_a_late_answer_is_kept(self):
         gate = threading.Event()
         primary = self.primary(RCPT=lambda argument: "550 5.1.1 no" if gate.wait(DEADLINE_S) else None)
         relay = self.relay(primary.start(), domain=self.VERIFY + "[domain other.example]\n", CALL_AHEAD_S=0.6)
@@ -6081,7 +6060,7 @@ class Recipients(Relays):
         wait(lambda: self.rcpt(relay, "user") == [REFUSED], "the answer")
         self.assertEqual(sum("user@ourdom.example" in line for line in primary.log), 1)
 
-    def test_knowledge_has_its_time(self) -> None:
+    def test_knowledge_has_its_time(self):
         cache, again = etrn.RecipientCache(), etrn.RecipientCache()
         cache.learn("Good@x.example", True, 1000.0)
         cache.learn("bad@x.example", False, 1000.0)
@@ -6095,7 +6074,7 @@ class Recipients(Relays):
                 self.assertEqual([one.knows(address, 1000.0 + days * 86400.0) for address in (
                     "good@x.example", "bad@x.example", "any@y.example")], known)
 
-    def test_a_primarys_own_size_bounds_mail_for_its_domains_alone(self) -> None:
+    def test_a_primarys_own_size_bounds_mail_for_its_domains_alone(self):
         sizes = {"small": "SIZE 100000", "large": "SIZE 9000000", "odd": "SIZE 10", "silent": "8BITMIME"}
         primaries = {name: self.primary().start() for name in sizes}
         for name, extension in sizes.items():
@@ -6107,7 +6086,7 @@ class Recipients(Relays):
         relay.send(recipients=["u@%s.example" % name for name in sizes])
         relay.until_empty()
 
-        def answers(size: int) -> str:
+        def answers(size):
             with relay.client() as client:
                 self.assertIn("250-SIZE 20971520", client.say("EHLO x").split("\n"))
                 client.say("MAIL FROM:<> SIZE=%d" % size)
@@ -6133,8 +6112,8 @@ class CutThrough(Relays):
 
     OPTIONS = "cutthrough = yes\nrecovery_grace = 0s\n"
 
-    def test_the_client_hears_the_primarys_own_verdict(self) -> None:
-        table: List[Tuple[Dict[str, Any], str]] = [
+    def test_the_client_hears_the_primarys_own_verdict(self):
+        table = [
             ({}, "250 2.0.0"), ({".": "554 5.6.0 a"}, "554 5.6.0 a"), ({"RCPT": "550 5.1.1"}, "550 5.1.1"),
             ({"MAIL": "550 5.7.1 not you"}, "550 5.7.1 not you"), ({"DATA": "554 5.5.0 no"}, "554 5.5.0 no"),
             ({".": "550 no word"}, "550 5.0.0 no word"), ({".": "550-5.7.1 a\n550 5.7.1 b"}, "550 5.7.1 a"),
@@ -6157,7 +6136,7 @@ class CutThrough(Relays):
         self.assertEqual([domains["d%d.example" % number]["accepted"] for number in range(len(table))],
                          [int(reply[0] == "2") for _, reply in table])
 
-    def test_mixed_verdicts_and_mail_to_two_domains_are_250_and_the_refused_are_told_by_notices(self) -> None:
+    def test_mixed_verdicts_and_mail_to_two_domains_are_250_and_the_refused_are_told_by_notices(self):
         primary, smarthost = self.primary(RCPT=only("good")).start(), self.primary().start()
         two = "[domain two.example]\nprimary = %s\n" % primary.address
         relay = self.relay(primary, domain=self.OPTIONS + two + self.OPTIONS, smarthost=smarthost.address)
@@ -6171,7 +6150,7 @@ class CutThrough(Relays):
             self.assertEqual({(one[0], *one[1]) for one in smarthost.messages}, {("", "a@sender.example")})
         self.assertEqual(len(primary.messages), 1)
 
-    def test_the_refusal_that_makes_a_primary_rejecting_is_nobodys(self) -> None:
+    def test_the_refusal_that_makes_a_primary_rejecting_is_nobodys(self):
         primary = self.primary().start()
         relay = self.relay(primary, domain=self.OPTIONS)
         people = [["u%d@%s" % (number, DOMAIN)] for number in range(3)]
@@ -6182,7 +6161,7 @@ class CutThrough(Relays):
             wait(lambda left=left: len(relay.files()) == left, "what was refused to go")
         relay.logged(": rejecting: 550")
 
-    def test_a_primary_that_hangs_costs_the_time_and_no_mail_also_of_a_client_that_leaves(self) -> None:
+    def test_a_primary_that_hangs_costs_the_time_and_no_mail_also_of_a_client_that_leaves(self):
         for said, stays in cases(self, [({".": HANG}, True), ({"RCPT": HANG}, True), ({".": HANG}, False),
                                         ({"greeting": HANG}, True)]):
             primary = self.primary(**said).start()
@@ -6206,7 +6185,7 @@ class CutThrough(Relays):
 class WhileUp(Relays):
     """while_up = defer: spam that avoids the primary is put off, who persists is not."""
 
-    def test_mail_stays_out_while_the_primary_is_up_but_for_who_persists(self) -> None:
+    def test_mail_stays_out_while_the_primary_is_up_but_for_who_persists(self):
         relay = self.relay(self.primary().start(), domain="while_up = defer", GREYLIST_WAIT_S=0.5)
         later, taken = ["450 4.3.2"], [TAKEN]
         self.assertEqual(self.rcpt(relay, "u", "u", "v", "postmaster", "PostMaster"), later * 3 + taken * 2)
@@ -6214,7 +6193,7 @@ class WhileUp(Relays):
         self.assertEqual(self.rcpt(relay, "u", "u", "v", "v"), taken * 2 + later + taken)
         self.assertEqual(self.rcpt(relay, "u", sender="c@b.example"), later)
 
-    def test_mail_is_taken_as_soon_as_the_primary_is_not_known_to_be_up(self) -> None:
+    def test_mail_is_taken_as_soon_as_the_primary_is_not_known_to_be_up(self):
         primary = self.primary()
         relay = self.relay(primary, domain="while_up = defer",
                            KNOWN_UP_S=0.3, IDLE_CONNECTION_S=0.1, SWEEP_S=0.05, CALL_AHEAD_S=0.3)
@@ -6227,7 +6206,7 @@ class WhileUp(Relays):
         primary.script["greeting"] = HANG
         wait(lambda: self.rcpt(relay, "u", sender="new@b.example") == [TAKEN], "mail to be taken")
 
-    def test_persistence_is_three_tries_and_five_minutes_of_the_same_three(self) -> None:
+    def test_persistence_is_three_tries_and_five_minutes_of_the_same_three(self):
         networks = ["192.0.2.1", "192.0.2.9", "192.0.3.1", "2001:db8::1", "2001:db8::2", "2001:db8:0:1::1"]
         for clients, seconds, expected in cases(self, [
                 ([0, 0, 0, 1], [0, 299, 299.9, 300], [0, 0, 0, 1]), ([0, 1, 0], [0, 400, 401], [0, 0, 1]),
@@ -6240,7 +6219,7 @@ class WhileUp(Relays):
                                                    etrn.Now(second, 0.0)), is_taken)
 
 
-def tls_section(test: Secured) -> str:
+def tls_section(test):
     return "[tls]\ncertificate = %s\nkey = %s\n" % (test.path("one.pem"), test.path("one.key"))
 
 
@@ -6258,11 +6237,11 @@ class RealPostfix(Secured):
         smtpd_peername_lookup=no smtp_tls_security_level=encrypt smtpd_tls_security_level=may
         smtpd_tls_cert_file=%(pems)s/one.pem smtpd_tls_key_file=%(pems)s/one.key smtpd_tls_loglevel=1 """
 
-    def relay_to_postfix(self, domain: str) -> Relay:
+    def relay_to_postfix(self, domain):
         self.port = unused_port()
         return self.relay("127.0.0.1:%d" % self.port, domain=domain)
 
-    def start_postfix(self, options: str = "") -> None:
+    def start_postfix(self, options=""):
         """One of the test's own: its folder, self.port, a mailbox for user@ourdom.example."""
         folder = self.postfix = tempfile.mkdtemp(prefix="etrn-postfix-")
         self.addCleanup(shutil.rmtree, folder, True)
@@ -6285,17 +6264,17 @@ class RealPostfix(Secured):
         self.addCleanup(self.run_postfix, "stop", folder)
         self.run_postfix("start", folder)
 
-    def run_postfix(self, word: str, folder: str) -> None:
+    def run_postfix(self, word, folder):
         done = subprocess.run(["postfix", "-c", os.path.join(folder, "etc"), word], check=False, timeout=60,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         if word == "start" and done.returncode:
             self.fail(self.read_log()[-3000:])
 
-    def read_log(self) -> str:
+    def read_log(self):
         with open(os.path.join(self.postfix, "log"), encoding="utf-8", errors="replace") as file:
             return file.read()
 
-    def test_mail_goes_over_starttls_to_a_postfix_and_from_a_postfix(self) -> None:
+    def test_mail_goes_over_starttls_to_a_postfix_and_from_a_postfix(self):
         pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(PEMS["one.pem"])).hexdigest()
         relay = self.relay_to_postfix("\n".join([
             "tls = sha256:" + pin, "recipients = verify", "cutthrough = yes", "[domain far.example]",
@@ -6322,10 +6301,10 @@ class RealPostfix(Secured):
                          r"\t\(using TLSv1\.[23] with cipher [A-Z0-9_-]+\)\r\n"
                          r"\tby backup\.example\.net \(etrn_relay\) with ESMTPS id ")
 
-    def test_a_postfix_stopped_and_started_under_load_gets_each_message_once(self) -> None:
+    def test_a_postfix_stopped_and_started_under_load_gets_each_message_once(self):
         relay = self.relay_to_postfix("connections = 2")
 
-        def load(numbers: Iterable[int]) -> None:
+        def load(numbers):
             with relay.client() as wire:
                 for number in numbers:
                     reply = wire.send(b"Subject: %d\r\n\r\n%s" % (number, b"line of a message\r\n" * 50))
@@ -6347,7 +6326,7 @@ class RealPostfix(Secured):
         # "postfix stop" cuts two connections; what it took of a window without having said so comes again.
         self.assertLessEqual(len(self.box) - 160, 2 * etrn.CHUNK_MESSAGES)
 
-    def test_postfix_is_told_the_original_client(self) -> None:
+    def test_postfix_is_told_the_original_client(self):
         for verb in cases(self, ["xclient", "xforward"]):
             relay = self.relay_to_postfix("xclient = yes")
             self.start_postfix("smtpd_authorized_%s_hosts=127.0.0.1" % verb)
@@ -6370,9 +6349,9 @@ LOGIN_OPTIONS = "username = gw\npassword = se cret"
 ODMR = "odmr_listen = 127.0.0.1:0"
 
 
-def log_in(wire: Wire, username: str = "gw", password: str = "se cret", mechanism: str = "CRAM-MD5") -> str:
+def log_in(wire, username="gw", password="se cret", mechanism="CRAM-MD5"):
     """EHLO and AUTH; returns the reply."""
-    def encode(text: str) -> str:
+    def encode(text):
         return base64.b64encode(text.encode()).decode()
     wire.say("EHLO gw.example")
     if mechanism == "PLAIN":
@@ -6384,7 +6363,7 @@ def log_in(wire: Wire, username: str = "gw", password: str = "se cret", mechanis
 class Authenticated(Relays):
     """Who may ask with ETRN, what is said, RFC 1985; clients that authenticate, and primary = etrn."""
 
-    def test_each_reply_of_the_table_on_one_line(self) -> None:
+    def test_each_reply_of_the_table_on_one_line(self):
         down, counted = self.primary(), "253 2.0.0 OK, 1 pending messages for node ourdom.example started"
         relay = self.relay(down, relay="trusted_clients = 127.0.0.7/32", domain=(
             "[domain far.example]\nprimary = 127.0.0.2:%d\n[domain sub.tree.example]\n[domain shut.example]\n"
@@ -6417,7 +6396,7 @@ class Authenticated(Relays):
         relay.logged(r"flush\[\d+\]: etrn: site=ourdom\.example, client=unknown\[127\.0\.0\.1\], messages=1, "
                      r"reply=253")
 
-    def test_auth_adds_rights_and_takes_none(self) -> None:
+    def test_auth_adds_rights_and_takes_none(self):
         target = "primary = 127.0.0.2:%d" % self.primary().port
         relay = self.relay(target[10:], LOGIN_FAILED_S=0.01, domain="\n".join([
             LOGIN_OPTIONS, "etrn = 192.0.2.0/24", "[domain sub.ourdom.example]", target, LOGIN_OPTIONS,
@@ -6441,7 +6420,7 @@ class Authenticated(Relays):
             self.assertEqual(client.say("MAIL FROM:<>", "RCPT TO:<u@elsewhere.example>")[:9], "554 5.7.1")
         relay.logged(r"smtpd\[\d+\]: unknown\[127\.0\.0\.1\]: sasl_method=CRAM-MD5, sasl_username=gw$")
 
-    def test_passwords_are_read_from_files_and_again_at_sighup(self) -> None:
+    def test_passwords_are_read_from_files_and_again_at_sighup(self):
         secret = self.path("secret")
         options = "username = gw\npassword = file:" + secret
         relay = Relay(self.folder, "etrn", domain=options, LOGIN_FAILED_S=0.01)
@@ -6457,7 +6436,7 @@ class Authenticated(Relays):
         relay.end()
         self.assertEqual(relay.run()[0], 78)            # a name without a password does not start
 
-    def test_failed_logins_are_slow_logged_and_limited(self) -> None:
+    def test_failed_logins_are_slow_logged_and_limited(self):
         relay = self.relay(domain=LOGIN_OPTIONS, LOGIN_FAILED_S=0.2)
         with Wire(relay.port) as client:
             began = time.monotonic()
@@ -6471,7 +6450,7 @@ class Authenticated(Relays):
             done = subprocess.run(["fail2ban-regex", line, options], capture_output=True, check=False)
             self.assertIn(b"1 matched", done.stdout)
 
-    def test_mail_goes_where_the_last_authenticated_etrn_came_from(self) -> None:
+    def test_mail_goes_where_the_last_authenticated_etrn_came_from(self):
         old, new = self.primary(RCPT=HANG).start(), self.primary()
         new.sock.close()
         new.sock = socket.create_server(("127.0.0.3", old.port))
@@ -6502,7 +6481,7 @@ class Authenticated(Relays):
 class Odmr(Secured):
     """ATRN: the customer comes for its mail."""
 
-    def odmr(self, count: int = 0, **options: Any) -> Relay:
+    def odmr(self, count=0, **options):
         """A relay whose domain's mail, so many messages, waits to be collected at self.port."""
         options = dict({"relay": ODMR, "domain": LOGIN_OPTIONS, "LOGIN_FAILED_S": 0.01}, **options)
         relay = self.relay(options.pop("primary", "atrn"), **options)
@@ -6512,12 +6491,12 @@ class Odmr(Secured):
             relay.send(b"Subject: %d\r\n\r\n.dot\r\n" % number)
         return relay
 
-    def visit(self) -> Wire:
+    def visit(self):
         wire = Wire(self.port)
         self.assertEqual(log_in(wire)[:3], "235")
         return wire
 
-    def collect(self, customer: Primary, command: str = "ATRN") -> str:
+    def collect(self, customer, command="ATRN"):
         """One visit of a customer, who then serves SMTP on the connection it made: nobody could connect
         to it.  Returns the reply to ATRN."""
         with self.visit() as wire:
@@ -6527,10 +6506,10 @@ class Odmr(Secured):
             return reply
 
     @staticmethod
-    def gone(relay: Relay) -> None:
+    def gone(relay):
         wait(lambda: relay.json("--status")["connections"] == 0, "the customer to be gone")
 
-    def test_mail_is_collected_over_the_customers_own_connection(self) -> None:
+    def test_mail_is_collected_over_the_customers_own_connection(self):
         relay, customer = self.odmr(), self.primary()
         self.assertEqual(self.collect(customer), "453 4.0.0 You have no mail")
         bodies = [b"Subject: %d\r\n\r\n.dot\r\n" % number for number in range(25)]
@@ -6551,7 +6530,7 @@ class Odmr(Secured):
         wait(lambda: self.collect(customer)[:3] == "453", "nothing left to collect")
 
     @unittest.skipUnless(shutil.which("strace"), "strace is not installed")
-    def test_a_disk_that_lags_behind_keeps_nobody_from_collecting_all(self) -> None:
+    def test_a_disk_that_lags_behind_keeps_nobody_from_collecting_all(self):
         relay, customer = self.odmr(4, UNRECORDED_MAX=1, FETCH_MOST=1, FETCH_LOW=0), self.primary()
         command = "strace -f -e trace=fsync -e inject=fsync:delay_enter=200000 -p %d" % relay.process.pid
         with subprocess.Popen(command.split(), stderr=subprocess.PIPE) as slow:
@@ -6560,7 +6539,7 @@ class Odmr(Secured):
             self.assertEqual((self.collect(customer)[:3], len(customer.messages)), ("250", 4))
             slow.terminate()
 
-    def test_mail_is_collected_within_tls(self) -> None:
+    def test_mail_is_collected_within_tls(self):
         customer, options = self.primary(), "\n".join([LOGIN_OPTIONS, "tls = require", tls_section(self)])
         relay = self.odmr(domain=options)
         bodies = [MESSAGE, b"Subject: large\r\n\r\n" + b"y" * 70 + b"\r\n" * 200000]
@@ -6573,7 +6552,7 @@ class Odmr(Secured):
         relay.until_empty()
         self.assertEqual([without_received(data) for _, _, data in customer.messages], bodies)
 
-    def test_each_domain_of_the_customer_has_its_turn(self) -> None:
+    def test_each_domain_of_the_customer_has_its_turn(self):
         customer, relay = self.primary(), self.odmr(domain="\n".join([
             LOGIN_OPTIONS, "[domain .wild.example]", "primary = atrn", LOGIN_OPTIONS, "[domain no.example]",
             LOGIN_OPTIONS, "[domain other.example]", "primary = atrn", "username = other", "password = x"]))
@@ -6591,7 +6570,7 @@ class Odmr(Secured):
         wait(lambda: [row["domain"] for row in relay.queue()] == ["other.example"], "the rest to be removed")
         self.assertEqual(customer.log.count("QUIT"), 2)     # the second visit's domains over one connection
 
-    def test_two_customers_do_not_get_the_same_mail_and_count_as_connections(self) -> None:
+    def test_two_customers_do_not_get_the_same_mail_and_count_as_connections(self):
         relay, customer = self.odmr(1), self.primary()
         self.gone(relay)
         with self.visit() as first, self.visit() as second:
@@ -6603,7 +6582,7 @@ class Odmr(Secured):
         relay.until_empty()
         self.assertEqual(len(customer.messages), 1)
 
-    def test_who_is_silent_gives_way_to_the_next_and_what_was_said_early_counts(self) -> None:
+    def test_who_is_silent_gives_way_to_the_next_and_what_was_said_early_counts(self):
         relay, customer = self.odmr(1, ATRN_SILENT_S=0.0), self.primary()
         for early, heard in cases(self, [(b"", ["250 "]),
                                          (b"220 early ESMTP\r\n250 early\r\n", ["250 ", "ehlo", "MAIL"])]):
@@ -6617,7 +6596,7 @@ class Odmr(Secured):
         wait(lambda: self.collect(customer)[:3] == "250", "what broke off to be written down")
         self.assertEqual(len(customer.messages), 1)
 
-    def test_a_customer_that_vanishes_loses_nothing(self) -> None:
+    def test_a_customer_that_vanishes_loses_nothing(self):
         relay, customer = self.odmr(3), self.primary()
         for customer.script in cases(self, [
                 {"greeting": CUT}, {"greeting": "554 no"}, {"greeting": b"\xff\r\n"}, {"EHLO": CUT},
@@ -6632,7 +6611,7 @@ class Odmr(Secured):
         relay.until_empty()
         self.assertEqual(len(customer.messages), 3)
 
-    def test_verdicts_are_taken_as_those_of_any_primary(self) -> None:
+    def test_verdicts_are_taken_as_those_of_any_primary(self):
         relay, customer = self.odmr(), self.primary()
         for name in ("later", "never", "fine"):
             relay.send(recipients=["%s@%s" % (name, DOMAIN)])
@@ -6653,7 +6632,7 @@ class Odmr(Secured):
         relay.logged(r"to=<user@ourdom\.example>, relay=gw\.example.*status=bounced \(550 5\.1\.1 who")
         wait(lambda: len(customer.messages) == 1, "the second message")
 
-    def test_who_waits_for_a_flush_of_such_mail_is_told_that_it_waits(self) -> None:
+    def test_who_waits_for_a_flush_of_such_mail_is_told_that_it_waits(self):
         relay = self.odmr(2)
         for is_running in cases(self, [True, False]):
             if not is_running:
@@ -6663,7 +6642,7 @@ class Odmr(Secured):
             self.assertIn("ourdom.example: " + etrn.WAITS["atrn"], relay.run("--status")[1])
             self.assertIn(etrn.WAITS["atrn"], relay.run("--queue")[1])
 
-    def test_held_mail_is_not_collected_and_a_stop_ends_a_collection_in_order(self) -> None:
+    def test_held_mail_is_not_collected_and_a_stop_ends_a_collection_in_order(self):
         relay = self.odmr(2)
         with self.visit() as wire:
             relay.run("--hold", DOMAIN)
@@ -6680,7 +6659,7 @@ class Odmr(Secured):
 class RealClients(Secured):
     """swaks, fetchmail and msmtp, as clients and as the customer of ODMR."""
 
-    def test_swaks_sends_over_starttls_and_in_the_clear(self) -> None:
+    def test_swaks_sends_over_starttls_and_in_the_clear(self):
         pair = self.path("one.pem"), self.path("one.key")
         relay = self.relay(domain="[tls]\ncertificate = %s\nkey = %s\n" % pair)
         command = [program("swaks"), "--server", "127.0.0.1:%d" % relay.port, "--helo", "swaks.example",
@@ -6694,7 +6673,7 @@ class RealClients(Secured):
             self.assertEqual((row["client"]["helo"], row["client"]["tls"]), ("swaks.example", tls))
             self.assertEqual(len(row["recipients"]), 2)
 
-    def fetch(self, text: str) -> str:
+    def fetch(self, text):
         """Run it once; returns what it said."""
         file = self.path("fetchmailrc")
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600))
@@ -6705,7 +6684,7 @@ class RealClients(Secured):
             timeout=DEADLINE_S)
         return (done.stdout + done.stderr).decode("utf-8", "replace")
 
-    def test_it_collects_a_queue(self) -> None:
+    def test_it_collects_a_queue(self):
         relay = self.relay("atrn", relay=ODMR, domain="\n".join([
             LOGIN_OPTIONS, "[domain other.example]", LOGIN_OPTIONS]))
         customer, port = self.primary().start(), relay.logged(r"ODMR on 127\.0\.0\.1:(\d+)").group(1)
@@ -6721,7 +6700,7 @@ class RealClients(Secured):
         wait(lambda: (relay.queue(), relay.json("--status")["connections"]) == ([], 0), "its end")
         self.assertIn("You have no mail", self.fetch(text))
 
-    def test_its_authenticated_etrn_tells_where_the_primary_is(self) -> None:
+    def test_its_authenticated_etrn_tells_where_the_primary_is(self):
         customer = self.primary().start()
         relay = self.relay("etrn", SMTP_PORT=customer.port, domain="\n".join([
             LOGIN_OPTIONS, "[domain other.example]", "primary = etrn", LOGIN_OPTIONS]))
@@ -6731,7 +6710,7 @@ class RealClients(Secured):
         relay.until_empty(said)
         relay.logged(r"etrn: site=other\.example, client=unknown\[127\.0\.0\.1\], messages=1, reply=253")
 
-    def test_fetchmail_and_msmtp_ask_for_their_domains(self) -> None:
+    def test_fetchmail_and_msmtp_ask_for_their_domains(self):
         for name in cases(self, ["fetchmail", "msmtp"]):
             path, primary, slow = program(name), self.primary(), "probe_interval = 1h\n"
             other = "[domain other.example]\n%sprimary = %s" % (slow, primary.address)
@@ -6754,11 +6733,11 @@ class RealClients(Secured):
 class Bounces(Relays):
     """Notices to senders; a scripted primary plays the smarthost."""
 
-    def relay_to_sink(self, primary: Any = None, domain: str = "lifetime = 1s", **options: Any) -> Relay:
+    def relay_to_sink(self, primary=None, domain="lifetime = 1s", **options):
         self.sink = self.primary().start()
         return self.relay(primary, smarthost=self.sink.address, domain=domain, **options)
 
-    def notice(self, relay: Relay) -> Tuple[Any, Any, Any]:
+    def notice(self, relay):
         """The first notice, its part about the message, and that about the first recipient."""
         wait(lambda: self.sink.messages, "a notice")
         relay.until_empty()
@@ -6766,7 +6745,7 @@ class Bounces(Relays):
         whole, one, *_ = list(notice.iter_parts())[1].get_payload()
         return notice, whole, one
 
-    def test_expired_mail_is_returned_to_its_sender(self) -> None:
+    def test_expired_mail_is_returned_to_its_sender(self):
         relay = self.relay_to_sink()
         relay.send(b"Subject: lost\r\nX: y\r\n\r\nsecret\r\n", parameters=" ENVID=QQ1 RET=HDRS",
                    recipients=["<u@%s> ORCPT=rfc822;old@x.example" % DOMAIN, "<v@%s> NOTIFY=NEVER" % DOMAIN])
@@ -6784,7 +6763,7 @@ class Bounces(Relays):
         relay.logged(r"smtp\[\d+\]: [0-9A-F]+: to=<u@ourdom\.example>, .*status=expired \(")
         relay.logged(r"bounce\[\d+\]: [0-9A-F]+: sender non-delivery notification: [0-9A-F]+")
 
-    def test_an_operator_returns_mail_and_a_notice_that_is_refused_goes_to_the_postmaster(self) -> None:
+    def test_an_operator_returns_mail_and_a_notice_that_is_refused_goes_to_the_postmaster(self):
         relay = self.relay_to_sink(domain="", bounces="postmaster = postmaster@x.example")
         self.sink.script["RCPT"] = lambda to: "250 ok" if "postmaster@" in to else "550 5.1.1 no such user"
         relay.send()
@@ -6795,7 +6774,7 @@ class Bounces(Relays):
         self.assertIn(b"a@sender.example", self.sink.messages[0][2])
         relay.logged(r"to=<user@ourdom\.example>, .*dsn=5\.0\.0, status=bounced \(Returned by the postmaster")
 
-    def test_a_server_that_comes_back_half_configured_loses_nobodys_mail(self) -> None:
+    def test_a_server_that_comes_back_half_configured_loses_nobodys_mail(self):
         primary = self.primary(RCPT="550 5.1.1 no such user")
         relay = self.relay_to_sink(primary, "recipients = verify\ncutthrough = yes\nretry_interval = 1s")
         for number in range(5):
@@ -6814,11 +6793,11 @@ class Bounces(Relays):
 
 
 @contextlib.contextmanager
-def webhook(said: bytes = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") -> Iterator[Any]:
+def webhook(said=b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"):
     """The options of a web hook that answers so, or not at all, and the bodies of its POSTs."""
-    bodies: List[bytes] = []
+    bodies = []
 
-    def serve() -> None:
+    def serve():
         with contextlib.suppress(OSError):
             while True:
                 sock = server.accept()[0]
@@ -6836,7 +6815,7 @@ def webhook(said: bytes = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") -> It
 class Alerting(Relays):
     """People are told: a program, a web hook, a mail."""
 
-    def test_an_outage_its_end_and_a_refusal_reach_program_web_hook_and_mail(self) -> None:
+    def test_an_outage_its_end_and_a_refusal_reach_program_web_hook_and_mail(self):
         primary, sink = self.primary(), self.primary().start()
         told, program = (self.path(name) for name in ("told", "tell me.sh"))
         with open(program, "w", encoding="ascii") as file:
@@ -6873,7 +6852,7 @@ class Alerting(Relays):
         self.assertEqual(events, ["down", "rejecting", "up", "up"])
         relay.until_empty()
 
-    def test_what_cannot_be_told_is_logged_without_secrets_and_holds_nothing_up(self) -> None:
+    def test_what_cannot_be_told_is_logged_without_secrets_and_holds_nothing_up(self):
         refused = b"HTTP/1.1 500 no\r\nContent-Length: 0\r\n\r\n"
         primary = self.primary().start()
         relay = self.relay(primary)
@@ -6901,7 +6880,7 @@ class Alerting(Relays):
 class Commands(Relays):
     """Each command, with a relay and without one."""
 
-    def both(self, more: int = 0) -> Iterator[Relay]:
+    def both(self, more=0):
         """A relay with three or more messages in two domains, its primary down: running, then stopped."""
         for self.is_running in (True, False):
             self.down = self.primary()
@@ -6916,7 +6895,7 @@ class Commands(Relays):
                 self.assertEqual(relay.end(), 0)
             yield relay
 
-    def test_queue_status_show_and_export_tell_as_the_contract_says(self) -> None:
+    def test_queue_status_show_and_export_tell_as_the_contract_says(self):
         for relay in self.both():
             rows = relay.queue()
             self.assertEqual([(row["domain"], row["sender"], [one["address"] for one in row["recipients"]])
@@ -6962,7 +6941,7 @@ class Commands(Relays):
             self.assertIn("\n>From here\n>>From there\n", text)
             self.assertIn("X-Envelope-To: <b@%s>\n" % DOMAIN, text)
 
-    def test_hold_release_and_delete_one_message_a_domain_and_all(self) -> None:
+    def test_hold_release_and_delete_one_message_a_domain_and_all(self):
         for relay in self.both():
             first = relay.queue()[0]["id"]
             for command, what, held in cases(self, [
@@ -6981,7 +6960,7 @@ class Commands(Relays):
             wait(lambda relay=relay: relay.run("--delete", "all", "--yes")[0] == 0)
             self.assertEqual((relay.queue(), relay.files()), ([], []))
 
-    def test_flush_waits_and_tells_what_became_of_the_mail(self) -> None:
+    def test_flush_waits_and_tells_what_became_of_the_mail(self):
         for relay in self.both(20):
             self.assertEqual((relay.run("--flush", DOMAIN)[0], len(relay.files())), (69, 46))
             late = DOMAIN if self.is_running else "two.example"
@@ -6999,7 +6978,7 @@ class Commands(Relays):
             self.assertEqual([relay.run("--flush", one)[0] for one in ("all", "all", "x.example")], [0, 0, 1])
             self.assertEqual((len(self.down.messages), relay.files()), (23, []))
 
-    def test_who_only_reads_writes_nothing(self) -> None:
+    def test_who_only_reads_writes_nothing(self):
         relay = self.relay(domain="delay_notice = 1s")
         for _ in range(4):
             relay.send()
@@ -7015,7 +6994,7 @@ class Commands(Relays):
         with open(relay.at(grown + ".eml"), "ab") as file:
             file.write(b"x")
 
-        def tree() -> Dict[str, Any]:
+        def tree():
             found = {os.path.join(where, name): os.lstat(os.path.join(where, name))
                      for where, folders, names in os.walk(relay.spool) for name in folders + names
                      if name != "lock"}
@@ -7028,14 +7007,14 @@ class Commands(Relays):
         relay.logged("moved to corrupt/: %s.json %s.eml" % (grown, grown))
         wait(lambda: finished + ".json" not in relay.files(), "it to be removed")
 
-    def test_a_bug_in_a_command_does_not_leave_it_waiting(self) -> None:
+    def test_a_bug_in_a_command_does_not_leave_it_waiting(self):
         relay = self.relay(LIST_BATCH=0)        # a step of nothing: range() does not like it
         relay.send()
         command = [*COMMAND, "--config", relay.file, "--queue"]
         done = subprocess.run(command, capture_output=True, timeout=DEADLINE_S, check=False)
         self.assertEqual((done.returncode, done.stderr), (69, b"etrn_relay.py: the relay broke off\n"))
 
-    def test_usage_help_and_errors_of_the_configuration(self) -> None:
+    def test_usage_help_and_errors_of_the_configuration(self):
         relay = Relay(self.folder)
         self.assertEqual((relay.queue(), relay.json("--status")["spool"]["messages"]), ([], 0))
         with mock.patch.dict(os.environ, {"ETRN_RELAY_CONFIG": relay.file}):
@@ -7059,7 +7038,7 @@ FOREIGN = "<script>alert('x')</script>\"><img src=x onerror=y>&amp;\x1b[31m\r\n\
 WALL = 1764104472.0
 
 
-def facts(**changes: Any) -> etrn.Facts:
+def facts(**changes):
     """One primary down, one up, one rejecting; with `text` wherever foreign text can stand."""
     text = changes.pop("text", "connect to 192.0.2.1:25: Connection refused")
     history = etrn.History()
@@ -7089,7 +7068,7 @@ TAG = re.compile(r'<(?:!DOCTYPE html|/?(?:%s)(?: (?:%s)="[^"<>]*")*/?)>' % (
     TAGS.replace(" ", "|"), ATTRIBUTES.replace(" ", "|")))
 
 
-def texts_of(page: str) -> str:
+def texts_of(page):
     """What a browser shows.  Nothing may look like a tag but the few that the page is made of."""
     text = TAG.sub(" ", page)
     assert not re.search("[<>]", text), text
@@ -7098,12 +7077,11 @@ def texts_of(page: str) -> str:
 
 FAMILY = re.compile(r'# HELP (etrn_relay_\w+) \S.*\n# TYPE \1 (gauge|counter)\n'
                     r'((?:\1(?:\{(?:[a-z]+="(?:[^"\\\n]|\\[\\"n])*",?)+\})? \S+\n)+)')
-Families = Dict[str, Tuple[str, Dict[str, float]]]      # {name: (type, {labels: value})}
 
 
-def parse_metrics(text: str) -> Families:
+def parse_metrics(text):
     """Prometheus text format 0.0.4, strictly."""
-    families: Families = {}
+    families = {}
     while text:
         match = FAMILY.match(text)
         assert match and match.group(1) not in families, text
@@ -7119,20 +7097,20 @@ def parse_metrics(text: str) -> Families:
 class Page(unittest.TestCase):
     """What is made of values: no socket, no clock."""
 
-    def setUp(self) -> None:
+    def setUp(self):
         patch = mock.patch.dict(os.environ, TZ="UTC")
         patch.start()
         time.tzset()
         self.addCleanup(time.tzset)
         self.addCleanup(patch.stop)
 
-    def test_every_foreign_text_is_escaped(self) -> None:
+    def test_every_foreign_text_is_escaped(self):
         page = etrn.format_page(facts(
             text=FOREIGN, hostname=FOREIGN, load_error=FOREIGN, spool={"sick": FOREIGN}))
         self.assertGreater(texts_of(page).count("<script>alert('x')</script>\"><img"), 5)
         self.assertEqual([c for c in page if not c.isprintable() and c != "\n"], [])
 
-    def test_the_page_says_what_a_postmaster_must_know(self) -> None:
+    def test_the_page_says_what_a_postmaster_must_know(self):
         page = texts_of(etrn.format_page(facts()))
         for text in cases(self, [
                 "Primary down: example.com. Waiting: 1841 messages.", "Primary rejecting: connect", "1,843",
@@ -7157,7 +7135,7 @@ class Page(unittest.TestCase):
             one["primary"] = "up"
         self.assertIn("All is well", etrn.format_page(well))
 
-    def test_hundreds_of_domains_make_a_bounded_page_and_those_in_trouble_stand_first(self) -> None:
+    def test_hundreds_of_domains_make_a_bounded_page_and_those_in_trouble_stand_first(self):
         many = facts(text="refusing.example")
         for name in ["d%04d.example" % number for number in range(3000)]:
             many.status["domains"][name] = many.status["domains"]["example.org"]
@@ -7168,7 +7146,7 @@ class Page(unittest.TestCase):
         self.assertEqual(re.findall("<h2>(.*?)</h2>", page)[:2], ["example.com", "refusing.example"])
         self.assertIn("And 2903 domains", page)
 
-    def test_the_policy_allows_this_very_style_and_nothing_else(self) -> None:
+    def test_the_policy_allows_this_very_style_and_nothing_else(self):
         style = etrn.format_page(facts()).partition("<style>")[2].partition("</style>")[0]
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
         expected = dict.fromkeys(["default-src", "base-uri", "form-action", "frame-ancestors"], "'none'")
@@ -7176,7 +7154,7 @@ class Page(unittest.TestCase):
         parts = [part.strip().partition(" ") for part in etrn.PAGE_POLICY.split(";")]
         self.assertEqual({name: value for name, _, value in parts}, expected)
 
-    def test_metrics_are_prometheus_text(self) -> None:
+    def test_metrics_are_prometheus_text(self):
         families = parse_metrics(etrn.format_metrics(facts(text=FOREIGN)))
         self.assertFalse(any("notice:" in labels for _, samples in families.values() for labels in samples))
         self.assertEqual(sum(families["etrn_relay_primary_state"][1].values()), 3)
@@ -7198,7 +7176,7 @@ class Page(unittest.TestCase):
 class Histories(unittest.TestCase):
     """A week of each domain, for the page: bounded, kept, and believed only where it makes sense."""
 
-    def test_a_history_stays_bounded_and_survives_a_save(self) -> None:
+    def test_a_history_stays_bounded_and_survives_a_save(self):
         chance, history = random.Random(822), etrn.History()
         names = ["d%d.example" % number for number in range(etrn.HISTORY_DOMAINS_MAX + 20)]
         for step in range(600):             # three weeks and more
@@ -7214,7 +7192,7 @@ class Histories(unittest.TestCase):
         history.note("new.example", 1, "up", WALL + 3600 * 600)
         self.assertIn("new.example", history.domains)
 
-    def test_columns_show_peaks_and_the_worst_state(self) -> None:
+    def test_columns_show_peaks_and_the_worst_state(self):
         history, start = etrn.History(), WALL - WALL % 3600
         for at, depth, state in (
                 (0, 5, "unknown"), (9, 5, "up"), (3600, 0, "up"), (3700, 90, "up"), (3710, 0, "rejecting"),
@@ -7225,7 +7203,7 @@ class Histories(unittest.TestCase):
             (0, "off"), (5, "up"), (90, "rejecting"), (0, "off"), (1, "down"), (0, "off")]))
         self.assertEqual(history.columns("other.example", start), [(0, "off")] * 168)
 
-    def test_nonsense_in_the_file_is_forgotten(self) -> None:
+    def test_nonsense_in_the_file_is_forgotten(self):
         good = {"domains": {"a": [[490000, 3, "up"]]}, "sites": {"a": {"depth": []}}}
         rows = ([float("nan"), 1, "up"], [1, -1, "up"], [1, 10 ** 400, "up"], [1, 1, FOREIGN])
         odd = [{"domains": {"a": [row]}} for row in rows]
@@ -7237,7 +7215,7 @@ class Histories(unittest.TestCase):
                                     for at, depth, state in hours))
 
 
-def fetch(port: int, path: str = "/", method: str = "GET", **headers: str) -> Tuple[int, Any, str]:
+def fetch(port, path="/", method="GET", **headers):
     """Status, header fields and body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
     with contextlib.closing(connection):
@@ -7246,7 +7224,7 @@ def fetch(port: int, path: str = "/", method: str = "GET", **headers: str) -> Tu
         return answer.status, answer.headers, answer.read().decode("utf-8")
 
 
-def basic(user: str, password: str) -> str:
+def basic(user, password):
     return "Basic " + base64.b64encode(("%s:%s" % (user, password)).encode()).decode()
 
 
@@ -7256,20 +7234,20 @@ STATUS_PAGE = "[status]\nlisten = 127.0.0.1:0\n"
 class PageOverHttp(Relays):
     """What a browser, a scraper and an attacker see; and what becomes of it while the relay lives."""
 
-    def page(self, relay: Relay, since: int = 0) -> int:
+    def page(self, relay, since=0):
         return int(relay.logged(r"status page on http://127\.0\.0\.1:(\d+)/", since).group(1))
 
-    def serve(self, token: str = "", **options: Any) -> int:
+    def serve(self, token="", **options):
         """A relay with a page; its port."""
         self.running = self.relay(bounces=STATUS_PAGE + ("token = %s" % token if token else ""), **options)
         return self.page(self.running)
 
-    def raw(self, port: int, data: bytes) -> bytes:
+    def raw(self, port, data):
         with connect(port) as sock:
             sock.sendall(data)
             return b"".join(iter(lambda: sock.recv(65536), b""))
 
-    def test_paths_and_methods(self) -> None:
+    def test_paths_and_methods(self):
         port = self.serve()
         for path, kind in cases(self, [("/", "text/html"), ("/metrics", "text/plain; version=0.0.4"),
                                        ("/status.json?x=y", "application/json"), ("/healthz", "text/plain")]):
@@ -7286,7 +7264,7 @@ class PageOverHttp(Relays):
         for path in cases(self, ["/x", "/metrics/", "/..%2fmetrics", "/favicon.ico", "/status"]):
             self.assertEqual(fetch(port, path)[0], 404)
 
-    def test_malformed_and_endless_requests(self) -> None:
+    def test_malformed_and_endless_requests(self):
         port = self.serve()
         for data, expected in cases(self, [
                 (b"GET / HTTP/9.9\r\n\r\n", b"505"), (b"GET / X\r\n\r\n", b"400"),      # RFC 9110 2.5
@@ -7299,7 +7277,7 @@ class PageOverHttp(Relays):
         self.assertEqual(fetch(port, "/healthz")[::2], (200, "ok\n"))
         self.assertEqual([line for line in self.running.log if "Traceback" in line], [])
 
-    def test_the_token_guards_all_but_healthz(self) -> None:
+    def test_the_token_guards_all_but_healthz(self):
         port = self.serve("s3cret:x")
         for given, status in cases(self, [
                 *((given, 200) for given in (
@@ -7319,14 +7297,14 @@ class PageOverHttp(Relays):
         self.running.logged(r"http.*: refused: GET /none from unknown.127\.0\.0\.1.: 401 wrong token")
         self.assertEqual([line for line in self.running.log if "s3cret" in line.lower()], [])
 
-    def test_health_is_503_with_the_reason(self) -> None:
+    def test_health_is_503_with_the_reason(self):
         port = self.serve()
         self.reload(self.running, "configuration reread", min_free_space="4000000G")
         status, _, body = fetch(port, "/healthz")
         self.assertEqual((status, body[:11]), (503, "disk short:"))
         self.assertIn("Disk short:", fetch(port)[2])
 
-    def test_twenty_readers_at_once_wait_their_turn(self) -> None:
+    def test_twenty_readers_at_once_wait_their_turn(self):
         """None of them is reset."""
         port = self.serve(PAGE_CONNECTIONS=4)
         readers = [connect(port) for _ in range(25)]
@@ -7339,7 +7317,7 @@ class PageOverHttp(Relays):
                 answer = b"".join(iter(functools.partial(sock.recv, 65536), b""))
             self.assertEqual((answer[9:12], answer[-8:]), (b"200", b"</html>\n"))
 
-    def test_slow_clients_neither_block_nor_stay(self) -> None:
+    def test_slow_clients_neither_block_nor_stay(self):
         port = self.serve(PAGE_TOTAL_S=1.0)
         slow = [connect(port) for _ in range(5)]
         for sock in slow:
@@ -7350,7 +7328,7 @@ class PageOverHttp(Relays):
             with contextlib.suppress(ConnectionError):
                 self.assertNotIn(b" 200 ", sock.recv(1000))
 
-    def test_the_page_shows_an_outage_and_remembers_it(self) -> None:
+    def test_the_page_shows_an_outage_and_remembers_it(self):
         primary = self.primary()
         relay = self.relay(primary, bounces=STATUS_PAGE)
         relay.send()
@@ -7377,7 +7355,7 @@ class PageOverHttp(Relays):
         relay.start()
         self.assertIn("peak <b>1</b>", fetch(self.page(relay, mark))[2])
 
-    def test_a_hangup_moves_the_page_and_changes_the_token(self) -> None:
+    def test_a_hangup_moves_the_page_and_changes_the_token(self):
         port = self.serve("one")
         relay = self.running
         self.assertEqual(fetch(port, Authorization="Bearer one")[0], 200)
@@ -7403,7 +7381,7 @@ class PageOverHttp(Relays):
 class Terminal(unittest.TestCase):
     """What commands show to people."""
 
-    def setUp(self) -> None:
+    def setUp(self):
         waiting = [("example.com", "queued"), ("example.com", "held"), ("long.example.org", "delivering")]
         recipient = {"address": "u@example.com", "state": "queued", "attempts": 3, "next_attempt": WALL + 240,
                      "expires": WALL + 9e5, "last_attempt": WALL - 60, "last_response": "450 4.2.0" + FOREIGN}
@@ -7413,25 +7391,25 @@ class Terminal(unittest.TestCase):
              "next_attempt": None if state == "held" else WALL + 95,
              "recipients": [dict(recipient, address="user%d@%s" % (n, domain)) for n in range(number + 1)]}
             for number, (domain, state) in enumerate(waiting)]
-        self.sidecar: Dict[str, Any] = {
+        self.sidecar = {
             "id": "6611F58B85C7A", "domain": "example.com", "received": WALL - 5000, "size": 4120,
             "sha256": "0" * 64, "sender": "a@b.example", "held": True,
             "client": {"address": "192.0.2.7", "helo": FOREIGN, "tls": None},
             "recipients": [recipient, dict(recipient, state="delivered", address="done@example.com")]}
 
-    def texts(self) -> List[str]:
+    def texts(self):
         status, header = facts(text=FOREIGN * 3).status, ("Subject: " + FOREIGN).encode("utf-8", "replace")
         return [etrn.format_queue(self.rows, WALL), etrn.format_status(status, WALL),
                 etrn.format_envelope(self.sidecar, header, WALL)]
 
-    def test_nothing_foreign_reaches_the_terminal(self) -> None:
+    def test_nothing_foreign_reaches_the_terminal(self):
         for text in self.texts():
             self.assertTrue(all(c.isprintable() or c == "\n" for c in text))
 
-    def test_queue_status_and_envelope_say_what_is_asked(self) -> None:
+    def test_queue_status_and_envelope_say_what_is_asked(self):
         queue, status, envelope = self.texts()
         offline = facts(text="x.example", spool={"sick": "EIO", "loading": True}).status
-        offline.update(pid=None, uptime=None)   # type: ignore[attr-defined]
+        offline.update(pid=None, uptime=None)
         for text, pattern in cases(self, [
                 (queue, r"(?m)^3 messages, 12K, 1 held$"), (queue, r"user0@\S+, user1"),
                 (queue, r"(?m)^6611F58B85C71 +2h1m  4\.0K  held +- +<somebody@sender.example> "),
@@ -7448,7 +7426,7 @@ class Terminal(unittest.TestCase):
         self.assertEqual(envelope.count("expires"), 1)
         self.assertEqual(etrn.format_queue([], WALL), "The queue is empty.\n")
 
-    def test_an_mbox_can_be_read_back_and_nothing_breaks_out_of_it(self) -> None:
+    def test_an_mbox_can_be_read_back_and_nothing_breaks_out_of_it(self):
         message = b"Subject: x\r\n\r\nFrom here\r\n>From there\r\n\r\nFrom\r\nlast"
         self.sidecar["sender"] = "a b\u00e9@b.example\nFrom x"
         self.sidecar["recipients"][0]["address"] = "u@example.com\nX: y\ud800"
@@ -7465,14 +7443,14 @@ class Units(Folder):
     """--print-unit"""
     NASTY = "it's a \"50%\" $HOME & <b>;.conf"
 
-    def unit(self, kind: str, text: str = "", name: str = "etrn.conf") -> str:
+    def unit(self, kind, text="", name="etrn.conf"):
         path = self.path(name)
         save(path, text)
         code, out, errors = run("--print-unit", kind, "--config", path)
         self.assertEqual((code, errors), (0, ""))
         return out
 
-    def test_every_kind_names_this_script_this_python_and_the_configuration(self) -> None:
+    def test_every_kind_names_this_script_this_python_and_the_configuration(self):
         path = self.path("etrn.conf")
         for kind in cases(self, sorted(etrn.UNITS)):
             code, out, errors = run("--print-unit", kind, "--config", path)
@@ -7488,12 +7466,12 @@ class Units(Folder):
         with nowhere, mock.patch.dict(os.environ, ETRN_RELAY_CONFIG=""):
             self.assertIn("--config /etc/etrn.conf\n", run("--print-unit", "systemd")[1])
 
-    def test_what_cannot_be_written_in_a_unit_is_refused(self) -> None:
+    def test_what_cannot_be_written_in_a_unit_is_refused(self):
         for kind, name in cases(self, itertools.product(etrn.UNITS, ("a\nb", "a\u202eb", "a\x7f"))):
             code, out, errors = run("--print-unit", kind, "--config", self.path(name))
             self.assertEqual((code, out, "cannot be written in a unit" in errors), (64, "", True))
 
-    def test_a_systemd_unit_gives_what_the_configuration_needs_and_no_more(self) -> None:
+    def test_a_systemd_unit_gives_what_the_configuration_needs_and_no_more(self):
         always = ["Type=exec", "ProtectSystem=strict", "NoNewPrivileges=yes", "Restart=on-failure",
                   'ExecReload=/bin/sh -c "kill -HUP ${MAINPID}"', "RestartPreventExitStatus=78 64",
                   "CapabilityBoundingSet=CAP_NET_BIND_SERVICE", "UMask=0077"]
@@ -7510,11 +7488,11 @@ class Units(Folder):
             self.assertEqual([line for line in lines + always if line not in out.split("\n")], [])
             self.assertNotIn(absent, out)
 
-    def test_words_that_systemd_would_take_apart_are_quoted(self) -> None:
+    def test_words_that_systemd_would_take_apart_are_quoted(self):
         self.assertIn('/it\'s a \\"50%%\\" $$HOME & <b>;.conf"\n', self.unit("systemd", name=self.NASTY))
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
-    def test_systemd_itself_finds_nothing_wrong(self) -> None:
+    def test_systemd_itself_finds_nothing_wrong(self):
         path = self.path("etrn_relay.service")
         for text in cases(self, ["spool = /var/lib/etrn_relay", "user = mail\nspool = a b%%c"]):
             save(path, self.unit("systemd", "[relay]\n%s\n" % text, self.NASTY))
@@ -7523,7 +7501,7 @@ class Units(Folder):
             about_us = [line for line in done.stdout.decode().split("\n") if "etrn_relay" in line]
             self.assertEqual((about_us, done.returncode), ([], 0))
 
-    def test_the_others_hand_on_each_word_whole(self) -> None:
+    def test_the_others_hand_on_each_word_whole(self):
         command = [sys.executable, SOURCE, "--config", self.path(self.NASTY)]
         for kind, prelude, script in cases(self, [
                 ("openrc", "", 'eval printf "\'%s\\n\'" $command $command_args\n'),
@@ -7541,7 +7519,7 @@ class Units(Folder):
 class Probes(Relays):
     """--probe says what a delivery would meet, and sends nothing."""
 
-    def probe(self, primary: str, domain: str = "", zone: Any = None) -> Tuple[int, Any, str]:
+    def probe(self, primary, domain="", zone=None):
         """Exit status, what --json says (of the host, where there is one), and what people read."""
         with Dns(zone or {}) as dns:
             one = Relay(self.folder, primary, domain=domain, nameservers=str(dns.endpoint))
@@ -7551,7 +7529,7 @@ class Probes(Relays):
         found = json.loads(out)
         return code, found["hosts"][0] if found["hosts"] else found, text
 
-    def test_a_primary_that_takes_mail_is_shown_and_nothing_is_sent(self) -> None:
+    def test_a_primary_that_takes_mail_is_shown_and_nothing_is_sent(self):
         primary = self.primary(QUIT=CUT).start()
         code, host, text = self.probe(primary.address)
         self.assertEqual((code, host["takes_mail"], host["error"]), (0, True, None))
@@ -7563,7 +7541,7 @@ class Probes(Relays):
         for word in ("primary.example ESMTP", "PIPELINING", "takes_mail: True"):
             self.assertIn(word, text)
 
-    def test_the_exit_status_tells_refused_from_unreachable_and_from_foreign(self) -> None:
+    def test_the_exit_status_tells_refused_from_unreachable_and_from_foreign(self):
         primary = self.primary().start()
         for script, status, word in cases(self, [
                 ({"RCPT": "550 5.1.1 no postmaster"}, 75, "rcpt: 550 5.1.1 no postmaster"),
@@ -7578,7 +7556,7 @@ class Probes(Relays):
             code, out, errors = Relay(self.folder).run("--probe", name, "--json")
             self.assertEqual((code, out, word in errors), (status, "", True))
 
-    def test_a_probe_ends_although_nobody_answers(self) -> None:
+    def test_a_probe_ends_although_nobody_answers(self):
         for stage, text, status in cases(self, [
                 ("greeting", "no answer", 69), ("EHLO", "no answer", 69), ("RCPT", "timed out", 75)]):
             primary = self.primary(**{stage: HANG}).start()
@@ -7594,7 +7572,7 @@ class Probes(Relays):
             self.assertLess(time.monotonic() - began, DEADLINE_S)
         self.assertEqual((code, json.loads(out)["hosts"], "no answer" in out), (69, [], True))
 
-    def test_the_certificate_is_shown_and_the_policy_of_the_domain_holds(self) -> None:
+    def test_the_certificate_is_shown_and_the_policy_of_the_domain_holds(self):
         files = make_certificate(self, self.folder, "mx.primary.example")
         primary = self.primary(SecurePrimary, files[0]).start()
         pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(load(files[0]))).hexdigest()
@@ -7611,7 +7589,7 @@ class Probes(Relays):
             self.assertEqual(self.probe(where, "tls = verify", zone=zone)[0], 0)
             self.assertIn("127.0.0.1", self.probe(primary.address, "tls = verify")[1]["error"])     # the name
 
-    def test_the_route_holds_what_a_delivery_would_try(self) -> None:
+    def test_the_route_holds_what_a_delivery_would_try(self):
         mx = {(DOMAIN, etrn.MX): [(10, "a.example"), (20, "backup.example.net"), (20, "peer.example")],
               ("a.example", etrn.A): ["127.0.0.2"], ("backup.example.net", etrn.A): ["127.0.0.3"],
               ("peer.example", etrn.A): ["127.0.0.4"]}
@@ -7628,7 +7606,7 @@ class Probes(Relays):
 class Checks(Relays):
     """--check says what will not work, and changes nothing."""
 
-    def check(self, zone: Any = None, **options: Any) -> Tuple[int, List[Dict[str, str]]]:
+    def check(self, zone=None, **options):
         with Dns(zone or {}) as dns:
             one = Relay(self.folder, nameservers=str(dns.endpoint), **options)
             before = sorted(os.listdir(self.folder))
@@ -7636,13 +7614,13 @@ class Checks(Relays):
             self.assertEqual(sorted(os.listdir(self.folder)), before)       # nothing is changed
         return code, json.loads(out)
 
-    def found(self, level: str, text: str, **options: Any) -> None:
+    def found(self, level, text, **options):
         code, findings = self.check(**options)
         is_there = any(one["level"] == level and text in one["text"] for one in findings)
         self.assertTrue(is_there, (level, text, findings))
         self.assertEqual(code, 78 if any(one["level"] == "error" for one in findings) else 0)
 
-    def test_the_dns_should_know_this_host_and_a_better_one(self) -> None:
+    def test_the_dns_should_know_this_host_and_a_better_one(self):
         name = "backup.example.net"
         for level, text, zone in cases(self, [
                 ("warning", "no such name: " + name, {}), ("ok", "1.1.1.1", {(name, etrn.A): ["1.1.1.1"]}),
@@ -7653,7 +7631,7 @@ class Checks(Relays):
                     ("warning", "behind a better host", [(10, name), (20, "mx.example")])))]):
             self.found(level, text, zone=zone)
 
-    def test_the_primary_is_reached_or_there_is_somebody_who_may_come(self) -> None:
+    def test_the_primary_is_reached_or_there_is_somebody_who_may_come(self):
         primary = self.primary().start()
         self.found("ok", "it answers", primary=primary.address)
         self.assertEqual(primary.log, ["ehlo backup.example.net"])
@@ -7665,7 +7643,7 @@ class Checks(Relays):
                 ("etrn", "", login, "ok"), ("etrn", "", login + "\netrn = none", "error")]):
             self.found(level, "mail waits", primary=kind, relay=relay, domain=domain)
 
-    def test_files_it_needs(self) -> None:
+    def test_files_it_needs(self):
         self.found("error", "No such file", domain="recipients = file:users")
         save(self.path("users"), "\ufeffuser@%s OK\r\nnonsense\n" % DOMAIN)
         for level, text, options in cases(self, [
@@ -7679,7 +7657,7 @@ class Checks(Relays):
             pass
         self.found("error", "spool is not a directory")
 
-    def test_the_spool_must_be_of_use_to_its_account(self) -> None:
+    def test_the_spool_must_be_of_use_to_its_account(self):
         spool = self.path("spool")
         self.found("error", "no such account", relay="user = nosuchuser")
         if os.geteuid() != 0:
@@ -7711,7 +7689,7 @@ class Checks(Relays):
                    bounces="[tls]\ncertificate = %s\nkey = %s" % (secret, secret))
         self.assertEqual(os.geteuid(), 0)
 
-    def test_what_cannot_start_or_tells_too_much_is_said(self) -> None:
+    def test_what_cannot_start_or_tells_too_much_is_said(self):
         free, port = shutil.disk_usage(self.folder).free, unused_port()
         for size, level in cases(self, [(free // 3, "ok"), (free * 2, "error")]):
             self.found(level, "/spool: ", min_free_space="%d" % size)
@@ -7733,12 +7711,12 @@ class Checks(Relays):
             with mock.patch.object(etrn, "file_system", return_value=kind):
                 self.found("warning", "spool is on " + kind)
 
-    def test_a_port_of_the_running_relay_is_not_taken(self) -> None:
+    def test_a_port_of_the_running_relay_is_not_taken(self):
         port = unused_port()
         relay = self.relay(listen="127.0.0.1:%d" % port)
         self.assertEqual((relay.port, relay.run("--check")[0]), (port, 0))
 
-    def test_it_ends_although_nobody_answers(self) -> None:
+    def test_it_ends_although_nobody_answers(self):
         done = threading.Event()
         self.addCleanup(done.set)
         hang = mock.patch.object(etrn.Resolver, "query", lambda *_: done.wait(2 * DEADLINE_S))
@@ -7750,14 +7728,14 @@ class Checks(Relays):
 
 # -- what nears its end
 
-def clocked(clock: Clock) -> Any:
+def clocked(clock):
     """The relay's two clocks are this one."""
-    return shorten(time=types.SimpleNamespace(      # type: ignore[arg-type]
+    return shorten(time=types.SimpleNamespace(
         **dict(vars(time), monotonic=lambda: clock.mono, time=lambda: clock.wall)))
 
 
 @contextlib.contextmanager
-def idle_server(test: Folder, text: str = "", domain: str = "") -> Iterator[etrn.Server]:
+def idle_server(test, text="", domain=""):
     """A relay whose loop only the test turns, and that reaches no primary."""
     spool = etrn.Spool(os.path.join(test.folder, "spool"))
     spool.open()
@@ -7772,8 +7750,7 @@ def idle_server(test: Folder, text: str = "", domain: str = "") -> Iterator[etrn
         spool.close()
 
 
-def make_certificate(test: unittest.TestCase, folder: str, name: str = "backup.example.net",
-                     days: int = 30) -> Tuple[str, str]:
+def make_certificate(test, folder, name="backup.example.net", days=30):
     """A real one, self-signed: its file and its key's."""
     if not shutil.which("openssl"):
         test.skipTest("openssl is not installed")
@@ -7787,14 +7764,14 @@ def make_certificate(test: unittest.TestCase, folder: str, name: str = "backup.e
 class Watchfulness(Folder):
     """What nears its end is told: the certificate, the disk.  And else the loop sleeps."""
 
-    def swept(self, server: etrn.Server, told: mock.Mock, clock: Clock, seconds: float) -> List[str]:
+    def swept(self, server, told, clock, seconds):
         """Texts of the alerts of a turn so much later."""
         told.reset_mock()
         server.loop.now, server.started = clock.advance(seconds), 0.0
         server._sweep()
         return ["%(event)s: %(text)s" % call[0][0] for call in told.call_args_list]
 
-    def test_a_certificate_that_nobody_renews_is_told_once_a_day(self) -> None:
+    def test_a_certificate_that_nobody_renews_is_told_once_a_day(self):
         files, clock = make_certificate(self, self.folder, days=16), Clock()
         clock.wall = time.time()
         text = "min_free_space = 0\n[alerts]\nmail = a@b.example\n[tls]\ncertificate = %s\nkey = %s\n" % files
@@ -7810,7 +7787,7 @@ class Watchfulness(Folder):
             self.assertEqual(self.swept(server, told, clock, 86500), [])
             self.assertAlmostEqual(server.certificate.end, time.time() + 90 * 86400, delta=60)
 
-    def test_a_disk_that_fills_is_noticed_though_no_mail_comes(self) -> None:
+    def test_a_disk_that_fills_is_noticed_though_no_mail_comes(self):
         clock, text = Clock(), "[alerts]\nmail = a@b.example\n"
         with idle_server(self, text) as server, mock.patch.object(server.queue.alerts, "_mail") as told, (
                 mock.patch.object(server.spool, "free")) as free:
@@ -7820,7 +7797,7 @@ class Watchfulness(Folder):
                 self.assertEqual(self.swept(server, told, clock, seconds), [
                     "disk: %dM left for the spool; below 100M mail is refused" % mebibytes] * is_told)
 
-    def test_an_idle_relay_and_one_in_a_long_outage_wake_once_a_second(self) -> None:
+    def test_an_idle_relay_and_one_in_a_long_outage_wake_once_a_second(self):
         for count, most in cases(self, [(0, 3610), (2, 4100)]):     # the primary is tried now and then
             clock, text = Clock(), "probe_interval = 1h\n[alerts]\nafter = 5m\n"
             with clocked(clock), idle_server(self, "min_free_space = 0\n", text) as server:
@@ -7844,7 +7821,7 @@ class Watchfulness(Folder):
 class LogReaders(Relays):
     """pflogsumm and fail2ban read our lines as Postfix's."""
 
-    def read(self, *command: str) -> str:
+    def read(self, *command):
         """What a program says of a log with an event of every kind."""
         name, path = program(command[0]), self.path("mail.log")
         answers = {"later": "450 4.2.0 Greylisted", "never": "550 5.1.1 (no) such, user"}
@@ -7868,7 +7845,7 @@ class LogReaders(Relays):
         self.assertEqual(done.returncode, 0, done.stdout)
         return done.stdout.decode("utf-8", "replace")
 
-    def test_pflogsumm_counts_what_happened(self) -> None:
+    def test_pflogsumm_counts_what_happened(self):
         # Two words: in one, --syslog-name=etrn_relay, it makes hyphens of the underscores.
         text = self.read("pflogsumm", "--syslog-name", "etrn_relay", "LOG")
         found = re.findall(r"(?m)^ +(\d+) +(received|delivered|deferred|bounced|rejected|recipients)", text)
@@ -7877,7 +7854,7 @@ class LogReaders(Relays):
         for part in cases(self, ["4.2.0 Greylisted", "access denied (total: 2)", "5.1.1 (no) such, user"]):
             self.assertIn(part, text)
 
-    def test_fail2ban_finds_the_address_to_ban(self) -> None:
+    def test_fail2ban_finds_the_address_to_ban(self):
         filter = "postfix[_daemon=etrn_relay/smtpd]"
         text = self.read("fail2ban-regex", "LOG", filter, "-v", "--print-all-matched")
         matched = re.findall(r"(?m)^\|  .*etrn_relay/smtpd\[\d+\]: (.*)$", text.partition("Matched line")[2])
@@ -7887,7 +7864,7 @@ class LogReaders(Relays):
 
 
 
-def program(name: str) -> str:
+def program(name):
     """The path of a real program; its test is skipped where there is none."""
     path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
     if path is None:
@@ -7898,11 +7875,11 @@ def program(name: str) -> str:
 class Misuse(Relays):
     """Odd commands, odd terminals, odd owners."""
 
-    def command(self, relay: Relay, line: str, **options: Any) -> "subprocess.CompletedProcess[bytes]":
+    def command(self, relay, line, **options):
         options = dict({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "check": False}, **options)
         return subprocess.run([*COMMAND, "--config", relay.file, *line.split()], **options)
 
-    def terminal(self, relay: Relay, line: str, answer: bytes = b"") -> Tuple[int, str]:
+    def terminal(self, relay, line, answer=b""):
         """A command whose input and output are a terminal: exit status and what it showed."""
         master, slave = os.openpty()
         with os.fdopen(master, "rb", buffering=0) as screen:
@@ -7915,7 +7892,7 @@ class Misuse(Relays):
                 shown.extend(iter(lambda: screen.read(4096), b""))
             return process.wait(DEADLINE_S), b"".join(shown).decode().replace("\r\n", "\n")
 
-    def test_no_odd_command_starts_a_relay_or_does_anything(self) -> None:
+    def test_no_odd_command_starts_a_relay_or_does_anything(self):
         relay = Relay(self.folder)
         for line in cases(self, [
                 "--flush ''", "--queue=", "--hold ''", "--show ''", "--config '' --queue", "--yes", "--raw",
@@ -7939,7 +7916,7 @@ class Misuse(Relays):
             self.assertEqual(done.returncode, 78)
             self.assertIn(b"neither ./etrn.conf nor /etc/etrn.conf", done.stdout)
 
-    def test_a_hold_of_subdomains_or_of_all_holds_the_first_mail_too(self) -> None:
+    def test_a_hold_of_subdomains_or_of_all_holds_the_first_mail_too(self):
         relay = self.relay(self.primary().start())
         for what in cases(self, ["@" + DOMAIN, "all", DOMAIN.upper()]):
             self.assertEqual(relay.run("--hold", what)[0], 0)       # before any mail has come
@@ -7948,7 +7925,7 @@ class Misuse(Relays):
             relay.run("--release", what)
             wait(lambda: relay.is_empty() and not relay.queue(), "an empty spool")
 
-    def test_flush_draws_its_progress_on_a_terminal(self) -> None:
+    def test_flush_draws_its_progress_on_a_terminal(self):
         primary = self.primary()
         relay = self.relay(primary)
         relay.send()
@@ -7958,7 +7935,7 @@ class Misuse(Relays):
         self.assertEqual((code, shown.split("\r")[-1]), (
             0, "[%s] 1 of 1\nall: 1 delivered, 0 returned, 0 still waiting\n" % ("#" * 40)))
 
-    def test_delete_all_asks_on_a_terminal_and_takes_an_answer_from_a_script(self) -> None:
+    def test_delete_all_asks_on_a_terminal_and_takes_an_answer_from_a_script(self):
         relay = self.relay()
         for _ in range(2):
             relay.send()
@@ -7974,7 +7951,7 @@ class Misuse(Relays):
         done = self.command(relay, "--delete all", input=b"y\n")
         self.assertEqual((done.returncode, relay.files()), (0, []))
 
-    def test_mail_expires_without_a_daemon_too(self) -> None:
+    def test_mail_expires_without_a_daemon_too(self):
         """--flush from cron: three runs that failed after its time, and the last run's own try."""
         relay = Relay(self.folder, domain="lifetime = 1s")
         os.mkdir(relay.spool)
@@ -7994,7 +7971,7 @@ class Misuse(Relays):
                 self.assertEqual((run, row["sender"]), (run, "a@sender.example" if run < 3 else ""))
             self.assertEqual(relay.run("--delete", row["id"])[0], 0)
 
-    def test_an_export_is_read_by_mailbox_and_names_the_recipients_of_its_domain_alone(self) -> None:
+    def test_an_export_is_read_by_mailbox_and_names_the_recipients_of_its_domain_alone(self):
         relay = self.relay(domain="[domain two.example]\n")
         bodies = [b"", b"one\r\n", b"From here\r\n>From there\r\n\r\n\r\n", b"no end of line", b".\r\n..\r\n",
                   "From\u00e9\r\n".encode(), b"y" * 600000 + b"\r\nFrom end\r\n"]
@@ -8019,7 +7996,7 @@ class Misuse(Relays):
                 done = self.command(relay, "--export all", stdout=full)
             self.assertEqual((done.returncode, done.stderr[:29]), (75, b"etrn_relay.py: No space left "))
 
-    def test_neither_a_reader_that_leaves_nor_one_that_knows_only_ascii_is_an_error(self) -> None:
+    def test_neither_a_reader_that_leaves_nor_one_that_knows_only_ascii_is_an_error(self):
         relay = self.relay()
         data = b"Subject: x\r\n\r\n" + b"y" * 200000 + b"\r\n"
         relay.send(data, sender="j\u00f6rg@x.example", parameters=" SMTPUTF8")
@@ -8036,7 +8013,7 @@ class Misuse(Relays):
             self.assertEqual((done.returncode, done.stderr), (0, b""))
 
     @unittest.skipUnless(os.geteuid() == 0, "needs root, to become another account")
-    def test_an_account_owns_all_of_its_spool_whoever_commands(self) -> None:
+    def test_an_account_owns_all_of_its_spool_whoever_commands(self):
         os.chmod(self.folder, 0o755)
         with Relay(self.folder, self.primary().address, relay="user = nobody") as relay:
             relay.send()
@@ -8055,7 +8032,7 @@ class Misuse(Relays):
             done = self.command(relay, "")
             self.assertEqual((done.returncode, why in done.stderr), (78, True), done.stderr)
 
-    def test_what_the_configuration_names_must_be_there_before_a_port_is_bound(self) -> None:
+    def test_what_the_configuration_names_must_be_there_before_a_port_is_bound(self):
         for lines in cases(self, [{"relay": "log = missing/relay.log"}, {"relay": "spool = etrn.conf"},
                                   {"domain": "recipients = file:missing"},
                                   {"bounces": "username = u\npassword = file:missing"},
@@ -8069,7 +8046,7 @@ class Misuse(Relays):
 class Outage(Relays):
     """The main job, with programs that are not ours."""
 
-    def test_the_demonstration_works_and_leaves_nothing(self) -> None:
+    def test_the_demonstration_works_and_leaves_nothing(self):
         done = subprocess.run(
             [sys.executable, "-S", SOURCE, "--demo"], cwd=self.folder,
             env=dict(os.environ, TMPDIR=self.folder),
@@ -8078,7 +8055,7 @@ class Outage(Relays):
         for word in (b"sender4@example.org", b"253 2.0.0 OK, 5 pending", b"Nothing was lost"):
             self.assertIn(word, done.stdout)
 
-    def test_the_sample_runs_as_it_is_and_small(self) -> None:
+    def test_the_sample_runs_as_it_is_and_small(self):
         """From a fresh folder, as a script; but its two ports are ones that are free here."""
         primary, own = self.primary(), self.primary()
         text = load(SAMPLE).replace("127.0.0.1:2525", own.address)
@@ -8114,7 +8091,7 @@ class Outage(Relays):
 class Machines(Relays):
     """Machines and people as they are."""
 
-    def test_standard_files_that_are_closed_become_dev_null_and_a_rotated_log_is_opened_anew(self) -> None:
+    def test_standard_files_that_are_closed_become_dev_null_and_a_rotated_log_is_opened_anew(self):
         primary = self.primary()
         for closed in cases(self, ["1", "012"]):
             relay = Relay(self.inner(), primary.address, relay="log = relay.log")
@@ -8123,7 +8100,7 @@ class Machines(Relays):
             relay.process, relay.reader = subprocess.Popen(command), threading.current_thread()
             self.addCleanup(relay.process.kill)
 
-            def logged(pattern: str, name: str = "relay.log", relay: Relay = relay) -> Any:
+            def logged(pattern, name="relay.log", relay=relay):
                 with contextlib.suppress(FileNotFoundError):
                     return re.search(pattern, load(os.path.join(relay.folder, name)))
             relay.port = int(wait(lambda: logged(r"listening on 127\.0\.0\.1:(\d+)")).group(1))
@@ -8140,7 +8117,7 @@ class Machines(Relays):
             self.assertEqual((relay.process.wait(DEADLINE_S), logged("reread", "old")), (0, None))
             self.assertTrue(logged("stopped"))
 
-    def test_an_address_that_is_not_there_yet_may_come_and_one_that_is_taken_may_be_left(self) -> None:
+    def test_an_address_that_is_not_there_yet_may_come_and_one_that_is_taken_may_be_left(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             busy = "127.0.0.1:%d" % taken.getsockname()[1]
             first = "listen = 127.0.0.1:0\n"
@@ -8154,7 +8131,7 @@ class Machines(Relays):
                 self.assertRegex(errors, r"\Aetrn_relay.py: cannot listen on \S+: [^\n]*%s[^\n]*\n\Z" % why)
                 self.assertEqual(code, 75)
 
-    def test_readers_share_the_lock_and_a_relay_waits_for_a_command_but_not_for_a_relay(self) -> None:
+    def test_readers_share_the_lock_and_a_relay_waits_for_a_command_but_not_for_a_relay(self):
         relay = self.relay()
         other = Relay(relay.folder)
         code, _, errors = other.run()
@@ -8177,7 +8154,7 @@ class Machines(Relays):
             self.assertEqual(relay.run("--hold", id)[0], 0)         # of one message that one is read
             self.assertEqual([call[0][1] for call in load.call_args_list], [[id]])
 
-    def test_a_flush_without_a_relay_delivers_and_a_control_socket_comes_back(self) -> None:
+    def test_a_flush_without_a_relay_delivers_and_a_control_socket_comes_back(self):
         primary = self.primary()
         relay = self.relay(primary, SWEEP_S=0.05)
         relay.send()
@@ -8213,21 +8190,21 @@ class Layers(unittest.TestCase):
     WRITERS = set("append commit record remove shift save set_aside convert discard heal".split())
 
     @classmethod
-    def setUpClass(cls) -> None:
+    def setUpClass(cls):
         one = cls("test_every_rule_is_kept")
         one.look_at(load(SOURCE))
         cls.source, cls.tree, cls.banners, cls.nodes = one.source, one.tree, one.banners, one.nodes
 
-    def look_at(self, source: str) -> None:
+    def look_at(self, source):
         self.source, self.tree = source, ast.parse(source)
         self.banners = [(number, int(match.group(1)), match.group(2)) for number, match in enumerate(
             (re.match(r"# == (\d+)\. ([A-Z]+) =+$", text) for text in source.split("\n")), 1) if match]
         self.nodes = [(node, *self.section(node)) for node in ast.walk(self.tree) if hasattr(node, "lineno")]
 
-    def section(self, node: Any) -> Tuple[int, str]:
+    def section(self, node):
         return max((one[1:] for one in self.banners if one[0] <= node.lineno), default=(0, ""))
 
-    def defined(self) -> Iterator[Tuple[str, Any]]:
+    def defined(self):
         """Each module-level name and its statement, the last one first."""
         for node in reversed(self.tree.body):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -8238,14 +8215,14 @@ class Layers(unittest.TestCase):
 
     # -- what finds violations: each returns (line, what)
 
-    def forward(self) -> Iterator[Tuple[int, str]]:
+    def forward(self):
         """A section names what a later one defines."""
         defined = {name: self.section(node)[0] for name, node in self.defined()}
         self.assertGreater(len(defined), 200)
         return ((node.lineno, node.id) for node, number, _ in self.nodes
                 if isinstance(node, ast.Name) and defined.get(node.id, 0) > number)
 
-    def impurities(self) -> Iterator[Tuple[int, str]]:
+    def impurities(self):
         """A pure section touches a socket, a file, a clock or chance, or names what does."""
         self.assertLessEqual(self.PURE, {name for _, _, name in self.nodes})
         impure = self.IMPURE | {name for name, node in self.defined() if isinstance(
@@ -8258,20 +8235,20 @@ class Layers(unittest.TestCase):
                         node.attr not in self.HARMLESS.get(path_of(node.value), {node.attr})):
                     yield node.lineno, path_of(node)
 
-    def waits(self) -> Iterator[Tuple[int, str]]:
+    def waits(self):
         """State is touched in the loop alone, and the loop never waits: no lock, and what waits elsewhere."""
         for node, _, name in self.nodes:
             path = path_of(node)
             if name not in self.WAITING.get(path, set() if path.startswith("threading.") else {name}):
                 yield node.lineno, path
 
-    def closures(self) -> Iterator[Tuple[int, str]]:
+    def closures(self):
         """What crosses to the spool is data, with the name of one of its methods, and it is told to write by
         ask() alone.  What a thread does sees nothing of `self`."""
         methods = {getattr(node, "name", "") for node, _, name in self.nodes if name == "SPOOL"}
         for node, _, name in self.nodes:
             path = path_of(node.func) if isinstance(node, ast.Call) else ""
-            asked: List[Any] = []           # the method's name, and values for it
+            asked = []           # the method's name, and values for it
             if path.endswith("spool.ask"):
                 asked = node.args[1:]
             elif path.endswith("recorder.ask"):
@@ -8293,7 +8270,7 @@ class Layers(unittest.TestCase):
             elif "spool." in path and name != "SPOOL" and path.rpartition(".")[2] in self.WRITERS:
                 yield node.lineno, path
 
-    def imports(self) -> Iterator[Tuple[int, str]]:
+    def imports(self):
         """Not at the top, not of the standard library, or not used."""
         used = {node.id for node, _, _ in self.nodes if isinstance(node, ast.Name)} | {"annotations"}
         library = os.path.dirname(os.path.realpath(os.__file__))
@@ -8307,7 +8284,7 @@ class Layers(unittest.TestCase):
                         is_foreign and os.path.isfile(origin)):
                     yield node.lineno, module
 
-    def sizes(self) -> Iterator[Tuple[int, str]]:
+    def sizes(self):
         """What a reader can hold in the head, and what a terminal shows."""
         lines = enumerate(self.source.split("\n"), 1)
         yield from ((number, "%d columns" % len(line)) for number, line in lines if len(line) > 110)
@@ -8316,7 +8293,7 @@ class Layers(unittest.TestCase):
             if isinstance(node, ast.ClassDef) and last - node.lineno >= 450:
                 yield node.lineno, "class " + name
 
-    VIOLATIONS: Dict[str, List[Tuple[str, str]]] = {    # what finds them: (section, a line more in it)
+    VIOLATIONS = {    # what finds them: (section, a line more in it)
         "forward": [("GRAMMAR", "parse_config('')"), ("SPOOL", "Queue"), ("SESSION", "x = Destinations"),
                     ("QUEUE", "x: Server = None"), ("SERVER", "main")],
         "impurities": [(section, line) for section in sorted(PURE) for line in (
@@ -8336,11 +8313,11 @@ class Layers(unittest.TestCase):
                     ("MAIN", "import asyncio")],
         "sizes": [("QUEUE", "x = '%s'" % ("y" * 110))]}
 
-    def test_every_rule_is_kept(self) -> None:
+    def test_every_rule_is_kept(self):
         for rule in cases(self, self.VIOLATIONS):
             self.assertEqual(list(getattr(self, rule)()), [])
 
-    def test_each_violation_is_noticed(self) -> None:
+    def test_each_violation_is_noticed(self):
         """These tests see what they look for."""
         for rule, rows in cases(self, self.VIOLATIONS.items()):
             source = self.source
@@ -8354,16 +8331,16 @@ class Layers(unittest.TestCase):
             self.assertEqual({line for line, what in getattr(other, rule)() if what not in known}, {
                 number for number, line in enumerate(source.split("\n"), 1) if line.endswith("    # bad")})
 
-    def test_sections_are_numbered_in_order_and_listed_in_the_manual(self) -> None:
+    def test_sections_are_numbered_in_order_and_listed_in_the_manual(self):
         contents = re.findall(r"(\d+) ([A-Z]+)", (etrn.__doc__ or "").partition("\nCONTENTS\n")[2])
         self.assertEqual(contents, [(str(number), name) for _, number, name in self.banners])
         self.assertEqual([number for _, number, _ in self.banners], list(range(1, 18)))
 
-    def test_the_oldest_python_promised_can_read_the_source(self) -> None:
+    def test_the_oldest_python_promised_can_read_the_source(self):
         for path in cases(self, [SOURCE, os.path.abspath(__file__)]):
             ast.parse(load(path), feature_version=(3, 8))
 
-    def test_importing_has_no_effect(self) -> None:
+    def test_importing_has_no_effect(self):
         code = ("import signal, sys, threading, os\n"
                 "def world(): return (*map(signal.getsignal, (1, 10, 15)), os.listdir('.'), os.getcwd(),\n"
                 "                     dict(os.environ), os.listdir('/proc/self/fd'), os.umask(0o77))\n"
@@ -8375,7 +8352,7 @@ class Layers(unittest.TestCase):
         self.assertEqual((done.stdout.decode().split(), done.stderr), (["True", "1"], b""))
 
 
-def path_of(node: ast.AST) -> str:
+def path_of(node):
     """`a.b.c` of names and attributes; of anything else nothing."""
     before = path_of(node.value) if isinstance(node, ast.Attribute) else ""
     return before and "%s.%s" % (before, node.attr) if before else getattr(node, "id", "")
@@ -8386,25 +8363,25 @@ def path_of(node: ast.AST) -> str:
 class Taker(Primary):
     """A primary that knows which connection brought what, and how that ended."""
 
-    def __init__(self, **script: Any) -> None:
+    def __init__(self, **script):
         super().__init__(**script)
-        self.copies: List[Tuple[Any, bytes]] = []       # (connection, mark), answered or not
-        self.quits: Set[Any] = set()                    # connections that ended in good order
+        self.copies = []       # (connection, mark), answered or not
+        self.quits = set()                    # connections that ended in good order
 
-    def on_data(self, sock: socket.socket, data: bytes) -> None:
+    def on_data(self, sock, data):
         self.copies.append((sock, mark_of(data)))
 
-    def _say(self, sock: socket.socket, verb: str, *rest: Any) -> str:
+    def _say(self, sock, verb, *rest):
         if verb == "QUIT":
             self.quits.add(sock)
         return super()._say(sock, verb, *rest)
 
 
-def mark_of(data: bytes) -> bytes:
+def mark_of(data):
     return re.findall(rb"(?m)^Subject: (\S+)", data)[0]
 
 
-def marked(mark: bytes) -> bytes:
+def marked(mark):
     """A message of any size, some larger than what is read at once, with lines that begin with dots."""
     chance = random.Random(mark)
     lines = bytes(chance.choices(range(32, 256), k=70)) + b"\r\n.\r\n..x\r\n"
@@ -8414,15 +8391,15 @@ def marked(mark: bytes) -> bytes:
 class Senders:
     """Clients that send as fast as they can, come back after every failure, and note each 250 in a ledger."""
 
-    def __init__(self, relay: Relay, pause_s: float = 0.0, people: Sequence[str] = ("user",)) -> None:
+    def __init__(self, relay, pause_s=0.0, people=("user",)):
         self.relay, self.recipients, self.pause_s = relay, [one + "@" + DOMAIN for one in people], pause_s
-        self.ledger: List[bytes] = []
+        self.ledger = []
         self.is_over = threading.Event()
         self.threads = [threading.Thread(target=self._run, args=(one,), daemon=True) for one in range(6)]
         for thread in self.threads:
             thread.start()
 
-    def _run(self, number: int) -> None:
+    def _run(self, number):
         counter = itertools.count()
         while not self.is_over.wait(0.02):
             with contextlib.suppress(OSError, IndexError, ValueError), self.relay.client() as client:
@@ -8434,7 +8411,7 @@ class Senders:
                     reply = client.send(marked(mark), recipients=self.recipients)
                     self.ledger += [mark] * (reply[:3] == "250")
 
-    def stop(self) -> List[bytes]:
+    def stop(self):
         self.is_over.set()
         for thread in self.threads:
             thread.join(DEADLINE_S)
@@ -8442,7 +8419,7 @@ class Senders:
 
 
 class Ledgers(Relays):
-    def compare(self, primary: Primary, relay: Relay, ledger: Iterable[bytes]) -> None:
+    def compare(self, primary, relay, ledger):
         """Every 250 was delivered, intact."""
         if not primary.is_up:
             primary.start()
@@ -8454,7 +8431,7 @@ class Ledgers(Relays):
         self.assertEqual(os.listdir(relay.at("corrupt")), [])
 
 
-def open_files(relay: Relay) -> int:
+def open_files(relay):
     return len(os.listdir("/proc/%d/fd" % relay.process.pid))
 
 
@@ -8462,10 +8439,10 @@ class Storms(Ledgers):
     """Relay and primary die at random, under load, for a while."""
     RELAY = "max_connections_per_client = 0"
 
-    def storm(self, seed: int, seconds: float, relay_dies: bool) -> None:
+    def storm(self, seed, seconds, relay_dies):
         self.row, chance, primary = seed, random.Random(seed), self.primary(Taker)
         relay = self.relay(primary.start(), relay=self.RELAY)
-        deaths, samples, files = [], [], open_files(relay)      # type: List[str], List[float], int
+        deaths, samples, files = [], [], open_files(relay)
         senders, end = Senders(relay, 0.01), time.monotonic() + seconds
         while time.monotonic() < end or ((len(deaths) < 2 or len(senders.ledger) <= 20)
                                          and time.monotonic() < end + 3 * DEADLINE_S):
@@ -8484,7 +8461,7 @@ class Storms(Ledgers):
         self.compare(primary, relay, ledger)
         self.assertGreater(len(ledger), 20)
         self.assertGreater(len(deaths), 1)
-        broken: Dict[Any, int] = collections.Counter()
+        broken = collections.Counter()
         last = {mark: number for number, (_, mark) in enumerate(primary.copies)}
         for number, (connection, mark) in enumerate(primary.copies):
             if number != last[mark]:                    # another copy came later: this answer was not heard
@@ -8499,14 +8476,14 @@ class Storms(Ledgers):
         print("storm %d: %d acknowledged, %d copies too many, deaths: %s" % (
             seed, len(ledger), sum(broken.values()), collections.Counter(deaths)), file=sys.stderr)
 
-    def test_a_primary_that_dies_gets_at_most_one_copy_too_many_for_each_connection(self) -> None:
+    def test_a_primary_that_dies_gets_at_most_one_copy_too_many_for_each_connection(self):
         self.storm(1, 1.5, False)
 
-    def test_a_storm_of_kills_loses_nothing(self) -> None:
+    def test_a_storm_of_kills_loses_nothing(self):
         self.storm(2, 2.0, True)
 
     @long_run
-    def test_long_storms_lose_nothing_and_leave_memory_and_descriptors_as_they_were(self) -> None:
+    def test_long_storms_lose_nothing_and_leave_memory_and_descriptors_as_they_were(self):
         for seed in range(10, 14):
             self.storm(seed, 40.0 if seed % 2 else 15.0, seed % 2 == 0)
 
@@ -8514,12 +8491,12 @@ class Storms(Ledgers):
 class Sickness(Relays):
     """A disk that fails under a running relay, and is well again."""
 
-    def test_every_failing_disk_is_answered_4xx_and_outlived(self) -> None:
+    def test_every_failing_disk_is_answered_4xx_and_outlived(self):
         for fault in cases(self, [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE,
                                   errno.EMFILE]):
             primary, fails, shim = self.primary(), threading.Event(), types.SimpleNamespace(**vars(os))
 
-            def call(name: str, fault: int, fails: threading.Event, *given: Any, **options: Any) -> Any:
+            def call(name, fault, fails, *given, **options):
                 is_meant = name != "open" or fault == errno.EMFILE or given[1] & os.O_CREAT
                 if is_meant and fails.is_set():
                     raise OSError(fault, os.strerror(fault))
@@ -8554,12 +8531,12 @@ class Sickness(Relays):
 class Mounts(Ledgers):
     """On file systems of their own, which only root can make."""
 
-    def command(self, *words: str) -> None:
+    def command(self, *words):
         done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
         if done.returncode:
             self.skipTest("%s: %s" % (words[0], done.stdout.decode("utf-8", "replace").strip()[:200]))
 
-    def mount(self, *words: str) -> str:
+    def mount(self, *words):
         """A folder with a fresh file system on it; skips the test where that cannot be."""
         if os.geteuid() != 0:
             self.skipTest("only root can mount")
@@ -8568,7 +8545,7 @@ class Mounts(Ledgers):
         self.addCleanup(subprocess.run, ["umount", "-l", folder], stderr=subprocess.DEVNULL)
         return folder
 
-    def cut_power(self, folder: str) -> None:
+    def cut_power(self, folder):
         """The file system forgets what is not on its disk, and does nothing more."""
         fd = os.open(folder, os.O_RDONLY)
         try:                                    # EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN ...
@@ -8578,7 +8555,7 @@ class Mounts(Ledgers):
         finally:
             os.close(fd)
 
-    def is_fresh(self, folder: str, image: str) -> bool:
+    def is_fresh(self, folder, image):
         """The journal is read, as after a start of the machine.  While somebody with a mount namespace of his
         own still has the old file system, that is what comes back."""
         self.command("umount", folder)
@@ -8588,7 +8565,7 @@ class Mounts(Ledgers):
             return True
         return False
 
-    def power_cuts(self, kind: str, times: int) -> None:
+    def power_cuts(self, kind, times):
         image, chance, primary = self.path("image"), random.Random(times), self.primary(Taker)
         with open(image, "wb") as file:
             file.truncate(320 << 20)            # sparse; xfs wants 300 MB
@@ -8619,15 +8596,15 @@ class Mounts(Ledgers):
             primary.stop()
             self.assertEqual(relay.end(), 0)
 
-    def test_a_power_cut_under_load_loses_nothing_on_ext4(self) -> None:
+    def test_a_power_cut_under_load_loses_nothing_on_ext4(self):
         self.power_cuts("ext4", 1)
 
     @long_run
-    def test_many_power_cuts_lose_nothing_on_ext4(self) -> None:
+    def test_many_power_cuts_lose_nothing_on_ext4(self):
         self.power_cuts("ext4", 12)
 
     @long_run
-    def test_many_power_cuts_lose_nothing_on_xfs(self) -> None:
+    def test_many_power_cuts_lose_nothing_on_xfs(self):
         self.power_cuts("xfs", 12)
 
 
@@ -8640,15 +8617,15 @@ class Soak(Simulated):
     WORDS = ["", "450 4.2.0 grey", "421 4.3.2 busy", CUT, HANG, "554 5.7.1 no"]
     DOMAIN_LINES = "retry_interval = 1m\nmax_retry_interval = 10m\nconnections = %d\n"
 
-    def hours(self, seed: int, hours: float) -> Dict[Any, int]:
+    def hours(self, seed, hours):
         self.row, self.chance = seed, random.Random(seed)
         sim = self.simulate(self.DOMAIN_LINES % 5)
         sim.extensions = [["PIPELINING"], [], ["PIPELINING", "CHUNKING"]][self.row % 3]
         self.is_up, self.steady = False, 0.0            # `steady`: since or from when on all is well
-        self.came: Dict[str, float] = {}                # ID: when it came, or was last held, let go or loaded
-        self.seen: Dict[Any, int] = collections.Counter()
+        self.came = {}                # ID: when it came, or was last held, let go or loaded
+        self.seen = collections.Counter()
         # greylisted before; returned to their senders; being sent when the relay or the primary died
-        self.met, self.ended, self.in_doubt = set(), set(), set()       # type: Set[str], Set[str], Set[str]
+        self.met, self.ended, self.in_doubt = set(), set(), set()
         sim.reach = lambda name: None if self.is_up else self.chance.choice(["Connection refused", HANG])
         sim.script["."], sim.pace_s = self.answer, 0.01
         end = sim.clock.mono + 3600 * hours
@@ -8667,28 +8644,28 @@ class Soak(Simulated):
         self.assertEqual(twice - self.in_doubt, set())
         return self.seen
 
-    def note_ends(self) -> None:
+    def note_ends(self):
         lines = "".join(self.sim.journal.lines)
         self.ended.update(re.findall(r": (\w+): to=.* status=(?:expired|bounced)", lines))
 
-    def arrive(self) -> None:
+    def arrive(self):
         self.came[self.sim.put("user@" + DOMAIN)] = self.sim.clock.mono
 
-    def burst(self) -> None:
+    def burst(self):
         for _ in range(self.chance.randint(20, 150)):
             self.arrive()
 
-    def flap(self) -> None:
+    def flap(self):
         self.is_up, self.steady = not self.is_up, max(self.steady, self.sim.clock.mono)
         self.in_doubt.update(self.sim.one.by_state[etrn.State.SENDING])
         for puppet in list(self.sim.puppets) if not self.is_up else ():
             self.sim.loop.post(puppet.on_end, "")
 
-    def err(self) -> None:
+    def err(self):
         """It is there but half-configured for a while: 550 for everybody."""
         self.steady = self.sim.clock.mono + self.chance.uniform(5, 300)
 
-    def answer(self, id: str) -> Any:
+    def answer(self, id):
         """Its word on a message."""
         word = self.chance.choices(self.WORDS, [900, 60, 9, 9, 3, 9])[0]
         if not self.sim.one.is_proven and self.chance.random() < 0.25:
@@ -8701,7 +8678,7 @@ class Soak(Simulated):
         self.seen[word] += 1
         return word if self.sim.clock.mono >= self.steady else "550 5.1.1 who?"
 
-    def operate(self) -> None:
+    def operate(self):
         """Commands, ETRN, SIGHUP, the primary's own connection, clocks that are set, a new start."""
         queue, sim = self.sim.queue, self.sim
         what = self.chance.choice("flush pardon hold some reload jump client start".split())
@@ -8726,7 +8703,7 @@ class Soak(Simulated):
         if what in ("hold", "some", "start"):
             self.came = dict.fromkeys(self.came, sim.clock.mono)
 
-    def check(self) -> None:
+    def check(self):
         sim, one = self.sim, self.sim.one
         for state, its in one.by_state.items():
             self.assertEqual(set(its), {id for id, entry in one.entries.items() if entry.state is state})
@@ -8742,13 +8719,13 @@ class Soak(Simulated):
                 most = 120 + etrn.END_OF_DATA_S * (id in one.late)          # it alone may hang
                 self.assertLess(waited, most, "%s is stuck" % id)
 
-    def test_an_hour_of_trouble_leaves_nothing_stuck(self) -> None:
+    def test_an_hour_of_trouble_leaves_nothing_stuck(self):
         seen = sum((self.hours(seed, 0.7) for seed in range(3)), collections.Counter())
         self.assertGreater(seen["delivered"], 1000)
         self.assertGreater(min(seen[word] for word in (*self.WORDS, "start", "jump", "hold", "reload")), 0)
 
     @long_run
-    def test_many_hours_of_trouble_leave_nothing_stuck(self) -> None:
+    def test_many_hours_of_trouble_leave_nothing_stuck(self):
         for seed in range(100, 112):
             self.hours(seed, 4.0)
 
@@ -8765,12 +8742,12 @@ SLOW_STARTER = ("import json, os, sys, time; sys.path.insert(0, %r); import etrn
                 "sys.exit(etrn_relay.main(sys.argv[2:]))" % HERE)
 
 
-async def send_all(port: int, count: int, sessions: int = 50, size: int = 4096) -> List[float]:
+async def send_all(port, count, sessions=50, size=4096):
     """Sessions that hand over messages as fast as they can.  Returns the seconds to each 250, sorted."""
     left, times = iter(range(count)), []
     body = (b"Subject: bench\r\n\r\n" + (b"x" * 70 + b"\r\n") * (size // 72 + 1))[:size] + b"\r\n.\r\n"
 
-    async def session() -> None:
+    async def session():
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         mail = b"MAIL FROM:<a@sender.example>\r\nRCPT TO:<user@%s>\r\nDATA\r\n" % DOMAIN.encode()
         writer.write(b"HELO bench.example\r\n")
@@ -8791,21 +8768,21 @@ async def send_all(port: int, count: int, sessions: int = 50, size: int = 4096) 
 class Sink(threading.Thread):
     """A primary that takes everything, with PIPELINING and, if asked, CHUNKING; counts messages."""
 
-    def __init__(self, listener: socket.socket, chunking: bool) -> None:
+    def __init__(self, listener, chunking):
         super().__init__(daemon=True)
         self.listener, self.count, self.first, self.is_over = listener, 0, 0.0, False
         hello = b"250-sink\r\n250-PIPELINING\r\n" + b"250-CHUNKING\r\n" * chunking + b"250 8BITMIME\r\n"
         self.words = {b"EHLO": hello, b"QUIT": b"221 bye\r\n"}
 
-    def run(self) -> None:
+    def run(self):
         asyncio.run(self.serve())
 
-    async def serve(self) -> None:
+    async def serve(self):
         await asyncio.start_server(self.talk, sock=self.listener, limit=1 << 22)
         while not self.is_over:
             await asyncio.sleep(0.1)
 
-    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def talk(self, reader, writer):
         writer.write(b"220 sink\r\n")
         with contextlib.suppress(asyncio.CancelledError, OSError), contextlib.closing(writer):
             async for line in reader:
@@ -8824,12 +8801,12 @@ class Sink(threading.Thread):
 class Bench:
     """One relay a measurement, in a folder of its own beside the others."""
 
-    def __init__(self, fsync_ms: float, most: int) -> None:
+    def __init__(self, fsync_ms, most):
         self.fsync_ms, self.most, self.number = fsync_ms, most, 0
         self.folder = tempfile.mkdtemp(prefix="etrn-bench-")
 
     @contextlib.contextmanager
-    def relay(self) -> Iterator[Tuple[Relay, Primary]]:
+    def relay(self):
         self.number += 1
         folder = self.path(str(self.number))
         os.mkdir(folder)
@@ -8843,13 +8820,13 @@ class Bench:
             relay.process.terminate()
             relay.process.wait(30)
 
-    def start(self, relay: Relay) -> float:
+    def start(self, relay):
         """Returns the seconds until it greets."""
         began = time.monotonic()
         relay.process = subprocess.Popen([sys.executable, "-c", SLOW_STARTER, json.dumps(relay.limits),
                                           "--config", relay.file], stdin=subprocess.DEVNULL)
 
-        def greets() -> bool:
+        def greets():
             with contextlib.suppress(OSError):
                 relay.client().close()
                 return True
@@ -8857,14 +8834,14 @@ class Bench:
         wait(greets, "the start")
         return time.monotonic() - began
 
-    def accept(self, relay: Relay, count: int) -> None:
+    def accept(self, relay, count):
         cpu, began = processor_s(relay), time.monotonic()
         times = asyncio.run(send_all(relay.port, count))
         row("accept, 50 sessions, 4 KB", "%.0f msg/s" % (count / (time.monotonic() - began)),
             "%.2f ms" % ((processor_s(relay) - cpu) / count * 1000), "250 after %.0f ms, p99 %.0f ms" % (
                 times[count // 2] * 1000, times[count * 99 // 100] * 1000), "%.0f MB" % resident_mb(relay))
 
-    def drain(self, relay: Relay, primary: Primary, count: int, chunking: bool) -> None:
+    def drain(self, relay, primary, count, chunking):
         sink, cpu = Sink(primary.sock, chunking), processor_s(relay)
         sink.start()
         with relay.client() as client:
@@ -8877,7 +8854,7 @@ class Bench:
         sink.is_over = True
         sink.join()
 
-    def weigh(self, relay: Relay) -> None:
+    def weigh(self, relay):
         """Memory of idle clients, and of large messages at once."""
         before = resident_mb(relay)
         row("idle", "", "", "", "%.0f MB" % before)
@@ -8889,7 +8866,7 @@ class Bench:
         asyncio.run(send_all(relay.port, 20, 20, 40 << 20))
         row("20 messages of 40 MB at once", "", "", "", "%+.0f MB" % (resident_mb(relay) - before))
 
-    def grow(self, relay: Relay, primary: Primary, size: int) -> None:
+    def grow(self, relay, primary, size):
         """What a message costs as the queue grows."""
         before = resident_mb(relay)
         relay.process.terminate()
@@ -8911,7 +8888,7 @@ class Bench:
         row("--queue %s" % DOMAIN, "", "", "%.1f s" % (time.monotonic() - began), "")
         self.drain(relay, primary, size + 1000, False)
 
-    def run(self) -> None:
+    def run(self):
         try:
             row("", "rate", "processor", "time", "memory")
             count = 1500 if self.fsync_ms else 3000
@@ -8927,20 +8904,20 @@ class Bench:
             shutil.rmtree(self.folder, True)
 
 
-def processor_s(relay: Relay) -> float:
+def processor_s(relay):
     """Seconds of processor time the relay has used, where /proc tells."""
     with contextlib.suppress(OSError), open("/proc/%d/stat" % relay.process.pid, encoding="ascii") as file:
         return sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
     return float("nan")
 
 
-def resident_mb(relay: Relay) -> float:
+def resident_mb(relay):
     with contextlib.suppress(OSError), open("/proc/%d/statm" % relay.process.pid, encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
     return float("nan")
 
 
-def row(what: str, rate: str, cost: str, times: str, memory: str) -> None:
+def row(what, rate, cost, times, memory):
     print(("%-32s %12s %10s  %-28s %12s" % (what, rate, cost, times, memory)).rstrip(), flush=True)
 
 
@@ -8949,8 +8926,8 @@ def row(what: str, rate: str, cost: str, times: str, memory: str) -> None:
 class Result(unittest.TextTestResult):
     """A failure within a table tells the row."""
 
-    def _exc_info_to_string(self, err: Any, test: Any) -> str:
-        return super()._exc_info_to_string(err, test) + "".join(        # type: ignore[misc]
+    def _exc_info_to_string(self, err, test):
+        return super()._exc_info_to_string(err, test) + "".join(
             "\nat the %s %.1500r\n" % (key, vars(test)[key]) for key in ("row", "state") if key in vars(test))
 
 
@@ -8958,15 +8935,15 @@ class Turns(unittest.TestSuite):
     """Processes that share a pipe of numbers: each takes the next, until all are taken."""
     _cleanup = False
 
-    def __init__(self, tests: List[unittest.TestCase], pipe: int) -> None:
+    def __init__(self, tests, pipe):
         super().__init__()
         self.tests, self.pipe = tests, pipe
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self):
         return (self.tests[int(number)] for number in iter(lambda: os.read(self.pipe, 4), b""))
 
 
-def run_tests(tests: List[unittest.TestCase], given: argparse.Namespace) -> Tuple[int, int, int]:
+def run_tests(tests, given):
     """Numbers of tests that passed, failed and were skipped."""
     suite = unittest.TestSuite(tests) if given.turns is None else Turns(tests, given.turns)
     runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2 if given.v else 1, resultclass=Result)
@@ -8977,7 +8954,7 @@ def run_tests(tests: List[unittest.TestCase], given: argparse.Namespace) -> Tupl
     return max(0, result.testsRun - len(failed) - len(skipped)), len(failed), len(skipped)
 
 
-def run_parts(count: int, words: Sequence[str], processes: int) -> Tuple[int, int, int]:
+def run_parts(count, words, processes):
     """The same in several processes: most tests wait for something most of their time."""
     sums, (reader, writer) = [0, 0, 0], os.pipe()
     os.write(writer, b"".join(b"%04d" % number for number in reversed(range(count))))   # the long ones first
@@ -8993,7 +8970,7 @@ def run_parts(count: int, words: Sequence[str], processes: int) -> Tuple[int, in
     return sums[0], sums[1], sums[2]
 
 
-def main() -> int:
+def main():
     parser = argparse.ArgumentParser(description="Tests of etrn_relay.py.")
     parser.add_argument("-k", metavar="PATTERN", default="", help="only tests whose name contains PATTERN")
     parser.add_argument("-v", action="store_true", help="name each test")
