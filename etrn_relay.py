@@ -199,6 +199,7 @@ COMMAND_POLL_S, STOP_POLL_S, LOCK_POLL_S, DEMO_POLL_S = 0.1, 0.1, 0.05, 0.05    
 ACCEPTS_PER_TURN = 64           # new connections taken before those open are looked at again
 ACCEPT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)   # then the client still waits
 SWEEP_S = 1.0                   # how often deadlines are looked at; they are seconds to minutes
+WATCHDOG_S = 10.0               # between signs of life; the unit's WatchdogSec is 60
 STOP_S, STOP_DISK_S = 3.0, 1.0          # at SIGTERM, for peers and then the disk; contract 1: within 5 s
 RESERVED_FILES = 64             # descriptors kept from clients for spool, threads, logs and DNS
 DATA_RATE_MIN = 500             # octets a second in the long run, as Postfix's smtpd_min_data_rate
@@ -7026,6 +7027,15 @@ def is_spare(where: Endpoint, wanted: Sequence[Endpoint], error: OSError) -> boo
             and error.errno != errno.EADDRINUSE)
 
 
+def notify_manager(text: str) -> None:
+    """sd_notify(3).  Units that version 0.1 printed wait for it, too.  Nothing where there is no manager."""
+    where = os.environ.get("NOTIFY_SOCKET", "")
+    if where:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)     # a manager that does not listen must not stop the mail
+            sock.sendto(text.encode("ascii"), "\0" + where[1:] if where[0] == "@" else where)      # unix(7)
+
+
 Welcome = Callable[[socket.socket, str], None]          # gets a connection and its peer's address
 
 
@@ -7802,11 +7812,17 @@ class Server:
         self.log.write("master", "started: version %s, process %d, listening on %s%s, spool %s" % (
             __version__, os.getpid(), smtp, ", ODMR on " + odmr if odmr else "", printable(self.spool.path)))
         self.log.flush()
+        notify_manager("READY=1")
+        self._ping()
         while not self._is_over():
             self.loop.turn(None if self.stopping is None else STOP_POLL_S)
             self.log.flush()
         self.close()
 
+    def _ping(self) -> None:
+        """From the loop: when that hangs, the manager hears nothing and starts us anew."""
+        notify_manager("WATCHDOG=1")
+        self.loop.later(WATCHDOG_S, self._ping)
 
     def status(self) -> Dict[str, Any]:
         return collect_status(self.queue, self.smtp.open, self.started, self.free)
@@ -8685,9 +8701,10 @@ After=network-online.target nss-lookup.target
 RequiresMountsFor=%(folders)s
 
 [Service]
-Type=exec
+Type=notify
 ExecStart=%(systemd)s
 ExecReload=/bin/sh -c "kill -HUP ${MAINPID}"
+WatchdogSec=60
 Restart=on-failure
 RestartSec=5
 RestartPreventExitStatus=78 64

@@ -7472,7 +7472,8 @@ class Units(Folder):
             self.assertEqual((code, out, "cannot be written in a unit" in errors), (64, "", True))
 
     def test_a_systemd_unit_gives_what_the_configuration_needs_and_no_more(self):
-        always = ["Type=exec", "ProtectSystem=strict", "NoNewPrivileges=yes", "Restart=on-failure",
+        always = ["Type=notify", "WatchdogSec=60",
+                  "ProtectSystem=strict", "NoNewPrivileges=yes", "Restart=on-failure",
                   'ExecReload=/bin/sh -c "kill -HUP ${MAINPID}"', "RestartPreventExitStatus=78 64",
                   "CapabilityBoundingSet=CAP_NET_BIND_SERVICE", "UMask=0077"]
         for text, lines, absent in cases(self, [
@@ -8116,6 +8117,16 @@ class Machines(Relays):
             relay.process.terminate()
             self.assertEqual((relay.process.wait(DEADLINE_S), logged("reread", "old")), (0, None))
             self.assertTrue(logged("stopped"))
+
+    def test_a_service_manager_hears_that_it_is_ready_and_that_it_lives(self):
+        for address in cases(self, [self.path("notify")] + ["\0etrn-%d" % os.getpid()] * (sys.platform == "linux")):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+                manager.settimeout(DEADLINE_S)
+                manager.bind(address)
+                with mock.patch.dict(os.environ, NOTIFY_SOCKET=address.replace("\0", "@")):
+                    relay = self.relay(WATCHDOG_S=0.05)
+                self.assertEqual([manager.recv(99) for _ in range(4)], [b"READY=1"] + [b"WATCHDOG=1"] * 3)
+            self.assertEqual((relay.send()[:3], relay.end()), ("250", 0))       # it has gone: no matter
 
     def test_an_address_that_is_not_there_yet_may_come_and_one_that_is_taken_may_be_left(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
