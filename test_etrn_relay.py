@@ -6732,10 +6732,11 @@ class Server(NamedTuple):
     command: str
     left: Dict[int, str] = {12: "550"}  # of the twenty messages, what it refuses and how
     line_octets: int = 3000             # longer lines it breaks or refuses
-    limit: str = ""                     # its log says so when it has enough of a connection
+    limit: str = ""                     # what is logged when it has enough of a connection
 
 
 def lines(text: str) -> str:
+    """So that a configuration takes less room here."""
     return re.sub(r";\s+", "\n", text)
 
 
@@ -6863,7 +6864,8 @@ class RealServers(Secured):
         root = next((one for one in places if os.path.exists(os.path.join(one, self.server.file))), None)
         if root is None:
             self.skipTest("no %s here" % name)
-        if os.geteuid() or subprocess.call(["unshare", "-mp", "--fork", "true"]):
+        self.apart = [program("unshare"), "-mp", "--mount-proc", "--fork", "--kill-child"]
+        if os.geteuid() or subprocess.call([*self.apart, "true"], stderr=subprocess.DEVNULL):
             self.skipTest("needs root and namespaces")
         self.place, self.port = os.path.join(self.folder, "place"), unused_port()
         relay = self.relay("127.0.0.1:%d" % self.port, domain="\n".join([
@@ -6900,8 +6902,9 @@ class RealServers(Secured):
         """Accounts and fixed paths are the test's own, and a kill takes all its processes."""
         with open(os.path.join(self.place, "log"), "ab") as log:
             process = subprocess.Popen(
-                ["unshare", "-mp", "--mount-proc", "--fork", "--kill-child", "sh", "-c", self.command],
-                cwd=self.place, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment)
+                [*self.apart, "sh", "-c", self.command], cwd=self.place, env=self.environment,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.addCleanup(wait, self.is_dead)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         return process
