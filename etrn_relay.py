@@ -200,7 +200,8 @@ ACCEPTS_PER_TURN = 64           # new connections taken before those open are lo
 ACCEPT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)   # then the client still waits
 SWEEP_S = 1.0                   # how often deadlines are looked at; they are seconds to minutes
 WATCHDOG_S = 10.0               # between signs of life; the unit's WatchdogSec is 60
-STOP_S, STOP_DISK_S = 3.0, 1.0          # at SIGTERM, for peers and then the disk; contract 1: within 5 s
+STOP_S = 3.0                    # at SIGTERM, for peers; contract 1: all within 5 s
+STOP_DISK_S, STOP_BACKLOG_S = 1.0, 1.8  # then for a disk that does not answer, and for one that is slow
 RESERVED_FILES = 64             # descriptors kept from clients for spool, threads, logs and DNS
 DATA_RATE_MIN = 500             # octets a second in the long run, as Postfix's smtpd_min_data_rate
 NAME_WAIT_S, NAME_KEPT_S = 1.0, 300.0   # a client's PTR name is waited for and kept, contract 5
@@ -234,7 +235,7 @@ IDLE_CONNECTION_S = 2.0         # a connection waits so long for another message
 FETCH_MOST, FETCH_LOW = 32, 16  # messages read ahead, and when the next are
 UNRECORDED_MAX = 256            # messages sent and not yet removed; then no more are given out
 HANGING_MAX = 2                 # dials or late connections to a primary that is not up; contract 5
-LATE_MAX = 10                   # late connections to one that is up; then none is opened unasked
+LATE_MAX = 10                   # late connections to one that is up; behind more none is opened unasked
 DIALS_MAX, DIALS_RESERVED = 50, 15      # threads, and those of them for primaries not known to be down
 OUTBOUND_MAX = 200              # connections to all primaries together
 PROBE_FIRST_S = 1.0             # first pause between tries of a primary that is away
@@ -763,7 +764,7 @@ class DomainConfig:
     recovery_grace: float = option(DURATION, "1h", "So long after an outage 5xx are tried again.", 0, WEEK_S)
     xclient: bool = option(FLAG, "no", "Hand the client to a primary that offers XCLIENT or XFORWARD.")
     max_queue_size: Optional[int] = option(OCTETS, "", "Octets queued here; more get 452.", 1, none=None)
-    is_notices: bool = False    # no domain of ours: notices to senders, by [bounces] route
+    is_notices: bool = False    # no domain of ours: our notices and alerts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1070,7 +1071,7 @@ class Log:
 # == 6. LOOP ===================================================================
 # The only select().  Owns sockets, timers and short-lived threads, and nothing of
 # the mail.  Three rules hold in the whole file: state is touched in the loop
-# alone; what is asked of the spool first is done first; what crosses a border
+# alone; what is asked of the spool about a message is done in that order; what crosses a border
 # between threads is data.
 
 class Now(NamedTuple):
@@ -1345,8 +1346,9 @@ class Stream:
 
 
 # == 7. SPOOL ==================================================================
-# Owns every file below the spool directory; nothing else here opens one.  Runs in
-# the spool's two threads; the loop itself calls free() and remove_control() alone.
+# Owns every file below the spool directory but the control socket.  Runs in the spool's
+# two threads.  The loop itself calls what does not wait for long: free(), remove_control()
+# and, at a start, what reads state files.
 # Uses 2 LIMITS, 3 GRAMMAR, 6 LOOP.
 # Commit point: the rename of the sidecar in Spool._enter().
 #
@@ -1466,7 +1468,7 @@ class SpoolFolder:
         self.root = self.lock_fd = -1
 
     def sweep(self) -> None:
-        """States S1, S2, S3 and S5: nothing in them was acknowledged, or all of it is finished.
+        """What states S1, S2, S3 and S5 have beside a queued pair was never acknowledged, or is finished.
         done/ is where version 0.1 left finished files."""
         for folder in ("incoming", "done"):
             for name in sorted(os.listdir(os.path.join(self.path, folder))) if self.has(folder) else []:
@@ -1573,7 +1575,7 @@ class SpoolFolder:
 
     def read(self, ids: Sequence[str]) -> List[Union[Tuple[Dict[str, Any], bytes], Exception]]:
         """For delivery: sidecars and bodies, verified by their SHA-256; of a large body the first
-        BLOCK_OCTETS, and block() has the rest.  Fewer than asked where these have READ_OCTETS together."""
+        BLOCK_OCTETS, and block() has the rest.  Stops early after READ_OCTETS."""
         out: List[Union[Tuple[Dict[str, Any], bytes], Exception]] = []
         octets = 0
         for id in ids:
@@ -1588,7 +1590,8 @@ class SpoolFolder:
         return out
 
     def verify(self, id: str, sidecar: Mapping[str, Any], most: int) -> bytes:
-        """The first `most` octets of a body, all of which was read."""
+        """The first `most` octets of a body, all of which has the SHA-256 of its sidecar.  Raises Corrupt,
+        NotOurs, OSError."""
         digest, kept = hashlib.sha256(), b""
         fd, size = self._open(id + ".eml", "body")
         try:
@@ -1677,8 +1680,8 @@ class SpoolFolder:
             return {}
 
     def free(self) -> int:
-        """Octets an unprivileged writer may still use; 0 when the file system cannot say or has no
-        inodes left."""
+        """Octets an unprivileged writer may still use; 0 when the file system cannot say or is almost
+        out of inodes."""
         try:
             found = os.fstatvfs(self.root)
         except OSError:
@@ -1730,7 +1733,7 @@ class Spool(SpoolFolder):
     def commit(self, batch: Sequence[Tuple[str, bytes, List[Dict[str, Any]]]]) -> List[Optional[OSError]]:
         """Make messages durable together.  Each is an ID, the rest of its body, and its sidecars without size
         and SHA-256: one for each destination, the first with that ID.  Returns for each None, when it is
-        on stable storage, or the error, when nothing of it remains."""
+        on stable storage, or the error; then nothing of it remains, as far as the disk lets us."""
         try:
             self._check_path()
         except OSError as error:
@@ -1929,13 +1932,12 @@ class Spool(SpoolFolder):
         text for the log; raises OSError."""
         moved: List[str] = []
         self._make_folder("corrupt")    # people tidy up
+        is_taken = self.has("corrupt/%s.json" % id) or self.has("corrupt/%s.eml" % id)
+        name = "%s-%s" % (id, secrets.token_hex(4)) if is_taken else id
         with self._durable(), self._durable("corrupt"):
             for kind in (".json", ".eml"):
-                target = "corrupt/%s%s" % (id, kind)
-                if self.has(target):
-                    target = "corrupt/%s-%s%s" % (id, secrets.token_hex(4), kind)
                 with contextlib.suppress(FileNotFoundError):
-                    self._rename(id + kind, target)
+                    self._rename(id + kind, "corrupt/%s%s" % (name, kind))
                     moved.append(id + kind)
         return "%s: corrupt: %s; moved to corrupt/: %s" % (id, why, " ".join(moved) or "nothing left of it")
 
@@ -2148,8 +2150,9 @@ def disk_reply(error: Optional[OSError]) -> Reply:
 
 class SpoolThreads:
     """The spool as the loop sees it: it is asked with data and answers with data.  A writer does what
-    it is asked in that order and takes all that is pending as one batch, so that messages share their
-    fsyncs.  A reader goes beside it; who needs a change to be there waits for its answer."""
+    it is asked, for each message in that order, and takes all that is pending as one batch, so that
+    messages share their fsyncs.  A reader goes beside it; who needs a change to be there waits for its
+    answer."""
     READS = frozenset(("read", "block", "look", "list", "load"))
 
     def __init__(self, spool: Spool, loop: Loop) -> None:
@@ -2164,7 +2167,8 @@ class SpoolThreads:
             threading.Thread(target=work, name=name, daemon=True).start()
 
     def ask(self, then: Callable[[Any], None], what: str, *values: Any) -> None:
-        """`then` gets what the method `what` of Spool returns, or its exception, in the loop."""
+        """`then` gets what the method `what` of Spool returns, or its exception, in the loop; nothing
+        where only reading is allowed."""
         if what not in self.READS and not self.may_write:
             return                      # what is wrong with the spool is the relay's to mend
         self.unanswered += 1
@@ -3013,7 +3017,7 @@ class Entry:
     def __init__(self, id: str, size: int, received: Time, attempts: int = 0, is_held: bool = False,
                  is_delay_told: bool = False, is_ours: bool = False) -> None:
         self.id, self.size, self.received = id, size, received
-        self.deadline = 0.0             # monotonic: a jump of the wall clock makes no mail older
+        self.deadline = 0.0             # monotonic
         self.due = 0.0                  # monotonic, when LATER
         # Failed attempts since the clock last jumped are `tries` and the destination's failures since `base`,
         # which its sidecar does not know of yet.  One must be new before it expires.
@@ -3031,7 +3035,8 @@ class EntryQueue:
 
     def __init__(self, name: str, cfg: DomainConfig) -> None:
         self.name, self.cfg = name, cfg
-        self.entries: Dict[str, Entry] = {}     # in the order they came
+        self.entries: Dict[str, Entry] = {}
+        self.first: Optional[Entry] = None      # the oldest, unless it has left
         self.by_state: Dict[State, collections.OrderedDict[str, Entry]] = {     # READY: in the order they go
             state: collections.OrderedDict() for state in State}
         self.later: List[Tuple[float, str]] = []        # a heap of LATER ones, and of some that were
@@ -3047,6 +3052,8 @@ class EntryQueue:
     def add(self, entry: Entry, now: Now, pause: float = 0.0) -> None:
         """A new message, or one found in the spool with a pause still to run."""
         self.entries[entry.id] = entry
+        if self.first is not None and entry.received < self.first.received:
+            self.first = entry
         self.octets += entry.size
         entry.base = self.failures
         entry.due = now.mono + min(pause, self.cfg.max_retry_interval)
@@ -3084,7 +3091,7 @@ class EntryQueue:
             self.by_state[State.READY].move_to_end(entry.id, last=False)
 
     def release(self) -> None:
-        """Everything but held mail is due now.  What was tried before is older than what was not."""
+        """Everything but held mail is due now.  Messages that were tried already go in front."""
         later = self.by_state[State.LATER].values()
         for entry in sorted(later, key=lambda entry: (entry.received, entry.id), reverse=True):
             self.give_back(entry)
@@ -3147,13 +3154,12 @@ class EntryQueue:
         """It must be tried anew before it may expire; the attempts are told all the same."""
         entry.tries = -self.failed_since(entry)
 
-    def oldest(self) -> Optional[Time]:
-        """When the oldest message came; they are kept in the order they came."""
-        return next((entry.received for entry in self.entries.values()), None)
-
-    def next_deadline(self) -> float:
-        """Monotonic; of the message that came first."""
-        return next((entry.deadline for entry in self.entries.values()), INF)
+    @property
+    def oldest(self) -> Optional[Entry]:
+        """Looked for when the one before has left."""
+        if self.first is None or self.first.id not in self.entries:
+            self.first = min(self.entries.values(), key=lambda entry: entry.received, default=None)
+        return self.first
 
 
 class Destination(EntryQueue):
@@ -3166,11 +3172,11 @@ class Destination(EntryQueue):
         super().__init__(name, cfg)
         # the primary
         self.state, self.since, self.last_error = Primary.UNKNOWN, now.mono, ""
-        self.down_since = now.mono      # monotonic; it has answered no message since then; INF when it has
+        self.down_since = now.mono      # monotonic: it has answered no message since then; INF when it has
         self.recovered = -INF           # monotonic, end of the last outage or of the last rejecting
         self.heard = -INF               # monotonic, when it last answered anything well
         self.is_proven = False          # has taken a message since it was last away
-        self.hang_ups = 0               # in a row, after refusals
+        self.hang_ups = 0               # in a row, after it had answered
         self.tried: Set[str] = set()    # messages that went alone since it last took one
         self.refused: Set[str] = set()  # messages refused in a row during the grace, and ...
         self.refused_good: Set[str] = set()     # ... recipients known to be good refused in a row
@@ -3181,7 +3187,7 @@ class Destination(EntryQueue):
         # the way there
         self.limit, self.taken = 1, 0   # connections allowed now, and messages taken since it was raised
         self.next_try = self.last_try = now.mono
-        self.last_urged = -INF          # when it was tried last because something asked for it
+        self.last_urged = -INF          # when it was last tried by an urgent dial or a canary
         self.is_urged = False           # a fresh connection is wanted, whatever hangs
         self.may_pipeline = True        # and send a window of messages; False: it answered out of step
         self.size_limit = 0             # its SIZE, 0 when it named none
@@ -3200,6 +3206,11 @@ class Destination(EntryQueue):
     def trouble(self) -> str:
         """Why mail is still here: what went wrong last, or what it waits for."""
         return self.last_error or self.waits_for
+
+    @property
+    def obstacle(self) -> str:
+        """The same for senders.  What a rejecting primary said, it said of another's message."""
+        return "" if self.state is Primary.REJECTING else self.trouble
 
     @property
     def is_steady(self) -> bool:
@@ -3256,7 +3267,7 @@ class Destination(EntryQueue):
         look."""
         is_fresh = not self.flushing
         self.rounds += 1                # what is being sent goes again at once if it is put off
-        if self.by_state[State.LATER] or now.mono - self.last_flush >= TRIGGER_S:   # a flood: no walk each
+        if self.by_state[State.LATER] or now.mono - self.last_flush >= TRIGGER_S:   # of a flood once a second
             self.release()
             self.last_flush = now.mono
             if not self.waits_for:
@@ -3320,7 +3331,7 @@ class Destination(EntryQueue):
     # -- what happens to the primary
 
     def on(self, event: Event, now: Now, why: str = "") -> Optional[Change]:
-        """The next state, if it is another one."""
+        """What follows from an event.  Returns the change of state, if there is one."""
         if event is Event.HEARD:
             self.heard, self.is_urged = now.mono, False
             self.next_try = min(self.next_try, now.mono)        # it is there: its canary goes at once
@@ -3358,7 +3369,7 @@ class Destination(EntryQueue):
         for ids in (self.tried, self.refused, self.refused_good):
             ids.clear()
         self.taken += 1
-        if self.taken >= self.limit:    # as many as it may have connections: twice as many now
+        if self.taken >= self.limit:    # `limit` messages taken: double it
             self.limit, self.taken = min(self.cfg.connections, 2 * self.limit), 0
         change = self.on(Event.TAKEN, now)
         self.is_proven = True
@@ -3393,7 +3404,7 @@ class Destination(EntryQueue):
         return self.on(Event.REFUSES, now, why)
 
     def slow_down(self, now: Now) -> None:
-        """421, a refused connection, or mostly 4xx: half the connections."""
+        """421, a refused connection, or mostly 4xx: halve the connections."""
         self.limit, self.taken = max(1, self.limit // 2), 0
         self.verdicts.clear()
         self.next_try = max(self.next_try, now.mono + PROBE_FIRST_S)
@@ -3497,7 +3508,7 @@ class Destination(EntryQueue):
 
     def to_values(self, now: Now) -> Dict[str, Any]:
         return {"primary": self.state.value, "since": max(0.0, now.to_wall(self.since)),
-                "recovered": max(0.0, now.to_wall(self.recovered)),     # never is -INF
+                "recovered": max(0.0, now.to_wall(self.recovered)),     # 0 for never
                 "last_error": self.last_error, "held": self.is_held, "size_limit": self.size_limit,
                 "route": [list(hop) for hop in self.route], "route_seen": self.route_seen,
                 "route_of": format_primary(self.cfg.primary), "counters": dict(self.counters)}
@@ -3561,7 +3572,7 @@ class RecipientCache:
             del self.accept_all[next(iter(self.accept_all))]
 
     def forget_bad(self, domain: str, since: Time = 0.0) -> None:
-        """What a primary that was not itself said since then."""
+        """The refusals that a primary which was not itself gave since then."""
         self.known = {address: (is_good, until) for address, (is_good, until) in self.known.items()
                       if is_good or not address.endswith("@" + domain) or until - BAD_S < since}
         self.rows[domain] = 0, self.rows.get(domain, (0, 0.0))[1]
@@ -3611,7 +3622,7 @@ class RecipientCache:
 
 class Greylist:
     """while_up = defer: who comes back is no spammer.  The third try of a client network, sender and
-    recipient is taken."""
+    recipient is taken, if the first was five minutes ago."""
 
     def __init__(self) -> None:
         self.tries: Dict[Tuple[str, str, str], Tuple[float, int]] = {}      # (monotonic first try, number)
@@ -3698,7 +3709,7 @@ class Destinations:
             one for one in self.all.values() if what in one.entries]
 
     def collected_by(self, username: str, domains: Sequence[str], now: Now) -> List[Destination]:
-        """What ATRN is for: these domains, or all that are the customer's."""
+        """The destinations that an ATRN collects: these domains, or all that are the customer's."""
         known = [name for name in [*self.cfg.domains, *self.all]
                  if self.cfg.is_owned(name, username) and name[0] != "." and is_domain(name)]
         return [self.get(name, now) for name in dict.fromkeys(domains or known)]
@@ -4135,7 +4146,7 @@ def _explain(hostname: str, sidecar: Mapping[str, Any], action: str, told: Told,
 # The way to a primary and the talk with it.  dial() finds the route, connects,
 # and does with smtplib what comes before the mail, in a thread.  After that the
 # connection is the loop's, and each transaction is a generator, an exchange, that
-# yields command groups and is sent the replies.  Nothing goes behind a final dot.
+# yields command groups and is sent the replies.  No message goes behind a final dot.
 # Uses 2 LIMITS, 3 GRAMMAR, 4 CONFIG, 6 LOOP, 9 SCHEDULE, 10 DNS.
 
 class PeerError(Exception):
@@ -4225,8 +4236,6 @@ def find_hops(plan: Plan, domain: str) -> List[Hop]:
         if is_mx and (is_here or plan.hostname in [host for host, _ in hosts]):
             break
         hops += equal if not is_here else []
-        if len(hops) >= ROUTE_HOSTS_MAX:
-            break
         if len(hops) >= ROUTE_HOSTS_MAX:
             break
     if not hops:
@@ -4453,18 +4462,18 @@ class Dialer(smtplib.SMTP):
             code, text = self.ask("STARTTLS")
             if code != 220:
                 raise TlsError("%s answers STARTTLS with %s" % (self.hop.host, reply_text(code, text)))
-            if self.whole or self.replies.pending:      # forged, to be taken for a reply within TLS
+            if self.whole or self.replies.pending:      # injected, to be taken for a reply within TLS
                 raise TlsError("%s sends data behind its STARTTLS reply" % self.hop.host)
             self._wrap(policy)
             self.hello()                # RFC 3207 4.2; and TLS 1.3 shows only now that it did not agree
-        except (PeerError, OSError) as error:       # it offers what makes it fall over
+        except (PeerError, OSError) as error:       # STARTTLS broke the connection
             if isinstance(error, TlsError) or getattr(error, "closing", False):
                 raise
             raise TlsError("STARTTLS: %s" % error) from None
 
     def _wrap(self, policy: str) -> None:
         """Certificates are verified only where the option says so: as between mail servers everywhere,
-        opportunistic TLS is against listeners, not against liars."""
+        opportunistic TLS is against eavesdropping, not against impersonation."""
         assert self.sock is not None
         host = self.hop.host
         try:
@@ -4652,7 +4661,7 @@ class Connection:
         self.is_chunking = may_pipeline and "chunking" in self.features
 
     def has_room(self) -> bool:
-        """Nothing goes behind a final dot: RFC 2920 3.1 allows it, but Haraka answers 503 to it and
+        """No message goes behind a final dot: RFC 2920 3.1 allows it, but Haraka answers 503 to it and
         chasquid loses it.  BDAT may be followed by anything (RFC 3030 2): a window of whole messages
         is, once the peer has taken one; not behind XCLIENT, which comes between messages."""
         if self.is_leaving or self.is_over:
@@ -4758,14 +4767,16 @@ class Connection:
 
     def _on_lost(self, error: str, closing: bool = False) -> None:
         """The first in line is blamed, unless the peer has had enough of the connection.  Whatever may
-        have reached its end of data is in doubt; the rest was not tried."""
+        have reached its end of data is in doubt, but not behind a refusal that it hangs up after; the rest
+        was not tried."""
         if self.is_over:
             return
         self.is_over = True
         courses, self.courses = self.courses, collections.deque()
+        was_refusal = any(code // 100 == 5 for course in courses for code, _ in course.replies[-1:])
         for number, course in enumerate(courses):
             is_blamed = number == 0 and not (closing and self.answered)
-            is_in_doubt = course.has_body and not closing
+            is_in_doubt = course.has_body and not (closing or (number and was_refusal))
             is_news = (is_blamed or is_in_doubt) and not self.is_astray
             problem = PeerError(error if is_news else "", closing)
             problem.replies = course.replies
@@ -5045,9 +5056,12 @@ def verify(connection: Connection, address: str, then: Callable[[str, str], None
     mail = b"MAIL FROM:<>" + (b"" if address.isascii() else b" SMTPUTF8") + b"\r\n"
     rcpt = b"RCPT TO:<%s>\r\n" % address.encode("utf-8")
     try:
-        (code, text), answer, _ = yield CommandGroup([mail, rcpt, b"RSET\r\n"], is_last=True)
-    except PeerError:
-        return then("lost", "")
+        replies = yield CommandGroup([mail, rcpt, b"RSET\r\n"], is_last=True)
+    except PeerError as error:          # what it said before it hung up stays said
+        replies = error.replies
+        if len(replies) < 2 or 421 in (replies[0][0], replies[1][0]):
+            return then("lost", "")
+    (code, text), answer, *_ = replies
     word = "silent"
     if code // 100 == 2:
         code, text = answer
@@ -5306,7 +5320,7 @@ class Queue:
         for one in list(self.destinations.all.values()):
             expired, delayed = one.look(self.now)
             for entry in expired:
-                error = UNCOLLECTED if one.waits_for else one.last_error
+                error = UNCOLLECTED if one.waits_for else one.obstacle
                 self.run(self.end(one, entry, "expired", "4.4.7", error))
             for entry in delayed:
                 self.run(self._tell_delay(one, entry))
@@ -5327,12 +5341,13 @@ class Queue:
             return self.on_fault(one, entry, found)
         people, judged = self._refresh(one, entry, found[0]), []
         for address, person in people.items():
+            person["state"] = EXPIRED if kind == "expired" else BOUNCED
             if kind != "expired" or person["last_status"][:1] != "5":
                 person["last_status"] = status
-            person.update(state=EXPIRED if kind == "expired" else BOUNCED,
-                          last_response=error or person["last_response"])
+                if error:
+                    person.update(last_response=error, last_remote="")
             judged.append(Verdict(address, kind, person["last_status"], person["last_response"],
-                                  "" if error else person["last_remote"]))
+                                  person["last_remote"]))
             self.log_delivery(entry, judged[-1])
         done = yield from self.recorder.record(entry.id, found[0], judged, people)
         if isinstance(done, Exception):
@@ -5369,7 +5384,7 @@ class Queue:
     def _refresh(self, one: Destination, entry: Entry, sidecar: Sidecar) -> Dict[str, Dict[str, Any]]:
         """The queued recipients, by address, with the failed connections, which are counted in memory
         alone.  What the primary said of the message itself stays said."""
-        new, error = one.failed_since(entry), one.trouble
+        new, error = one.failed_since(entry), one.obstacle
         people = {person["address"]: person for person in sidecar["recipients"] if person["state"] == QUEUED}
         for person in people.values():
             person["expires"] = max(0.0, self.now.to_wall(entry.deadline))
@@ -5455,7 +5470,6 @@ class Queue:
         self.deliveries.part(changed, END_OF_DATA_S)
         for one in list(self.destinations.all.values()):
             self.deliveries.attend(one)
-        self.loader.load()
 
     def stop(self) -> None:
         """No new connections; those open end after the message they are at."""
@@ -5629,7 +5643,7 @@ class Deliveries:
     def attend(self, one: Destination) -> None:
         """Give its connections what they have room for, dial where one more is wanted, be back in time."""
         if self.queue.is_stopping or self.queue.destinations.all.get(one.name) is not one:
-            return                      # else it is gone, and this was its timer
+            return                      # the destination was removed, and this is its old timer
         now, traffic = self.loop.now, self.of(one)
         if one.is_proven:               # the connections allowed may have been halved
             active = [connection for connection in traffic.connections
@@ -5641,7 +5655,7 @@ class Deliveries:
         late = [connection for connection in traffic.connections if connection.is_late]
         answering = len(traffic.connections) - len(late)
         others = len(traffic.questions) + len(traffic.fetched)
-        # Now that the primary is not up: what hangs since before that must not keep us from trying.
+        # Where the primary is not up, only what became late after that counts.
         hanging = sum(one.state is Primary.UP or connection.waits_since >= one.since for connection in late)
         while one.wanted(now, answering, hanging, len(traffic.dials), others) and self._may_dial(one):
             self._dial(one, traffic)
@@ -5913,7 +5927,8 @@ class Deliveries:
         connection.collects, connection.left = tuple(collected), collections.deque(collected[1:])
         connection.stream.on_closed = on_over
         if connection.is_over:
-            return self._on_collected(collected, "it broke off")
+            self._on_collected(collected, "it broke off")
+            return on_over()
         self._feed(connection)
 
     def _on_collected(self, collected: Sequence[Destination], error: str) -> None:
@@ -6111,26 +6126,27 @@ class Recorder:
     def ask(self, what: str, id: str, *values: Any, must: bool = True) -> Steps:
         """Until the disk takes it; what need not be, once.  Returns the result, or Corrupt, or what else is
         wrong with what need not be."""
+        self.waiting += 1
+        self.is_behind = self.is_behind or self.waiting >= UNRECORDED_MAX
         while True:
-            self.waiting += 1
-            self.is_behind = self.is_behind or self.waiting >= UNRECORDED_MAX
             result = yield (what, id, *values)
-            self.waiting -= 1
-            if self.is_behind and self.waiting <= UNRECORDED_MAX // 2:
-                self.is_behind = False
-                for connection in self.queue.deliveries.all():
-                    self.queue.deliveries.attend(connection.destination)
-            if what == "remove" and result is None or result is True:
-                self.log.write("qmgr", "%s: removed" % id)
             if not isinstance(result, Exception) or isinstance(result, Corrupt):
-                return result
+                break
             text, done = printable(str(result)), "removed" if what == "remove" else "recorded"
             self.log.write("qmgr", "%s: cannot be %s%s: %s" % (
                 id, done, ", trying again" * must, text), "error")
             if not must:
-                return result
+                break
             self.queue.note(id, "deferred", text)
             yield RETRY_DISK_S
+        self.waiting -= 1
+        if self.is_behind and self.waiting <= UNRECORDED_MAX // 2:
+            self.is_behind = False
+            for connection in self.queue.deliveries.all():
+                self.queue.deliveries.attend(connection.destination)
+        if what == "remove" and result is None or result is True:
+            self.log.write("qmgr", "%s: removed" % id)
+        return result
 
     def record(self, id: str, sidecar: Sidecar, judged: Sequence[Verdict], people: People,
                must: bool = True) -> Steps:
@@ -6216,7 +6232,8 @@ class Alerts:
         nobody renews."""
         now, cfg, known = self.queue.now, self.queue.cfg, self.queue.destinations.all
         for one in known.values():
-            waiting, left = "%d messages waiting" % len(one.entries), one.next_deadline() - now.mono
+            waiting = "%d messages waiting" % len(one.entries)
+            left = one.oldest.deadline - now.mono if one.oldest else INF
             if one.cfg.is_notices:
                 continue
             has_lasted = one.state is Primary.DOWN and now.mono - one.since >= cfg.alerts_after
@@ -6346,7 +6363,8 @@ def answer_etrn(queue: Queue, what: str, address: str, name: str, username: str 
 
 
 def may_etrn(meant: Sequence[DomainConfig], address: str, is_owner: bool) -> bool:
-    """`@name` is as the strictest of the domains it means.  Who has the password may come from anywhere."""
+    """`@name` is as the strictest of the domains it means.  Who has the password may come from
+    anywhere, unless nobody may (none)."""
     return all(cfg.etrn == "any" or (is_owner and cfg.etrn != "none") or (
         not isinstance(cfg.etrn, str) and is_within(address, cfg.etrn)) for cfg in meant)
 
@@ -6405,7 +6423,7 @@ def collect_status(queue: Queue, connections: int, started: Optional[float], fre
             is_probing = bool(one.entries) and one.state is not Primary.UP and not one.waits_for
             domains[one.name] = {
                 "primary": one.state.value, "since": to_wall(one.since, now), "queued": len(one.entries),
-                "bytes": one.octets, "oldest": one.oldest(), "last_error": one.trouble,
+                "bytes": one.octets, "oldest": one.oldest and one.oldest.received, "last_error": one.trouble,
                 "next_probe": to_wall(one.next_try, now) if is_probing else None, "held": one.is_held,
                 "address": one.home or None, **one.counters}
     return {"version": __version__, "pid": os.getpid() if started is not None else None,
@@ -6958,7 +6976,7 @@ class Certificate(WatchedFiles):
             raise OSError(0, "certificate %s: %s" % (certificate, error)) from None
 
     def renew(self, log: Log) -> None:
-        """Before each handshake, and now and then.  Files may not belong together yet."""
+        """Before each handshake, and once a second.  Files may not belong together yet."""
         if self.is_changed():
             try:
                 self._load()
@@ -7071,7 +7089,7 @@ class Listener:
                 sock, where = self.sock.accept()
             except OSError as error:    # nobody is left, or gone again before we looked
                 if error.errno in ACCEPT_ERRORS:
-                    text = "out of file descriptors: no new connection for %d s" % SWEEP_S
+                    text = "out of file descriptors or memory: no new connection for %d s" % SWEEP_S
                     self.log.write("smtpd", text, "warning")
                     self.rest()
                     self.loop.later(SWEEP_S, self.watch)
@@ -7563,8 +7581,8 @@ def take_request(loop: Loop, sock: socket.socket, end: bytes,
 
 class HttpServer:
     """The status page: one request, one answer, close.  GET and HEAD alone; the token for all but
-    /healthz, which monitors ask and which tells no more than what is wrong.  Who comes when many do
-    waits in the backlog."""
+    /healthz, which monitors ask and which tells no more than what is wrong.  Above
+    PAGE_CONNECTIONS clients wait in the backlog."""
     listener: Listener          # the server sets it
 
     def __init__(self, server: "Server") -> None:
@@ -7706,7 +7724,7 @@ class ControlServer:
 
 
 class Server:
-    """The relay.  run() serves until stop(); a command where no relay runs uses the same without
+    """The relay.  run() serves until begin_stop(); a command where no relay runs uses the same without
     listeners."""
 
     def __init__(self, cfg: Config, spool: Spool, log: Log) -> None:
@@ -7897,6 +7915,7 @@ class Server:
             self.begin_stop()
         elif number == signal.SIGHUP:
             self._reload()
+            self.queue.loader.load()    # for mail that was copied in
         elif number == signal.SIGUSR1:
             self.log.write("flush", "signal: site=all, messages=%d" % self.queue.destinations.sums()[0])
             self.queue.probe_all()
@@ -7920,7 +7939,7 @@ class Server:
                 self.log.reopen(old_log)
             text = printable(describe(error))
             return self.log.write("master", "not reloaded, the old configuration stays: " + text, "error")
-        # Sessions under way keep the old configuration and certificate to their end.
+        # Dialogues under way keep the old configuration and certificate to their end; limits are new at once.
         self.cfg, self.recipient_files, self.logins, self.certificate = cfg, files, logins, certificate
         self.resolver = Resolver(cfg.nameservers)
         self.log.level, self.log.host = LEVELS[cfg.log_level], short_name(cfg.hostname)
@@ -7963,7 +7982,8 @@ class Server:
         if self.started is not None:
             self._note_history()
             self._save_history()
-        while spool.unanswered and time.monotonic() - max(began, spool.answered) < STOP_DISK_S:
+        while spool.unanswered and (time.monotonic() - max(began, spool.answered) < STOP_DISK_S
+                                    and time.monotonic() - began < STOP_BACKLOG_S):
             self.loop.turn(STOP_POLL_S)
         if spool.unanswered:
             text = "the disk does not answer: left alone; what was not yet on it was not acknowledged"

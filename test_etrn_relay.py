@@ -349,15 +349,16 @@ class Dns:
     to records; a name in no key does not exist.  `truncate` sends UDP clients
     to TCP, `mangle` changes each UDP answer (or returns None: silence)."""
 
-    def __init__(self, zone, truncate=False, rcode=0, mangle=lambda packet: packet):
+    def __init__(self, zone, truncate=False, rcode=0, mangle=lambda packet: packet, address="127.0.0.1",
+                 port=0):
         self.zone, self.truncate, self.rcode, self.mangle = zone, truncate, rcode, mangle
         self.asked = []     # (udp or tcp, name, kind)
         while True:
             self.tcp, self.udp = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            self.tcp.bind(("127.0.0.1", 0))
+            self.tcp.bind((address, port))
             self.port = self.tcp.getsockname()[1]
             try:
-                self.udp.bind(("127.0.0.1", self.port))
+                self.udp.bind((address, self.port))
                 break
             except OSError:             # somebody else has that port for UDP
                 self.tcp.close()
@@ -3152,7 +3153,7 @@ except OSError:\n            return False
 a queue ID in use is taken again :: if self.has(id + ".json") or self.has(id + ".eml"): => if False:
 a body of any octets is sent :: digest.hexdigest() != sidecar["sha256"]: => False:
 a sick spool heals by itself :: ("probe")\n        except OSError => ("probe")\n        except ()
-a corrupt pair is deleted :: self._rename(id + kind, target) => self._unlink(id + kind)
+a corrupt pair is deleted :: self._rename(id + kind, "corrupt/%s%s" % (name, kind)) => self._unlink(id + kind)
 a deferral is insisted on :: len(deferred) < len(judged)) => True)
 a full disk keeps delivered mail :: if error.errno != errno.ENOENT and error.errno not in _FULL: => if True:
 a part enters before its body :: "json"):\n            with self._ => "json")[::-1]:\n            with self._
@@ -3764,6 +3765,8 @@ class Delivery(Played):
                 self.assertEqual(primary.log[0], "MAIL FROM:<>")
                 if word != "good":              # said of the null sender it is no word about the recipient
                     self.assertEqual(ask(self.primary(way, MAIL=said))[0], word.replace("bad", "silent"))
+        for way in cases(self, WAYS[:3]):           # it hangs up behind its refusal, as Exim's `drop` does
+            self.assertEqual(ask(self.primary(way, RCPT="550 5.1.1 x", RSET=CUT)), ("bad", "550 5.1.1 x"))
         for extensions, word, commands in cases(self, [([], "silent", 1), (["SMTPUTF8"], "good", 4)]):
             primary = self.primary(extensions)
             self.assertEqual((ask(primary, "\xe9@" + DOMAIN)[0], len(primary.log)), (word, commands))
@@ -3771,7 +3774,6 @@ class Delivery(Played):
 
 class PuppetSpool(etrn.SpoolThreads):
     """Without its threads."""
-    may_write = True
 
     def __init__(self, spool, loop):
         self.spool, self.loop, self.sick, self.unanswered, self.answered = spool, loop, "", 0, 0.0
@@ -6343,6 +6345,359 @@ class RealPostfix(Secured):
             self.assertEqual([line for line in relay.log if "refuses X" in line], [])
 
 
+# -- other mail servers, as the primary and as clients
+
+# Of its package a file; its configuration; what starts it; of the twenty messages what it refuses and how;
+# longer lines it breaks or refuses; what is logged when it has enough of a connection.
+MailServer = collections.namedtuple("MailServer", "file files command left line_octets limit",
+                                    defaults=({12: "550"}, 3000, ""))
+
+
+def lines(text):
+    """So that a configuration takes less room here."""
+    return re.sub(r";\s+", "\n", text)
+
+
+KEEP = """#!/bin/sh
+file=$(mktemp %(place)s/tmp/XXXXXXXXXX) && cat > "$file" && mv "$file" %(place)s/box
+"""
+EXIM = lines("""primary_hostname = primary.example; local_interfaces = 127.0.0.1;
+    daemon_smtp_ports = %(port)d; exim_path = %(root)s/usr/sbin/exim4;
+    log_file_path = %(place)s/tmp/exim-%%s; pid_file_path = %(place)s/tmp/exim-pid;
+    rfc1413_query_timeout = 0s; smtputf8_advertise_hosts = *; tls_advertise_hosts = *;
+    tls_certificate = %(pems)s/one.pem; tls_privatekey = %(place)s/exim.key; smtp_accept_max = 0;
+    smtp_accept_queue_per_connection = 0; smtp_accept_max_per_connection = 20; recipients_max = 3;
+    acl_smtp_rcpt = rcpt; begin acl; rcpt:; drop local_parts = unknown; accept;
+    begin routers; far:; driver = manualroute; domains = far.example; route_list = * 127.0.0.1::%(next)d;
+    self = send; transport = far; box:; driver = accept; transport = box;
+    begin transports; far:; driver = smtp; box:; driver = pipe; command = %(place)s/keep; user = nobody;
+    message_prefix =; message_suffix =; begin retry; * * F,1d,1s; """)
+OPENSMTPD = lines("""pki primary cert "%(pems)s/one.pem"; pki primary key "%(pems)s/one.key";
+    table people { "user@ourdom.example" = nobody, "v@ourdom.example" = nobody };
+    listen on 127.0.0.1 port %(port)d tls pki primary hostname primary.example;
+    action box mda "%(place)s/keep" virtual <people>; match from any for domain ourdom.example action box;
+    action far relay host smtp://127.0.0.1:%(next)d; match from any for domain far.example action far; """)
+SENDMAIL = lines("""include(`%(root)s/usr/share/sendmail/cf/m4/cf.m4'); OSTYPE(`linux');
+    undefine(`ALIAS_FILE'); define(`confPID_FILE', `%(place)s/tmp/sendmail-pid');
+    define(`STATUS_FILE', `%(place)s/tmp/statistics'); define(`QUEUE_DIR', `%(place)s/queue');
+    define(`confDOMAIN_NAME', `primary.example');
+    define(`confTO_IDENT', `0'); define(`confQUEUE_LA', `1000'); define(`confREFUSE_LA', `1000');
+    define(`confMAX_RCPTS_PER_MESSAGE', `3'); define(`confCACERT', `/var/lib/one.pem');
+    define(`confCACERT_PATH', `/var/lib'); define(`confSERVER_CERT', `/var/lib/one.pem');
+    define(`confSERVER_KEY', `/var/lib/one.key'); define(`ESMTP_MAILER_ARGS', `TCP $h %(next)d');
+    FEATURE(`no_default_msa'); FEATURE(`nocanonify'); FEATURE(`accept_unresolvable_domains');
+    FEATURE(`promiscuous_relay'); DAEMON_OPTIONS(`Name=MTA, Family=inet, Addr=127.0.0.1, Port=%(port)d');
+    MAILER(smtp); LOCAL_RULE_0; R unknown < @ $+ > $*\t$#error $@ 5.1.1 $: "550 no such user";
+    R$* < @ far.example . > $*\t$#esmtp $@ [127.0.0.1] $: $1 < @ far.example . > $2;
+    R$* < @ ourdom.example . > $*\t$#box $@ here $: $1; MAILER_DEFINITIONS;
+    Mbox, P=%(place)s/keep, F=lsDFMn8, L=0, T=DNS/RFC822/X-Unix, A=keep $u; """)
+CHASQUID = lines("""hostname: "primary.example"; smtp_address: "127.0.0.1:%(port)d";
+    data_dir: "%(place)s/queue"; mail_log_path: "<stdout>"; """)
+AIOSMTPD = """
+import subprocess, sys
+sys.path.insert(0, "%(root)s/usr/lib/python3/dist-packages")
+from aiosmtpd.controller import Controller
+class Handler:
+    async def handle_RCPT(self, server, session, envelope, address, options):
+        if "unknown" in address:
+            return "550 5.1.1 no such user"
+        envelope.rcpt_tos.append(address)
+        return "250 2.1.5 ok"
+    async def handle_DATA(self, server, session, envelope):
+        for _ in envelope.rcpt_tos:
+            subprocess.run("./keep", input=envelope.content, check=True)
+        return "250 2.0.0 ok"
+controller = Controller(Handler(), "127.0.0.1", %(port)d, enable_SMTPUTF8=True)
+controller.start()
+controller._thread.join()
+"""
+HARAKA = """
+const {execFileSync} = require("child_process")
+exports.hook_rcpt = (next, connection, [{user}]) => next(user === "unknown" ? DENY : OK, "no such user")
+exports.hook_queue = (next, {transaction: {message_stream, rcpt_to}}) => message_stream.get_data((input) => {
+    for (const _ of rcpt_to) execFileSync("%(place)s/keep", {input})
+    next(OK)
+})
+"""
+SMTP_SERVER = """
+const {SMTPServer} = require("%(root)s/usr/lib/node_modules/smtp-server")
+const {execFileSync} = require("child_process")
+new SMTPServer({
+    authOptional: true, disableReverseLookup: true,
+    onRcptTo: ({address}, session, done) => done(/unknown/.test(address) ? new Error("no such user") : null),
+    onData: (stream, {envelope}, done) => {
+        const parts = []
+        stream.on("data", (part) => parts.push(part)).on("end", () => {
+            for (const _ of envelope.rcptTo) execFileSync("./keep", {input: Buffer.concat(parts)})
+            done()
+        })
+    },
+}).listen(%(port)d, "127.0.0.1")
+"""
+NO_UTF8 = "the primary does not offer SMTPUTF8"
+SERVERS = {
+    "exim": MailServer(
+        "usr/sbin/exim4", {"var/lib/exim4/config.autogenerated": EXIM, "exim.key": PEMS["one.key"]},
+        "$root/usr/sbin/exim4 -bdf -q5s", limit="421 too many messages"),
+    "opensmtpd": MailServer("usr/sbin/smtpd", {"smtpd.conf": OPENSMTPD},
+                        "mount --bind $root/usr/libexec /usr/libexec; $root/usr/sbin/smtpd -d -f smtpd.conf",
+                        {4: NO_UTF8, 12: "524 5.2.4"}, limit="Too many messages sent"),
+    "sendmail": MailServer(         # a copy has no set-group-ID bit, and looks for libraries where it is told
+        "usr/libexec/sendmail/sendmail", {"sendmail.mc": SENDMAIL, "var/lib/one.pem": PEMS["one.pem"],
+                                              "var/lib/one.key": PEMS["one.key"]},
+        "$m4 -D_CF_DIR_=$root/usr/share/sendmail/cf/ sendmail.mc > sendmail.cf\n"
+        "chmod 600 var/lib/one.key; cp $root/usr/libexec/sendmail/sendmail .\n"
+        "$PWD/sendmail -C$PWD/sendmail.cf -bD -q5s",
+        {4: NO_UTF8, 12: "550 5.1.1"}),
+    "chasquid": MailServer(
+        "usr/bin/chasquid", {
+            "chasquid.conf": CHASQUID, "certs/primary.example/fullchain.pem": PEMS["one.pem"],
+            "certs/primary.example/privkey.pem": PEMS["one.key"], "domains/ourdom.example/aliases":
+                "user: | %(place)s/keep\nv: | %(place)s/keep\nfar: u@far.example\n"},
+        "$root/usr/bin/chasquid -config_dir=$PWD -testing__outgoing_smtp_port=%(next)d",
+        {3: "554 5.6.0 Error parsing message: EOF", 12: "550 5.1.1"}),
+    "aiosmtpd": MailServer("usr/lib/python3/dist-packages/aiosmtpd/smtp.py", {"server.py": AIOSMTPD},
+                       "$python server.py", line_octets=980),
+    "haraka": MailServer(
+        "usr/lib/node_modules/Haraka/bin/haraka", {
+            "plugins/box.js": HARAKA, "config/plugins": "box\ntls\n", "config/me": "primary.example\n",
+            "config/smtp.ini": "listen=127.0.0.1:%(port)d\nnodes=0\n",
+            "config/tls_cert.pem": PEMS["one.pem"], "config/tls_key.pem": PEMS["one.key"]},
+        "cp -n $root/usr/lib/node_modules/Haraka/config/*.ini config || true\n"
+        "$node $root/usr/lib/node_modules/Haraka/bin/haraka -c .", line_octets=980),
+    "smtp-server": MailServer("usr/lib/node_modules/smtp-server/package.json", {"server.js": SMTP_SERVER},
+                          "$node server.js"),
+}
+
+
+class RealServers(Secured):
+    """Looked for in $ETRN_TEST_MTAS, where each is unpacked in a folder of its own (.ci/run does so), and
+    where Debian, pip and npm install them."""
+    ACCOUNTS = "root", "nobody", "Debian-exim", "opensmtpd", "opensmtpq", "smmta", "smmsp", "mail"
+
+    def relay_to(self, name, domain):
+        """With its mail server still down; that is in self.place, with what it keeps in box/."""
+        self.server = SERVERS[name]
+        places = os.path.join(os.environ.get("ETRN_TEST_MTAS", "/nowhere"), name), "/"
+        root = next((one for one in places if os.path.exists(os.path.join(one, self.server.file))), None)
+        if root is None:
+            self.skipTest("no %s here" % name)
+        self.apart = [program("unshare"), "-mp", "--mount-proc", "--fork", "--kill-child"]
+        if os.geteuid() or subprocess.call([*self.apart, "true"], stderr=subprocess.DEVNULL):
+            self.skipTest("needs root and namespaces")
+        self.place, self.port = os.path.join(self.folder, "place"), unused_port()
+        relay = self.relay("127.0.0.1:%d" % self.port, domain="\n".join([
+            domain, "[domain far.example]", "primary = 127.0.0.1:9", tls_section(self)]))
+        address = "127.%d.%d.%d" % tuple(random.sample(range(2, 250), 3))
+        nameserver = Dns({}, address=address, port=53)      # it knows nobody
+        nameserver.__enter__()
+        self.addCleanup(nameserver.__exit__)
+        files = {"keep": KEEP, "etc/resolv.conf": "nameserver %s\n" % address,
+                 "etc/hosts": "127.0.0.1 localhost primary.example far.example\n",
+                 "etc/passwd": "".join("%s:x:%d:%d::/:/bin/sh\n" % (one, id, id)
+                                       for id, one in enumerate(self.ACCOUNTS)),
+                 "etc/group": "".join("%s:x:%d:\n" % (one, id) for id, one in enumerate(self.ACCOUNTS))}
+        values = {"place": self.place, "root": root, "port": self.port, "next": relay.port,
+                  "pems": self.folder}
+        for path, text in {**files, **self.server.files}.items():
+            os.makedirs(os.path.dirname(os.path.join(self.place, path)), exist_ok=True)
+            with open(os.path.join(self.place, path), "w", encoding="ascii") as file:
+                file.write(text % values)
+        for path in ("run", "queue/domaininfo", "var/lib/opensmtpd/empty", "var/spool/exim4", "box", "tmp"):
+            os.makedirs(os.path.join(self.place, path))
+        for path, mode in (("", 0o755), ("one.key", 0o600), ("place/keep", 0o755), ("place/box", 0o777),
+                           ("place/tmp", 0o777), ("place/var/spool/exim4", 0o777)):
+            os.chmod(self.path(path), mode)
+        library = "%s/usr/lib/%s-linux-gnu" % (root, platform.machine())
+        self.environment = dict(os.environ, root=root, python=sys.executable, node=shutil.which("node") or "",
+                                m4=shutil.which("m4") or root + "/usr/bin/m4", LD_LIBRARY_PATH=library)
+        mounts = ["etc/passwd", "etc/group", "etc/hosts", "etc/resolv.conf", "var/lib", "var/spool", "run"]
+        self.command = "set -e; ulimit -n 1024\n%s\n%s & wait" % (
+            "\n".join("mount --bind %s /%s" % (one, one) for one in mounts), self.server.command % values)
+        return relay
+
+    def boot(self):
+        """Accounts and fixed paths are the test's own, and a kill takes all its processes."""
+        with open(os.path.join(self.place, "log"), "ab") as log:
+            process = subprocess.Popen(
+                [*self.apart, "sh", "-c", self.command], cwd=self.place, env=self.environment,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.addCleanup(wait, self.is_dead)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def is_dead(self):
+        """The last of its processes, too: its port is free."""
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(("127.0.0.1", self.port))
+            return True
+        return False
+
+    def box(self):
+        """What has arrived, a copy for each recipient."""
+        found = []
+        for name in os.listdir(os.path.join(self.place, "box")):
+            with open(os.path.join(self.place, "box", name), "rb") as file:
+                found.append(re.sub(rb"\r?\n", b"\r\n", file.read()))
+        return found
+
+    def arrived(self, sent, copies):
+        """How often each; what is none of them, whole, below fields that were added, counts as itself.  An
+        empty line may follow a header that has no body."""
+        known = {re.findall(rb"(?m)^Subject: .*", data)[0]: data for data in sent}
+        found = collections.Counter()
+        for one in copies:
+            likely = known.get((re.findall(rb"(?m)^Subject: .*", one) or [b""])[0], b"never")
+            found[likely if one.endswith((likely, likely + b"\r\n")) else one] += 1
+        return found
+
+    def mixed(self):
+        """Twenty messages and their envelopes."""
+        octets, eight_bit = self.server.line_octets, {"parameters": " BODY=8BITMIME"}
+        rows = [
+            (b"\r\nplain\r\n", {}), (b"\r\n\xff\xfe caf\xe9 \x80\r\n", eight_bit), (b"\r\n", {}), (b"", {}),
+            (b"X-Name: gr\xc3\xbc\xc3\x9fe\r\n\r\n\xc3\xbc\r\n", {"parameters": " SMTPUTF8 BODY=8BITMIME"}),
+            (b"\r\n.\r\n..\r\n.x\r\n...\r\n\r\n.\r\n", {}), (b"\r\n" + b"0123456789abcde\r\n" * 18000, {}),
+            (b"\r\nno newline\r\n", {"is_chunk": True}), (b"\r\n" + b"l" * octets + b"\r\nend\r\n", {}),
+            (b"\r\n." + b"d" * (octets - 1) + b"\r\n.\r\n", {}), (b"\r\nnotice\r\n", {"sender": ""}),
+            (b"\r\nten\r\n", {"recipients": ["user+%d@%s" % (number, DOMAIN) for number in range(10)]}),
+            (b"\r\nnobody\r\n", {"recipients": ["unknown@" + DOMAIN]}),
+            (b"\r\nFrom here\r\n\r\nFrom there\r\n>From\r\n", {}), (b"\r\n\r\n\r\n\r\n\r\n", {}),
+            (b"\r\nblanks  \r\n\t\r\n   \r\n", {"recipients": ["user@" + DOMAIN, "v@" + DOMAIN]}),
+            (b"X-Folded: a\r\n\tb\r\n   c\r\n\r\nfolded\r\n", {}), (b"\r\n" + b".\r\n" * 3000, {}),
+            (b"\r\nQUIT\r\nRSET\r\nBDAT 5 LAST\r\n", {}),
+            (b'Content-Type: multipart/mixed; boundary="b"\r\n\r\n--b\r\n\r\n1\r\n--b--\r\n', eight_bit)]
+        return [(message(number, text), envelope) for number, (text, envelope) in enumerate(rows)]
+
+    def give(self, client, data, is_chunk=False, **envelope):
+        if is_chunk:                    # without its last newline, which it gets
+            client.say("MAIL FROM:<a@sender.example>", "RCPT TO:<user@%s>" % DOMAIN)
+            client.raw(b"BDAT %d LAST\r\n%s" % (len(data) - 2, data[:-2]))
+        self.assertEqual((client.reply() if is_chunk else client.send(data, **envelope))[:3], "250")
+
+    def outage(self, name):
+        """It takes twenty mixed messages and, while their clients wait, 24 more; and as a client it sends
+        the twenty to a relay whose primary is down."""
+        relay, sent = self.relay_to(name, "tls = may\ncutthrough = yes"), self.mixed()
+        with relay.client() as client:
+            for data, envelope in sent:
+                self.give(client, data, **envelope)
+        relay.logged(r"ourdom\.example: down: ")
+        self.boot()
+        left = self.server.left
+        expected = {data: len(envelope.get("recipients", "1")) for number, (data, envelope) in enumerate(sent)
+                    if number not in left}
+        wait(lambda: self.arrived(expected, self.box()) == expected, "all of it, once, whole")
+        wait(lambda: len(relay.queue()) == len(left), "the rest to be refused")
+        for row, (_, text) in zip(relay.queue(), sorted(left.items())):
+            self.assertEqual(row["recipients"][0]["last_response"][:len(text)], text)
+        for one in self.box() if name != "opensmtpd" else ():       # Debian's fails at every handshake,
+            top = one[:one.index(b"by backup.example.net")]         # and then gets its mail in the clear
+            self.assertTrue(b"by primary.example" not in top or re.search(rb"(?i)esmtps", top), top)
+        more = [message(number) for number in range(100, 124)]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            self.assertEqual({reply[:3] for reply in pool.map(relay.send, more)}, {"250"})
+        expected.update(dict.fromkeys(more, 1))
+        wait(lambda: self.arrived(expected, self.box()) == expected, "those, too")
+        self.assertEqual([line for line in relay.log if "notification" in line], [])
+        if "far.example" not in "".join(self.server.files.values()):
+            return
+        refused, to = {*left, 8, 9} - {12}, ["far@" + DOMAIN] if name == "chasquid" else ["u@far.example"]
+        gone = {data: 1 for number, (data, _) in enumerate(sent) if number not in refused}
+        with Wire(self.port) as client:
+            client.say("EHLO client.example")
+            for data, envelope in sent:
+                if data in gone:
+                    self.give(client, data, **dict(envelope, is_chunk=False, recipients=to))
+
+        def queued():
+            return [row for row in relay.queue() if row["domain"] == "far.example"]
+        wait(lambda: len(queued()) == len(gone), "all of it in the queue")
+        self.assertEqual({row["client"]["tls"] for row in queued()}, {"TLSv1.3"})
+        waiting = [one for one in self.kept_in(relay) if b"for <u@far.example>" in one]
+        self.assertEqual(self.arrived(gone, waiting), gone)
+
+    @long_run
+    def test_an_exim_that_hangs_up_behind_each_refusal_gets_the_rest_and_is_asked(self):
+        relay = self.relay_to("exim", "recovery_grace = 0s")
+        sent = [message(number) for number in range(36)]
+        with relay.client() as client:
+            for number, data in enumerate(sent):
+                self.give(client, data, recipients=[("user@" if number % 3 else "unknown@") + DOMAIN])
+        self.boot()
+        good = {data: 1 for number, data in enumerate(sent) if number % 3}
+        wait(lambda: self.arrived(good, self.box()) == good, "the good ones")
+        wait(lambda: not relay.json("--status")["domains"][DOMAIN]["queued"], "the bad ones to be returned")
+        self.assertEqual([line for line in relay.log if "status=deferred (lost" in line], [])
+        self.reload(relay, "reread", domain="recipients = verify\ncutthrough = yes")
+        since = len(relay.log)
+        self.assertEqual(self.rcpt(relay, "unknown", "user"), ["550 5.1.1", TAKEN])
+        self.assertEqual([line for line in relay.log[since:] if "example: down" in line], [])
+
+    def test_msmtp_sends_over_starttls(self):
+        relay = self.relay(domain=tls_section(self))
+        command = [program("msmtp"), "--file=/dev/null", "--host=127.0.0.1", "--port=%d" % relay.port,
+                   "--tls", "--tls-certcheck=off", "--from=a@sender.example", "u@" + DOMAIN]
+        bodies = b"\r\nx\r\n", b"\r\n.\r\n..\r\n\xff\r\n", b"\r\n" + b"l" * 3000 + b"\r\n"
+        sent = [message(number, text) for number, text in enumerate(bodies)]
+        for data in sent:
+            subprocess.run(command, input=data.replace(b"\r\n", b"\n"), check=True, timeout=DEADLINE_S)
+        self.assertEqual([row["client"]["tls"] for row in relay.queue()], ["TLSv1.3"] * 3)
+        self.assertEqual(self.arrived(sent, self.kept_in(relay)), dict.fromkeys(sent, 1))
+
+    def kept_in(self, relay):
+        found = []
+        for name in relay.files():
+            if name.endswith(".eml"):
+                with open(os.path.join(relay.spool, name), "rb") as file:
+                    found.append(file.read())
+        return found
+
+    def kills(self, name):
+        """Killed twice while it is given three hundred messages over one connection."""
+        relay, sent = self.relay_to(name, "connections = 1"), [message(number) for number in range(300)]
+        with relay.client() as client:
+            for data in sent:
+                self.give(client, data)
+        process = self.boot()
+        for goal in (50, 120):
+            wait(lambda goal=goal: len(os.listdir(os.path.join(self.place, "box"))) >= goal, "%d" % goal)
+            process.kill()
+            process.wait()
+            wait(self.is_dead)
+            process = self.boot()
+        wait(relay.is_empty, "an empty spool", 60)
+        # Its own work is killed, too: some deliver again what they had, sendmail without the body.
+        def found():
+            copies = [one for one in self.box() if b"<<< No Message Collected >>>" not in one]
+            is_told = b"by primary.example" in copies[0]
+            return self.arrived(sent, set(copies) if is_told else copies)
+        wait(lambda: found().keys() == set(sent), "all of it, whole")
+        window = etrn.CHUNK_MESSAGES if name == "exim" else 1       # that may be in doubt at each kill
+        self.assertLessEqual(sum(found().values()), len(sent) + 2 * window)
+        self.assertEqual(relay.json("--status")["domains"][DOMAIN]["bounced"], 0)
+        with open(os.path.join(self.place, "log"), encoding="utf-8", errors="replace") as log:
+            self.assertIn(self.server.limit, "\n".join(relay.log) + log.read())
+
+
+def message(number, text=b"\r\nx\r\n"):
+    head = "From: a@sender.example\r\nTo: user@%s\r\nDate: Tue, 1 Dec 2026 10:00:00 +0000\r\n" % DOMAIN
+    return ("%sMessage-ID: <%d@sender.example>\r\nSubject: %d\r\n" % (head, number, number)).encode() + text
+
+
+def add_tests(name):
+    for method in (RealServers.outage, RealServers.kills):
+        def test(self, method=method):
+            method(self, name)
+        setattr(RealServers, "test_%s_%s" % (method.__name__, name.replace("-", "_")), long_run(test))
+
+
+for server_name in SERVERS:
+    add_tests(server_name)
+
+
 # -- on-demand relay, and ETRN by clients that authenticate
 
 LOGIN_OPTIONS = "username = gw\npassword = se cret"
@@ -8119,7 +8474,8 @@ class Machines(Relays):
             self.assertTrue(logged("stopped"))
 
     def test_a_service_manager_hears_that_it_is_ready_and_that_it_lives(self):
-        for address in cases(self, [self.path("notify")] + ["\0etrn-%d" % os.getpid()] * (sys.platform == "linux")):
+        abstract = ["\0etrn-%d" % os.getpid()] * (sys.platform == "linux")
+        for address in cases(self, [self.path("notify"), *abstract]):
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
                 manager.settimeout(DEADLINE_S)
                 manager.bind(address)
