@@ -48,12 +48,14 @@ QUEUE
     After the 250 at the end of the data, message, envelope and directory entries are on
     stable storage.  A message leaves the spool only by the primary's own 250, by its sender
     having been told, or by an operator's command.  A crash may make a second copy, never a loss.
+    On a full disk new mail gets 452, and queued mail still leaves.
 
     A primary is unknown, up, down or rejecting.  While it is down and mail waits, it is tried
     every probe_interval at the longest.  When it greets, everything goes, oldest first: one
-    message alone, then by 2, 4, 8 connections.  For recovery_grace after an outage no 5xx is
-    believed.  Three refused in a row in that time make it rejecting: nothing is returned, and
-    one message is tried every probe_interval, until it takes one or --flush is said.
+    message alone, then by 2, 4, 8 connections, up to `connections`.  For recovery_grace after an
+    outage, or a start, no 5xx is believed.  Three refused in a row after an outage make it
+    rejecting: nothing is returned, and one message is tried every probe_interval, until it
+    takes one or --flush is said.
 
 ETRN AND ATRN
     `ETRN example.org` (RFC 1985) probes that domain's primary at once and delivers everything
@@ -249,6 +251,7 @@ OUT_OF_STEP = (500, 502, 503, 504)      # no word about a message, contract 5
 NO_SUCH_USER = ("5.1.1", "5.1.2", "5.1.3", "5.1.6", "5.1.10")   # statuses about a recipient, contract 5
 VERDICTS = 20                   # the last answers looked at: mostly 4xx halves the connections
 REFUSED_ROW = 3                 # refused in a row, and a returned primary is `rejecting`; contract 5
+FEW_ANSWERS = 3                 # who hangs up after no more has not had its fill of the connection
 CANARIES_DEFERRED = 3           # 4xx to so many canaries is greylisting: the rest goes all the same
 EARLY_PAUSES_S = (60.0, 300.0)  # after the first two 4xx or kept 5xx of a returned primary
 ATRN_SILENT_S = 60.0            # who collects is taken for gone when silent so long and another comes
@@ -1350,7 +1353,8 @@ class Stream:
 # two threads.  The loop itself calls what does not wait for long: free(), remove_control()
 # and, at a start, what reads state files.
 # Uses 2 LIMITS, 3 GRAMMAR, 6 LOOP.
-# Commit point: the rename of the sidecar in Spool._enter().
+# Commit point: the rename of the sidecar in Spool._enter().  It is durable after the fsync
+# of the directory that follows in Spool.commit(), and only then answered with 250.
 #
 #   files in   SPOOL/       incoming/     what it is, and what a start does with it
 #   S1         -            .eml          being received                  delete
@@ -5615,7 +5619,7 @@ class Deliveries:
     """Connections: when to dial, what each is given, what the end of one says of the primary.
 
     How many there are after an outage: Destination.wanted() allows one until a message was taken (the
-    canary), then 2, 4, 8 and so on, as far as mail waits; attend() dials them."""
+    canary), then 2, 4, 8 and so on up to `connections`, as far as mail waits; attend() dials them."""
 
     def __init__(self, queue: Queue) -> None:
         self.queue, self.loop, self.spool, self.log = queue, queue.loop, queue.spool, queue.log
@@ -5847,7 +5851,7 @@ class Deliveries:
             self._give_back_fetched(one)
             if error:
                 one.is_proven = False   # the next one is a canary again
-        if connection.answered > REFUSED_ROW:
+        if connection.answered > FEW_ANSWERS:
             one.hang_ups = 0            # it had its fill of this connection; the next one may come soon
         is_there = connection.answered or traffic.connections or any(
             question.is_again for question in traffic.questions)
@@ -6043,11 +6047,11 @@ def learn(queue: Queue, one: Destination, entry: Entry, verdicts: List[Verdict],
         queue.tell(one, one.on_taken(now))
     elif kinds == {"refused"}:
         queue.tell(one, one.on_refused(now, entry.id, known, verdicts[0].response))
-    is_answer = any(verdict.remote for verdict in verdicts)
-    if "sent" not in kinds and (was is Primary.REJECTING
-                                or (is_answer and one.state is not Primary.REJECTING)):
-        if kinds != {"refused"} or not one.is_final(now, None, False):
-            one.on_deferred(now)
+    is_turned = one.state is Primary.REJECTING and was is not Primary.REJECTING     # its next try is set
+    is_answer = was is Primary.REJECTING or any(verdict.remote for verdict in verdicts)
+    is_final = kinds == {"refused"} and one.is_final(now, None, False)
+    if "sent" not in kinds and is_answer and not (is_turned or is_final):
+        one.on_deferred(now)
     if one.state is Primary.REJECTING or one.cfg.is_notices:
         return      # it is not itself; and who takes our notices is nobody's recipient here
     may_ask = one.cfg.recipients == "verify" and one.is_itself(now)
