@@ -3096,9 +3096,7 @@ class EntryQueue:
 
     def release(self) -> None:
         """Everything but held mail is due now.  Messages that were tried already go in front."""
-        later = self.by_state[State.LATER].values()
-        for entry in sorted(later, key=lambda entry: (entry.received, entry.id), reverse=True):
-            self.give_back(entry)
+        self.give_back(*self.by_state[State.LATER].values())
         self.later.clear()
 
     def put_off(self, entry: Entry, now: Now, pause: float) -> None:
@@ -3107,10 +3105,18 @@ class EntryQueue:
         entry.due = now.mono + pause
         self._put(entry, State.LATER if entry.round == self.rounds else State.READY)
 
-    def give_back(self, entry: Entry) -> None:
-        """Its pause is over, or it was not tried after all: older than most, it is the next."""
-        self._put(entry, State.READY)
-        self.urge(entry)
+    def give_back(self, *entries: Entry) -> None:
+        """Their pauses are over, or they were not tried after all.  They go in front, the oldest first."""
+        ready = self.by_state[State.READY]
+        for entry in sorted(entries, key=lambda entry: (entry.received, entry.id), reverse=True):
+            older = []
+            for one in ready.values():
+                if one.received >= entry.received:
+                    break
+                older.append(one)
+            self._put(entry, State.READY)
+            for one in (entry, *reversed(older)):
+                self.urge(one)
 
     def take_out(self, entry: Entry) -> None:
         """To be ended by an operator or its age: nobody else gets it, and none waits for it."""
@@ -3425,6 +3431,7 @@ class Destination(EntryQueue):
     def on_left(self, now: Now) -> None:
         """The primary is another one: the way there, and how it takes mail, are found out anew, at once."""
         self.on(Event.LEFT, now)
+        self.flushing.clear()
         self.route, self.size_limit = [], 0
         self.is_proven, self.limit, self.may_pipeline = False, 1, True
         self.trigger(now)
@@ -5125,6 +5132,7 @@ class Queue:
         self.corrupt = 0                # messages in corrupt/
         self.last_id = 0
         self.is_stopping = self.is_dirty = False
+        self.only = "all"               # what a command's own run may deliver
         self.drift = loop.now.wall - loop.now.mono
 
     @property
@@ -5206,7 +5214,10 @@ class Queue:
         text = text[len(verdict.status):].lstrip(" ") if text.startswith(verdict.status) else text
         text = text.encode("ascii", "backslashreplace").decode("ascii")         # RFC 6531 3.7.4
         _, answer = self.waiters.pop(entry.id)
-        yield from self.recorder.ask("remove", entry.id)
+        result = yield from self.recorder.ask("remove", entry.id, must=False)
+        if isinstance(result, OSError):         # it stays, and may come twice
+            answer(disk_reply(result))
+            return self.put_off(one, entry, RETRY_DISK_S, str(result))
         self.leave(one, entry, "bounced")
         answer(Reply(int(code), verdict.status, text))
 
@@ -5449,8 +5460,9 @@ class Queue:
         if what[0] != "@" and self.cfg.domain(what) is not None:
             self.destinations.get(what, self.now)       # a subdomain that no mail has come for yet
         meant = self.destinations.matching(what)
-        for one in meant if not on else ():
-            one.watched_since = self.now.mono
+        for one in meant:
+            self.deliveries.give_back_fetched(one)
+            one.watched_since = one.watched_since if on else self.now.mono
         if meant and what in meant[0].entries:
             meant[0].hold(meant[0].entries[what], on)
             self.spool.ask(done, "record", what, {"held": on}, {})
@@ -5646,7 +5658,10 @@ class Deliveries:
 
     def attend(self, one: Destination) -> None:
         """Give its connections what they have room for, dial where one more is wanted, be back in time."""
-        if self.queue.is_stopping or self.queue.destinations.all.get(one.name) is not one:
+        known, only = self.queue.destinations, self.queue.only
+        if self.queue.is_stopping or (only != "all" and one not in known.matching(only)):
+            return
+        if known.all.get(one.name) is not one:
             return                      # the destination was removed, and this is its old timer
         now, traffic = self.loop.now, self.of(one)
         if one.is_proven:               # the connections allowed may have been halved
@@ -5729,19 +5744,22 @@ class Deliveries:
         traffic.is_fetching = False
         if isinstance(results, Exception):
             results = [results] * len(entries)
+        unread = []
         for entry, result in itertools.zip_longest(entries, results):       # some were not read
             if isinstance(result, Exception):
                 self.queue.on_fault(one, entry, result)
             elif result is None or entry.is_held or one.is_held or not traffic.connections:
-                one.give_back(entry)
+                unread.append(entry)
             else:
                 traffic.fetched.append((entry, *result))
+        one.give_back(*unread)
         self.attend(one)
 
-    def _give_back_fetched(self, one: Destination) -> None:
+    def give_back_fetched(self, one: Destination) -> None:
+        """What was read ahead and no connection has."""
         fetched = self.of(one).fetched
-        while fetched:
-            one.give_back(fetched.popleft()[0])
+        one.give_back(*(entry for entry, _, _ in fetched))
+        fetched.clear()
 
     # -- dialling
 
@@ -5795,8 +5813,8 @@ class Deliveries:
             self.log.write("primary", "%s: %s" % (one.label, printable(result.warning)), "warning")
         if result.client is not None:
             one.route, one.route_seen = list(result.hops), self.loop.now.wall
-            self._open(one, result.client)
             self.queue.tell(one, one.on(Event.HEARD, self.loop.now))
+            self._open(one, result.client)          # which may end it at once
         elif all(connection.is_late for connection in traffic.connections):
             self._on_away(one, result.error)
         else:
@@ -5828,7 +5846,7 @@ class Deliveries:
 
     def _end_waiting(self, one: Destination, error: str) -> None:
         """Nothing of it leaves soon: whoever waits for that has an answer."""
-        self._give_back_fetched(one)
+        self.give_back_fetched(one)
         questions = self.of(one).questions
         while questions:
             self._answer(questions.popleft(), "down", error)
@@ -5848,7 +5866,7 @@ class Deliveries:
         if connection.collects:
             return self._on_collected(connection.collects, error)
         if all(other.is_late for other in traffic.connections):
-            self._give_back_fetched(one)
+            self.give_back_fetched(one)
             if error:
                 one.is_proven = False   # the next one is a canary again
         if connection.answered > FEW_ANSWERS:
@@ -5870,7 +5888,7 @@ class Deliveries:
             traffic = self.of(one)
             while traffic.dials:
                 traffic.dials.pop().cut()
-            self._give_back_fetched(one)
+            self.give_back_fetched(one)
             for connection in [other for other in traffic.connections if not other.collects]:
                 connection.is_former = True
                 traffic.connections.remove(connection)
@@ -5893,7 +5911,11 @@ class Deliveries:
         one.late.update(one.by_state[State.SENDING].keys() - fetched)
 
     def sweep(self) -> None:
-        """Once a second: deadlines of replies, and answers that are late."""
+        """Once a second: deadlines of replies, answers that are late, and who could not dial before."""
+        starved, self.starved = self.starved, {}
+        known = self.queue.destinations.all
+        for one in [known[name] for name in starved if name in known]:
+            self.attend(one)
         for connection in self.all():
             if connection.sweep():
                 self._mark_late(connection)
@@ -5937,7 +5959,7 @@ class Deliveries:
 
     def _on_collected(self, collected: Sequence[Destination], error: str) -> None:
         for one in collected:
-            self._give_back_fetched(one)
+            self.give_back_fetched(one)
             one.is_collecting, one.limit, one.is_proven = False, 1, False
             one.last_error = error or one.last_error
             if one.waits_for:
@@ -6524,6 +6546,8 @@ def change_hold(queue: Queue, _: Sequence[Destination], what: str, request: Requ
 
 def end_entries(queue: Queue, meant: Sequence[Destination], what: str, request: Request) -> Answers:
     """--delete and --bounce.  What is being sent at this moment is left alone and counted."""
+    for one in meant:
+        queue.deliveries.give_back_fetched(one)
     pairs = [(one, entry) for one in meant for entry in list(one.entries.values())
              if what not in one.entries or entry.id == what]
     watch = Watch(entry.id for _, entry in pairs)
@@ -8300,7 +8324,7 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
         server.start()
         queue.loader.load([what] if _ID.fullmatch(what) else None)      # one message is read alone
         # "Stopping" means that nothing is sent.  Below, --flush ends that when the spool has been read.
-        queue.is_stopping = True
+        queue.is_stopping, queue.only = True, what
         for answer in server.command(request):
             if answer is not None:
                 yield answer

@@ -3256,6 +3256,21 @@ class Schedule(unittest.TestCase):
         one.state = etrn.Primary[state]
         return one
 
+    def test_what_is_given_back_goes_oldest_first_however_it_comes_back(self):
+        one, now = self.begin(), self.clock.now
+        for number in range(1, 9):
+            one.add(etrn.Entry("A0%d" % number, 100, self.clock.wall + number), now)
+        one.is_proven = True
+        for numbers in cases(self, [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1], [7, 1]]):
+            taken = {entry.id: entry for entry in one.take(8, now)}
+            for way in (lambda entries: one.give_back(*entries),
+                        lambda entries: [one.give_back(entry) for entry in entries]):
+                way([taken.pop("A0%d" % number) for number in numbers])
+                back = one.take(len(numbers), now)
+                self.assertEqual([int(entry.id[1:]) for entry in back], sorted(numbers))
+                taken.update((entry.id, entry) for entry in back)
+            one.give_back(*taken.values())
+
     def test_names_and_homes(self):
         sections = "primary = %s\n[domain .w.example]\nprimary = etrn\n[domain x.example]\nlifetime = %s"
         known, now = etrn.Destinations(config("", sections % ("etrn", "7d"))), self.clock.now
@@ -4030,6 +4045,17 @@ class Recording(Simulated):
         self.assertTrue(sim.logged(id + ": cannot be removed, trying again"))
         sim.run(60)
         self.assertEqual((sim.taken, self.entries(), sim.spool.list()[0]), ([id], [], []))
+
+    def test_a_run_for_one_domain_leaves_the_others_alone(self):
+        """Else --flush DOMAIN without a relay would cut them in the middle."""
+        sim = self.sim
+        sim.queue.only, id = "other.example", sim.put()
+        sim.run(60)
+        self.assertEqual(sim.offered, [])
+        sim.queue.only = "all"
+        sim.queue.flush([sim.one])
+        sim.run(60)
+        self.assertEqual(sim.taken, [id])
 
     def test_a_delivery_to_some_is_written_down_before_the_rest_is_tried(self):
         sim, id = self.sim, self.sim.put(USER, OTHER)
