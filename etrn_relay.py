@@ -213,7 +213,8 @@ NAMES_AT_ONCE, NAMES_MAX = 10, 5000     # questions for names under way, and nam
 BATCH_MAX = 64                  # messages made durable together
 FAST_FSYNC_S = 0.0005           # where an fsync takes longer, those of a batch go beside each other
 BLOCK_OCTETS, READ_OCTETS = 262144, 4194304     # read at once of a file, and ahead for a destination
-LOCK_WAIT_S = 30.0              # a relay waits so long for a command that holds the spool
+LOCK_WAIT_S = 30.0              # for a command that holds the spool
+RELAY_START_S = 2.0             # from a relay's lock to its control socket, at most
 ORPHAN_S, COPY_S = 3600.0, 5.0          # a lone half, or a pair that makes no sense, may be being copied
 SIDECAR_MAX = STATE_MAX = 256 << 20     # octets; far more than max_recipients and RECIPIENTS_MAX can fill
 TIME_MAX = 253402300800.0       # dates of the year 10000 cannot be written, RFC 5322 3.3
@@ -3049,7 +3050,8 @@ class EntryQueue:
         self.next_look = INF            # monotonic, when the next entry expires or its delay is told
         self.rounds = 0                 # flushes, all told
         self.flushing: Set[str] = set()         # IDs that the present flush has yet to try
-        self.late: Set[str] = set()             # IDs of those SENDING that keep no other waiting
+        # IDs of those SENDING that keep no other waiting: their answers are late, or are being written down.
+        self.late: Set[str] = set()
         self.failures = 0               # attempts to reach the primary that failed, all told
         self.counters = dict.fromkeys(COUNTERS, 0)
 
@@ -5616,10 +5618,11 @@ class Question(NamedTuple):
 
 class Traffic:
     """What is under way towards one destination."""
-    __slots__ = ("connections", "fetched", "is_fetching", "questions", "dials", "alarm")
+    __slots__ = ("connections", "former", "fetched", "is_fetching", "questions", "dials", "alarm")
 
     def __init__(self) -> None:
         self.connections: List[Connection] = []
+        self.former: List[Connection] = []      # to the primary that it had before: they end what they are at
         self.fetched: Deque[Tuple[Entry, Sidecar, bytes]] = collections.deque()     # read, not yet sent
         self.is_fetching = False
         self.questions: Deque[Question] = collections.deque()       # not yet asked
@@ -5645,12 +5648,14 @@ class Deliveries:
         return self.traffic[one.name]
 
     def all(self) -> List[Connection]:
-        return [connection for traffic in self.traffic.values() for connection in traffic.connections]
+        return [connection for traffic in self.traffic.values()
+                for connection in (*traffic.connections, *traffic.former)]
 
     def forget(self, one: Destination) -> bool:
         """A destination without mail.  False while something is under way."""
         traffic = self.of(one)
-        if not (traffic.connections or traffic.dials or traffic.questions or traffic.is_fetching):
+        if not (traffic.connections or traffic.former or traffic.dials or traffic.questions
+                or traffic.is_fetching):
             del self.traffic[one.name]
         return one.name not in self.traffic
 
@@ -5793,11 +5798,6 @@ class Deliveries:
 
     def _on_dialled(self, one: Destination, mine: Dial, result: Any) -> None:
         self.dialling -= 1
-        if self.starved:
-            name = next(iter(self.starved))
-            del self.starved[name]
-            if name in self.queue.destinations.all:
-                self.attend(self.queue.destinations.all[name])
         if isinstance(result, Exception):
             self.log.bug(result)
             result = Dialled(None, "internal error: %r" % result)
@@ -5857,8 +5857,9 @@ class Deliveries:
     def _on_end(self, connection: Connection, error: str) -> None:
         one = connection.destination
         traffic = self.of(one)
-        if connection in traffic.connections:
-            traffic.connections.remove(connection)
+        for its in (traffic.connections, traffic.former):
+            if connection in its:
+                its.remove(connection)
         for text in dict.fromkeys(filter(None, (error, connection.remark))):
             self.log.write("smtp", "%s: %s" % (one.label, text))
         if self.queue.is_stopping or connection.is_former:
@@ -5883,7 +5884,8 @@ class Deliveries:
 
     def part(self, moved: Iterable[Destination], patience_s: float) -> None:
         """These have another primary.  What the former one still says settles the messages that it has, and
-        nothing else.  It is not cut off at once: an answer that is under way saves a second copy."""
+        nothing else.  It is not cut off at once: an answer that is under way saves a second copy.  The new
+        one does not wait for it."""
         for one in moved:
             traffic = self.of(one)
             while traffic.dials:
@@ -5892,6 +5894,8 @@ class Deliveries:
             for connection in [other for other in traffic.connections if not other.collects]:
                 connection.is_former = True
                 traffic.connections.remove(connection)
+                traffic.former.append(connection)
+                self._mark_late(connection)
                 connection.leave()
                 self.loop.later(patience_s, connection.cut)
             self.attend(one)
@@ -6058,6 +6062,7 @@ def judge(queue: Queue, one: Destination, connection: Connection, entry: Entry, 
         queue.let_go(entry.id)
     for verdict in judged:
         queue.log_delivery(entry, verdict, str(connection.hop), now.mono - connection.waits_since)
+    one.late.add(entry.id)              # a disk that does not take it keeps no other waiting
     queue.run(settle(queue, one, entry, sidecar, due, judged))
 
 
@@ -6088,13 +6093,13 @@ def settle(queue: Queue, one: Destination, entry: Entry, sidecar: Sidecar, due: 
            judged: List[Verdict]) -> Steps:
     """Write the verdicts down; the message stays SENDING until that is done."""
     now, kinds = queue.now, {verdict.kind for verdict in judged}
-    for kind in kinds:
-        one.counters["delivered" if kind == "sent" else kind] += 1
+    one.counters["deferred"] += "deferred" in kinds
     queue.is_dirty = True
     known = {verdict.address for verdict in judged}
     before = {person["address"]: person for person in sidecar["recipients"] if person["state"] == QUEUED}
     if kinds == {"sent"} and len(known) == len(before) and not wanted_notices(sidecar, judged):
         yield from queue.recorder.ask("remove", entry.id)
+        one.counters["delivered"] += 1
         return queue.leave(one, entry, "delivered")
     # Not all of it is done: when is it tried again?
     left = [person["address"] for person in due if person["address"] not in known]
@@ -6123,7 +6128,9 @@ def settle(queue: Queue, one: Destination, entry: Entry, sidecar: Sidecar, due: 
     if isinstance(done, Corrupt):
         queue.on_fault(one, entry, done)
     elif done is True:
-        queue.leave(one, entry, "bounced" if "bounced" in kinds else "delivered")
+        end = "bounced" if "bounced" in kinds else "delivered"
+        one.counters[end] += 1
+        queue.leave(one, entry, end)
     elif done is False and left:
         one.give_back(entry)
         queue.deliveries.attend(one)
@@ -7727,7 +7734,10 @@ class ControlServer:
 
     def _welcome(self, sock: socket.socket, _: str) -> None:
         def begin(stream: Stream, request: bytes) -> None:
-            answers = self.server.command(json.loads(request))
+            try:
+                answers = self.server.command(json.loads(request))
+            except ValueError:          # no command of ours
+                return stream.close()
             stream.on_closed = answers.close
             self._go_on(stream, answers)
         take_request(self.server.loop, sock, rb"\n", begin)
@@ -8302,7 +8312,8 @@ def ask_relay(cfg: Config, command: str, what: str = "all", wait: bool = True) -
 
 
 def read_answers(sock: socket.socket, request: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
-    with sock, sock.makefile("rb") as lines:
+    """None of them is the last when the relay ends meanwhile."""
+    with contextlib.suppress(OSError, ValueError), sock, sock.makefile("rb") as lines:
         sock.sendall(json.dumps(request).encode("ascii") + b"\n")
         yield from map(json.loads, lines)
 
@@ -8316,7 +8327,17 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
     command, what = request["command"], request["what"]
     # What root would write there the relay could not read.
     with Account(cfg.user).acting(cfg.spool), contextlib.closing(Spool(cfg.spool)) as spool:
-        spool.open(is_relay=False)
+        try:
+            spool.open(is_relay=False)
+        except SpoolBusy:               # a relay that has only just begun will answer in a moment
+            sock, end = None, time.monotonic() + RELAY_START_S
+            while sock is None and time.monotonic() < end:
+                time.sleep(LOCK_POLL_S)
+                sock = connect_control(cfg)
+            if sock is None:
+                raise
+            yield from read_answers(sock, request)
+            return
         log = Log(cfg.log, "warning" if cfg.log == "stderr" else cfg.log_level, cfg.hostname)
         server = Server(cfg, spool, log)
         queue = server.queue

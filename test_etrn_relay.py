@@ -4046,6 +4046,40 @@ class Recording(Simulated):
         sim.run(60)
         self.assertEqual((sim.taken, self.entries(), sim.spool.list()[0]), ([id], [], []))
 
+    def test_a_disk_that_takes_no_removal_keeps_the_next_message_from_nothing(self):
+        """Up to the number that may go twice after a crash; and each of them once."""
+        sim = self.sim
+        with self.failing("remove", errno.EIO):
+            first = sim.put()
+            sim.run(10)
+            sim.down()
+            second = sim.put()
+            sim.run(10)
+            sim.back()
+            sim.run(60)
+            self.assertEqual(sim.taken, [first, second])
+            with shorten(UNRECORDED_MAX=4):
+                for _ in range(9):
+                    sim.put()
+                    sim.run(1)
+                sim.run(600)
+                self.assertLessEqual(len(sim.taken), 6)
+        sim.run(60)
+        self.assertEqual((len(sim.taken), self.entries(), sim.one.counters["delivered"]), (11, [], 11))
+
+    def test_a_refusal_that_cannot_be_written_down_is_451(self):
+        """Not 550: the message may still be here.  Not 250: it may be gone."""
+        sim, heard = self.simulate("recovery_grace = 0s\ncutthrough = yes"), []
+        sim.put()
+        sim.run(10)
+        sim.script["."] = lambda id: "554 5.7.1 spam"
+        accept = sim.queue.accept
+        with self.failing("remove", errno.EIO), mock.patch.object(
+                sim.queue, "accept", lambda sidecar, size: accept(sidecar, size, heard.append)):
+            sim.put()
+            sim.run(10)
+        self.assertEqual([reply.code for reply in heard], [451])
+
     def test_a_run_for_one_domain_leaves_the_others_alone(self):
         """Else --flush DOMAIN without a relay would cut them in the middle."""
         sim = self.sim
@@ -4069,6 +4103,7 @@ class Recording(Simulated):
         sim.script["RCPT"] = lambda address: None
         sim.run(2 * 3600)
         self.assertEqual([people for _, people, _ in sim.messages], [[USER], [OTHER]])
+        self.assertEqual(sim.one.counters["delivered"], 1)          # messages, not transactions
 
     def test_a_sender_hears_once_however_often_it_takes_to_write_that_down(self):
         """And the loop knows of the notice, also when its message has left, or lost its body, meanwhile."""
@@ -8545,6 +8580,48 @@ class Machines(Relays):
             load.reset_mock()
             self.assertEqual(relay.run("--hold", id)[0], 0)         # of one message that one is read
             self.assertEqual([call[0][1] for call in load.call_args_list], [[id]])
+
+    def test_a_primary_that_moves_gets_its_mail_and_the_one_before_ends_what_it_is_at(self):
+        done = threading.Event()
+        before = self.primary(**{".": lambda _: done.wait(DEADLINE_S) and "250 2.0.0 taken"}).start()
+        after = self.primary().start()
+        relay = self.relay(before)
+        for _ in range(3):
+            relay.send()
+        wait(lambda: "DATA" in before.log, "the first message at its end")
+        self.reload(relay, "configuration reread", primary=after.address)
+        wait(lambda: len(after.messages) == 2, "the others at the new primary")
+        threading.Timer(0.5, done.set).start()
+        self.assertEqual((relay.end(), relay.files()), (0, []))         # the stop waits for an answer
+        self.assertEqual((len(before.messages), len(after.messages)), (1, 2))
+
+    def test_a_domain_that_found_no_place_for_a_connection_gets_one(self):
+        one, two = self.primary().start(), self.primary().start()
+        relay = self.relay(one, domain="[domain two.example]\nprimary = " + two.address, OUTBOUND_MAX=1)
+        relay.send()
+        relay.send(recipients=["u@two.example"])
+        relay.until_empty()
+        self.assertEqual((len(one.messages), len(two.messages)), (1, 1))
+
+    def test_a_command_waits_for_a_relay_that_has_only_begun_and_is_told_when_it_breaks_off(self):
+        relay = self.relay()
+        relay.end()
+        for answer, code in cases(self, [(b'{"count":0,"exit":0}\n', 0), (b'{"count"', 69), (b"", 69)]):
+            with contextlib.closing(etrn.Spool(relay.spool)) as spool, socket.socket(socket.AF_UNIX) as sock:
+                spool.open()
+
+                def begin(answer=answer, sock=sock):
+                    sock.bind(relay.at("control"))
+                    sock.listen(1)
+                    client, _ = sock.accept()
+                    client.recv(999)
+                    client.sendall(answer)
+                    client.close()
+                timer = threading.Timer(0.2, begin)
+                timer.start()
+                self.assertEqual(relay.run("--hold", "all")[0], code)
+                timer.join()
+                os.unlink(relay.at("control"))
 
     def test_a_flush_without_a_relay_delivers_and_a_control_socket_comes_back(self):
         primary = self.primary()
