@@ -5134,7 +5134,7 @@ class Queue:
         self.corrupt = 0                # messages in corrupt/
         self.last_id = 0
         self.is_stopping = self.is_dirty = False
-        self.only = "all"               # what a command's own run may deliver
+        self.only = "all"               # what may be delivered; in a command's own run less, or nothing
         self.drift = loop.now.wall - loop.now.mono
 
     @property
@@ -8344,15 +8344,14 @@ def ask_own_relay(cfg: Config, request: Mapping[str, Any]) -> Iterator[Dict[str,
         queue.spool.may_write = command not in ("status", "list")
         server.start()
         queue.loader.load([what] if _ID.fullmatch(what) else None)      # one message is read alone
-        # "Stopping" means that nothing is sent.  Below, --flush ends that when the spool has been read.
-        queue.is_stopping, queue.only = True, what
+        queue.only = ""                 # --flush alone delivers, when the spool has been read
         for answer in server.command(request):
             if answer is not None:
                 yield answer
             else:
                 server.loop.turn(COMMAND_POLL_S)
                 log.flush()
-                queue.is_stopping = queue.loader.is_busy or command != "flush"
+                queue.only = what if command == "flush" and not queue.loader.is_busy else ""
         if command == "flush":
             queue.sweep()               # what was tried often enough now goes back to its sender in this run
         server.close()
