@@ -8595,6 +8595,43 @@ class Machines(Relays):
         self.assertEqual((relay.end(), relay.files()), (0, []))         # the stop waits for an answer
         self.assertEqual((len(before.messages), len(after.messages)), (1, 2))
 
+    def test_what_no_connection_has_yet_is_held_and_a_flush_ends_when_it_is_to_be_collected(self):
+        for change in cases(self, ["hold", "atrn"]):
+            done, primary = threading.Event(), self.primary().start()
+            relay = self.relay(primary, domain="connections = 1")
+            relay.send()
+            relay.until_empty()             # it has proven itself: others are read ahead
+            primary.script["."] = lambda _, done=done: done.wait(DEADLINE_S) and "250 2.0.0 taken"
+            for _ in range(4):
+                relay.send()
+            wait(lambda primary=primary: primary.log.count("DATA") == 2, "one message at its end")
+            codes = []
+
+            def flush(relay=relay, codes=codes):
+                codes.extend(relay.run("--flush", DOMAIN)[0] for _ in range(2))
+            if change == "hold":
+                self.assertEqual(relay.run("--hold", DOMAIN)[0], 0)
+            else:
+                threading.Thread(target=flush, daemon=True).start()
+                relay.logged("command: site=")
+                self.reload(relay, "configuration reread", primary="atrn")
+            done.set()
+            wait(lambda relay=relay: len(relay.queue()) == 3)
+            if change == "hold":
+                self.assertEqual({row["state"] for row in relay.queue()}, {"held"})
+            else:
+                wait(lambda codes=codes: codes == [75, 75], "the flushes to end")
+            relay.end()
+            self.assertEqual(len(primary.messages), 2)
+
+    def test_who_says_too_much_at_its_greeting_is_down(self):
+        relay = self.relay(self.primary(EHLO=b"250 x\r\n250 junk\r\n").start())
+        relay.send()
+        relay.logged(": down: .*not asked for")
+        for _ in range(5):
+            one = relay.json("--status")["domains"][DOMAIN]
+            self.assertEqual((one["primary"], "not asked for" in one["last_error"]), ("down", True))
+
     def test_a_domain_that_found_no_place_for_a_connection_gets_one(self):
         one, two = self.primary().start(), self.primary().start()
         relay = self.relay(one, domain="[domain two.example]\nprimary = " + two.address, OUTBOUND_MAX=1)
