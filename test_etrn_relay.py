@@ -8598,7 +8598,7 @@ class Machines(Relays):
     def test_what_no_connection_has_yet_is_held_and_a_flush_ends_when_it_is_to_be_collected(self):
         for change in cases(self, ["hold", "atrn"]):
             done, primary = threading.Event(), self.primary().start()
-            relay = self.relay(primary, domain="connections = 1")
+            relay = self.relay(primary, domain="connections = 1", TRIGGER_S=DEADLINE_S)
             relay.send()
             relay.until_empty()             # it has proven itself: others are read ahead
             primary.script["."] = lambda _, done=done: done.wait(DEADLINE_S) and "250 2.0.0 taken"
