@@ -37,6 +37,7 @@ import ipaddress
 import itertools
 import json
 import mailbox
+import mmap
 import os
 import plistlib
 import platform
@@ -3034,25 +3035,18 @@ class SpoolPeople(Folder):
 
 
 class SpoolWork(Folder):
-    """The writer's batches."""
+    """What is done as one batch, and the process that does it."""
 
     def setUp(self):
         super().setUp()
         self.spool = opened(self.path("spool"))
         self.addCleanup(self.spool.close)
-        loop = etrn.Loop(self.fail)
-        self.addCleanup(loop.close)
-        self.threads = etrn.SpoolThreads(self.spool, loop)
 
     def work(self, *questions):
         """As one batch; what each asker hears, in the order in which they asked."""
-        told = [None] * len(questions)
-        answers = self.threads._work([(functools.partial(told.__setitem__, number), one[0], one[1:])
-                                      for number, one in enumerate(questions)])
-        self.assertEqual(len(answers), len(questions))
-        for then, result in answers:
-            then(result)
-        return told
+        told = etrn.do_batch(self.spool, [(number, one[0], one[1:]) for number, one in enumerate(questions)])
+        self.assertEqual(sorted(number for number, _ in told), list(range(len(questions))))
+        return [result for _, result in sorted(told, key=lambda one: one[0])]
 
     def commit(self, id):
         return "commit", id, MESSAGE, [sidecar_of(id)]
@@ -3075,7 +3069,7 @@ class SpoolWork(Folder):
     def test_a_batch_is_written_then_synced_then_entered_and_shares_its_last_fsync(self):
         platter, steps = Platter({"/var": None, "/var/spool": None}), []
         with PowerCuts.on(self, platter):
-            self.threads.spool = spool = opened(PowerCuts.SPOOL)
+            self.spool = spool = opened(PowerCuts.SPOOL)
             quiet = ("open", "stat", "fstatvfs", "close")
             platter.fault = lambda number, name: name not in quiet and steps.append(name)
             for act, result, expected in cases(self, [
@@ -3161,8 +3155,9 @@ an old message changes before its parts :: \
         try:\n            for part in fresh => \
         self._replace(id + ".json", "incoming/%s.new" % id, format_sidecar(parts[0]))\n\
         try:\n            for part in fresh
-a batch asks of one message in any order :: if what == "shift" or values and values[0] in ids: => if False:
-a relay does not wait for a command :: if holder.isdigit() or time.monotonic() >= end: => if True:
+a batch asks of one message in any order :: if ids and (what == "shift" or values and values[0] in ids) => \
+if False
+a relay does not wait for a command :: if (holder.isdigit() and is_alive(int(holder))) or => if True or
 """
 WITHOUT_FSYNC = [(r"os\.fsync\(\S+", "pass"), (r"self\._durable\(\) if ready else ", ""),
                  (r"with self\._durable\(\):", "if True:"), (r"with self\._durable\(\), ", "with "),
@@ -3787,17 +3782,13 @@ class Delivery(Played):
             self.assertEqual((ask(primary, "\xe9@" + DOMAIN)[0], len(primary.log)), (word, commands))
 
 
-class PuppetSpool(etrn.SpoolThreads):
-    """Without its threads."""
+class PuppetSpool(etrn.SpoolProcess):
+    """Without its process."""
 
-    def __init__(self, spool, loop):
-        self.spool, self.loop, self.sick, self.unanswered, self.answered = spool, loop, "", 0, 0.0
-        self.may_write = True
-
-    def ask(self, then, what, *values):
-        self.unanswered += 1
-        done = [(then, self._do(what, values))] if what in self.READS else self._work([(then, what, values)])
-        self.loop.post(self._tell, done)
+    def _send(self, is_read):
+        asked, self.asked[is_read] = self.asked[is_read], []
+        for one in asked:
+            self._tell(etrn.do_batch(self.spool, [one]))
 
 
 class Simulation:
@@ -5910,17 +5901,17 @@ class Attacks(Relays):
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
     def test_clients_that_never_read_cost_little_and_are_cut_off(self):
         relay = self.relay(relay="command_timeout = 1s", LINGER_S=0.3)
-        before = resident_mb(relay)
+        before = memory_mb(relay)
         self.flood(relay, b"RCPT TO:<%s@other.example>\r\n" % (b"x" * 1900) * 10000)
         self.assertEqual({relay.send()[:3] for _ in range(3)}, {"250"})
-        self.assertLess(resident_mb(relay) - before, 30)
+        self.assertLess(memory_mb(relay) - before, 30)
         self.assertEqual(self.kept(relay), 6)
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
     def test_endless_lines_headers_and_data_take_no_memory(self):
         relay = self.relay(relay="max_message_size = 2M")
         relay.send()
-        before, block = resident_mb(relay), b"y" * 65536
+        before, block = memory_mb(relay), b"y" * 65536
         for start, part in cases(self, [
                 (b"", block), (b"DATA\r\n", block), (b"DATA\r\n", b"X-Y: z\r\n" * 8192),
                 (b"DATA\r\n", b"\0" * 65536), (b"DATA\r\n", b"\r\n" * 32768),
@@ -5935,7 +5926,7 @@ class Attacks(Relays):
             if not start:
                 self.assertRegex(replies, rb"\A500 5\.5\.2[^\n]*\n221 [^\n]*\n\Z")
             self.assertEqual(replies.count(b"queued"), b"BDAT" in start)
-            self.assertLess(resident_mb(relay) - before, 24)
+            self.assertLess(memory_mb(relay) - before, 24)
         self.assertEqual((relay.send()[:3], self.kept(relay)), ("250", 6))
 
     @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "no /proc")
@@ -8226,7 +8217,7 @@ class Watchfulness(Folder):
                     turns += 1
                     clock.advance(max(0.0, server.loop.timers[0][0] - clock.mono))
                     server.loop.turn(0.0)
-                    wait(lambda: not server.queue.spool.unanswered or server.loop.turn(0.0))    # noqa: B023
+                    wait(lambda: not server.queue.spool.waiting or server.loop.turn(0.0))    # noqa: B023
                 self.assertGreaterEqual(clock.mono, 4600)
                 self.assertEqual([one.state for one in server.queue.destinations.all.values() if one.entries],
                                  [etrn.Primary.DOWN] * bool(count))
@@ -8575,11 +8566,44 @@ class Machines(Relays):
         threading.Timer(0.5, spool.close).start()
         relay.start()                                           # it waits
         self.assertEqual((len(relay.queue()), relay.end()), (3, 0))
-        with mock.patch.object(etrn.Spool, "load", autospec=True, side_effect=etrn.Spool.load) as load:
+        real = etrn.SpoolProcess.ask
+        with mock.patch.object(etrn.SpoolProcess, "ask", autospec=True, side_effect=real) as ask:
             id = relay.queue()[1]["id"]
-            load.reset_mock()
+            ask.reset_mock()
             self.assertEqual(relay.run("--hold", id)[0], 0)         # of one message that one is read
-            self.assertEqual([call[0][1] for call in load.call_args_list], [[id]])
+            self.assertEqual([call[0][3] for call in ask.call_args_list if call[0][2] == "load"], [[id]])
+
+    def helper(self, relay):
+        """The process ID of a relay's spool."""
+        path = "/proc/%d/task/%d/children" % (relay.process.pid, relay.process.pid)
+        if not os.path.exists(path):
+            self.skipTest("no /proc that tells of children")
+        return int(load(path).split()[0])
+
+    def test_a_relay_ends_without_its_spool_and_a_spool_without_its_relay_when_its_work_is_done(self):
+        relay = self.relay()
+        relay.send()
+        helper = self.helper(relay)
+        os.kill(helper, signal.SIGKILL)
+        self.assertEqual(relay.process.wait(DEADLINE_S), -signal.SIGKILL)       # no less than a crash
+        relay.logged("error: the spool's process has ended: wait status 9")
+        relay.start()
+        relay.send()
+        helper = self.helper(relay)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(helper, number)                 # they are the relay's
+        os.kill(helper, signal.SIGSTOP)
+        with relay.client() as client:
+            client.say("MAIL FROM:<a@b.example>", "RCPT TO:<u@%s>" % DOMAIN, "DATA")
+            since = len(relay.log)
+            client.raw(b"x\r\n.\r\n")
+            relay.logged("client=", since)
+            relay.json("--status")                  # the loop's next turn: the message was passed on
+            relay.signal(signal.SIGKILL)
+            relay.process.wait()
+        threading.Timer(0.3, os.kill, (helper, signal.SIGCONT)).start()
+        relay.start()                               # it waits
+        self.assertEqual((len(relay.queue()), relay.end()), (3, 0))
 
     def test_a_primary_that_moves_gets_its_mail_and_the_one_before_ends_what_it_is_at(self):
         done = threading.Event()
@@ -8692,7 +8716,7 @@ class Layers(unittest.TestCase):
     HARMLESS = {"os": {"path"}, "time": {"strftime", "gmtime", "localtime", "asctime"},
                 "os.path": {"join", "dirname", "basename", "abspath"}}
     WAITING = {"threading.Thread": {"LOOP", "SPOOL", "MAIN"}, "time.sleep": {"SPOOL", "MAIN"},
-               "os.fsync": {"SPOOL"}, "os.rename": {"SPOOL"}, "os.unlink": {"SPOOL"}, "os.fork": set()}
+               "os.fsync": {"SPOOL"}, "os.rename": {"SPOOL"}, "os.unlink": {"SPOOL"}, "os.fork": {"SPOOL"}}
     WRITERS = set("append commit record remove shift save set_aside convert discard heal".split())
 
     @classmethod
@@ -8806,7 +8830,7 @@ class Layers(unittest.TestCase):
             "os.unlink('x')", "os.path.exists('x')", "time.time()", "open('x')", "random.random()",
             "print(1)", "socket.socket()", "x = time.monotonic", "secrets.token_hex()", "__import__('os')",
             "x = Loop", "ssl.SSLContext()", "subprocess.run([])", "Spool('x')", "Log('x', 'y', 'z')")],
-        "waits": [("QUEUE", "threading.Lock()"), ("SPOOL", "x = threading.Event()"), ("SPOOL", "os.fork()"),
+        "waits": [("QUEUE", "threading.Lock()"), ("SPOOL", "x = threading.Event()"), ("QUEUE", "os.fork()"),
                   ("SERVER", "threading.Thread()"), ("DELIVERY", "time.sleep(1)"), ("SERVER", "os.fsync(1)"),
                   ("QUEUE", "os.unlink('x')")],
         "closures": [("QUEUE", line) for line in (
@@ -8962,7 +8986,7 @@ class Storms(Ledgers):
                 primary.stop()
             else:
                 primary.start()
-            samples.append(resident_mb(relay))
+            samples.append(memory_mb(relay))
         ledger = senders.stop()
         self.compare(primary, relay, ledger)
         self.assertGreater(len(ledger), 20)
@@ -8994,13 +9018,29 @@ class Storms(Ledgers):
             self.storm(seed, 40.0 if seed % 2 else 15.0, seed % 2 == 0)
 
 
+class Switch:
+    """One that the spool's process sees, too."""
+
+    def __init__(self):
+        self.memory = mmap.mmap(-1, 1)
+
+    def set(self):
+        self.memory[0] = 1
+
+    def clear(self):
+        self.memory[0] = 0
+
+    def is_set(self):
+        return self.memory[0] == 1
+
+
 class Sickness(Relays):
     """A disk that fails under a running relay, and is well again."""
 
     def test_every_failing_disk_is_answered_4xx_and_outlived(self):
         for fault in cases(self, [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE,
                                   errno.EMFILE]):
-            primary, fails, shim = self.primary(), threading.Event(), types.SimpleNamespace(**vars(os))
+            primary, fails, shim = self.primary(), Switch(), types.SimpleNamespace(**vars(os))
 
             def call(name, fault, fails, *given, **options):
                 is_meant = name != "open" or fault == errno.EMFILE or given[1] & os.O_CREAT
@@ -9289,6 +9329,7 @@ class Sink(threading.Thread):
             await asyncio.sleep(0.1)
 
     async def talk(self, reader, writer):
+        writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         writer.write(b"220 sink\r\n")
         with contextlib.suppress(asyncio.CancelledError, OSError), contextlib.closing(writer):
             async for line in reader:
@@ -9314,7 +9355,7 @@ class Bench:
     @contextlib.contextmanager
     def relay(self):
         self.number += 1
-        folder = self.path(str(self.number))
+        folder = os.path.join(self.folder, str(self.number))
         os.mkdir(folder)
         with Primary() as primary:
             port = unused_port()
@@ -9345,7 +9386,7 @@ class Bench:
         times = asyncio.run(send_all(relay.port, count))
         row("accept, 50 sessions, 4 KB", "%.0f msg/s" % (count / (time.monotonic() - began)),
             "%.2f ms" % ((processor_s(relay) - cpu) / count * 1000), "250 after %.0f ms, p99 %.0f ms" % (
-                times[count // 2] * 1000, times[count * 99 // 100] * 1000), "%.0f MB" % resident_mb(relay))
+                times[count // 2] * 1000, times[count * 99 // 100] * 1000), "%.0f MB" % memory_mb(relay))
 
     def drain(self, relay, primary, count, chunking):
         sink, cpu = Sink(primary.sock, chunking), processor_s(relay)
@@ -9356,25 +9397,25 @@ class Bench:
         wait(lambda: sink.count >= count, "the queue to be drained", HARD_S)
         row("drain" + ", CHUNKING" * chunking, "%.0f msg/s" % (count / (time.monotonic() - began)),
             "%.2f ms" % ((processor_s(relay) - cpu) / count * 1000),
-            "first after %.0f ms" % ((sink.first - began) * 1000), "%.0f MB" % resident_mb(relay))
+            "first after %.0f ms" % ((sink.first - began) * 1000), "%.0f MB" % memory_mb(relay))
         sink.is_over = True
         sink.join()
 
     def weigh(self, relay):
         """Memory of idle clients, and of large messages at once."""
-        before = resident_mb(relay)
+        before = memory_mb(relay)
         row("idle", "", "", "", "%.0f MB" % before)
         with contextlib.ExitStack() as stack:
             for _ in range(1000):
                 stack.enter_context(relay.client())
-            row("1,000 idle connections", "", "", "", "%+.0f MB" % (resident_mb(relay) - before))
-        before = resident_mb(relay)
+            row("1,000 idle connections", "", "", "", "%+.0f MB" % (memory_mb(relay) - before))
+        before = memory_mb(relay)
         asyncio.run(send_all(relay.port, 20, 20, 40 << 20))
-        row("20 messages of 40 MB at once", "", "", "", "%+.0f MB" % (resident_mb(relay) - before))
+        row("20 messages of 40 MB at once", "", "", "", "%+.0f MB" % (memory_mb(relay) - before))
 
     def grow(self, relay, primary, size):
         """What a message costs as the queue grows."""
-        before = resident_mb(relay)
+        before = memory_mb(relay)
         relay.process.terminate()
         relay.process.wait(30)
         data = b"Received: by backup.example.net; x\r\nSubject: bench\r\n\r\n" + b"x" * 1000 + b"\r\n"
@@ -9387,7 +9428,7 @@ class Bench:
         greeting = self.start(relay)
         wait(lambda: relay.json("--status")["spool"]["messages"] >= size, "the queue to be read", HARD_S)
         row("%d messages queued" % size, "", "", "greets after %.1f s" % greeting,
-            "%.1f KB each" % ((resident_mb(relay) - before) * 1024 / size))
+            "%.1f KB each" % ((memory_mb(relay) - before) * 1024 / size))
         self.accept(relay, 1000)
         began = time.monotonic()
         relay.run("--queue", DOMAIN)
@@ -9410,17 +9451,24 @@ class Bench:
             shutil.rmtree(self.folder, True)
 
 
+def tell_of(relay, name):
+    """What a file of /proc says of the relay and of its spool's process; nothing where there is none."""
+    with contextlib.suppress(OSError):
+        pid = relay.process.pid
+        pids = [pid, *map(int, load("/proc/%d/task/%d/children" % (pid, pid)).split())]
+        return [load("/proc/%d/%s" % (one, name)) for one in pids]
+    return []
+
+
 def processor_s(relay):
-    """Seconds of processor time the relay has used, where /proc tells."""
-    with contextlib.suppress(OSError), open("/proc/%d/stat" % relay.process.pid, encoding="ascii") as file:
-        return sum(map(int, file.read().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
-    return float("nan")
+    """Seconds of processor time it has used."""
+    return sum(sum(map(int, one.rpartition(")")[2].split()[11:13])) for one in tell_of(relay, "stat")) / (
+        os.sysconf("SC_CLK_TCK"))
 
 
-def resident_mb(relay):
-    with contextlib.suppress(OSError), open("/proc/%d/statm" % relay.process.pid, encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
-    return float("nan")
+def memory_mb(relay):
+    """Shared pages are counted once."""
+    return sum(int(re.search(r"Pss:\s+(\d+)", one).group(1)) for one in tell_of(relay, "smaps_rollup")) / 1024
 
 
 def row(what, rate, cost, times, memory):
