@@ -20,6 +20,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import ctypes
 import email
 import email.policy
 import email.utils
@@ -207,6 +208,7 @@ class Primary:
 
     It is created down, on a port that stays its own; start() and stop() may
     follow each other.  `messages` are (sender, recipients, data) as accepted."""
+    WHERE = ("127.0.0.1", 0)
 
     def __init__(self, **script):
         self.script = dict(script)
@@ -216,7 +218,7 @@ class Primary:
         self.uses = collections.Counter()
         self.clients = []
         self.threads = []
-        self.port = 0
+        self.host, self.port = self.WHERE
         self.sock = self._bind()
         self.is_up = False
 
@@ -224,13 +226,13 @@ class Primary:
         """Bound but not listening, a port refuses connections and stays ours."""
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(("127.0.0.1", self.port))
+        sock.bind((self.host, self.port))
         self.port = sock.getsockname()[1]
         return sock
 
     @property
     def address(self):
-        return "127.0.0.1:%d" % self.port
+        return "%s:%d" % (self.host, self.port)
 
     def start(self):
         self.sock.listen(64)
@@ -4620,6 +4622,83 @@ class Dialling(Relays):
             theirs.close()
             client, error = etrn.greet(make_plan(config().defaults, "atrn"), HOP, ours, "none", early)
             self.assertEqual((client, bool(error)), (None, True))
+
+
+class Machine(Primary):
+    """A primary on a machine of its own."""
+    WHERE = ("192.0.2.2", 25)
+
+
+class PowerCutsAtThePrimary(Relays):
+    """Machines are network namespaces.  A primary dies without a word when its end of the cable moves to the
+    next one: this is the same machine after it has booted, and answers old packets by RST."""
+
+    def setUp(self):
+        super().setUp()
+        if sys.platform != "linux":
+            self.skipTest("network namespaces are Linux's")
+        self.tool, self.libc = program("ip"), ctypes.CDLL(None)
+        home, self.relays = self.here(), self.new_namespace()
+        self.addCleanup(self.enter, home)
+        # A neighbour that is known for good: packets to it vanish.  Else ARP would soon miss it.
+        self.ip("link add near type veth peer name far address 02:00:00:00:00:02", "link set lo up",
+                "link set near up", "address add 192.0.2.1/24 dev near",
+                "neighbour add 192.0.2.2 lladdr 02:00:00:00:00:02 dev near nud permanent")
+        self.end = self.relays
+
+    def ip(self, *lines):
+        for line in lines:
+            done = subprocess.run([self.tool, *line.split()], stderr=subprocess.PIPE, check=False)
+            if done.returncode:
+                self.skipTest("ip %s: %s" % (line, done.stderr.decode("utf-8", "replace").strip()))
+
+    def here(self):
+        fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        return fd
+
+    def enter(self, namespace):
+        self.assertEqual(self.libc.setns(namespace, 0x40000000), 0)     # CLONE_NEWNET
+
+    def new_namespace(self):
+        if self.libc.unshare(0x40000000):
+            self.skipTest("we may not make network namespaces")
+        return self.here()
+
+    def cut_power(self):
+        last, self.end = self.end, self.new_namespace()
+        self.enter(last)
+        self.ip("link set far netns /proc/%d/fd/%d" % (os.getpid(), self.end))
+        self.enter(self.relays)
+
+    def boot(self, **script):
+        self.enter(self.end)
+        self.ip("address add 192.0.2.2/24 dev far", "link set far up")
+        machine = self.primary(Machine, **script).start()
+        self.enter(self.relays)
+        return machine
+
+    def test_no_message_waits_for_one_that_hangs_and_that_one_goes_again(self):
+        quick = list(zip([name for name, _ in etrn.KEEPALIVE], [1, 1, 3, 1500]))
+        for late_s, keepalive, event, there in cases(self, [(0.2, [], "", "two"), (600, [], "ETRN", "two"),
+                (600, quick, "", "one two"), (600, quick, "noticed", "one two")]):
+            self.cut_power()            # a fresh machine
+            before = self.boot(**{".": HANG})
+            relay = self.relay(before, LATE_S=late_s, KEEPALIVE=keepalive, SWEEP_S=0.05, TRIGGER_S=0)
+            relay.send()
+            wait(lambda before=before: before.uses["."] and not re.search(
+                ":0019 01 (?!0{8})", load("/proc/thread-self/net/tcp")), "the final dot and its ACK")
+            self.cut_power()
+            relay.send(b"Subject: two\r\n")
+            if event == "noticed":
+                relay.logged("lost connection with .*timed out")
+            with relay.client() as client:
+                machine = self.boot()
+                client.say("ETRN " + DOMAIN if event == "ETRN" else "NOOP")
+            wait(lambda relay=relay, most=not keepalive: len(relay.queue()) == most, "the mail to go")
+            data = b"".join(sorted(data[data.index(b"Subject"):] for _, _, data in machine.messages))
+            self.assertEqual(re.findall(r"Subject: (\w+)", data.decode()), there.split())
+            relay.end(signal.SIGKILL)
 
 
 class RoutesOfRelays(Relays):
