@@ -354,11 +354,12 @@ def parse_domain(text: str) -> str:
 
 
 def _encode_label(label: str) -> str:
-    """The A-label of a U-label.  The codec knows IDNA 2003 only, and makes another
+    """The A-label of a U-label; empty for an ASCII name in disguise, like one in full-width letters, which
+    the primary may take for another's.  The codec knows IDNA 2003 only, and makes another
     domain of DEVIATING letters: it only checks such a label.  Raises UnicodeError."""
     encoded = label.encode("idna").decode("ascii")
     if not DEVIATING.search(label):
-        return encoded
+        return encoded if encoded.startswith("xn--") else ""
     lower = "".join(c.lower() for c in label)       # one by one: lower() of a word makes final sigmas
     return "xn--" + unicodedata.normalize("NFC", lower).encode("punycode").decode("ascii")
 
@@ -4293,9 +4294,10 @@ class TlsError(PeerError):
 class Dial:
     """A dial() on its way.  Its sockets are the thread's; the loop may only shut them down, and that
     until TLS begins: a server that hangs behind it keeps the thread for COMMAND_S."""
-    __slots__ = ("is_former", "sockets")
+    __slots__ = ("began", "is_former", "sockets")
 
-    def __init__(self) -> None:
+    def __init__(self, began: float = 0.0) -> None:
+        self.began = began              # monotonic
         self.is_former = False          # it counts no longer: the primary is another one, or it hangs
         self.sockets: List[socket.socket] = []
 
@@ -5897,7 +5899,7 @@ class Deliveries:
             traffic.dials.pop(0).cut()          # it hangs, and somebody asked for a fresh one
         one.on_dial(self.loop.now)
         self.dialling += 1
-        mine = Dial()
+        mine = Dial(self.loop.now.mono)
         plan = self.plan(one)._replace(mine=mine)
         traffic.dials.append(mine)
         self.loop.in_thread(lambda: dial(plan), functools.partial(self._on_dialled, one, mine))
@@ -5930,10 +5932,11 @@ class Deliveries:
             one.route, one.route_seen = list(result.hops), self.loop.now.wall
             self.queue.tell(one, one.on(Event.HEARD, self.loop.now))
             self._open(one, result.client)          # which may end it at once
-        elif all(connection.is_late for connection in traffic.connections):
-            self._on_away(one, result.error)
+        elif (one.state is Primary.UP and mine.began < one.since) or not all(
+                connection.is_late for connection in traffic.connections):
+            one.slow_down(self.loop.now)        # it came back meanwhile, or takes no more connections
         else:
-            one.slow_down(self.loop.now)        # it is there, but takes no more connections
+            self._on_away(one, result.error)
         self.attend(one)
 
     def _open(self, one: Destination, client: Dialer) -> Connection:

@@ -875,7 +875,9 @@ class Grammar(unittest.TestCase):
                 ("e\u0301ß.example", "xn--zcat.example")]):
             self.assertEqual(etrn.parse_domain(text), name)
         for text in cases(self, ["\u200d.example", "ß b.example", "ß\u202e.example", "ß" * 63 + ".example",
-                                 "ß\0.example"]):
+                                 "ß\0.example",
+                                 "our\u00addom.example", "\uff4furdom.example", "\u24deurdom.example",
+                                 "\u200bourdom.example", "ourdom\ufe0f.example", "x.\uff45xample"]):
             self.assertRaises(ValueError, etrn.parse_domain, text)
 
     def test_lower_case_hex_goes_on_in_capitals_and_tabs_are_blanks(self):
@@ -4294,6 +4296,15 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
                 sim.tell(self, "+5s" if number < 20 else "etrn; +5s")
                 self.assertTrue(len(sim.puppets) <= 20 and (number <= 20 or len(sim.dials) > before))
             sim.tell(self, "say .; etrn; +30s; taken = 30")
+
+    def test_a_dial_that_began_in_the_outage_is_no_word_about_a_primary_that_came_back(self):
+        sim = self.simulate()
+        sim.tell(self, "put u; +5s; say . HANG; put u; +15s; state = up .*")
+        for began, state in cases(self, [(-60, "up"), (0, "down")]):
+            mine = etrn.Dial(sim.clock.mono + began)
+            sim.queue.deliveries.traffic[DOMAIN].dials.append(mine)
+            sim.queue.deliveries._on_dialled(sim.one, mine, etrn.Dialled(None, "timed out"))
+            sim.tell(self, "state = %s .*" % state)
 
     def test_what_the_dns_says_stays_in_its_line_of_the_log(self):
         sim = self.simulate()
