@@ -57,6 +57,8 @@ QUEUE
     rejecting: nothing is returned, and one message is tried every probe_interval, until it
     takes one or --flush is said.
 
+    The status page lists what waits, and shows it, to whoever has a token: /queue/DOMAIN.
+
 ETRN AND ATRN
     `ETRN example.org` (RFC 1985) probes that domain's primary at once and delivers everything
     but held mail; `ETRN @example.org` takes in the subdomains.  Mail goes to the domain's own
@@ -104,6 +106,10 @@ import configparser
 import contextlib
 import dataclasses
 import difflib
+import email
+import email.errors
+import email.header
+import email.message
 import email.utils
 import enum
 import errno
@@ -141,6 +147,7 @@ import textwrap
 import threading
 import time
 import traceback
+import urllib.parse
 import urllib.request
 from typing import (Any, Callable, Deque, Dict, FrozenSet, Generator, Iterable, Iterator, List, Mapping,
                     NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
@@ -281,6 +288,10 @@ REQUEST_MAX = 16384             # octets of a request, or of a command; browsers
 PAGE_TOTAL_S = 10.0             # for a whole request and its answer
 PAGE_REFRESH_S = 15             # the page reloads itself
 PAGE_DOMAINS_MAX = 100          # shown with all there is; those in trouble come first
+PAGE_MESSAGES, SEARCH_MESSAGES = 50, 5000       # listed at a time, and looked through for a word
+LETTER_OCTETS, LETTER_TEXT, LETTER_PARTS = 1 << 20, 100000, 100     # of a message: looked at, shown, at most
+FIELD_MAX = 500                 # characters shown of a header field
+LEFT_KEPT = 1000                # messages that have left, remembered for who still reads them
 CERTIFICATE_WARNING_S = 14 * 86400.0    # before it ends; who renews by machine does so a month before
 HISTORY_HOURS, HISTORY_DOMAINS_MAX = 168, 100   # for the chart: a week, of so many domains
 
@@ -761,6 +772,7 @@ class DomainConfig:
     etrn: Union[str, Networks] = option(ETRN, "any", "Who may ask to flush: any, none, or networks.")
     username: str = option(parse_login, "", "For ATRN and authenticated ETRN.  Domains may share one.")
     password: str = option(parse_login, "", "The password, or file:PATH.", paths=("file:",))
+    token: str = option(str, "", "Opens this domain's mail, and nothing else, on the status page.")
     tls: str = option(TLS, "may", "Towards the primary: none, may, require, verify, or sha256:HEX.")
     connections: int = option(COUNT, "10", "Most delivery connections to the primary at once.", 1, 100)
     probe_interval: float = option(DURATION, "5s", "Mail waits: a down primary is tried so often.", 1, 3600)
@@ -808,7 +820,8 @@ class Config:
     status_listen: Optional[Endpoint] = option(     # no port is usual for it, so one must be named
         lambda text: parse_listener(text, -1)[0], "", "Address of the status page: 127.0.0.1:8025; "
         "a bare port means all of IPv4, [::]:8025 both.", none=None)
-    status_token: str = option(str, "", "Asked as bearer token or as basic-auth password when set.")
+    status_token: str = option(str, "", "Asked as bearer token or as basic-auth password when set.  Mail is "
+                               "shown only with it, or with a domain's own.")
     alerts_command: str = option(str, "", "Run when a primary goes down, comes back, or rejects after coming "
                                  "back, and when mail, the disk or the certificate nears its end.")
     alerts_webhook: str = option(URL, "", "Gets the same as a JSON POST.")
@@ -1619,6 +1632,15 @@ class SpoolFolder:
             return os.pread(fd, BLOCK_OCTETS, offset)
         finally:
             os.close(fd)
+
+    def stream(self, id: str) -> Iterator[bytes]:
+        """A body in blocks, also when the message leaves the spool meanwhile.  Raises Corrupt, NotOurs,
+        OSError."""
+        fd, size = self._open(id + ".eml", "body")
+        try:
+            yield from blocks_of(fd, size)
+        finally:
+            close_quietly(fd)
 
     def look(self, id: str, what: str = "") -> Tuple[Dict[str, Any], bytes]:
         """For people and notices: a sidecar, and of the message nothing, its "header", or all of it,
@@ -5247,6 +5269,7 @@ class Queue:
         self.watches: List[Watch] = []
         self.waiters: Dict[str, Tuple[Destination, Decision]] = {}    # by ID: clients in cut-through
         self.fresh: Dict[str, Tuple[str, ...]] = {}     # by ID: recipients not yet logged as deferred
+        self.left: Dict[str, Tuple[str, str, Time]] = {}        # by ID: destination, what became of it, when
         self.hosts: Dict[str, FrozenSet[str]] = {}      # by destination: addresses, as last routed
         self.corrupt = 0                # messages in corrupt/
         self.last_id = 0
@@ -5359,6 +5382,9 @@ class Queue:
         """It has left the spool."""
         one.drop(entry.id)
         self.fresh.pop(entry.id, None)
+        self.left[entry.id] = one.name, kind, self.now.wall
+        if len(self.left) > LEFT_KEPT:
+            del self.left[next(iter(self.left))]
         self.note(entry.id, kind)
         self.let_go(entry.id)
 
@@ -6826,7 +6852,7 @@ def format_progress(total: int, left: int, width: int = 40) -> str:
     return "[%s%s] %d of %d" % ("#" * done, "." * (width - done), total - left, total)
 
 
-def format_mbox(sidecar: Mapping[str, Any], message: bytes) -> bytes:
+def format_mbox(sidecar: Mapping[str, Any], blocks: Iterable[bytes]) -> Iterator[bytes]:
     """One message as mboxrd: LF line ends, From_ lines quoted reversibly, the envelope before the header."""
     sender = re.sub(r"[^!-~]", "_", sidecar["sender"]) or "MAILER-DAEMON"      # readers know only ASCII here
     head = ["From %s %s" % (sender, time.asctime(time.gmtime(sidecar["received"]))),
@@ -6834,8 +6860,15 @@ def format_mbox(sidecar: Mapping[str, Any], message: bytes) -> bytes:
     head += ["X-Envelope-To: <%s>" % one["address"]
              for one in sidecar["recipients"] if one["state"] == QUEUED]
     lines = "".join(re.sub(r"[\x00-\x1f\x7f]", "_", line) + "\n" for line in head)
-    body = re.sub(rb"^(>*From )", rb">\1", message.replace(b"\r\n", b"\n"), flags=re.M)
-    return lines.encode("utf-8", "replace") + body + (b"\n" if body.endswith(b"\n") else b"\n\n")
+    yield lines.encode("utf-8", "replace")[:-1]
+    held = b"\n"                        # the start of a line is judged with the newline before it
+    for block in blocks:
+        data = (held + block).replace(b"\r\n", b"\n")
+        at = max(data.rfind(b"\n"), len(data) - FIELD_MAX)      # behind it From_ or LF may still come
+        held = data[at:]
+        yield re.sub(rb"\n(>*From )", rb"\n>\1", data[:at])
+    last = re.sub(rb"\n(>*From )", rb"\n>\1", held)
+    yield last + (b"\n" if last.endswith(b"\n") else b"\n\n")
 
 
 # -- what is remembered for the page
@@ -6973,21 +7006,30 @@ small{display:block}
 svg{width:100%;height:76px;margin:4px 0;border-bottom:1px solid var(--rule);fill:var(--rule)}
 path{fill:var(--hue)}
 li{padding:7px 0;border-top:1px solid var(--rule)}
+ol:first-child li:first-child{border:0}
+li .dim:first-child{min-width:90px}
 .text{flex:1 1 300px;color:var(--hue,var(--ink))}
+a{color:inherit}
+pre{white-space:pre-wrap;font:14px/1.5 ui-monospace,Consolas,monospace}
+form{display:flex;flex-wrap:wrap;gap:8px 14px;align-items:center}
+input,button{font:inherit;color:inherit;background:var(--bg);border:1px solid var(--rule);border-radius:8px;
+padding:5px 11px}
+input{flex:1 1 220px;min-width:0}
 """
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="refresh" content="%d"><title>(%d) %s</title><style>%s</style></head>
+%s<title>%s</title><style>%s</style></head>
 <body><main>
-<header><h1>%s</h1><p class="dim">etrn_relay %s, up %s, process %s; %s local time</p></header>
-%s<section class="card"><h2>Recent events</h2><ol>%s</ol></section>
-<footer><a href="/metrics">metrics</a><a href="/status.json">status.json</a>
+<header><h1>%s</h1><p class="dim">%s</p></header>
+%s</main></body></html>
+"""
+REFRESH = '<meta http-equiv="refresh" content="%d">\n' % PAGE_REFRESH_S
+FOOT = """<footer><a href="/metrics">metrics</a><a href="/status.json">status.json</a>
 <a href="/healthz">healthz</a></footer>
-</main></body></html>
 """
 # The page's one style sheet by its hash, and nothing else from anywhere.
 PAGE_POLICY = (
-    "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; style-src 'sha256-%s'"
+    "default-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; style-src 'sha256-%s'"
     % base64.b64encode(hashlib.sha256(PAGE_STYLE.encode("ascii")).digest()).decode("ascii"))
 
 
@@ -7017,9 +7059,10 @@ def format_page(facts: Facts) -> str:
     events = "".join('<li class="%s"><span class="dim">%s %s</span><span class="text">%s</span></li>' % (
         escape(level), say_moment(at), escape(service), escape(text))
         for at, service, text, level in reversed(facts.notable))
-    return PAGE % (
-        PAGE_REFRESH_S, spool["messages"], host, PAGE_STYLE, host, escape(status["version"]),
-        format_duration(status["uptime"] or 0.0), status["pid"], say_moment(now), "".join(out), events)
+    out.append('<section class="card"><h2>Recent events</h2><ol>%s</ol></section>\n%s' % (events, FOOT))
+    remark = "etrn_relay %s, up %s, process %s; %s local time" % (
+        escape(status["version"]), format_duration(status["uptime"] or 0.0), status["pid"], say_moment(now))
+    return PAGE % (REFRESH, "(%d) %s" % (spool["messages"], host), PAGE_STYLE, host, remark, "".join(out))
 
 
 def find_news(facts: Facts, names: Sequence[str]) -> List[Tuple[str, str]]:
@@ -7045,8 +7088,9 @@ def _format_list(*pairs: Tuple[str, str, str]) -> str:
 def _format_domain(name: str, facts: Facts) -> str:
     one, now = facts.status["domains"][name], facts.now.wall
     return "".join((
-        '<section class="card"><div class="title"><h2>%s</h2><span class="pill %s">%s</span>%s' % (
-            escape(name), one["primary"], one["primary"],
+        '<section class="card"><div class="title"><h2><a href="/queue/%s">%s</a></h2>'
+        '<span class="pill %s">%s</span>%s' % (
+            escape(name), escape(name), one["primary"], one["primary"],
             '<span class="pill held">held</span>' if one["held"] else ""),
         '<span class="dim">since %s, for %s</span></div>' % (
             say_moment(one["since"]), say_age(one["since"], now)),
@@ -7073,6 +7117,161 @@ def _format_chart(columns: Sequence[Tuple[int, str]], now: Time) -> str:
                 format(peak, ","), "trouble in %s" % plural(hours, "hour") if hours else "no trouble",
                 len(columns), "".join('<path class="%s" d="%s"/>' % pair for pair in bars.items()),
                 "".join(time.strftime("<span>%a</span>", day) for day in days)))
+
+
+# -- the queue in a browser.  Nothing of a message is ever shown as HTML of its own.
+
+class Letter(NamedTuple):
+    """What a person reads of a message."""
+    fields: Dict[str, str]              # by name in lower case, decoded
+    text: str
+    attachments: List[Tuple[str, str, int]]     # name, type, octets
+    remark: str                         # what is not shown, and why
+
+
+def decode_field(text: str) -> str:
+    """RFC 2047, and raw UTF-8.  What cannot be decoded stays as it is."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")[:4 * FIELD_MAX]
+    with contextlib.suppress(ValueError, LookupError, email.errors.MessageError):
+        text = str(email.header.make_header(email.header.decode_header(text)))
+    return printable(" ".join(text.split()), FIELD_MAX)
+
+
+def decode_fields(message: email.message.Message) -> Dict[str, str]:
+    """The first of each name counts."""
+    fields: Dict[str, str] = {}
+    for name, value in message.raw_items():
+        if name.lower() in ("from", "to", "cc", "date", "subject", "message-id"):
+            fields.setdefault(name.lower(), decode_field(str(value)))
+    return fields
+
+
+def read_letter(data: bytes, size: int) -> Letter:
+    """`data`: the start of a message of `size` octets.  Whatever is wrong with it, something is shown."""
+    remarks = ["Only the first %s are looked at." % format_size(len(data))] if len(data) < size else []
+    try:
+        if data.lower().count(b"boundary") > LETTER_PARTS:
+            raise ValueError("it has too many parts")
+        message = email.message_from_bytes(data)
+        parts = [part for part in message.walk() if not part.is_multipart()]
+    except Exception as error:          # the parser gives up in many ways
+        remarks.append("Its structure cannot be read (%s)." % printable(str(error), 100))
+        head, _, body = data.partition(b"\r\n\r\n")
+        message = email.message_from_bytes(head + b"\r\n\r\n")
+        message.set_payload(body.decode("utf-8", "replace"))
+        parts = [message]
+    texts: Dict[str, str] = {}
+    attachments = []
+    for part in parts:
+        payload, kind, name = part.get_payload(decode=True), part.get_content_type(), part.get_filename()
+        octets = payload if isinstance(payload, bytes) else b""
+        is_shown = kind in ("text/plain", "text/html") and part.get_content_disposition() != "attachment"
+        if is_shown and name is None and kind not in texts:
+            texts[kind] = decode_text(octets, part.get_content_charset() or "utf-8")
+        else:
+            attachments.append((decode_field(str(name or "no name")), printable(kind, 100), len(octets)))
+    text = texts.get("text/plain", "")
+    if not text.strip() and "text/html" in texts:
+        text = strip_html(texts["text/html"])
+        remarks.append("It was HTML.")
+    if len(text) > LETTER_TEXT:
+        remarks.append("The text is cut.")
+    return Letter(decode_fields(message), text[:LETTER_TEXT], attachments, " ".join(remarks))
+
+
+def decode_text(octets: bytes, charset: str) -> str:
+    octets = octets[:4 * LETTER_TEXT]
+    try:
+        return octets.decode("latin-1" if charset.lower() == "punycode" else charset, "replace")
+    except (LookupError, ValueError):   # unknown, or no charset at all
+        return octets.decode("utf-8", "replace")
+
+
+def strip_html(text: str) -> str:
+    """The readable text, in one pass: no page takes long."""
+    first, *pieces = text.split("<")
+    out, hidden = [first], ""           # the element that hides what is in it
+    for piece in pieces:
+        tag, end, rest = piece.partition(">")
+        name = re.split(r"[^A-Za-z0-9/]", tag[:20], maxsplit=1)[0].lower()
+        if hidden:
+            hidden = "" if name == "/" + hidden else hidden
+        elif name in ("script", "style", "head", "title"):
+            hidden = name
+        elif name.lstrip("/") in ("br", "p", "div", "tr", "li", "table", "h1", "h2", "h3", "blockquote"):
+            out.append("\n")
+        if not hidden:
+            out.append(rest if end else tag)
+    lines = map(str.strip, html.unescape("".join(out)).splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def escape_text(text: str) -> str:
+    """Many lines, for a <pre>."""
+    return "\n".join(html.escape(printable(line.expandtabs(), len(line) * 8)) for line in text.splitlines())
+
+
+class Row(NamedTuple):
+    """A message in a list."""
+    id: str
+    received: Time
+    sender: str
+    recipients: str
+    subject: str
+    size: int
+    state: str
+    due: Optional[Time]
+
+
+def make_list_row(known: Tuple[str, str, Optional[Time]], sidecar: Mapping[str, Any], header: bytes) -> Row:
+    """`known`: ID, state and next try, as the relay knows them."""
+    fields = decode_fields(email.message_from_bytes(header))
+    people = ", ".join(one["address"] for one in sidecar["recipients"] if one["state"] == QUEUED)
+    return Row(known[0], sidecar["received"], fields.get("from") or "<%s>" % sidecar["sender"], people,
+               fields.get("subject", ""), sidecar["size"], *known[1:])
+
+
+def format_list_page(host: str, name: str, rows: Sequence[Row], query: str, page: int, total: int,
+                     has_more: bool, now: Time) -> str:
+    """`rows`: those of this page, newest first."""
+    search = escape("?" + urllib.parse.urlencode({"q": query, "page": ""}))
+    links = ['<a href="%s%d">newer</a>' % (search, page - 1)] * (page > 1)
+    links += ['<a href="%s%d">older</a>' % (search, page + 1)] * has_more
+    items = "".join(
+        '<li><span class="dim">%s</span><span class="text"><a href="/message/%s">%s</a>'
+        '<small>%s to %s</small></span><span class="pill %s">%s</span>'
+        '<span class="dim">%s, next try %s</span></li>' % (
+            say_moment(row.received), row.id, escape(printable(row.subject, 200)) or "(no subject)",
+            escape(printable(row.sender, 200)), escape(printable(row.recipients, 200)),
+            row.state, row.state, format_size(row.size), say_next(row.due, now)) for row in rows)
+    body = ('<form class="card" action="/queue/%s"><input name="q" value="%s" placeholder='
+            '"Sender, recipient or subject"><button>Search</button>'
+            '<a href="/queue/%s.mbox">all as mbox</a></form>\n'
+            '<section class="card"><ol>%s</ol></section>\n<footer>%s</footer>\n' % (
+                escape(name), escape(query), escape(name),
+                items or "<li>Nothing here.</li>", " ".join(links)))
+    remark = '%s waiting; <a href="/">status</a>' % plural(total, "message")
+    if query and total > SEARCH_MESSAGES:
+        remark += "; looked for in the newest %d" % SEARCH_MESSAGES
+    return PAGE % ("", "%s: %s" % (escape(name), host), PAGE_STYLE, escape(name), remark, body)
+
+
+def format_letter_page(host: str, id: str, sidecar: Mapping[str, Any], letter: Letter) -> str:
+    pairs = [(name, letter.fields[name.lower()]) for name in (
+        "From", "To", "Cc", "Date", "Subject", "Message-ID") if name.lower() in letter.fields]
+    pairs += [("Envelope", "<%s> to %s" % (sidecar["sender"], printable(", ".join(
+        "<%s>" % one["address"] for one in sidecar["recipients"]), FIELD_MAX)))]
+    pairs += [("Attachment", "%s (%s, %s)" % (name, kind, format_size(size)))
+              for name, kind, size in letter.attachments]
+    items = "".join('<li><span class="dim">%s</span><span class="text">%s</span></li>' % (name, escape(value))
+                    for name, value in pairs)
+    body = ('<section class="card"><ol>%s</ol></section>\n<section class="card"><pre>%s</pre></section>\n'
+            '<footer><span class="dim">%s</span></footer>\n' % (
+                items, escape_text(letter.text) or "(no text)", escape(letter.remark)))
+    remark = 'received %s, %s; <a href="/message/%s.eml">download</a>; <a href="/queue/%s">queue</a>' % (
+        say_moment(sidecar["received"]), format_size(sidecar["size"]), id, escape(sidecar["domain"]))
+    return PAGE % ("", "%s: %s" % (id, host), PAGE_STYLE,
+                   escape(printable(letter.fields.get("subject", ""), 200) or "(no subject)"), remark, body)
 
 
 # == 16. SERVER ================================================================
@@ -7732,15 +7931,47 @@ def take_request(loop: Loop, sock: socket.socket, end: bytes,
     return stream
 
 
+def read_rows_of(spool: SpoolFolder, known: Sequence[Tuple[str, str, Optional[Time]]], query: str, skip: int
+                 ) -> Tuple[List[Row], bool]:
+    """In a thread: a page of a list, newest first, of what has `query` in it; and whether there is more."""
+    rows: List[Row] = []
+    for one in known:
+        with contextlib.suppress(Corrupt, NotOurs, OSError):    # gone meanwhile, or not to be read
+            row = make_list_row(one, *spool.look(one[0], "header"))
+            if query.lower() in "\n".join(row[2:5]).lower():
+                rows.append(row)
+        if len(rows) > skip + PAGE_MESSAGES:
+            break
+    return rows[skip:skip + PAGE_MESSAGES], len(rows) > skip + PAGE_MESSAGES
+
+
+def read_message(spool: SpoolFolder, id: str) -> Tuple[Dict[str, Any], Letter]:
+    """In a thread.  Raises Corrupt, NotOurs, OSError."""
+    sidecar, _ = spool.look(id)
+    data = b"".join(spool.block(id, at) for at in range(0, LETTER_OCTETS, BLOCK_OCTETS))
+    return sidecar, read_letter(data, sidecar["size"])
+
+
+def read_mbox(spool: SpoolFolder, ids: Sequence[str]) -> Iterator[bytes]:
+    """In threads.  Without what has gone meanwhile."""
+    for id in ids:
+        with contextlib.suppress(Corrupt, NotOurs, OSError):
+            yield from format_mbox(spool.look(id)[0], spool.stream(id))
+
+
 class HttpServer:
     """The status page: one request, one answer, close.  GET and HEAD alone; the token for all but
     /healthz, which monitors ask and which tells no more than what is wrong.  Above
-    PAGE_CONNECTIONS clients wait in the backlog."""
+    PAGE_CONNECTIONS clients wait in the backlog.
+
+    Mail is shown only where a token is set, and read in one thread after the other, so that readers do
+    not slow it down."""
     listener: Listener          # the server sets it
 
     def __init__(self, server: "Server") -> None:
         self.server = server
         self.open = 0
+        self.jobs: Deque[Tuple[Callable[[], Any], Callable[[Any], None]]] = collections.deque()
         self.makers: Dict[str, Tuple[Callable[[Facts], str], str]] = {
             "/": (format_page, "text/html"), "/metrics": (format_metrics, "text/plain; version=0.0.4"),
             "/status.json": (lambda facts: json.dumps(public_status(facts.status), indent=1) + "\n",
@@ -7748,64 +7979,174 @@ class HttpServer:
             "/healthz": (lambda facts: "\n".join(find_ills(facts) or ["ok"]) + "\n", "text/plain")}
 
     def welcome(self, sock: socket.socket, address: str) -> None:
-        def answer(stream: Stream, request: bytes) -> None:
-            stream.send(self._answer(request, address))
-            stream.finish()
-
         def on_closed() -> None:
             self.open -= 1
             self.listener.watch()
-        stream = take_request(self.server.loop, sock, rb"\n\r?\n", answer)
+        stream = take_request(self.server.loop, sock, rb"\n\r?\n", functools.partial(self._answer, address))
         stream.on_closed = on_closed
         self.open += 1
         if self.open >= PAGE_CONNECTIONS:
             self.listener.rest()
-        self.server.loop.later(PAGE_TOTAL_S, stream.close)
+        self._watch(stream)
 
-    def _answer(self, request: bytes, address: str) -> bytes:
+    def _watch(self, stream: Stream) -> None:
+        """Who makes no progress is cut off."""
+        def look() -> None:
+            if self.server.loop.now.mono - stream.moved >= PAGE_TOTAL_S:
+                stream.close()
+            elif not stream.is_closed:
+                self._watch(stream)
+        self.server.loop.later(PAGE_TOTAL_S, look)
+
+    def _answer(self, address: str, stream: Stream, request: bytes) -> None:
         head, *lines = request.decode("latin-1").splitlines() or [""]
         words = head.split()
+
+        def say(answer: bytes, pieces: Optional[Iterator[bytes]] = None) -> None:
+            """`pieces`: what goes behind it, one after the other, as fast as its reader takes them."""
+            is_head = words[:1] == ["HEAD"]
+            if pieces is not None and not is_head:
+                stream.on_sent = functools.partial(self._go_on, stream, pieces)
+            stream.send(answer[:answer.index(b"\r\n\r\n") + 4] if is_head else answer)
+            if pieces is None or is_head:
+                stream.finish()
         if len(request) > REQUEST_MAX:
-            return format_http(431, "The request is too long.\n")
+            return say(format_http(431, "The request is too long.\n"))
         if len(words) != 3 or not words[2].startswith("HTTP/"):
-            return format_http(400, "The request is not understood.\n")
+            return say(format_http(400, "The request is not understood.\n"))
         method, target, version = words
-        path = target.partition("?")[0]
+        path, _, query = target.partition("?")
         if not version.startswith("HTTP/1."):       # RFC 9110 2.5
-            return format_http(505, "HTTP/1.1 is spoken here.\n")
+            return say(format_http(505, "HTTP/1.1 is spoken here.\n"))
         if method not in ("GET", "HEAD"):
-            return format_http(405, "Nothing can be changed here.\n", "Allow: GET, HEAD")
+            return say(format_http(405, "Nothing can be changed here.\n", "Allow: GET, HEAD"))
         given = next((line[14:].strip() for line in lines if line.lower().startswith("authorization:")), "")
-        if path != "/healthz" and not self._is_allowed(given):
-            if given:                   # without one it is a browser that does not know yet
-                self.server.log.write("http", "refused: %s %s from %s: 401 wrong token" % (
-                    method, printable(target, 100), format_peer(address)))
-            return format_http(401, "A token is needed.\n",
-                               'WWW-Authenticate: Basic realm="etrn_relay", charset="UTF-8"')
+        mail = re.fullmatch(r"/(?:queue/([^/]+?)(\.mbox)?|message/([0-9A-F]{6,23})(\.eml)?)", path)
+        own, tokens = "", [self.server.cfg.status_token]
+        if mail:
+            own = self._domain_of(urllib.parse.unquote(mail.group(1) or "").lower(), mail.group(3))
+            cfg = self.server.cfg.domain(own)
+            tokens = list(filter(None, [*tokens, cfg.token if cfg else ""]))
+            if not tokens:
+                return say(format_http(403, "Mail is shown only where a token is set: in [status], or in the "
+                                            "domain's own section.\n"))
+        if path != "/healthz" and not any(is_token(token, given) for token in tokens):
+            home = next((name for name, one in self.server.cfg.domains.items()
+                         if one.token and is_token(one.token, given)), "")
+            if home and path == "/":    # who may see one domain alone
+                return say(format_http(302, "", "Location: /queue/" + home.lstrip(".")))
+            answer = format_http(401, "A token is needed.\n",
+                                 'WWW-Authenticate: Basic realm="etrn_relay", charset="UTF-8"')
+            if not given:               # a browser that does not know yet
+                return say(answer)
+            self.server.log.write("http", "refused: %s %s from %s: 401 wrong token" % (
+                method, printable(target, 100), format_peer(address)))
+            return self.server.loop.later(LOGIN_FAILED_S, lambda: say(answer))
+        if mail and mail.group(1):
+            return self._show_list(say, own, bool(mail.group(2)), query)
+        if mail:
+            return self._show_message(say, mail.group(3), bool(mail.group(4)))
         if path not in self.makers:
-            return format_http(404, "There is /, /metrics, /healthz and /status.json.\n")
+            return say(format_http(404, "There is /, /metrics, /healthz and /status.json.\n"))
         make, kind = self.makers[path]
         text = make(self.server.facts())
         code = 503 if path == "/healthz" and text != "ok\n" else 200
-        answer = format_http(code, text, kind=kind)
-        return answer[:answer.index(b"\r\n\r\n") + 4] if method == "HEAD" else answer
+        say(format_http(code, text, kind=kind))
 
-    def _is_allowed(self, given: str) -> bool:
-        """The token as bearer, RFC 6750 2.1, or as basic-auth password of any user, RFC 7617."""
-        token, data = self.server.cfg.status_token.encode("utf-8"), b""
-        scheme, _, value = given.partition(" ")
-        if scheme.lower() == "bearer":
-            data = value.strip().encode("latin-1")
-        elif scheme.lower() == "basic":
-            with contextlib.suppress(ValueError):
-                data = base64.b64decode(value.strip(), validate=True).partition(b":")[2]
-        return not token or hmac.compare_digest(data, token)
+    # -- mail
+
+    def _domain_of(self, name: str, id: str) -> str:
+        if not id:
+            return name
+        entry = self.server.queue.destinations.matching(id)
+        return entry[0].name if entry else self.server.queue.left.get(id, ("",))[0]
+
+    def _in_thread(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
+        """One at a time."""
+        self.jobs.append((work, then))
+        if len(self.jobs) == 1:
+            self.server.loop.in_thread(work, self._on_done)
+
+    def _on_done(self, result: Any) -> None:
+        _, then = self.jobs.popleft()
+        if self.jobs:
+            work, _ = self.jobs[0]
+            self.server.loop.in_thread(work, self._on_done)
+        then(result)
+
+    def _show_list(self, say: Callable[..., None], name: str, is_mbox: bool, query: str) -> None:
+        one, spool = self.server.queue.destinations.all.get(name), self.server.spool
+        if one is None:
+            return say(format_http(404, "No mail is waiting for that domain.\n"))
+        if is_mbox:
+            pieces = read_mbox(spool, list(one.entries))
+            return say(format_download(name + ".mbox", "application/mbox"), pieces)
+        given = urllib.parse.parse_qs(query)
+        search, at = given.get("q", [""])[0].strip(), given.get("page", ["1"])[0]
+        page = min(int(at), 1 << 20) if re.fullmatch("[1-9][0-9]{0,8}", at) else 1
+        skip, total = (page - 1) * PAGE_MESSAGES, len(one.entries)
+        newest = itertools.islice(reversed(one.entries.values()),
+                                  *((0, SEARCH_MESSAGES) if search else (skip, skip + PAGE_MESSAGES + 1)))
+        known = [(entry.id, *say_state(one, entry, self.server.loop.now)) for entry in newest]
+        host, now = escape(self.server.cfg.hostname), self.server.loop.now
+
+        def then(result: Any) -> None:
+            if isinstance(result, Exception):
+                self.server.log.bug(result)
+                return say(format_http(500, "The list cannot be made.\n"))
+            rows, has_more = result
+            say(format_http(200, format_list_page(host, name, rows, search, page, total, has_more, now.wall),
+                            kind="text/html"))
+        self._in_thread(functools.partial(read_rows_of, spool, known, search, skip if search else 0), then)
+
+    def _show_message(self, say: Callable[..., None], id: str, is_file: bool) -> None:
+        spool, host = self.server.spool, escape(self.server.cfg.hostname)
+        if is_file and self.server.queue.destinations.matching(id):
+            return say(format_download(id + ".eml", "message/rfc822"), spool.stream(id))
+
+        def then(result: Any) -> None:
+            if not isinstance(result, Exception):
+                return say(format_http(200, format_letter_page(host, id, *result), kind="text/html"))
+            if id not in self.server.queue.left:
+                return say(format_http(404, "%s: cannot be shown: %s.  The log may tell.\n" % (
+                    id, printable(str(result)))))
+            _, kind, at = self.server.queue.left[id]
+            say(format_http(200, "%s: %s at %s.\n" % (id, kind, say_moment(at))))
+        self._in_thread(functools.partial(read_message, spool, id), then)
+
+    def _go_on(self, stream: Stream, pieces: Iterator[bytes]) -> None:
+        def then(piece: Any) -> None:
+            if not isinstance(piece, bytes):        # its end, or it cannot be read
+                return stream.finish()
+            stream.on_sent = functools.partial(self._go_on, stream, pieces)
+            stream.send(piece)
+        if not stream.is_closed:
+            self._in_thread(lambda: next(pieces, None), then)
 
 
-def format_http(code: int, text: str, *fields: str, kind: str = "text/plain") -> bytes:
+def format_download(name: str, kind: str) -> bytes:
+    return format_http(200, "", 'Content-Disposition: attachment; filename="%s"' % name, kind=kind,
+                       is_whole=False)
+
+
+def is_token(token: str, given: str) -> bool:
+    """As bearer, RFC 6750 2.1, or as basic-auth password of any user, RFC 7617.  `given`: the value of
+    Authorization."""
+    data, (scheme, _, value) = b"", given.partition(" ")
+    if scheme.lower() == "bearer":
+        data = value.strip().encode("latin-1")
+    elif scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            data = base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+    return not token or hmac.compare_digest(data, token.encode("utf-8"))
+
+
+def format_http(code: int, text: str, *fields: str, kind: str = "text/plain", is_whole: bool = True) -> bytes:
+    """Where it is not whole, more follows until the connection ends."""
     body = text.encode("utf-8", "backslashreplace")
     lines = ["HTTP/1.0 %d %s" % (code, http.client.responses[code]),
-             "Content-Type: %s; charset=utf-8" % kind, "Content-Length: %d" % len(body),
+             "Content-Type: %s" % kind + "; charset=utf-8" * is_whole,
+             *["Content-Length: %d" % len(body)] * is_whole,
              "Content-Security-Policy: %s" % PAGE_POLICY, "Cache-Control: no-store",
              "X-Content-Type-Options: nosniff", "X-Frame-Options: DENY", "Referrer-Policy: no-referrer",
              "Connection: close", *fields]
@@ -8563,8 +8904,9 @@ def export(cfg: Config, given: argparse.Namespace) -> int:
                     domain, people = sidecar["domain"], sidecar["recipients"]
                     is_meant = what in (domain, "all", id) or (what[:1] == "@" and is_below(domain, what[1:]))
                     if is_meant and any(one["state"] == QUEUED for one in people):
-                        body = spool.verify(id, sidecar, sidecar["size"])
-                        sys.stdout.buffer.write(format_mbox(sidecar, body))
+                        spool.verify(id, sidecar, 0)
+                        for piece in format_mbox(sidecar, spool.stream(id)):
+                            sys.stdout.buffer.write(piece)
                         count += 1
             except (Corrupt, NotOurs) as error:
                 if spool.has(id + ".json"):
@@ -8729,7 +9071,8 @@ def check_config(server: Server) -> Iterator[Finding]:
     server.load_certificate(cfg)        # or an error for check() to tell
     if cfg.status_listen and not cfg.status_token and not parse_address(cfg.status_listen.host).is_loopback:
         yield "warning", "config", "whoever reaches %s reads the page: set a token" % str(cfg.status_listen)
-    hidden = (cfg.status_token, cfg.bounces_password, *(one.password for one in cfg.domains.values()))
+    hidden = (cfg.status_token, cfg.bounces_password,
+              *itertools.chain(*((one.password, one.token) for one in cfg.domains.values())))
     for path in sorted({one[5:] if one.startswith("file:") else cfg.file for one in hidden if one}):
         if os.path.exists(path) and os.stat(path).st_mode & 0o004:
             yield "warning", "config", "%s holds a secret, and everybody may read it: chmod o-r" % path

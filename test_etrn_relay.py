@@ -1201,7 +1201,8 @@ class Configuration(Folder):
         status listen= token=
         alerts command= webhook= mail= mail_route=mx after=5m
         domain primary=mx lifetime=7d delay_notice=off recipients=verify while_up=relay
-            unknown_recipients=accept cutthrough=yes etrn=any username= password= tls=may connections=10
+            unknown_recipients=accept cutthrough=yes etrn=any username= password= token= tls=may
+            connections=10
             probe_interval=5s retry_interval=5m max_retry_interval=1h recovery_grace=1h xclient=no
             max_queue_size="""
 
@@ -7558,8 +7559,9 @@ def facts(**changes):
 
 
 TAGS = ("html head meta title style body main header h1 h2 p dl div dt dd small section span b figure "
-        "figcaption svg path ol li footer a")
-ATTRIBUTES = "lang charset name content http-equiv class href d viewBox preserveAspectRatio aria-hidden"
+        "figcaption svg path ol li footer a form input button pre")
+ATTRIBUTES = ("lang charset name content http-equiv class href d viewBox preserveAspectRatio aria-hidden "
+              "action value placeholder")
 TAG = re.compile(r'<(?:!DOCTYPE html|/?(?:%s)(?: (?:%s)="[^"<>]*")*/?)>' % (
     TAGS.replace(" ", "|"), ATTRIBUTES.replace(" ", "|")))
 
@@ -7639,14 +7641,15 @@ class Page(unittest.TestCase):
                 many.history.note(name, 99 * hour, ("up", "down")[hour % 2], WALL - 3600 * hour)
         page = etrn.format_page(many)
         self.assertLess(len(page), 1000000)
-        self.assertEqual(re.findall("<h2>(.*?)</h2>", page)[:2], ["example.com", "refusing.example"])
+        self.assertEqual(re.findall("<h2><a [^>]*>(.*?)</a></h2>", page)[:2],
+                         ["example.com", "refusing.example"])
         self.assertIn("And 2903 domains", page)
 
     def test_the_policy_allows_this_very_style_and_nothing_else(self):
         style = etrn.format_page(facts()).partition("<style>")[2].partition("</style>")[0]
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
         expected = dict.fromkeys(["default-src", "base-uri", "form-action", "frame-ancestors"], "'none'")
-        expected["style-src"] = "'sha256-%s'" % digest
+        expected.update({"style-src": "'sha256-%s'" % digest, "form-action": "'self'"})
         parts = [part.strip().partition(" ") for part in etrn.PAGE_POLICY.split(";")]
         self.assertEqual({name: value for name, _, value in parts}, expected)
 
@@ -7727,8 +7730,7 @@ def basic(user, password):
 STATUS_PAGE = "[status]\nlisten = 127.0.0.1:0\n"
 
 
-class PageOverHttp(Relays):
-    """What a browser, a scraper and an attacker see; and what becomes of it while the relay lives."""
+class PageRelays(Relays):
 
     def page(self, relay, since=0):
         return int(relay.logged(r"status page on http://127\.0\.0\.1:(\d+)/", since).group(1))
@@ -7742,6 +7744,10 @@ class PageOverHttp(Relays):
         with connect(port) as sock:
             sock.sendall(data)
             return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+class PageOverHttp(PageRelays):
+    """What a browser, a scraper and an attacker see; and what becomes of it while the relay lives."""
 
     def test_paths_and_methods(self):
         port = self.serve()
@@ -7874,6 +7880,110 @@ class PageOverHttp(Relays):
         self.assertEqual(relay.send()[:3], "250")
 
 
+class MailInBrowser(PageRelays):
+    """The queue and its messages on the page: who may read them, and what a hostile message can do there."""
+
+    def get(self, path, token="s3cret", method="GET"):
+        return fetch(self.port, path, method, Authorization=basic("me", token))
+
+    def start(self, **options):
+        other = "[domain two.example]\nprimary = 127.0.0.1:9\nrecipients = any"
+        self.port = self.serve("s3cret", domain="token = mine\n" + other, **options)
+        return self.running
+
+    def ids(self, path="/queue/" + DOMAIN):
+        return re.findall("/message/([0-9A-F]+)", self.get(path)[2])
+
+    def test_who_may_read_what(self):
+        relay = self.start(LOGIN_FAILED_S=0.01)
+        relay.send()
+        relay.send(recipients=["u@two.example"])
+        one, two = (row["id"] for row in sorted(relay.queue(), key=lambda row: row["domain"] != DOMAIN))
+        own = ["/queue/" + DOMAIN, "/queue/%s.mbox" % DOMAIN, "/message/" + one, "/message/%s.eml" % one]
+        other = ["/queue/two.example", "/queue/two.example.mbox", "/message/" + two, "/message/%s.eml" % two]
+        for token, path, status in cases(self, [
+                *(("s3cret", path, 200) for path in own + other), *(("mine", path, 200) for path in own),
+                *(("mine", path, 401) for path in [*other, "/metrics", "/status.json", "/queue/no.example"]),
+                *(("x", path, 401) for path in own), ("mine", "/", 302),
+                ("s3cret", "/queue/none.example", 404), ("s3cret", "/message/ABCDEF", 404),
+                ("s3cret", "/queue/../" + DOMAIN, 404), ("s3cret", "/message/..%2fstate", 404)]):
+            self.assertEqual(self.get(path, token)[0], status)
+            self.assertEqual(fetch(self.port, path)[0], 401)
+        self.assertEqual(self.get("/", "mine")[1]["Location"], "/queue/" + DOMAIN)
+        relay.logged("refused: GET /message/%s from unknown.127.0.0.1.: 401 wrong token" % one)
+        self.port = self.serve(domain="")
+        for path in cases(self, own):
+            self.assertEqual((fetch(self.port, path)[0], "token" in fetch(self.port, path)[2]), (403, True))
+
+    def test_a_list_has_the_newest_first_in_pages_and_is_searched(self):
+        relay = self.start()
+        subjects = ["=?utf-8?q?M=C3=A4rz_1?=", *("n%d" % number for number in range(2, 121))]
+        for number, subject in enumerate(subjects):
+            relay.send(("From: F%d\r\nSubject: %s\r\n\r\nx\r\n" % (number, subject)).encode())
+        path = "/queue/" + DOMAIN
+        newest = [row["id"] for row in reversed(relay.queue())]
+        for query, found in cases(self, {
+                "": newest[:50], "?page=2": newest[50:100], "?page=3": newest[100:], "?page=4": [],
+                "?page=-1": newest[:50], "?q=m%C3%A4RZ": newest[-1:],
+                "?q=F7": [newest[-8], *newest[40:50]],
+                "?q=user@" + DOMAIN: newest[:50], "?q=user&page=3": newest[100:], "?q=%3Cx": []}.items()):
+            self.assertEqual(sorted(self.ids(path + query)), sorted(found))
+        page = self.get(path + "?q=user&page=2")[2]
+        texts_of(page)
+        self.assertEqual(re.findall('href="([^"]*)">(newer|older)', page), [
+            ("?q=user&amp;page=1", "newer"), ("?q=user&amp;page=3", "older")])
+        self.assertIn("120 messages waiting", page)
+
+    def test_a_hostile_message_is_text(self):
+        relay = self.start()
+        evil = "<script>alert(1)</script>"
+        parts = ("--b\r\nContent-Type: text/html; charset=%s\r\n\r\n<head><title>t</title></head>"
+                 "<body onload=x><script>alert(2)</script><p>Hello &lt;b&gt; <img src=//x><a href=//x>link</a>\r\n"
+                 "--b\r\nContent-Type: application/x; name=\"<img onerror=x>.exe\"\r\n\r\nxx\r\n--b--\r\n")
+        head = "Subject: %s\r\nFrom: %s <a@b>\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n" % (
+            evil, evil)
+        deep = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\r\n\r\n--b%d\r\n" % (at, at)
+                        for at in range(300))
+        for data, shown in cases(self, [
+                *(((head + parts % charset).encode(), [evil, "Hello <b> link", "<img onerror=x>.exe (appl"])
+                  for charset in ("utf-8", "none-such", "zip", "punycode")),
+                (b"Subject: =?utf-8?b?!!?= \xff\x1b[31m\r\n\r\n\x80\xff \x9b31m\r\n",
+                 [r"\x1b[31m", "\ufffd31m"]),
+                (b"Subject: long\r\n\r\n" + b"x" * 3000000 + b"\r\n", ["The text is cut", "first 1.0M"]),
+                (b"no header\r\n\r\nbody\r\n", ["(no subject)"]), (b"\r\nall body\r\n", ["all body"]),
+                (b"Subject: deep\r\n" + deep + b"\r\nbottom\r\n", ["deep", "too many parts", "bottom"]),
+                (b"Subject: rfc\r\n" + b"Content-Type: message/rfc822\r\n\r\n" * 2000 + b"x\r\n", ["rfc"]),
+                (b"To: " + b", ".join(b"u%d@b" % at for at in range(2000)) + b"\r\n\r\nx\r\n", ["u1@b"]),
+                (b"Content-Transfer-Encoding: base64\r\n\r\n!!!\r\n", []), (b"Content-Type: text/html\r\n\r\n"
+                 + b"<a " * 200000 + b"\r\n", ["It was HTML"])]):
+            self.assertEqual(relay.send(data)[:3], "250")
+            id, = self.ids()
+            status, fields, page = self.get("/message/" + id)
+            self.assertEqual((status, fields["Content-Type"]), (200, "text/html; charset=utf-8"))
+            for text in shown:
+                self.assertIn(text, texts_of(page))
+            self.assertNotIn("alert(2)", page)
+            texts_of(self.get("/queue/" + DOMAIN)[2])
+            with open(relay.at(id + ".eml"), "rb") as file:
+                answer = self.raw(self.port, ("GET /message/%s.eml HTTP/1.0\r\nAuthorization: %s\r\n\r\n" % (
+                    id, basic("", "mine"))).encode())
+                fields, _, body = answer.partition(b"\r\n\r\n")
+                self.assertEqual(body, file.read())
+            self.assertIn(b"\r\nContent-Disposition: attachment; filename=", fields)
+            self.assertIn(b"\r\nX-Content-Type-Options: nosniff", fields)
+            relay.run("--delete", id)
+            self.assertRegex(self.get("/message/" + id)[2], r"\A%s: deleted at " % id)
+        self.assertEqual([line for line in relay.log if "bug" in line], [])
+
+    def test_the_whole_queue_is_what_export_gives(self):
+        relay = self.start()
+        for data in (MESSAGE, b"x\r\nFrom here\r\n" * 60000):
+            relay.send(data)
+        whole = self.get("/queue/%s.mbox" % DOMAIN)
+        self.assertEqual(whole[2], relay.run("--export", DOMAIN)[1])
+        self.assertEqual(self.get("/queue/%s.mbox" % DOMAIN, method="HEAD")[::2], (200, ""))
+
+
 class Terminal(unittest.TestCase):
     """What commands show to people."""
 
@@ -7926,13 +8036,18 @@ class Terminal(unittest.TestCase):
         message = b"Subject: x\r\n\r\nFrom here\r\n>From there\r\n\r\nFrom\r\nlast"
         self.sidecar["sender"] = "a b\u00e9@b.example\nFrom x"
         self.sidecar["recipients"][0]["address"] = "u@example.com\nX: y\ud800"
-        data = etrn.format_mbox(self.sidecar, message)
+        whole = b"".join(etrn.format_mbox(self.sidecar, [message]))
+        for size in cases(self, range(1, 9)):           # however it is read
+            blocks = [message[at:at + size] for at in range(0, len(message), size)]
+            self.assertEqual(b"".join(etrn.format_mbox(self.sidecar, blocks)), whole)
+        data = whole
         self.assertEqual(data.split(b"\n"), [
             b"From a_b_@b.example_From_x Tue Nov 25 19:37:52 2025",
             b"X-Envelope-From: <a b\xc3\xa9@b.example_From x>",
             b"X-Envelope-To: <u@example.com_X: y?>", b"Subject: x", b"", b">From here", b">>From there", b"",
             b"From", b"last", b"", b""])
-        self.assertEqual(etrn.format_mbox(dict(self.sidecar, sender=""), b"x")[:19], b"From MAILER-DAEMON ")
+        first = next(etrn.format_mbox(dict(self.sidecar, sender=""), [b"x"]))
+        self.assertEqual(first[:19], b"From MAILER-DAEMON ")
 
 
 class Units(Folder):
