@@ -291,6 +291,8 @@ PAGE_DOMAINS_MAX = 100          # shown with all there is; those in trouble come
 PAGE_MESSAGES, SEARCH_MESSAGES = 50, 5000       # listed at a time, and looked through for a word
 LETTER_OCTETS, LETTER_TEXT, LETTER_PARTS = 1 << 20, 100000, 100     # of a message: looked at, shown, at most
 FIELD_MAX = 500                 # characters shown of a header field
+PAGE_REST = 3                   # times as long as a page took to read the mail goes alone
+SWITCH_S = 0.0001               # for the loop to get the interpreter back from a thread that computes
 LEFT_KEPT = 1000                # messages that have left, remembered for who still reads them
 CERTIFICATE_WARNING_S = 14 * 86400.0    # before it ends; who renews by machine does so a month before
 HISTORY_HOURS, HISTORY_DOMAINS_MAX = 168, 100   # for the chart: a week, of so many domains
@@ -7964,8 +7966,8 @@ class HttpServer:
     /healthz, which monitors ask and which tells no more than what is wrong.  Above
     PAGE_CONNECTIONS clients wait in the backlog.
 
-    Mail is shown only where a token is set, and read in one thread after the other, so that readers do
-    not slow it down."""
+    Mail is shown only where a token is set, and read by one thread at a time with rests between, so
+    that many readers do not slow it down."""
     listener: Listener          # the server sets it
 
     def __init__(self, server: "Server") -> None:
@@ -8065,14 +8067,20 @@ class HttpServer:
         """One at a time."""
         self.jobs.append((work, then))
         if len(self.jobs) == 1:
-            self.server.loop.in_thread(work, self._on_done)
+            self._begin()
 
-    def _on_done(self, result: Any) -> None:
-        _, then = self.jobs.popleft()
+    def _begin(self) -> None:
+        (work, then), loop, began = self.jobs[0], self.server.loop, self.server.loop.now.mono
+
+        def done(result: Any) -> None:
+            loop.later(PAGE_REST * (loop.now.mono - began), self._rested)
+            then(result)
+        loop.in_thread(work, done)
+
+    def _rested(self) -> None:
+        self.jobs.popleft()
         if self.jobs:
-            work, _ = self.jobs[0]
-            self.server.loop.in_thread(work, self._on_done)
-        then(result)
+            self._begin()
 
     def _show_list(self, say: Callable[..., None], name: str, is_mbox: bool, query: str) -> None:
         one, spool = self.server.queue.destinations.all.get(name), self.server.spool
@@ -8700,6 +8708,7 @@ class Account:
 
 def serve(cfg: Config) -> int:
     """Run the relay in the foreground."""
+    sys.setswitchinterval(SWITCH_S)
     for number in (signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)       # until there is something to reread
     account, spool = Account(cfg.user), Spool(cfg.spool)

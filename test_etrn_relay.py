@@ -7939,7 +7939,8 @@ class MailInBrowser(PageRelays):
         evil = "<script>alert(1)</script>"
         parts = ("--b\r\nContent-Type: text/html; charset=%s\r\n\r\n<head><title>t</title></head>"
                  "<body onload=x><script>alert(2)</script><p>Hello &lt;b&gt; <img src=//x>"
-                 "<a href=//x>link</a>\r\n--b\r\nContent-Type: application/x; name=\"<img onerror=x>.exe\"\r\n\r\nxx\r\n--b--\r\n")
+                 "<a href=//x>link</a>\r\n--b\r\nContent-Type: application/x; "
+                 "name=\"<img onerror=x>.exe\"\r\n\r\nxx\r\n--b--\r\n")
         head = "Subject: %s\r\nFrom: %s <a@b>\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n" % (
             evil, evil)
         deep = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\r\n\r\n--b%d\r\n" % (at, at)
