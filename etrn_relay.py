@@ -285,7 +285,7 @@ ROUTE_HOSTS_MAX = 20            # addresses tried for one primary
 # -- the status page
 PAGE_CONNECTIONS = 32           # at once; who comes then waits in the backlog
 REQUEST_MAX = 16384             # octets of a request, or of a command; browsers send under 2,000
-PAGE_TOTAL_S = 10.0             # for a whole request and its answer
+PAGE_TOTAL_S, PAGE_STALL_S = 10.0, 60.0         # for a request and its answer; for mail, without progress
 PAGE_REFRESH_S = 15             # the page reloads itself
 PAGE_DOMAINS_MAX = 100          # shown with all there is; those in trouble come first
 PAGE_MESSAGES, SEARCH_MESSAGES = 50, 5000       # listed at a time, and looked through for a word
@@ -7973,6 +7973,7 @@ class HttpServer:
     def __init__(self, server: "Server") -> None:
         self.server = server
         self.open = 0
+        self.readers: Set[Stream] = set()       # of mail
         self.jobs: Deque[Tuple[Callable[[], Any], Callable[[Any], None]]] = collections.deque()
         self.makers: Dict[str, Tuple[Callable[[Facts], str], str]] = {
             "/": (format_page, "text/html"), "/metrics": (format_metrics, "text/plain; version=0.0.4"),
@@ -7983,22 +7984,21 @@ class HttpServer:
     def welcome(self, sock: socket.socket, address: str) -> None:
         def on_closed() -> None:
             self.open -= 1
+            self.readers.discard(stream)
             self.listener.watch()
         stream = take_request(self.server.loop, sock, rb"\n\r?\n", functools.partial(self._answer, address))
         stream.on_closed = on_closed
         self.open += 1
         if self.open >= PAGE_CONNECTIONS:
             self.listener.rest()
-        self._watch(stream)
+        self.server.loop.later(PAGE_TOTAL_S, functools.partial(self._watch, stream))
 
     def _watch(self, stream: Stream) -> None:
-        """Who makes no progress is cut off."""
-        def look() -> None:
-            if self.server.loop.now.mono - stream.moved >= PAGE_TOTAL_S:
-                stream.close()
-            elif not stream.is_closed:
-                self._watch(stream)
-        self.server.loop.later(PAGE_TOTAL_S, look)
+        """Only who reads mail may take long, and must make progress."""
+        if stream not in self.readers or self.server.loop.now.mono - stream.moved >= PAGE_STALL_S:
+            stream.close()
+        else:
+            self.server.loop.later(PAGE_TOTAL_S, functools.partial(self._watch, stream))
 
     def _answer(self, address: str, stream: Stream, request: bytes) -> None:
         head, *lines = request.decode("latin-1").splitlines() or [""]
@@ -8044,6 +8044,8 @@ class HttpServer:
             self.server.log.write("http", "refused: %s %s from %s: 401 wrong token" % (
                 method, printable(target, 100), format_peer(address)))
             return self.server.loop.later(LOGIN_FAILED_S, lambda: say(answer))
+        if mail:
+            self.readers.add(stream)
         if mail and mail.group(1):
             return self._show_list(say, own, bool(mail.group(2)), query)
         if mail:

@@ -7976,6 +7976,17 @@ class MailInBrowser(PageRelays):
             self.assertRegex(self.get("/message/" + id)[2], r"\A%s: deleted at " % id)
         self.assertEqual([line for line in relay.log if "bug" in line], [])
 
+    def test_a_download_takes_its_time_and_a_request_does_not(self):
+        relay = self.start(PAGE_TOTAL_S=0.1)
+        relay.send(b"x" * 8000000 + b"\r\n")
+        path = "/message/%s.eml" % relay.queue()[0]["id"]
+        with connect(self.port) as slow, connect(self.port) as sock:
+            slow.sendall(b"GET / HTTP/1.0\r\n")
+            sock.sendall(("GET %s HTTP/1.0\r\nAuthorization: %s\r\n\r\n" % (
+                path, basic("", "mine"))).encode())
+            self.assertEqual(slow.recv(1), b"")             # cut off after 0.1 s
+            self.assertGreater(len(b"".join(iter(lambda: sock.recv(65536), b""))), 8000000)
+
     def test_the_whole_queue_is_what_export_gives(self):
         relay = self.start()
         for data in (MESSAGE, b"x\r\nFrom here\r\n" * 60000):
