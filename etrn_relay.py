@@ -2303,6 +2303,8 @@ class SpoolProcess:
         if not self.pid:
             try:
                 self._serve(pairs[False][1], pairs[True][1])
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(EX_TEMPFAIL)
         for is_read, (ours, theirs) in pairs.items():
@@ -2315,10 +2317,10 @@ class SpoolProcess:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
-        kept = {0, 1, 2, self.spool.root, self.spool.lock_fd, writes.fileno(), reads.fileno()}
-        for fd in map(int, os.listdir("/dev/fd")):
-            if fd not in kept:
-                close_quietly(fd)
+        # Few are open before the first client.  /dev/fd is not everywhere, and FreeBSD's names three.
+        kept = sorted([0, 1, 2, self.spool.root, self.spool.lock_fd, writes.fileno(), reads.fileno(), 4096])
+        for low, high in zip(kept, kept[1:]):
+            os.closerange(low + 1, high)
 
         def work(sock: socket.socket, most: int) -> None:
             try:

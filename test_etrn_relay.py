@@ -8822,6 +8822,18 @@ class Machines(Relays):
         relay.start()                               # it waits
         self.assertEqual((len(relay.queue()), relay.end()), (3, 0))
 
+    def test_the_spool_has_no_socket_of_the_relay_and_says_why_it_cannot_start(self):
+        def python(begin):
+            return mock.patch.object(sys.modules[__name__], "PYTHON", [*PYTHON[:-1], begin + STARTER])
+        with python("import os; os.listdir = lambda path, real=os.listdir: "
+                    "['0', '1', '2'] if path == '/dev/fd' else real(path); "):      # as on FreeBSD
+            relay = self.relay()
+        self.assertEqual(len(os.listdir("/proc/%d/fd" % self.helper(relay))), 7)
+        self.assertEqual(relay.end(), 0)
+        with python("import threading; threading.Thread.start = None; "):
+            done = subprocess.run([*PYTHON, "{}", "--config", relay.file, "--queue"], stderr=subprocess.PIPE)
+        self.assertEqual((done.returncode, b"Traceback" in done.stderr), (75, True))
+
     def test_a_primary_that_moves_gets_its_mail_and_the_one_before_ends_what_it_is_at(self):
         done = threading.Event()
         before = self.primary(**{".": lambda _: done.wait(DEADLINE_S) and "250 2.0.0 taken"}).start()
