@@ -2959,6 +2959,13 @@ class SpoolPeople(Folder):
                     del target[last]
                 yield changed
 
+    def test_a_sidecar_nested_too_deep_to_be_passed_on_is_corrupt(self):
+        good = json.dumps(sidecar_of("ABCDE1", sha256="0" * 64))[:-1].encode()
+        for depth in cases(self, range(100, 12000, 100)):
+            with contextlib.suppress(etrn.Corrupt):
+                data = good + b', "x": ' + b"[" * depth + b"]" * depth + b"}"
+                etrn.pack([(1, [(etrn.parse_sidecar(data, "ABCDE1")[0], b"")])])
+
     def test_a_sidecar_either_makes_sense_or_is_corrupt(self):
         """Nothing that passes makes anything fail later."""
         good = sidecar_of("ABCDE1", [USER, OTHER], ret="HDRS", envid="x+20y", sha256="0" * 64)
