@@ -1335,6 +1335,8 @@ class Stream:
             pass
         except (OSError, ValueError):
             self.out.clear()            # what the peer said before can still be read; the end comes with that
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self.sock, socket.SHUT_WR)       # nothing may follow a hole
             if self.is_ended or self.is_closing:
                 return self.close()
         if not self.out and self.on_sent is not None:
@@ -2275,7 +2277,7 @@ def serve_spool(spool: Spool, sock: socket.socket, most: int) -> None:
             for questions in frames.feed(data):
                 asked += questions
         told, asked = do_batch(spool, asked[:most]), asked[most:]
-        with contextlib.suppress(OSError):      # nobody is there any more
+        with contextlib.suppress(ConnectionError):      # nobody is there any more
             sock.sendall(pack(told))
 
 

@@ -8841,6 +8841,24 @@ class Machines(Relays):
             done = subprocess.run([*PYTHON, "{}", "--config", relay.file, "--queue"], stderr=subprocess.PIPE)
         self.assertEqual((done.returncode, b"Traceback" in done.stderr), (75, True))
 
+    def test_a_hole_between_relay_and_spool_ends_both(self):
+        class Full(socket.socket):
+            def send(self, *_):
+                raise OSError(errno.ENOBUFS, "no memory")
+            sendall = send
+        loop = etrn.Loop(self.fail)
+        self.addCleanup(loop.close)
+        one, other = socket.socketpair()
+        with one, other:
+            stream = etrn.Stream(loop, Full(fileno=one.detach()), self.fail, self.fail)
+            stream.send(b"question")
+            self.assertEqual(other.recv(9), b"")
+            stream.close()
+        one, other = socket.socketpair()
+        with other, Full(fileno=one.detach()) as full:
+            other.sendall(etrn.pack([(1, "heal", ())]))
+            self.assertRaises(OSError, etrn.serve_spool, mock.Mock(heal=bool), full, 1)
+
     def test_a_primary_that_moves_gets_its_mail_and_the_one_before_ends_what_it_is_at(self):
         done = threading.Event()
         before = self.primary(**{".": lambda _: done.wait(DEADLINE_S) and "250 2.0.0 taken"}).start()
