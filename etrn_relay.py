@@ -2320,6 +2320,9 @@ class SpoolProcess:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
+        with contextlib.suppress(OSError, ValueError):      # a reload may raise what the relay itself may have
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         # Few are open before the first client.  /dev/fd is not everywhere, and FreeBSD's names three.
         kept = sorted([0, 1, 2, self.spool.root, self.spool.lock_fd, writes.fileno(), reads.fileno(), 4096])
         for low, high in zip(kept, kept[1:]):

@@ -8859,6 +8859,12 @@ class Machines(Relays):
             other.sendall(etrn.pack([(1, "heal", ())]))
             self.assertRaises(OSError, etrn.serve_spool, mock.Mock(heal=bool), full, 1)
 
+    def test_the_spool_has_descriptors_for_more_connections_than_at_its_start(self):
+        relay = self.relay(relay="max_connections = 10")
+        limits = load("/proc/%d/limits" % self.helper(relay))
+        soft, hard = re.search(r"open files +(\d+) +(\d+)", limits).groups()
+        self.assertEqual((soft, relay.end()), (hard, 0))
+
     def test_a_primary_that_moves_gets_its_mail_and_the_one_before_ends_what_it_is_at(self):
         done = threading.Event()
         before = self.primary(**{".": lambda _: done.wait(DEADLINE_S) and "250 2.0.0 taken"}).start()
