@@ -9369,6 +9369,7 @@ def hold_standard_files() -> None:
 def run_main() -> None:
     """Ends the process: what it runs in has no other way to tell the exit status."""
     status = 1
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # who started us may ignore it, and nobody told of ends
     try:
         status = main()
     except BaseException:

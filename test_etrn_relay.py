@@ -8865,6 +8865,13 @@ class Machines(Relays):
         soft, hard = re.search(r"open files +(\d+) +(\d+)", limits).groups()
         self.assertEqual((soft, relay.end()), (hard, 0))
 
+    def test_who_started_the_relay_may_have_ignored_the_end_of_children(self):
+        save(self.path("etrn.conf"), CONFIG % dict(USUAL, primary="127.0.0.1:9"))
+        code = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+        done = subprocess.run([sys.executable, "-c", code, sys.executable, SOURCE, "--config",
+                               self.path("etrn.conf"), "--queue"], stderr=subprocess.PIPE)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+
     def test_a_primary_that_moves_gets_its_mail_and_the_one_before_ends_what_it_is_at(self):
         done = threading.Event()
         before = self.primary(**{".": lambda _: done.wait(DEADLINE_S) and "250 2.0.0 taken"}).start()
