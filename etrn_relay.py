@@ -9190,6 +9190,7 @@ def start_demo(stack: contextlib.ExitStack, folder: str, **values: Any) -> Confi
     with open(file, "w", encoding="ascii") as stream:
         stream.write(DEMO_CONFIG % values)
     relay = stack.enter_context(subprocess.Popen([sys.executable, SCRIPT, "--config", file]))
+    stack.callback(relay.wait)
     stack.callback(relay.terminate)
     cfg = read_config(file)
     while relay.poll() is None and not is_running(cfg):
@@ -9199,6 +9200,8 @@ def start_demo(stack: contextlib.ExitStack, folder: str, **values: Any) -> Confi
 
 def play_demo() -> int:
     """An outage with real SMTP on loopback, in a temporary folder.  Another relay plays the primary."""
+    for number in (signal.SIGHUP, signal.SIGTERM):      # no relay outlives us
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="etrn-demo-") as folder, contextlib.ExitStack() as stack:
         with bind(Endpoint("127.0.0.1", 0), 1) as one, bind(Endpoint("127.0.0.1", 0), 1) as other:
             port, away = one.getsockname()[1], other.getsockname()[1]

@@ -8686,6 +8686,16 @@ class Outage(Relays):
         for word in (b"sender4@example.org", b"253 2.0.0 OK, 5 pending", b"Nothing was lost"):
             self.assertIn(word, done.stdout)
 
+    def test_a_demonstration_that_is_ended_leaves_nothing(self):
+        for number in cases(self, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]):
+            process = subprocess.Popen([sys.executable, "-S", SOURCE, "--demo"], stdout=subprocess.PIPE,
+                                       env=dict(os.environ, TMPDIR=self.folder), stderr=subprocess.DEVNULL)
+            with process:
+                process.stdout.readline()           # a relay is up
+                process.send_signal(number)
+                process.stdout.read()               # until the last of them has ended
+            self.assertEqual((process.returncode, os.listdir(self.folder)), (130, []))
+
     def test_the_sample_runs_as_it_is_and_small(self):
         """From a fresh folder, as a script; but its two ports are ones that are free here."""
         primary, own = self.primary(), self.primary()
