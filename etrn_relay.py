@@ -2320,7 +2320,7 @@ class SpoolProcess:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
-        with contextlib.suppress(OSError, ValueError):      # a reload may raise what the relay itself may have
+        with contextlib.suppress(OSError, ValueError):      # a reload may raise what the relay may have
             hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         # Few are open before the first client.  /dev/fd is not everywhere, and FreeBSD's names three.
@@ -9200,8 +9200,8 @@ def start_demo(stack: contextlib.ExitStack, folder: str, **values: Any) -> Confi
 
 def play_demo() -> int:
     """An outage with real SMTP on loopback, in a temporary folder.  Another relay plays the primary."""
-    for number in (signal.SIGHUP, signal.SIGTERM):      # no relay outlives us
-        signal.signal(number, signal.default_int_handler)
+    for ending in (signal.SIGHUP, signal.SIGTERM):      # no relay outlives us
+        signal.signal(ending, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="etrn-demo-") as folder, contextlib.ExitStack() as stack:
         with bind(Endpoint("127.0.0.1", 0), 1) as one, bind(Endpoint("127.0.0.1", 0), 1) as other:
             port, away = one.getsockname()[1], other.getsockname()[1]
