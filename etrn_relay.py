@@ -9372,7 +9372,7 @@ def hold_standard_files() -> None:
 def run_main() -> None:
     """Ends the process: what it runs in has no other way to tell the exit status."""
     status = 1
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # who started us may ignore it, and nobody told of ends
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # who started us may ignore it: no end is told then
     try:
         status = main()
     except BaseException:

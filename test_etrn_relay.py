@@ -8877,7 +8877,8 @@ class Machines(Relays):
 
     def test_who_started_the_relay_may_have_ignored_the_end_of_children(self):
         save(self.path("etrn.conf"), CONFIG % dict(USUAL, primary="127.0.0.1:9"))
-        code = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+        code = ("import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+                "os.execv(sys.argv[1], sys.argv[1:])")
         done = subprocess.run([sys.executable, "-c", code, sys.executable, SOURCE, "--config",
                                self.path("etrn.conf"), "--queue"], stderr=subprocess.PIPE)
         self.assertEqual((done.returncode, done.stderr), (0, b""))
