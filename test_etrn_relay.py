@@ -8691,9 +8691,9 @@ class Outage(Relays):
             process = subprocess.Popen([sys.executable, "-S", SOURCE, "--demo"], stdout=subprocess.PIPE,
                                        env=dict(os.environ, TMPDIR=self.folder), stderr=subprocess.DEVNULL)
             with process:
-                process.stdout.readline()           # a relay is up
+                wait(lambda: any("control" in names for _, _, names in os.walk(self.folder)), "a relay")
                 process.send_signal(number)
-                process.stdout.read()               # until the last of them has ended
+                process.communicate(timeout=DEADLINE_S)         # until the last of them has ended
             self.assertEqual((process.returncode, os.listdir(self.folder)), (130, []))
 
     def test_the_sample_runs_as_it_is_and_small(self):
@@ -8870,7 +8870,9 @@ class Machines(Relays):
             self.assertRaises(OSError, etrn.serve_spool, mock.Mock(heal=bool), full, 1)
 
     def test_the_spool_has_descriptors_for_more_connections_than_at_its_start(self):
-        relay = self.relay(relay="max_connections = 10")
+        few = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (256, r.getrlimit(r.RLIMIT_NOFILE)[1])); "
+        with mock.patch.object(sys.modules[__name__], "PYTHON", [*PYTHON[:-1], few + STARTER]):
+            relay = self.relay(relay="max_connections = 10")
         limits = load("/proc/%d/limits" % self.helper(relay))
         soft, hard = re.search(r"open files +(\d+) +(\d+)", limits).groups()
         self.assertEqual((soft, relay.end()), (hard, 0))
