@@ -8882,7 +8882,8 @@ class Machines(Relays):
         code = ("import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
                 "os.execv(sys.argv[1], sys.argv[1:])")
         done = subprocess.run([sys.executable, "-c", code, sys.executable, SOURCE, "--config",
-                               self.path("etrn.conf"), "--queue"], stderr=subprocess.PIPE)
+                               self.path("etrn.conf"), "--queue"], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE)
         self.assertEqual((done.returncode, done.stderr), (0, b""))
 
     def test_a_primary_that_moves_gets_its_mail_and_the_one_before_ends_what_it_is_at(self):
