@@ -8861,12 +8861,14 @@ class Machines(Relays):
         one, other = socket.socketpair()
         with one, other:
             stream = etrn.Stream(loop, Full(fileno=one.detach()), self.fail, self.fail)
+            other.settimeout(DEADLINE_S)
             stream.send(b"question")
             self.assertEqual(other.recv(9), b"")
             stream.close()
         one, other = socket.socketpair()
         with other, Full(fileno=one.detach()) as full:
             other.sendall(etrn.pack([(1, "heal", ())]))
+            other.shutdown(socket.SHUT_WR)
             self.assertRaises(OSError, etrn.serve_spool, mock.Mock(heal=bool), full, 1)
 
     def test_the_spool_has_descriptors_for_more_connections_than_at_its_start(self):
