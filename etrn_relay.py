@@ -3345,7 +3345,8 @@ class Destination(EntryQueue):
         self.watched_since = now.mono   # since when mail that waits to be collected has its chance
         self.last_flush = -INF          # monotonic
         # the way there
-        self.limit, self.taken = 1, 0   # connections allowed now, and messages taken since it was raised
+        self.limit, self.taken = 1, 0   # connections that may send, and messages taken since it was raised
+        self.most = 1                   # ... that may be open: those beyond `limit` wait until it is raised
         self.next_try = self.last_try = now.mono
         self.last_urged = -INF          # when it was last tried by an urgent dial or a canary
         self.is_urged = False           # a fresh connection is wanted, whatever hangs
@@ -3375,6 +3376,12 @@ class Destination(EntryQueue):
     @property
     def is_steady(self) -> bool:
         return self.state is Primary.UP and self.is_proven
+
+    @property
+    def is_ramping(self) -> bool:
+        """Whether connections beyond `limit` wait for what others are sending."""
+        return (self.state is Primary.UP and self.limit < self.most
+                and not self.by_state[State.SENDING].keys() <= self.late)
 
     @property
     def label(self) -> str:
@@ -3457,8 +3464,9 @@ class Destination(EntryQueue):
         if self.is_steady:
             has_place = answering + dialling < self.limit
             return has_place and waiting > dialling and (is_bearable or self.is_urged)
-        if answering:
-            return False
+        if answering:                   # the first canary is under way: the others are dialled meanwhile
+            is_first = self.is_ramping and len(self.tried) == 1 and not hanging
+            return is_first and answering + dialling < min(self.most, waiting + 1)
         if self.is_urged:               # ETRN and the like start a fresh connection, whatever hangs
             return True
         if self.state is Primary.UP:    # it greets, but answers to canaries are late
@@ -3485,7 +3493,7 @@ class Destination(EntryQueue):
         if self.is_urged:
             self.last_urged = now.mono
         self.last_try, self.is_urged = now.mono, False
-        if not self.is_steady:
+        if self.state is not Primary.UP:
             self.next_try = now.mono + self._pause(now)
 
     # -- what happens to the primary
@@ -3497,7 +3505,7 @@ class Destination(EntryQueue):
             self.next_try = min(self.next_try, now.mono)        # it is there: its canary goes at once
         elif event is Event.AWAY:
             self.failures += 1
-            self.last_error, self.is_proven, self.limit = why, False, 1
+            self.last_error, self.is_proven, self.limit, self.most = why, False, 1, 1
             self.down_since = min(self.down_since, now.mono)    # who greets and hangs up is away all the time
             if not self.is_urged:
                 self.flushing.clear()   # a flush that finds it away is over
@@ -3511,10 +3519,11 @@ class Destination(EntryQueue):
         self.refused_good.clear()
         if after is Primary.UP:
             self.next_try, self.last_error, self.hang_ups = now.mono, "", 0
+            self.most = self.cfg.connections
             if was is not Primary.UNKNOWN:
                 self.recovered = now.mono
         else:
-            self.is_proven, self.limit = False, 1
+            self.is_proven, self.limit, self.most = False, 1, 1
         if after in (Primary.UP, Primary.DOWN):
             self.release()              # mail waits for the primary, and not for the end of a pause
         elif after is Primary.REJECTING:
@@ -3531,6 +3540,7 @@ class Destination(EntryQueue):
         self.taken += 1
         if self.taken >= self.limit:    # `limit` messages taken: double it
             self.limit, self.taken = min(self.cfg.connections, 2 * self.limit), 0
+            self.most = max(self.most, self.limit)
         change = self.on(Event.TAKEN, now)
         self.is_proven = True
         return change
@@ -3565,7 +3575,8 @@ class Destination(EntryQueue):
 
     def slow_down(self, now: Now) -> None:
         """421, a refused connection, or mostly 4xx: halve the connections."""
-        self.limit, self.taken = max(1, self.limit // 2), 0
+        self.limit = self.most = max(1, self.limit // 2)
+        self.taken = 0
         self.verdicts.clear()
         self.next_try = max(self.next_try, now.mono + PROBE_FIRST_S)
 
@@ -3896,7 +3907,7 @@ class Destinations:
             if one.cfg.primary != old or (one.waits_for and one.state is Primary.DOWN):
                 one.on_left(now)
                 changed.append(one)
-            one.limit = min(one.limit, one.cfg.connections)
+            one.limit, one.most = min(one.limit, one.cfg.connections), min(one.most, one.cfg.connections)
             one.next_try = min(one.next_try, now.mono + one.cfg.probe_interval)
             for entry in one.entries.values():
                 one.set_deadline(entry, now)
@@ -4952,6 +4963,8 @@ class Connection:
         since now."""
         course = self.courses[0] if self.courses else None
         seconds = course.seconds() if course is not None else IDLE_CONNECTION_S
+        if course is None and self.destination.is_ramping:
+            seconds = INF               # its turn comes
         if self.silent_s() >= (BLOCK_S if self.is_sending else seconds):
             if course is None:
                 self.leave()
@@ -5786,8 +5799,9 @@ class Traffic:
 class Deliveries:
     """Connections: when to dial, what each is given, what the end of one says of the primary.
 
-    How many there are after an outage: Destination.wanted() allows one until a message was taken (the
-    canary), then 2, 4, 8 and so on up to `connections`, as far as mail waits; attend() dials them."""
+    How many there are after an outage: one, which sends the canary.  The others, up to `connections`
+    and as far as mail waits, are dialled meanwhile, as Destination.wanted() says, and wait.  When the
+    canary is taken 2 may send, then 4, 8 and so on: may_send()."""
 
     def __init__(self, queue: Queue) -> None:
         self.queue, self.loop, self.spool, self.log = queue, queue.loop, queue.spool, queue.log
@@ -5822,11 +5836,10 @@ class Deliveries:
         if known.all.get(one.name) is not one:
             return                      # the destination was removed, and this is its old timer
         now, traffic = self.loop.now, self.of(one)
-        if one.is_proven:               # the connections allowed may have been halved
-            active = [connection for connection in traffic.connections
-                      if not (connection.is_late or connection.is_leaving or connection.collects)]
-            for connection in active[max(1, one.limit):]:
-                connection.leave()
+        active = [connection for connection in traffic.connections
+                  if not (connection.is_late or connection.is_leaving or connection.collects)]
+        for connection in active[one.most:]:        # they may have been halved
+            connection.leave()
         for connection in list(traffic.connections):
             self._feed(connection)
         late = [connection for connection in traffic.connections if connection.is_late]
@@ -5856,7 +5869,7 @@ class Deliveries:
                                           functools.partial(self._on_word, connection, question)))
                 else:
                     self._answer(question, "silent", "")        # it has greeted
-            elif traffic.fetched and not recorder.is_behind:
+            elif traffic.fetched and not recorder.is_behind and self._may_send(connection, traffic):
                 self._say_message(connection, *traffic.fetched.popleft())
                 self._fetch(one, traffic)
             elif not connection.collects or connection.courses or traffic.is_fetching or recorder.is_behind:
@@ -5871,6 +5884,13 @@ class Deliveries:
         if connection.remark:
             self.log.write("smtp", "%s: %s" % (one.label, connection.remark), "warning")
             connection.remark = ""
+
+    def _may_send(self, connection: Connection, traffic: Traffic) -> bool:
+        """Or it was dialled ahead, and waits until the limit is raised."""
+        if connection.courses or len(traffic.connections) <= connection.destination.limit:
+            return True
+        senders = sum(bool(other.courses) and not other.is_late for other in traffic.connections)
+        return senders < connection.destination.limit
 
     def _say_message(self, connection: Connection, entry: Entry, sidecar: Sidecar, body: bytes) -> None:
         one = connection.destination
@@ -5931,7 +5951,7 @@ class Deliveries:
         return False
 
     def _dial(self, one: Destination, traffic: Traffic) -> None:
-        if len(traffic.dials) >= HANGING_MAX and not one.is_steady:
+        if one.is_urged and len(traffic.dials) >= HANGING_MAX and not one.is_steady:
             traffic.dials.pop(0).cut()          # it hangs, and somebody asked for a fresh one
         one.on_dial(self.loop.now)
         self.dialling += 1
@@ -5989,6 +6009,8 @@ class Deliveries:
     def _on_away(self, one: Destination, error: str) -> None:
         """It cannot be reached."""
         self.queue.tell(one, one.on(Event.AWAY, self.loop.now, error))
+        while len(self.of(one).dials) > HANGING_MAX:    # of those to a primary that was up
+            self.of(one).dials.pop(0).cut()
         self._end_waiting(one, error)
 
     def on_rejecting(self, one: Destination) -> None:
@@ -6225,7 +6247,10 @@ def learn(queue: Queue, one: Destination, entry: Entry, verdicts: List[Verdict],
     no word about the recipient: it opens the question, which the primary is asked by itself."""
     now, was, kinds = queue.now, one.state, {verdict.kind for verdict in verdicts}
     if "sent" in kinds:
+        limit = one.limit
         queue.tell(one, one.on_taken(now))
+        if one.limit > limit:           # more may send
+            queue.loop.post(queue.deliveries.attend, one)
     elif kinds == {"refused"}:
         queue.tell(one, one.on_refused(now, entry.id, known, verdicts[0].response))
     is_turned = one.state is Primary.REJECTING and was is not Primary.REJECTING     # its next try is set

@@ -4238,14 +4238,19 @@ put u; say . 450 later; +0.05s; etrn; +290s; times 1 = 0 1
 down 10; +1m; back 450 4.2.0 grey; +9s; turns = 10 of 10
 # a message that makes it hang up has pauses of its own; who greets and hangs up is not dialled all the time
 say . to 1: CUT; many 9; +2m; times 1 = 0 1 [45] 2. 8.; taken = 8
-say . CUT; many 3; +20s; pauses = 1 to [1-5]
+connections = 1: say . CUT; many 3; +20s; pauses = 1 to [1-5]
+# the others, dialled ahead, are no more than mail waits for; they wait for the canary, and go when it fails
+say . HANG; many 4; +9s; open = 4; turns = 1 of 1; +10s; turns = 1 of 1; +1m; open = 4; turns = 2 of 2
+say . 550 5.7.1 no; down 12; +1m; back; +9s; state = rejecting 12; open = [01]
+say . CUT; many 40; +10m; turns = 2.. of 40; dialled = 2..
 # held mail stays, and later mail with it; it has its chance when it is released
 probe_interval = 1h: down 1; +5s; hold; put u; +8d; state = down 2; etrn = 458; release; +1h; state = down 2
   +3h; state = down 0, 2 expired
 # hang-ups after refusals are no outage; the pause grows, and it is told once
-say RCPT 550 5.7.1 no|421 bye; many 4; +20s; state = up 4; pauses = 1 to 4; logged it hangs up = 1
-  logged primary\[ = 2
-say RCPT 550 5.7.1 no; say none CUT; say RSET CUT; many 4; +20s; state = up 4; pauses = 1 to 4
+connections = 1: say RCPT 550 5.7.1 no|421 bye; many 4; +20s; state = up 4; pauses = 1 to 4
+  logged it hangs up = 1; logged primary\[ = 2
+connections = 1: say RCPT 550 5.7.1 no; say none CUT; say RSET CUT; many 4; +20s; state = up 4
+  pauses = 1 to 4
 # mail expires after its lifetime and three attempts
 probe_interval = 1h: down 1; +6.9d; state = down 1; +4h; state = down 0, 1 expired; put u; +1s; restart 8
   state = down 1, 1 expired; +3h; state = down 0, 2 expired
@@ -4335,14 +4340,17 @@ lifetime = 12h | [alerts] | command = /bin/true: put u; +1s; down 1; +60s; alert
         sim.tell(self, "put a b c; +400s")
         self.assertEqual(seen, [(0, "a"), (0, "b"), (0, "c"), (0, "c"), (300, "a")])
 
-    def test_connections_double_up_to_their_number_and_halved_ones_close(self):
+    def test_senders_double_up_to_their_number_over_connections_dialled_ahead_and_halved_ones_close(self):
         sim, seen = self.simulate(), []
         sim.tell(self, "down 200; +60s; back")
         while sim.queued():
             sim.run(0.05)
-            seen.append((len(sim.taken), len(sim.puppets)))
-        self.assertTrue(all(lines <= max(1, 2 * taken) for taken, lines in seen))
-        self.assertEqual(max(lines for _, lines in seen), 10)
+            seen.append((len(sim.taken), len(sim.offered) - len(sim.taken), len(sim.puppets)))
+        self.assertTrue(all(senders <= max(1, 2 * taken) for taken, senders, _ in seen))
+        self.assertEqual(max(senders for _, senders, _ in seen), 10)
+        # while the canary is under way the others are dialled
+        self.assertEqual(max(lines for taken, _, lines in seen if not taken), 10)
+        self.assertEqual(max(lines for _, _, lines in seen), 10)
         # those of the outage, and one for each connection
         self.assertLess(len(sim.dials), 60 + 20)
         self.assertEqual(sim.taken[0], "ABC001")
