@@ -4717,14 +4717,14 @@ def dial(plan: Plan) -> Dialled:
             continue
         client, why = greet(plan, hop, sock, plan.cfg.tls)
         if client is not None:
-            return Dialled(client, "", tuple(hops), warning)
+            return Dialled(client, "", tuple(hops), warning or why)
         problem = problem or why
     return Dialled(None, problem, tuple(hops), warning)
 
 
 def greet(plan: Plan, hop: Hop, sock: socket.socket, policy: str,
           early: bytes = b"") -> Tuple[Optional[Dialer], str]:
-    """In a thread: a client that may send mail, or the reason why not."""
+    """In a thread: a client that may send mail, and what is odd about it; or the reason why not."""
     login = plan.login
     if login is not None and policy in ("none", "may"):
         policy = "require"              # no password goes in the clear
@@ -4737,7 +4737,8 @@ def greet(plan: Plan, hop: Hop, sock: socket.socket, policy: str,
         if isinstance(error, TlsError) and policy == "may":
             with contextlib.suppress(OSError):
                 again = socket.create_connection((hop.address, hop.port), CONNECT_S)
-                return greet(plan, hop, again, "none")
+                anew, why = greet(plan, hop, again, "none")
+                return anew, why or "%s; mail goes in the clear" % error
         if isinstance(error, PeerError):
             return None, str(error)
         why = printable(getattr(error, "strerror", "") or str(error))
@@ -9070,7 +9071,7 @@ def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
         if client is None:
             raise PeerError(problem)
         with contextlib.closing(client):
-            found.update(greeting=client.greeting, extensions=[
+            found.update(warning=problem or None, greeting=client.greeting, extensions=[
                 ("%s %s" % one).strip().upper() for one in client.esmtp_features.items()])
             if ssl is not None and isinstance(client.sock, ssl.SSLSocket):
                 der = client.sock.getpeercert(True) or b""

@@ -4564,6 +4564,7 @@ class Dialling(Relays):
             self.assertEqual(found.client is not None, is_there, found.error)
             if said == "220 Backup.Example.net hi":
                 self.assertIn("loops back", found.error)
+            self.assertEqual("mail goes in the clear" in found.warning, is_there and stage == "STARTTLS")
             if is_there and stage == "STARTTLS":
                 self.assertIn("starttls", found.client.esmtp_features)
             primary.stop()
