@@ -170,6 +170,8 @@ except (ImportError, MemoryError):      # the latter where no memory may be made
     ctypes = None               # type: ignore[assignment]
 
 __version__ = "0.2-dev"
+if sys.version_info < (3, 8):
+    sys.exit("etrn_relay.py needs Python 3.8 or newer")
 
 
 # == 2. LIMITS =================================================================
@@ -824,11 +826,12 @@ class Config:
         "a bare port means all of IPv4, [::]:8025 both.", none=None)
     status_token: str = option(str, "", "Asked as bearer token or as basic-auth password when set.  Mail is "
                                "shown only with it, or with a domain's own.")
-    alerts_command: str = option(str, "", "Run when a primary goes down, comes back, or rejects after coming "
-                                 "back, and when mail, the disk or the certificate nears its end.")
-    alerts_webhook: str = option(URL, "", "Gets the same as a JSON POST.")
-    alerts_mail: str = option(parse_mail_address, "", "Gets the same as mail.")
+    alerts_mail: str = option(
+        parse_mail_address, "", "Who is told when a primary goes down, comes back, or rejects after coming "
+        "back, and when mail, the disk or the certificate nears its end.")
     alerts_mail_route: Route = option(parse_route, "mx", "How that mail leaves: mx, or host[:port].")
+    alerts_command: str = option(str, "", "Run at the same times.")
+    alerts_webhook: str = option(URL, "", "Gets the same as a JSON POST.")
     alerts_after: float = option(DURATION, "5m", "An outage is told when it is so long.", 0, WEEK_S)
 
     def domain(self, name: str) -> Optional[DomainConfig]:

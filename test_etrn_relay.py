@@ -901,18 +901,29 @@ SAMPLE_HEAD = """\
 """
 SAMPLE_VALUES = {("relay", "hostname"): "backup.example.net", ("relay", "listen"): "127.0.0.1:2525",
                  ("domain", "primary"): "127.0.0.1:2526"}
+SAMPLE_FIRST = {*SAMPLE_VALUES, ("relay", "user"), ("tls", "certificate"), ("tls", "key"),
+                ("status", "listen"), ("status", "token"), ("alerts", "mail"), ("domain", "recipients")}
+SAMPLE_REST = """
+# The rest, for which the defaults will do.  A line that you change goes into
+# its section above, or into a new one here.
+"""
 
 
 def format_sample():
-    """The text of etrn.conf.sample: every option with its default.  To write it anew:
+    """The text of etrn.conf.sample: every option with its default, the most wanted first.  To write it anew:
     python3 -c 'import test_etrn_relay as t; print(t.format_sample(), end="")' > etrn.conf.sample"""
-    out, last = [SAMPLE_HEAD.rstrip()], ""
-    for (section, name), row in etrn.OPTIONS.items():
-        if section != last:
-            out.append("\n[%s]" % ("domain example.com" if section == "domain" else section))
-        out += textwrap.wrap(row.text, 78, initial_indent="# ", subsequent_indent="# ")
-        last, value = section, SAMPLE_VALUES.get((section, name))
-        out.append("%s = %s" % (name, value) if value else "#%s = %s" % (name, row.default or "none"))
+    out = [SAMPLE_HEAD.rstrip()]
+    for mark, is_first in ("", True), ("#", False):
+        last = ""
+        for place, row in etrn.OPTIONS.items():
+            section, name = place
+            if (place in SAMPLE_FIRST) == is_first:
+                if section != last:
+                    out.append("\n%s[%s]" % (mark, "domain example.com" if section == "domain" else section))
+                out += textwrap.wrap(row.text, 78, initial_indent="# ", subsequent_indent="# ")
+                last, value = section, SAMPLE_VALUES.get(place)
+                out.append("%s = %s" % (name, value) if value else "#%s = %s" % (name, row.default or "none"))
+        out += [SAMPLE_REST.rstrip()] * is_first
     return "\n".join(out) + "\n"
 
 
@@ -1218,12 +1229,16 @@ class Configuration(Folder):
         self.assertEqual(found, table)
 
     def test_etrn_conf_sample_is_what_the_table_makes_and_parses(self):
-        text = load(SAMPLE)
+        text, section = load(SAMPLE), ""
         self.assertEqual(text, format_sample())
         cfg = etrn.parse_config(text, "/x/etrn.conf")
         self.assertEqual((cfg.listen, list(cfg.domains)), ((("127.0.0.1", 2525),), ["example.com"]))
-        every = etrn.parse_config(re.sub("(?m)^#([a-z_]+ = )", r"\1", text), "/x/etrn.conf")
-        self.assertEqual(every, cfg)                # each line that is commented out says the default
+        found = collections.defaultdict(list)       # each line that is commented out says the default
+        for header, line in re.findall(r"(?m)^#?(\[.+\])$|^#?([a-z_]+ = .*)", text):
+            section = header or section
+            found[section] += [line] if line else []
+        every = "\n".join("\n".join([section, *lines]) for section, lines in found.items())
+        self.assertEqual(etrn.parse_config(every, "/x/etrn.conf"), cfg)
 
 
 class Logs(Folder):
