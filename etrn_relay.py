@@ -4964,7 +4964,7 @@ class Connection:
 
     def sweep(self) -> bool:
         """Once a second: deadlines, and who has nothing to say any more.  True when its answer is late
-        since now."""
+        since now, which it is until it comes."""
         course = self.courses[0] if self.courses else None
         seconds = course.seconds() if course is not None else IDLE_CONNECTION_S
         if course is None and self.destination.is_ramping:
@@ -4974,7 +4974,7 @@ class Connection:
                 self.leave()
             else:
                 self._on_overdue(course)
-        was, self.is_late = self.is_late, self.is_waiting(LATE_S)
+        was, self.is_late = self.is_late, self.is_late or self.is_waiting(LATE_S)
         return self.is_late and not was
 
     def _on_overdue(self, course: Course) -> None:
