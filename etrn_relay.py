@@ -110,6 +110,8 @@ import email
 import email.errors
 import email.header
 import email.message
+import email.parser
+import email.policy
 import email.utils
 import enum
 import errno
@@ -291,7 +293,8 @@ PAGE_TOTAL_S, PAGE_STALL_S = 10.0, 60.0         # for a request and its answer; 
 PAGE_REFRESH_S = 15             # the page reloads itself
 PAGE_DOMAINS_MAX = 100          # shown with all there is; those in trouble come first
 PAGE_MESSAGES, SEARCH_MESSAGES = 50, 5000       # listed at a time, and looked through for a word
-LETTER_OCTETS, LETTER_TEXT, LETTER_PARTS = 1 << 20, 100000, 100     # of a message: looked at, shown, at most
+LETTER_OCTETS, LETTER_LINES, LETTER_PARTS = 1 << 20, 50000, 300     # of a message, looked at
+LETTER_TEXT = 100000            # characters of it shown
 FIELD_MAX = 500                 # characters shown of a header field
 PAGE_REST = 3                   # times as long as a page took to read the mail goes alone
 SWITCH_S = 0.0001               # for the loop to get the interpreter back from a thread that computes
@@ -7160,62 +7163,71 @@ def _format_chart(columns: Sequence[Tuple[int, str]], now: Time) -> str:
 
 # -- the queue in a browser.  Nothing of a message is ever shown as HTML of its own.
 
-class Letter(NamedTuple):
-    """What a person reads of a message."""
-    fields: Dict[str, str]              # by name in lower case, decoded
-    text: str
-    attachments: List[Tuple[str, str, int]]     # name, type, octets
-    remark: str                         # what is not shown, and why
+class ShortFields(email.policy.Compat32):
+    """Long fields are cut: the parser's time grows with the square of their length."""
+
+    def header_source_parse(self, sourcelines: Sequence[str]) -> Tuple[str, str]:
+        name, value = super().header_source_parse(sourcelines)      # type: ignore[arg-type]
+        return name, value[:4 * FIELD_MAX]
+
+
+SHORT_FIELDS = ShortFields()
+
+def read_fields(header: bytes) -> Dict[str, str]:
+    """Decoded, by name in lower case.  The first of each name counts."""
+    message = email.parser.BytesHeaderParser(policy=SHORT_FIELDS).parsebytes(header)
+    return {name.lower(): decode_field(str(value)) for name, value in reversed(list(message.raw_items()))
+            if name.lower() in ("from", "to", "cc", "date", "subject", "message-id")}
 
 
 def decode_field(text: str) -> str:
     """RFC 2047, and raw UTF-8.  What cannot be decoded stays as it is."""
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")[:4 * FIELD_MAX]
     with contextlib.suppress(ValueError, LookupError, email.errors.MessageError):
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         text = str(email.header.make_header(email.header.decode_header(text)))
     return printable(" ".join(text.split()), FIELD_MAX)
 
 
-def decode_fields(message: email.message.Message) -> Dict[str, str]:
-    """The first of each name counts."""
-    fields: Dict[str, str] = {}
-    for name, value in message.raw_items():
-        if name.lower() in ("from", "to", "cc", "date", "subject", "message-id"):
-            fields.setdefault(name.lower(), decode_field(str(value)))
-    return fields
-
-
-def read_letter(data: bytes, size: int) -> Letter:
-    """`data`: the start of a message of `size` octets.  Whatever is wrong with it, something is shown."""
+def read_letter(data: bytes, size: int) -> Tuple[str, List[Tuple[str, str, int]], str]:
+    """`data`: the start of a message of `size` octets.  Whatever is wrong with it, there is something: its
+    text; the name, type and octets of each attachment; what is not shown, and why."""
+    data = b"\n".join(data.split(b"\n", LETTER_LINES)[:LETTER_LINES])
     remarks = ["Only the first %s are looked at." % format_size(len(data))] if len(data) < size else []
-    try:
-        if data.lower().count(b"boundary") > LETTER_PARTS:
+    made = itertools.count()
+
+    def make(policy: email.policy.Policy = SHORT_FIELDS) -> email.message.Message:
+        if next(made) > LETTER_PARTS:
             raise ValueError("it has too many parts")
-        message = email.message_from_bytes(data)
+        return email.message.Message(policy)
+    try:
+        message = email.parser.BytesParser(make, policy=SHORT_FIELDS).parsebytes(data)
         parts = [part for part in message.walk() if not part.is_multipart()]
     except Exception as error:          # the parser gives up in many ways
         remarks.append("Its structure cannot be read (%s)." % printable(str(error), 100))
-        head, _, body = data.partition(b"\r\n\r\n")
-        message = email.message_from_bytes(head + b"\r\n\r\n")
-        message.set_payload(body.decode("utf-8", "replace"))
-        parts = [message]
+        parts = [email.message_from_bytes(b"\n" + data.partition(b"\r\n\r\n")[2])]
     texts: Dict[str, str] = {}
     attachments = []
     for part in parts:
-        payload, kind, name = part.get_payload(decode=True), part.get_content_type(), part.get_filename()
-        octets = payload if isinstance(payload, bytes) else b""
+        octets: Any = b""
+        charset, name, kind = "utf-8", None, part.get_content_type()
+        with contextlib.suppress(Exception):    # of a charset that is none, and of more
+            octets = part.get_payload(decode=True)
+            name = part.get_filename()
+            charset = part.get_content_charset("utf-8")
+        if kind.startswith("multipart/"):       # and its boundary is nowhere
+            kind = "text/plain"
         is_shown = kind in ("text/plain", "text/html") and part.get_content_disposition() != "attachment"
         if is_shown and name is None and kind not in texts:
-            texts[kind] = decode_text(octets, part.get_content_charset() or "utf-8")
+            texts[kind] = decode_text(octets, charset)
         else:
-            attachments.append((decode_field(str(name or "no name")), printable(kind, 100), len(octets)))
+            attachments.append((decode_field(name or "no name"), printable(kind, 100), len(octets)))
     text = texts.get("text/plain", "")
     if not text.strip() and "text/html" in texts:
         text = strip_html(texts["text/html"])
         remarks.append("It was HTML.")
     if len(text) > LETTER_TEXT:
         remarks.append("The text is cut.")
-    return Letter(decode_fields(message), text[:LETTER_TEXT], attachments, " ".join(remarks))
+    return text[:LETTER_TEXT], attachments, " ".join(remarks)
 
 
 def decode_text(octets: bytes, charset: str) -> str:
@@ -7227,21 +7239,14 @@ def decode_text(octets: bytes, charset: str) -> str:
 
 
 def strip_html(text: str) -> str:
-    """The readable text, in one pass: no page takes long."""
-    first, *pieces = text.split("<")
-    out, hidden = [first], ""           # the element that hides what is in it
-    for piece in pieces:
-        tag, end, rest = piece.partition(">")
-        name = re.split(r"[^A-Za-z0-9/]", tag[:20], maxsplit=1)[0].lower()
-        if hidden:
-            hidden = "" if name == "/" + hidden else hidden
-        elif name in ("script", "style", "head", "title"):
-            hidden = name
-        elif name.lstrip("/") in ("br", "p", "div", "tr", "li", "table", "h1", "h2", "h3", "blockquote"):
-            out.append("\n")
-        if not hidden:
-            out.append(rest if end else tag)
-    lines = map(str.strip, html.unescape("".join(out)).splitlines())
+    """The readable text.  No pattern here can take longer than one pass."""
+    for pattern, instead in (
+            (r"(?is)<!--.*?(?:-->|\Z)|<(script|style|title)\b.*?(?:</\1\b[^<>]*>?|\Z)", ""),
+            (r"(?i)</?(?:br|p|div|tr|li|table|h[1-6]|blockquote)\b", r"\n\g<0>"),
+            (r"<[^<>]*>", ""),
+            (r"&#[0-9]{9,}", "")):      # no character, and int() refuses thousands of digits
+        text = re.sub(pattern, instead, text)
+    lines = map(str.strip, html.unescape(text).splitlines())
     return "\n".join(line for line in lines if line)
 
 
@@ -7250,67 +7255,65 @@ def escape_text(text: str) -> str:
     return "\n".join(html.escape(printable(line.expandtabs(), len(line) * 8)) for line in text.splitlines())
 
 
-class Row(NamedTuple):
-    """A message in a list."""
-    id: str
-    received: Time
-    sender: str
-    recipients: str
-    subject: str
-    size: int
-    state: str
-    due: Optional[Time]
-
-
-def make_list_row(known: Tuple[str, str, Optional[Time]], sidecar: Mapping[str, Any], header: bytes) -> Row:
-    """`known`: ID, state and next try, as the relay knows them."""
-    fields = decode_fields(email.message_from_bytes(header))
+def format_row(known: Tuple[str, str, Optional[Time]], sidecar: Mapping[str, Any], header: bytes,
+               query: str, now: Time) -> str:
+    """A message in a list, or nothing where `query` is not in it.  `known`: ID, state and next try, as the
+    relay knows them."""
+    id, state, due = known
+    fields = read_fields(header)
+    subject, sender = fields.get("subject", ""), fields.get("from") or "<%s>" % sidecar["sender"]
     people = ", ".join(one["address"] for one in sidecar["recipients"] if one["state"] == QUEUED)
-    return Row(known[0], sidecar["received"], fields.get("from") or "<%s>" % sidecar["sender"], people,
-               fields.get("subject", ""), sidecar["size"], *known[1:])
+    if query.lower() not in "\n".join((sender, people, subject)).lower():
+        return ""
+    return ('<li><span class="dim">%s</span><span class="text"><a href="/message/%s">%s</a>'
+            '<small>%s to %s</small></span><span class="pill %s">%s</span>'
+            '<span class="dim">%s, next try %s</span></li>' % (
+                say_moment(sidecar["received"]), id, escape(printable(subject, 200)) or "(no subject)",
+                escape(printable(sender, 200)), escape(printable(people, 200)),
+                state, state, format_size(sidecar["size"]), say_next(due, now)))
 
 
-def format_list_page(host: str, name: str, rows: Sequence[Row], query: str, page: int, total: int,
-                     has_more: bool, now: Time) -> str:
+def format_list_page(host: str, name: str, rows: Sequence[str], query: str, page: int, total: int,
+                     has_more: bool) -> str:
     """`rows`: those of this page, newest first."""
-    search = escape("?" + urllib.parse.urlencode({"q": query, "page": ""}))
+    search = html.escape("?" + urllib.parse.urlencode({"q": query, "page": ""}))
     links = ['<a href="%s%d">newer</a>' % (search, page - 1)] * (page > 1)
     links += ['<a href="%s%d">older</a>' % (search, page + 1)] * has_more
-    items = "".join(
-        '<li><span class="dim">%s</span><span class="text"><a href="/message/%s">%s</a>'
-        '<small>%s to %s</small></span><span class="pill %s">%s</span>'
-        '<span class="dim">%s, next try %s</span></li>' % (
-            say_moment(row.received), row.id, escape(printable(row.subject, 200)) or "(no subject)",
-            escape(printable(row.sender, 200)), escape(printable(row.recipients, 200)),
-            row.state, row.state, format_size(row.size), say_next(row.due, now)) for row in rows)
     body = ('<form class="card" action="/queue/%s"><input name="q" value="%s" placeholder='
             '"Sender, recipient or subject"><button>Search</button>'
             '<a href="/queue/%s.mbox">all as mbox</a></form>\n'
             '<section class="card"><ol>%s</ol></section>\n<footer>%s</footer>\n' % (
                 escape(name), escape(query), escape(name),
-                items or "<li>Nothing here.</li>", " ".join(links)))
+                "".join(rows) or "<li>Nothing here.</li>", " ".join(links)))
     remark = '%s waiting; <a href="/">status</a>' % plural(total, "message")
     if query and total > SEARCH_MESSAGES:
         remark += "; looked for in the newest %d" % SEARCH_MESSAGES
     return PAGE % ("", "%s: %s" % (escape(name), host), PAGE_STYLE, escape(name), remark, body)
 
 
-def format_letter_page(host: str, id: str, sidecar: Mapping[str, Any], letter: Letter) -> str:
-    pairs = [(name, letter.fields[name.lower()]) for name in (
-        "From", "To", "Cc", "Date", "Subject", "Message-ID") if name.lower() in letter.fields]
+def format_names_page(host: str, names: Iterable[str]) -> str:
+    links = "".join('<li><a href="/queue/%s">%s</a></li>' % (name, name) for name in map(escape, names))
+    return PAGE % ("", host, PAGE_STYLE, host, "", '<section class="card"><ol>%s</ol></section>\n' % (
+        links or "<li>No mail is waiting.</li>"))
+
+
+def format_letter_page(host: str, id: str, sidecar: Mapping[str, Any], fields: Mapping[str, str],
+                       text: str, attachments: Sequence[Tuple[str, str, int]], remark: str) -> str:
+    pairs = [(name, fields[name.lower()]) for name in (
+        "From", "To", "Cc", "Date", "Subject", "Message-ID") if name.lower() in fields]
     pairs += [("Envelope", "<%s> to %s" % (sidecar["sender"], printable(", ".join(
         "<%s>" % one["address"] for one in sidecar["recipients"]), FIELD_MAX)))]
     pairs += [("Attachment", "%s (%s, %s)" % (name, kind, format_size(size)))
-              for name, kind, size in letter.attachments]
+              for name, kind, size in attachments]
     items = "".join('<li><span class="dim">%s</span><span class="text">%s</span></li>' % (name, escape(value))
                     for name, value in pairs)
     body = ('<section class="card"><ol>%s</ol></section>\n<section class="card"><pre>%s</pre></section>\n'
             '<footer><span class="dim">%s</span></footer>\n' % (
-                items, escape_text(letter.text) or "(no text)", escape(letter.remark)))
-    remark = 'received %s, %s; <a href="/message/%s.eml">download</a>; <a href="/queue/%s">queue</a>' % (
+                items, escape_text(text) or "(no text)", escape(remark)))
+    about = 'received %s, %s; <a href="/message/%s.eml">download</a>; <a href="/queue/%s">queue</a>' % (
         say_moment(sidecar["received"]), format_size(sidecar["size"]), id, escape(sidecar["domain"]))
     return PAGE % ("", "%s: %s" % (id, host), PAGE_STYLE,
-                   escape(printable(letter.fields.get("subject", ""), 200) or "(no subject)"), remark, body)
+                   escape(printable(fields.get("subject", ""), 200)) or "(no subject)", about, body)
 
 
 # == 16. SERVER ================================================================
@@ -7970,32 +7973,58 @@ def take_request(loop: Loop, sock: socket.socket, end: bytes,
     return stream
 
 
-def read_rows_of(spool: SpoolFolder, known: Sequence[Tuple[str, str, Optional[Time]]], query: str, skip: int
-                 ) -> Tuple[List[Row], bool]:
-    """In a thread: a page of a list, newest first, of what has `query` in it; and whether there is more."""
-    rows: List[Row] = []
+# What a browser gets of mail is read in threads; the first piece has the head of the answer.
+# Raises Corrupt, NotOurs, OSError.
+
+def read_list(spool: SpoolFolder, host: str, name: str, known: Sequence[Tuple[str, str, Optional[Time]]],
+              total: int, query: str, page: int, now: Time) -> Iterator[bytes]:
+    """`known`: all that may be on the page, newest first."""
+    rows: List[str] = []
+    skip = (page - 1) * PAGE_MESSAGES if query else 0       # else that was done before
     for one in known:
         with contextlib.suppress(Corrupt, NotOurs, OSError):    # gone meanwhile, or not to be read
-            row = make_list_row(one, *spool.look(one[0], "header"))
-            if query.lower() in "\n".join(row[2:5]).lower():
-                rows.append(row)
+            row = format_row(one, *spool.look(one[0], "header"), query, now)
+            rows += [row] * bool(row)
         if len(rows) > skip + PAGE_MESSAGES:
             break
-    return rows[skip:skip + PAGE_MESSAGES], len(rows) > skip + PAGE_MESSAGES
+    shown, has_more = rows[skip:skip + PAGE_MESSAGES], len(rows) > skip + PAGE_MESSAGES
+    text = format_list_page(host, name, shown, query, page, total, has_more)
+    yield format_http(200, text, kind="text/html")
 
 
-def read_message(spool: SpoolFolder, id: str) -> Tuple[Dict[str, Any], Letter]:
-    """In a thread.  Raises Corrupt, NotOurs, OSError."""
-    sidecar, _ = spool.look(id)
-    data = b"".join(spool.block(id, at) for at in range(0, LETTER_OCTETS, BLOCK_OCTETS))
-    return sidecar, read_letter(data, sidecar["size"])
-
-
-def read_mbox(spool: SpoolFolder, ids: Sequence[str]) -> Iterator[bytes]:
-    """In threads.  Without what has gone meanwhile."""
+def read_mbox(spool: SpoolFolder, name: str, ids: Sequence[str]) -> Iterator[bytes]:
+    yield format_download(name + ".mbox", "application/mbox")
     for id in ids:
         with contextlib.suppress(Corrupt, NotOurs, OSError):
             yield from format_mbox(spool.look(id)[0], spool.stream(id))
+
+
+def read_message(spool: SpoolFolder, host: str, id: str) -> Iterator[bytes]:
+    sidecar, header = spool.look(id, "header")
+    data = b"".join(spool.block(id, at) for at in range(0, LETTER_OCTETS, BLOCK_OCTETS))
+    page = format_letter_page(host, id, sidecar, read_fields(header), *read_letter(data, sidecar["size"]))
+    yield format_http(200, page, kind="text/html")
+
+
+def read_file(spool: SpoolFolder, host: str, id: str) -> Iterator[bytes]:
+    size = "Content-Length: %d" % spool.look(id)[0]["size"]
+    yield format_download(id + ".eml", "message/rfc822", size)
+    yield from spool.stream(id)
+
+
+def read_on(pieces: Iterator[bytes]) -> Tuple[bytes, bool]:
+    """The next octets, many at once, and whether they are the last."""
+    out = bytearray()
+    for piece in pieces:
+        out += piece
+        if len(out) >= BLOCK_OCTETS:
+            return bytes(out), False
+    return bytes(out), True
+
+
+Say = Callable[..., None]           # sends an answer; and calls its second argument for more
+MAIL_NEEDS_TOKEN = "Mail is shown only where a token is set: in [status], or in the domain's own section.\n"
+MAIL_PATH = re.compile(r"/(?:queue/([^/]{1,300}?)(\.mbox)?|message/([0-9A-F]{6,23})(\.eml)?)")
 
 
 class HttpServer:
@@ -8011,7 +8040,7 @@ class HttpServer:
         self.server = server
         self.open = 0
         self.readers: Set[Stream] = set()       # of mail
-        self.jobs: Deque[Tuple[Callable[[], Any], Callable[[Any], None]]] = collections.deque()
+        self.jobs: Deque[Tuple[Stream, Callable[[], Any], Callable[[Any], None]]] = collections.deque()
         self.makers: Dict[str, Tuple[Callable[[Facts], str], str]] = {
             "/": (format_page, "text/html"), "/metrics": (format_metrics, "text/plain; version=0.0.4"),
             "/status.json": (lambda facts: json.dumps(public_status(facts.status), indent=1) + "\n",
@@ -8038,16 +8067,16 @@ class HttpServer:
             self.server.loop.later(PAGE_TOTAL_S, functools.partial(self._watch, stream))
 
     def _answer(self, address: str, stream: Stream, request: bytes) -> None:
-        head, *lines = request.decode("latin-1").splitlines() or [""]
+        head, *lines = request.decode("latin-1").split("\n")
         words = head.split()
 
-        def say(answer: bytes, pieces: Optional[Iterator[bytes]] = None) -> None:
-            """`pieces`: what goes behind it, one after the other, as fast as its reader takes them."""
-            is_head = words[:1] == ["HEAD"]
-            if pieces is not None and not is_head:
-                stream.on_sent = functools.partial(self._go_on, stream, pieces)
-            stream.send(answer[:answer.index(b"\r\n\r\n") + 4] if is_head else answer)
-            if pieces is None or is_head:
+        def say(answer: bytes, then: Optional[Callable[[], None]] = None) -> None:
+            """`then`: called for more, when this has gone out."""
+            if words[:1] == ["HEAD"]:
+                answer, then = answer[:answer.index(b"\r\n\r\n") + 4], None
+            stream.on_sent = then
+            stream.send(answer)
+            if then is None:
                 stream.finish()
         if len(request) > REQUEST_MAX:
             return say(format_http(431, "The request is too long.\n"))
@@ -8059,34 +8088,18 @@ class HttpServer:
             return say(format_http(505, "HTTP/1.1 is spoken here.\n"))
         if method not in ("GET", "HEAD"):
             return say(format_http(405, "Nothing can be changed here.\n", "Allow: GET, HEAD"))
-        given = next((line[14:].strip() for line in lines if line.lower().startswith("authorization:")), "")
-        mail = re.fullmatch(r"/(?:queue/([^/]+?)(\.mbox)?|message/([0-9A-F]{6,23})(\.eml)?)", path)
-        own, tokens = "", [self.server.cfg.status_token]
+        given, cfg = read_token(lines), self.server.cfg
+        mail = MAIL_PATH.fullmatch(path)
+        own = self._domain_of(*mail.groups()) if mail else ""
+        section = cfg.domain(own) if is_domain(own) else None
+        tokens = [cfg.status_token, section.token if section else ""]
+        if mail and not cfg.status_token and not any(one.token for one in cfg.domains.values()):
+            return say(format_http(403, MAIL_NEEDS_TOKEN))
+        is_free = path == "/healthz" or not (mail or cfg.status_token)
+        if not is_free and not any(is_token(token, given) for token in tokens):
+            return self._refuse(say, "%s %s" % (method, printable(target, 100)), path, given, address)
         if mail:
-            own = self._domain_of(urllib.parse.unquote(mail.group(1) or "").lower(), mail.group(3))
-            cfg = self.server.cfg.domain(own)
-            tokens = list(filter(None, [*tokens, cfg.token if cfg else ""]))
-            if not tokens:
-                return say(format_http(403, "Mail is shown only where a token is set: in [status], or in the "
-                                            "domain's own section.\n"))
-        if path != "/healthz" and not any(is_token(token, given) for token in tokens):
-            home = next((name for name, one in self.server.cfg.domains.items()
-                         if one.token and is_token(one.token, given)), "")
-            if home and path == "/":    # who may see one domain alone
-                return say(format_http(302, "", "Location: /queue/" + home.lstrip(".")))
-            answer = format_http(401, "A token is needed.\n",
-                                 'WWW-Authenticate: Basic realm="etrn_relay", charset="UTF-8"')
-            if not given:               # a browser that does not know yet
-                return say(answer)
-            self.server.log.write("http", "refused: %s %s from %s: 401 wrong token" % (
-                method, printable(target, 100), format_peer(address)))
-            return self.server.loop.later(LOGIN_FAILED_S, lambda: say(answer))
-        if mail:
-            self.readers.add(stream)
-        if mail and mail.group(1):
-            return self._show_list(say, own, bool(mail.group(2)), query)
-        if mail:
-            return self._show_message(say, mail.group(3), bool(mail.group(4)))
+            return self._show_mail(say, stream, own, mail, query)
         if path not in self.makers:
             return say(format_http(404, "There is /, /metrics, /healthz and /status.json.\n"))
         make, kind = self.makers[path]
@@ -8094,98 +8107,115 @@ class HttpServer:
         code = 503 if path == "/healthz" and text != "ok\n" else 200
         say(format_http(code, text, kind=kind))
 
+    def _refuse(self, say: Say, what: str, path: str, given: Optional[bytes], address: str) -> None:
+        homes = {one.name for one in self.server.cfg.domains.values() if is_token(one.token, given)}
+        names = [name for name, one in self.server.queue.destinations.all.items() if one.cfg.name in homes]
+        if path == "/" and len(names) == 1:
+            return say(format_http(302, "", "Location: /queue/" + names[0]))
+        if homes:                       # no wrong token, but for other doors
+            page = format_names_page(escape(self.server.cfg.hostname), names)
+            return say(format_http(200 if path == "/" else 403, page, kind="text/html"))
+        answer = format_http(401, "A token is needed.  " + MAIL_NEEDS_TOKEN,
+                             'WWW-Authenticate: Basic realm="etrn_relay", charset="UTF-8"')
+        if given is None:               # a browser that does not know yet
+            return say(answer)
+        self.server.log.write("http", "refused: %s from %s: 401 wrong token" % (what, format_peer(address)))
+        self.server.loop.later(LOGIN_FAILED_S, lambda: say(answer))
+
     # -- mail
 
-    def _domain_of(self, name: str, id: str) -> str:
+    def _domain_of(self, name: Optional[str], is_mbox: Any, id: Optional[str], is_file: Any) -> str:
         if not id:
-            return name
+            return urllib.parse.unquote(name or "").lower()
         entry = self.server.queue.destinations.matching(id)
         return entry[0].name if entry else self.server.queue.left.get(id, ("",))[0]
 
-    def _in_thread(self, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
-        """One at a time."""
-        self.jobs.append((work, then))
-        if len(self.jobs) == 1:
-            self._begin()
-
-    def _begin(self) -> None:
-        (work, then), loop, began = self.jobs[0], self.server.loop, self.server.loop.now.mono
-
-        def done(result: Any) -> None:
-            loop.later(PAGE_REST * (loop.now.mono - began), self._rested)
-            then(result)
-        loop.in_thread(work, done)
-
-    def _rested(self) -> None:
-        self.jobs.popleft()
-        if self.jobs:
-            self._begin()
-
-    def _show_list(self, say: Callable[..., None], name: str, is_mbox: bool, query: str) -> None:
+    def _show_mail(self, say: Say, stream: Stream, name: str, mail: re.Match[str], query: str) -> None:
         one, spool = self.server.queue.destinations.all.get(name), self.server.spool
-        if one is None:
+        _, is_mbox, id, is_file = mail.groups()
+        if id:
+            read = read_file if is_file else read_message
+            pieces = read(spool, escape(self.server.cfg.hostname), id)
+        elif one is None:
             return say(format_http(404, "No mail is waiting for that domain.\n"))
-        if is_mbox:
-            pieces = read_mbox(spool, list(one.entries))
-            return say(format_download(name + ".mbox", "application/mbox"), pieces)
+        else:
+            pieces = read_mbox(spool, name, list(one.entries)) if is_mbox else self._list(one, query)
+
+        def explain(error: Exception) -> None:
+            if not isinstance(error, (Corrupt, NotOurs, OSError)):
+                self.server.log.bug(error)
+            if id not in self.server.queue.left:
+                return say(format_http(404, "%s: cannot be shown: %s.  The log may tell.\n" % (
+                    id or name, printable(str(error)))))
+            _, kind, at = self.server.queue.left[id]
+            say(format_http(200, "%s: %s at %s.\n" % (id, kind, say_moment(at))))
+        self.readers.add(stream)
+        self._send(say, stream, pieces, explain)
+
+    def _list(self, one: Destination, query: str) -> Iterator[bytes]:
         given = urllib.parse.parse_qs(query)
-        search, at = given.get("q", [""])[0].strip(), given.get("page", ["1"])[0]
+        search, at = given.get("q", [""])[0].strip()[:FIELD_MAX], given.get("page", ["1"])[0]
         page = min(int(at), 1 << 20) if re.fullmatch("[1-9][0-9]{0,8}", at) else 1
-        skip, total = (page - 1) * PAGE_MESSAGES, len(one.entries)
+        skip = (page - 1) * PAGE_MESSAGES
         newest = itertools.islice(reversed(one.entries.values()),
                                   *((0, SEARCH_MESSAGES) if search else (skip, skip + PAGE_MESSAGES + 1)))
         known = [(entry.id, *say_state(one, entry, self.server.loop.now)) for entry in newest]
-        host, now = escape(self.server.cfg.hostname), self.server.loop.now
+        return read_list(self.server.spool, escape(self.server.cfg.hostname), one.name, known,
+                         len(one.entries), search, page, self.server.loop.now.wall)
 
+    def _send(self, say: Say, stream: Stream, pieces: Iterator[bytes],
+              explain: Callable[[Exception], None]) -> None:
+        """As fast as its reader takes it."""
         def then(result: Any) -> None:
             if isinstance(result, Exception):
-                self.server.log.bug(result)
-                return say(format_http(500, "The list cannot be made.\n"))
-            rows, has_more = result
-            say(format_http(200, format_list_page(host, name, rows, search, page, total, has_more, now.wall),
-                            kind="text/html"))
-        self._in_thread(functools.partial(read_rows_of, spool, known, search, skip if search else 0), then)
+                return explain(result)
+            data, is_last = result
+            say(data, None if is_last else functools.partial(
+                self._send, say, stream, pieces, lambda error: stream.close()))
+        self.jobs.append((stream, functools.partial(read_on, pieces), then))
+        if len(self.jobs) == 1:
+            self._work()
 
-    def _show_message(self, say: Callable[..., None], id: str, is_file: bool) -> None:
-        spool, host = self.server.spool, escape(self.server.cfg.hostname)
-        if is_file and self.server.queue.destinations.matching(id):
-            return say(format_download(id + ".eml", "message/rfc822"), spool.stream(id))
+    def _work(self) -> None:
+        """One job at a time; those of readers who have left are dropped."""
+        while self.jobs and self.jobs[0][0].is_closed:
+            self.jobs.popleft()
+        if not self.jobs:
+            return
+        (_, work, then), loop, began = self.jobs[0], self.server.loop, self.server.loop.now.mono
 
-        def then(result: Any) -> None:
-            if not isinstance(result, Exception):
-                return say(format_http(200, format_letter_page(host, id, *result), kind="text/html"))
-            if id not in self.server.queue.left:
-                return say(format_http(404, "%s: cannot be shown: %s.  The log may tell.\n" % (
-                    id, printable(str(result)))))
-            _, kind, at = self.server.queue.left[id]
-            say(format_http(200, "%s: %s at %s.\n" % (id, kind, say_moment(at))))
-        self._in_thread(functools.partial(read_message, spool, id), then)
+        def rested() -> None:
+            self.jobs.popleft()
+            self._work()
 
-    def _go_on(self, stream: Stream, pieces: Iterator[bytes]) -> None:
-        def then(piece: Any) -> None:
-            if not isinstance(piece, bytes):        # its end, or it cannot be read
-                return stream.finish()
-            stream.on_sent = functools.partial(self._go_on, stream, pieces)
-            stream.send(piece)
-        if not stream.is_closed:
-            self._in_thread(lambda: next(pieces, None), then)
+        def done(result: Any) -> None:
+            loop.later(PAGE_REST * (loop.now.mono - began), rested)
+            then(result)
+        loop.in_thread(work, done)
 
 
-def format_download(name: str, kind: str) -> bytes:
-    return format_http(200, "", 'Content-Disposition: attachment; filename="%s"' % name, kind=kind,
-                       is_whole=False)
+def format_download(name: str, kind: str, *fields: str) -> bytes:
+    return format_http(200, "", 'Content-Disposition: attachment; filename="%s"' % name, *fields,
+                       kind=kind, is_whole=False)
 
 
-def is_token(token: str, given: str) -> bool:
-    """As bearer, RFC 6750 2.1, or as basic-auth password of any user, RFC 7617.  `given`: the value of
-    Authorization."""
-    data, (scheme, _, value) = b"", given.partition(" ")
-    if scheme.lower() == "bearer":
-        data = value.strip().encode("latin-1")
-    elif scheme.lower() == "basic":
-        with contextlib.suppress(ValueError):
-            data = base64.b64decode(value.strip(), validate=True).partition(b":")[2]
-    return not token or hmac.compare_digest(data, token.encode("utf-8"))
+def read_token(lines: Sequence[str]) -> Optional[bytes]:
+    """As bearer, RFC 6750 2.1, or as basic-auth password of any user, RFC 7617.  None where no
+    Authorization is among the header's `lines`, empty where it has neither."""
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.lower() == "authorization":
+            scheme, _, value = value.strip(" \t\r").partition(" ")
+            data = value.strip(" ").encode("latin-1")
+            if scheme.lower() == "basic":
+                with contextlib.suppress(ValueError):
+                    return base64.b64decode(data, validate=True).partition(b":")[2]
+            return data if scheme.lower() == "bearer" else b""
+    return None
+
+
+def is_token(token: str, given: Optional[bytes]) -> bool:
+    return token != "" and hmac.compare_digest(given or b"", token.encode("utf-8"))
 
 
 def format_http(code: int, text: str, *fields: str, kind: str = "text/plain", is_whole: bool = True) -> bytes:

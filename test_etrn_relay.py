@@ -7934,17 +7934,42 @@ class MailInBrowser(PageRelays):
         other = ["/queue/two.example", "/queue/two.example.mbox", "/message/" + two, "/message/%s.eml" % two]
         for token, path, status in cases(self, [
                 *(("s3cret", path, 200) for path in own + other), *(("mine", path, 200) for path in own),
-                *(("mine", path, 401) for path in [*other, "/metrics", "/status.json", "/queue/no.example"]),
-                *(("x", path, 401) for path in own), ("mine", "/", 302),
+                *(("mine", path, 403) for path in [*other, "/metrics", "/status.json", "/queue/no.example",
+                                                   "/message/ABCDEF", "/favicon.ico"]),
+                *((token, path, 401) for path in own for token in ("x", "")), ("mine", "/", 302),
                 ("s3cret", "/queue/none.example", 404), ("s3cret", "/message/ABCDEF", 404),
                 ("s3cret", "/queue/../" + DOMAIN, 404), ("s3cret", "/message/..%2fstate", 404)]):
             self.assertEqual(self.get(path, token)[0], status)
             self.assertEqual(fetch(self.port, path)[0], 401)
+        self.assertEqual(self.get("/message/" + two, "mine")[2], self.get("/message/ABCDEF", "mine")[2])
         self.assertEqual(self.get("/", "mine")[1]["Location"], "/queue/" + DOMAIN)
+        self.assertEqual([line for line in relay.log if "refused: GET /message/ABCDEF" in line], [])
         relay.logged("refused: GET /message/%s from unknown.127.0.0.1.: 401 wrong token" % one)
         self.port = self.serve(domain="")
         for path in cases(self, own):
             self.assertEqual((fetch(self.port, path)[0], "token" in fetch(self.port, path)[2]), (403, True))
+
+    def test_a_token_of_several_domains(self):
+        """One on a section of subdomains, another on two sections; with octets that latin-1 knows as a
+        line end and as a blank."""
+        section = "[domain %s]\nprimary = 127.0.0.1:9\nrecipients = any\ntoken = %s\n"
+        self.port = self.serve("", domain="token = " + "b\u00c5b\u00e0\n" + section % (
+            "two.example", "b\u00c5b\u00e0") + section % (".sub.example", "below"), LOGIN_FAILED_S=0.01)
+        self.running.send(recipients=["u@a.sub.example"])
+        id = self.running.queue()[0]["id"]
+        for token, path, status in cases(self, [
+                ("below", "/queue/a.sub.example", 200), ("below", "/message/" + id, 200),
+                ("below", "/queue/sub.example", 403), ("below", "/queue/notice:a.sub.example", 403),
+                ("below", "/queue/" + DOMAIN, 403), ("b\u00c5b\u00e0", "/queue/two.example", 200),
+                ("b\u00c5b\u00e0", "/message/" + id, 403), ("x", "/message/" + id, 401),
+                ("x", "/message/ABCDEF", 401), ("", "/message/ABCDEF", 401)]):
+            self.assertEqual(self.get(path, token)[0], status)
+            bearer = "Bearer " + token.encode().decode("latin-1")
+            self.assertEqual(fetch(self.port, path, Authorization=bearer)[0], status)
+        page = fetch(self.port, "/none", Authorization=basic("", "b\u00c5b\u00e0"))
+        self.assertEqual(page[0], 404)
+        page = self.get("/message/" + id, "b\u00c5b\u00e0")[2]
+        self.assertEqual(re.findall('href="([^"]*)"', page), ["/queue/" + DOMAIN, "/queue/two.example"])
 
     def test_a_list_has_the_newest_first_in_pages_and_is_searched(self):
         relay = self.start()
@@ -7964,6 +7989,9 @@ class MailInBrowser(PageRelays):
         self.assertEqual(re.findall('href="([^"]*)">(newer|older)', page), [
             ("?q=user&amp;page=1", "newer"), ("?q=user&amp;page=3", "older")])
         self.assertIn("120 messages waiting", page)
+        query = "\u00e4" * 400
+        self.assertIn("%C3%A4" * 400 + "&amp;page=2", etrn.format_list_page(
+            "h", DOMAIN, [], query, 1, 0, True))
 
     def test_a_hostile_message_is_text(self):
         relay = self.start()
@@ -7987,7 +8015,18 @@ class MailInBrowser(PageRelays):
                 (b"Subject: rfc\r\n" + b"Content-Type: message/rfc822\r\n\r\n" * 2000 + b"x\r\n", ["rfc"]),
                 (b"To: " + b", ".join(b"u%d@b" % at for at in range(2000)) + b"\r\n\r\nx\r\n", ["u1@b"]),
                 (b"Content-Transfer-Encoding: base64\r\n\r\n!!!\r\n", []), (b"Content-Type: text/html\r\n\r\n"
-                 + b"<a " * 200000 + b"\r\n", ["It was HTML"])]):
+                 + b"<a " * 200000 + b"\r\n", ["It was HTML"]),
+                (b"Content-Type: text/html\r\n\r\n<!-- a > b -->c&#" + b"9" * 5000 + b";d\r\n", ["c;d"]),
+                *((b"Content-Disposition: attachment; filename*=%s''x\r\n\r\nhi\r\n" % charset,
+                   ["Attachment", "(text/plain, "])
+                  for charset in (b"idna", b"undefined", b"%00", b"utf-7''+2AA-",
+                                  b"unicode_escape''%5Cud800")),
+                (b"Content-Type: text/plain; charset*1=x; charset=y\r\n\r\nhi there\r\n", ["hi there"]),
+                (b"Content-Type: text/plain; a=\"" + b";" * 1000000 + b"\r\n\r\nquick\r\n", []),
+                (b"Content-Type: multipart/mixed; boundary=b\r\n\r\nno \xe2\x82\xac\r\n", ["no \u20ac"]),
+                (b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + b"--b\r\n\r\n" * 20000,
+                 ["too many parts"]),
+                (b"Content-Type: message/delivery-status\r\n\r\n" + b"\r\n" * 40000, ["too many parts"])]):
             self.assertEqual(relay.send(data)[:3], "250")
             id, = self.ids()
             status, fields, page = self.get("/message/" + id)
@@ -7995,12 +8034,14 @@ class MailInBrowser(PageRelays):
             for text in shown:
                 self.assertIn(text, texts_of(page))
             self.assertNotIn("alert(2)", page)
+            self.assertLess(len(page), 500000)
             texts_of(self.get("/queue/" + DOMAIN)[2])
             with open(relay.at(id + ".eml"), "rb") as file:
                 answer = self.raw(self.port, ("GET /message/%s.eml HTTP/1.0\r\nAuthorization: %s\r\n\r\n" % (
                     id, basic("", "mine"))).encode())
                 fields, _, body = answer.partition(b"\r\n\r\n")
                 self.assertEqual(body, file.read())
+            self.assertIn(b"\r\nContent-Length: %d" % len(body), fields)
             self.assertIn(b"\r\nContent-Disposition: attachment; filename=", fields)
             self.assertIn(b"\r\nX-Content-Type-Options: nosniff", fields)
             relay.run("--delete", id)
@@ -8025,6 +8066,29 @@ class MailInBrowser(PageRelays):
         whole = self.get("/queue/%s.mbox" % DOMAIN)
         self.assertEqual(whole[2], relay.run("--export", DOMAIN)[1])
         self.assertEqual(self.get("/queue/%s.mbox" % DOMAIN, method="HEAD")[::2], (200, ""))
+        pieces = iter([b"x" * etrn.BLOCK_OCTETS, *[b"y"] * 1000])      # not one by one
+        self.assertEqual([etrn.read_on(pieces)[1], etrn.read_on(pieces)], [False, (b"y" * 1000, True)])
+
+    def test_a_body_that_is_gone_is_not_an_empty_download(self):
+        relay = self.start()
+        relay.send()
+        id, = self.ids()
+        os.remove(relay.at(id + ".eml"))
+        for path in cases(self, ["/message/" + id, "/message/%s.eml" % id]):
+            status, _, text = self.get(path)
+            self.assertEqual((status, text[-20:]), (404, "gone.  The log may tell.\n"[-20:]))
+
+    def test_who_has_left_is_not_waited_for(self):
+        server, work = mock.Mock(), mock.Mock()
+        server.loop.now.mono = 0.0
+        page = etrn.HttpServer(server)
+        streams = [mock.Mock(is_closed=False) for _ in range(3)]
+        for stream in streams:
+            page._send(mock.Mock(), stream, iter([b"x"]), work)
+        streams[1].is_closed = True
+        server.loop.in_thread.call_args[0][1]((b"x", True))
+        server.loop.later.call_args[0][1]()
+        self.assertEqual(([one[0] for one in page.jobs], server.loop.in_thread.call_count), ([streams[2]], 2))
 
 
 class Terminal(unittest.TestCase):
