@@ -7047,7 +7047,7 @@ small{display:block}
 .facts figure{flex-grow:5}
 svg{width:100%;height:76px;margin:4px 0;border-bottom:1px solid var(--rule);fill:var(--rule)}
 path{fill:var(--hue)}
-li{padding:7px 0;border-top:1px solid var(--rule)}
+li{padding:7px 0;border-top:1px solid var(--rule);overflow:hidden}
 ol:first-child li:first-child{border:0}
 li .dim:first-child{min-width:90px}
 .text{flex:1 1 300px;color:var(--hue,var(--ink))}
@@ -7164,11 +7164,12 @@ def _format_chart(columns: Sequence[Tuple[int, str]], now: Time) -> str:
 # -- the queue in a browser.  Nothing of a message is ever shown as HTML of its own.
 
 class ShortFields(email.policy.Compat32):
-    """Long fields are cut: the parser's time grows with the square of their length."""
+    """Long fields are cut: the parser's time grows with the square of their length.  Raw octets are UTF-8."""
 
     def header_source_parse(self, sourcelines: Sequence[str]) -> Tuple[str, str]:
         name, value = super().header_source_parse(sourcelines)      # type: ignore[arg-type]
-        return name, value[:4 * FIELD_MAX]
+        octets = value[:4 * FIELD_MAX].encode("utf-8", "surrogateescape")
+        return name, octets.decode("utf-8", "replace")
 
 
 SHORT_FIELDS = ShortFields()
@@ -7181,9 +7182,8 @@ def read_fields(header: bytes) -> Dict[str, str]:
 
 
 def decode_field(text: str) -> str:
-    """RFC 2047, and raw UTF-8.  What cannot be decoded stays as it is."""
+    """RFC 2047.  What cannot be decoded stays as it is."""
     with contextlib.suppress(ValueError, LookupError, email.errors.MessageError):
-        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         text = str(email.header.make_header(email.header.decode_header(text)))
     return printable(" ".join(text.split()), FIELD_MAX)
 
@@ -8148,7 +8148,7 @@ class HttpServer:
                 return say(format_http(404, "%s: cannot be shown: %s.  The log may tell.\n" % (
                     id or name, printable(str(error)))))
             _, kind, at = self.server.queue.left[id]
-            say(format_http(200, "%s: %s at %s.\n" % (id, kind, say_moment(at))))
+            say(format_http(410 if is_file else 200, "%s: %s at %s.\n" % (id, kind, say_moment(at))))
         self.readers.add(stream)
         self._send(say, stream, pieces, explain)
 

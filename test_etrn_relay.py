@@ -8024,6 +8024,7 @@ class MailInBrowser(PageRelays):
                 (b"Content-Type: text/plain; charset*1=x; charset=y\r\n\r\nhi there\r\n", ["hi there"]),
                 (b"Content-Type: text/plain; a=\"" + b";" * 1000000 + b"\r\n\r\nquick\r\n", []),
                 (b"Content-Type: multipart/mixed; boundary=b\r\n\r\nno \xe2\x82\xac\r\n", ["no \u20ac"]),
+                (b"Content-Disposition: attachment; filename=M\xc3\xa4rz\r\n\r\nx\r\n", ["M\u00e4rz"]),
                 (b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + b"--b\r\n\r\n" * 20000,
                  ["too many parts"]),
                 (b"Content-Type: message/delivery-status\r\n\r\n" + b"\r\n" * 40000, ["too many parts"])]):
@@ -8045,7 +8046,9 @@ class MailInBrowser(PageRelays):
             self.assertIn(b"\r\nContent-Disposition: attachment; filename=", fields)
             self.assertIn(b"\r\nX-Content-Type-Options: nosniff", fields)
             relay.run("--delete", id)
-            self.assertRegex(self.get("/message/" + id)[2], r"\A%s: deleted at " % id)
+            for path, status in (("/message/" + id, 200), ("/message/%s.eml" % id, 410)):
+                self.assertEqual(self.get(path)[0], status)
+                self.assertRegex(self.get(path)[2], r"\A%s: deleted at " % id)
         self.assertEqual([line for line in relay.log if "bug" in line], [])
 
     def test_a_download_takes_its_time_and_a_request_does_not(self):
