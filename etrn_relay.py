@@ -7174,6 +7174,7 @@ class ShortFields(email.policy.Compat32):
 
 SHORT_FIELDS = ShortFields()
 
+
 def read_fields(header: bytes) -> Dict[str, str]:
     """Decoded, by name in lower case.  The first of each name counts."""
     message = email.parser.BytesHeaderParser(policy=SHORT_FIELDS).parsebytes(header)
@@ -7293,8 +7294,8 @@ def format_list_page(host: str, name: str, rows: Sequence[str], query: str, page
 
 def format_names_page(host: str, names: Iterable[str]) -> str:
     links = "".join('<li><a href="/queue/%s">%s</a></li>' % (name, name) for name in map(escape, names))
-    return PAGE % ("", host, PAGE_STYLE, host, "", '<section class="card"><ol>%s</ol></section>\n' % (
-        links or "<li>No mail is waiting.</li>"))
+    body = '<section class="card"><ol>%s</ol></section>\n' % (links or "<li>No mail is waiting.</li>")
+    return PAGE % ("", host, PAGE_STYLE, host, "what this token opens", body)
 
 
 def format_letter_page(host: str, id: str, sidecar: Mapping[str, Any], fields: Mapping[str, str],
@@ -7975,25 +7976,24 @@ def take_request(loop: Loop, sock: socket.socket, end: bytes,
 
 # What a browser gets of mail is read in threads; the first piece has the head of the answer.
 # Raises Corrupt, NotOurs, OSError.
+DOWNLOAD = 'Content-Disposition: attachment; filename="%s"'
+
 
 def read_list(spool: SpoolFolder, host: str, name: str, known: Sequence[Tuple[str, str, Optional[Time]]],
               total: int, query: str, page: int, now: Time) -> Iterator[bytes]:
     """`known`: all that may be on the page, newest first."""
-    rows: List[str] = []
+    def rows() -> Iterator[str]:
+        for one in known:
+            with contextlib.suppress(Corrupt, NotOurs, OSError):    # gone meanwhile, or not to be read
+                yield format_row(one, *spool.look(one[0], "header"), query, now)
     skip = (page - 1) * PAGE_MESSAGES if query else 0       # else that was done before
-    for one in known:
-        with contextlib.suppress(Corrupt, NotOurs, OSError):    # gone meanwhile, or not to be read
-            row = format_row(one, *spool.look(one[0], "header"), query, now)
-            rows += [row] * bool(row)
-        if len(rows) > skip + PAGE_MESSAGES:
-            break
-    shown, has_more = rows[skip:skip + PAGE_MESSAGES], len(rows) > skip + PAGE_MESSAGES
-    text = format_list_page(host, name, shown, query, page, total, has_more)
+    found = list(itertools.islice(filter(None, rows()), skip, skip + PAGE_MESSAGES + 1))
+    text = format_list_page(host, name, found[:PAGE_MESSAGES], query, page, total, len(found) > PAGE_MESSAGES)
     yield format_http(200, text, kind="text/html")
 
 
 def read_mbox(spool: SpoolFolder, name: str, ids: Sequence[str]) -> Iterator[bytes]:
-    yield format_download(name + ".mbox", "application/mbox")
+    yield format_http(200, "", DOWNLOAD % (name + ".mbox"), kind="application/mbox", is_whole=False)
     for id in ids:
         with contextlib.suppress(Corrupt, NotOurs, OSError):
             yield from format_mbox(spool.look(id)[0], spool.stream(id))
@@ -8008,7 +8008,7 @@ def read_message(spool: SpoolFolder, host: str, id: str) -> Iterator[bytes]:
 
 def read_file(spool: SpoolFolder, host: str, id: str) -> Iterator[bytes]:
     size = "Content-Length: %d" % spool.look(id)[0]["size"]
-    yield format_download(id + ".eml", "message/rfc822", size)
+    yield format_http(200, "", DOWNLOAD % (id + ".eml"), size, kind="message/rfc822", is_whole=False)
     yield from spool.stream(id)
 
 
@@ -8024,7 +8024,7 @@ def read_on(pieces: Iterator[bytes]) -> Tuple[bytes, bool]:
 
 Say = Callable[..., None]           # sends an answer; and calls its second argument for more
 MAIL_NEEDS_TOKEN = "Mail is shown only where a token is set: in [status], or in the domain's own section.\n"
-MAIL_PATH = re.compile(r"/(?:queue/([^/]{1,300}?)(\.mbox)?|message/([0-9A-F]{6,23})(\.eml)?)")
+MAIL_PATH = re.compile(r"/(?:queue/([^/]{1,300}?)|message/([0-9A-F]{6,23}))((?(1)\.mbox|\.eml))?")
 
 
 class HttpServer:
@@ -8090,7 +8090,8 @@ class HttpServer:
             return say(format_http(405, "Nothing can be changed here.\n", "Allow: GET, HEAD"))
         given, cfg = read_token(lines), self.server.cfg
         mail = MAIL_PATH.fullmatch(path)
-        own = self._domain_of(*mail.groups()) if mail else ""
+        name, id, is_file = mail.groups("") if mail else ("", "", "")
+        own = self._domain_of(id) if id else urllib.parse.unquote(name).lower()
         section = cfg.domain(own) if is_domain(own) else None
         tokens = [cfg.status_token, section.token if section else ""]
         if mail and not cfg.status_token and not any(one.token for one in cfg.domains.values()):
@@ -8099,7 +8100,7 @@ class HttpServer:
         if not is_free and not any(is_token(token, given) for token in tokens):
             return self._refuse(say, "%s %s" % (method, printable(target, 100)), path, given, address)
         if mail:
-            return self._show_mail(say, stream, own, mail, query)
+            return self._show_mail(say, stream, own, id, is_file != "", query)
         if path not in self.makers:
             return say(format_http(404, "There is /, /metrics, /healthz and /status.json.\n"))
         make, kind = self.makers[path]
@@ -8124,22 +8125,19 @@ class HttpServer:
 
     # -- mail
 
-    def _domain_of(self, name: Optional[str], is_mbox: Any, id: Optional[str], is_file: Any) -> str:
-        if not id:
-            return urllib.parse.unquote(name or "").lower()
+    def _domain_of(self, id: str) -> str:
         entry = self.server.queue.destinations.matching(id)
         return entry[0].name if entry else self.server.queue.left.get(id, ("",))[0]
 
-    def _show_mail(self, say: Say, stream: Stream, name: str, mail: re.Match[str], query: str) -> None:
+    def _show_mail(self, say: Say, stream: Stream, name: str, id: str, is_file: bool, query: str) -> None:
         one, spool = self.server.queue.destinations.all.get(name), self.server.spool
-        _, is_mbox, id, is_file = mail.groups()
         if id:
             read = read_file if is_file else read_message
             pieces = read(spool, escape(self.server.cfg.hostname), id)
         elif one is None:
             return say(format_http(404, "No mail is waiting for that domain.\n"))
         else:
-            pieces = read_mbox(spool, name, list(one.entries)) if is_mbox else self._list(one, query)
+            pieces = read_mbox(spool, name, list(one.entries)) if is_file else self._list(one, query)
 
         def explain(error: Exception) -> None:
             if not isinstance(error, (Corrupt, NotOurs, OSError)):
@@ -8192,11 +8190,6 @@ class HttpServer:
             loop.later(PAGE_REST * (loop.now.mono - began), rested)
             then(result)
         loop.in_thread(work, done)
-
-
-def format_download(name: str, kind: str, *fields: str) -> bytes:
-    return format_http(200, "", 'Content-Disposition: attachment; filename="%s"' % name, *fields,
-                       kind=kind, is_whole=False)
 
 
 def read_token(lines: Sequence[str]) -> Optional[bytes]:
