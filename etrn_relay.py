@@ -7189,9 +7189,9 @@ def decode_field(text: str) -> str:
     return printable(" ".join(text.split()), FIELD_MAX)
 
 
-def read_letter(data: bytes, size: int) -> Tuple[str, List[Tuple[str, str, int]], str]:
+def read_letter(data: bytes, size: int) -> Tuple[str, List[str], str]:
     """`data`: the start of a message of `size` octets.  Whatever is wrong with it, there is something: its
-    text; the name, type and octets of each attachment; what is not shown, and why."""
+    text; name, type and size of each attachment; what is not shown, and why."""
     data = b"\n".join(data.split(b"\n", LETTER_LINES)[:LETTER_LINES])
     remarks = ["Only the first %s are looked at." % format_size(len(data))] if len(data) < size else []
     made = itertools.count()
@@ -7221,7 +7221,8 @@ def read_letter(data: bytes, size: int) -> Tuple[str, List[Tuple[str, str, int]]
         if is_shown and name is None and kind not in texts:
             texts[kind] = decode_text(octets, charset)
         else:
-            attachments.append((decode_field(name or "no name"), printable(kind, 100), len(octets)))
+            attachments.append("%s (%s, %s)" % (
+                decode_field(name or "no name"), printable(kind, 100), format_size(len(octets))))
     text = texts.get("text/plain", "")
     if not text.strip() and "text/html" in texts:
         text = strip_html(texts["text/html"])
@@ -7249,11 +7250,6 @@ def strip_html(text: str) -> str:
         text = re.sub(pattern, instead, text)
     lines = map(str.strip, html.unescape(text).splitlines())
     return "\n".join(line for line in lines if line)
-
-
-def escape_text(text: str) -> str:
-    """Many lines, for a <pre>."""
-    return "\n".join(html.escape(printable(line.expandtabs(), len(line) * 8)) for line in text.splitlines())
 
 
 def format_row(known: Tuple[str, str, Optional[Time]], sidecar: Mapping[str, Any], header: bytes,
@@ -7299,18 +7295,18 @@ def format_names_page(host: str, names: Iterable[str]) -> str:
 
 
 def format_letter_page(host: str, id: str, sidecar: Mapping[str, Any], fields: Mapping[str, str],
-                       text: str, attachments: Sequence[Tuple[str, str, int]], remark: str) -> str:
+                       text: str, attachments: Sequence[str], remark: str) -> str:
     pairs = [(name, fields[name.lower()]) for name in (
         "From", "To", "Cc", "Date", "Subject", "Message-ID") if name.lower() in fields]
     pairs += [("Envelope", "<%s> to %s" % (sidecar["sender"], printable(", ".join(
         "<%s>" % one["address"] for one in sidecar["recipients"]), FIELD_MAX)))]
-    pairs += [("Attachment", "%s (%s, %s)" % (name, kind, format_size(size)))
-              for name, kind, size in attachments]
+    pairs += [("Attachment", one) for one in attachments]
     items = "".join('<li><span class="dim">%s</span><span class="text">%s</span></li>' % (name, escape(value))
                     for name, value in pairs)
+    lines = (printable(line.expandtabs(), 8 * len(line)) for line in text.splitlines())
     body = ('<section class="card"><ol>%s</ol></section>\n<section class="card"><pre>%s</pre></section>\n'
             '<footer><span class="dim">%s</span></footer>\n' % (
-                items, escape_text(text) or "(no text)", escape(remark)))
+                items, html.escape("\n".join(lines)) or "(no text)", escape(remark)))
     about = 'received %s, %s; <a href="/message/%s.eml">download</a>; <a href="/queue/%s">queue</a>' % (
         say_moment(sidecar["received"]), format_size(sidecar["size"]), id, escape(sidecar["domain"]))
     return PAGE % ("", "%s: %s" % (id, host), PAGE_STYLE,
@@ -8006,7 +8002,7 @@ def read_message(spool: SpoolFolder, host: str, id: str) -> Iterator[bytes]:
     yield format_http(200, page, kind="text/html")
 
 
-def read_file(spool: SpoolFolder, host: str, id: str) -> Iterator[bytes]:
+def read_file(spool: SpoolFolder, id: str) -> Iterator[bytes]:
     size = "Content-Length: %d" % spool.look(id)[0]["size"]
     yield format_http(200, "", DOWNLOAD % (id + ".eml"), size, kind="message/rfc822", is_whole=False)
     yield from spool.stream(id)
@@ -8067,8 +8063,7 @@ class HttpServer:
             self.server.loop.later(PAGE_TOTAL_S, functools.partial(self._watch, stream))
 
     def _answer(self, address: str, stream: Stream, request: bytes) -> None:
-        head, *lines = request.decode("latin-1").split("\n")
-        words = head.split()
+        words = request.partition(b"\n")[0].decode("latin-1").split()
 
         def say(answer: bytes, then: Optional[Callable[[], None]] = None) -> None:
             """`then`: called for more, when this has gone out."""
@@ -8088,7 +8083,7 @@ class HttpServer:
             return say(format_http(505, "HTTP/1.1 is spoken here.\n"))
         if method not in ("GET", "HEAD"):
             return say(format_http(405, "Nothing can be changed here.\n", "Allow: GET, HEAD"))
-        given, cfg = read_token(lines), self.server.cfg
+        given, cfg = read_token(request), self.server.cfg
         mail = MAIL_PATH.fullmatch(path)
         name, id, is_file = mail.groups("") if mail else ("", "", "")
         own = self._domain_of(id) if id else urllib.parse.unquote(name).lower()
@@ -8131,9 +8126,10 @@ class HttpServer:
 
     def _show_mail(self, say: Say, stream: Stream, name: str, id: str, is_file: bool, query: str) -> None:
         one, spool = self.server.queue.destinations.all.get(name), self.server.spool
-        if id:
-            read = read_file if is_file else read_message
-            pieces = read(spool, escape(self.server.cfg.hostname), id)
+        if id and is_file:
+            pieces = read_file(spool, id)
+        elif id:
+            pieces = read_message(spool, escape(self.server.cfg.hostname), id)
         elif one is None:
             return say(format_http(404, "No mail is waiting for that domain.\n"))
         else:
@@ -8192,19 +8188,17 @@ class HttpServer:
         loop.in_thread(work, done)
 
 
-def read_token(lines: Sequence[str]) -> Optional[bytes]:
-    """As bearer, RFC 6750 2.1, or as basic-auth password of any user, RFC 7617.  None where no
-    Authorization is among the header's `lines`, empty where it has neither."""
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.lower() == "authorization":
-            scheme, _, value = value.strip(" \t\r").partition(" ")
-            data = value.strip(" ").encode("latin-1")
-            if scheme.lower() == "basic":
-                with contextlib.suppress(ValueError):
-                    return base64.b64decode(data, validate=True).partition(b":")[2]
-            return data if scheme.lower() == "bearer" else b""
-    return None
+def read_token(request: bytes) -> Optional[bytes]:
+    """As bearer, RFC 6750 2.1, or as basic-auth password of any user, RFC 7617.  None without an
+    Authorization, empty where it has neither."""
+    found = re.search(rb"(?i)\nauthorization:[ \t]*(\w*) *([^\r\n]*)", request)
+    if found is None:
+        return None
+    scheme, data = found.group(1).lower(), found.group(2).rstrip(b" \t")
+    if scheme == b"basic":
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(data, validate=True).partition(b":")[2]
+    return data if scheme == b"bearer" else b""
 
 
 def is_token(token: str, given: Optional[bytes]) -> bool:
