@@ -171,7 +171,7 @@ try:
 except (ImportError, MemoryError):      # the latter where no memory may be made executable
     ctypes = None               # type: ignore[assignment]
 
-__version__ = "0.2-dev"
+__version__ = "1.0"
 if sys.version_info < (3, 8):
     sys.exit("etrn_relay.py needs Python 3.8 or newer")
 
