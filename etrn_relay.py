@@ -53,7 +53,7 @@ QUEUE
     A primary is unknown, up, down or rejecting.  While it is down and mail waits, it is tried
     every probe_interval at the longest.  When it greets, everything goes, oldest first: one
     message alone, then by 2, 4, 8 connections, up to `connections`.  For recovery_grace after an
-    outage, or a start, no 5xx is believed.  Three refused in a row after an outage make it
+    outage, or a start, no 5xx about queued mail is believed.  Three refused in a row after an outage make it
     rejecting: nothing is returned, and one message is tried every probe_interval, until it
     takes one or --flush is said.
 
@@ -186,7 +186,7 @@ EX_OK, EX_MISSING, EX_USAGE, EX_UNAVAILABLE, EX_TEMPFAIL, EX_CONFIG = 0, 1, 64, 
 # -- what a client may send
 COMMAND_MAX = 2048              # octets with line end; RFC 5321 4.5.3.1.4 wants 512, long paths need more
 DOMAIN_MAX = 253                # octets of a name as text; RFC 5321 4.5.3.1.2: 255 with what DNS adds
-ERRORS_MAX, JUNK_COMMANDS_MAX = 10, 100         # protocol errors, and idle commands a message; contract 4
+ERRORS_MAX, JUNK_COMMANDS_MAX = 10, 100         # protocol errors, and idle commands a message
 MAILBOX_LINES_MAX = 20          # mbox lines at the front of a message that become fields
 HOPS_MAX, OWN_HOPS_MAX = 100, 3         # Received fields, RFC 5321 6.3; those of ours show a loop sooner
 HEADER_FIELD_KEPT = 2000        # octets of one field looked at; `by` stands near its front
@@ -213,11 +213,11 @@ ACCEPTS_PER_TURN = 64           # new connections taken before those open are lo
 ACCEPT_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)   # then the client still waits
 SWEEP_S = 1.0                   # how often deadlines are looked at; they are seconds to minutes
 WATCHDOG_S = 10.0               # between signs of life; the unit's WatchdogSec is 60
-STOP_S = 3.0                    # at SIGTERM, for peers; contract 1: all within 5 s
+STOP_S = 3.0                    # at SIGTERM, for peers; all takes 5 s at most
 STOP_DISK_S, STOP_BACKLOG_S = 1.0, 1.8  # then for a disk that does not answer, and for one that is slow
 RESERVED_FILES = 64             # descriptors kept from clients for spool, threads, logs and DNS
 DATA_RATE_MIN = 500             # octets a second in the long run, as Postfix's smtpd_min_data_rate
-NAME_WAIT_S, NAME_KEPT_S = 1.0, 300.0   # a client's PTR name is waited for and kept, contract 5
+NAME_WAIT_S, NAME_KEPT_S = 1.0, 300.0   # a client's PTR name is waited for and kept
 NAMES_AT_ONCE, NAMES_MAX = 10, 5000     # questions for names under way, and names kept
 
 # -- the spool
@@ -235,7 +235,7 @@ STATE_SAVE_S, HISTORY_SAVE_S = 60.0, 3600.0     # changes are saved no more ofte
 
 # -- towards the primary
 SMTP_PORT, SMTPS_PORT, ODMR_PORT = 25, 465, 366         # RFC 5321 4.5.4.2, RFC 8314 7.3, RFC 2645 5
-CONNECT_S, COMMAND_S, DATA_S, BLOCK_S = 30.0, 300.0, 120.0, 180.0       # contract 5; RFC 5321 4.5.3.2
+CONNECT_S, COMMAND_S, DATA_S, BLOCK_S = 30.0, 300.0, 120.0, 180.0       # RFC 5321 4.5.3.2
 END_OF_DATA_S = 600.0           # short waits here make duplicates, RFC 1047
 LATE_S = 10.0                   # an answer is late then, and others go by another connection
 KEEPALIVE = (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3),
@@ -248,7 +248,7 @@ CHUNK_OCTETS, CHUNK_REPLIES = 262144, 250       # no further one behind so much 
 IDLE_CONNECTION_S = 2.0         # a connection waits so long for another message before QUIT
 FETCH_MOST, FETCH_LOW = 32, 16  # messages read ahead, and when the next are
 UNRECORDED_MAX = 256            # messages sent and not yet removed; then no more are given out
-HANGING_MAX = 2                 # dials or late connections to a primary that is not up; contract 5
+HANGING_MAX = 2                 # dials or late connections to a primary that is not up
 LATE_MAX = 10                   # late connections to one that is up; behind more none is opened unasked
 DIALS_MAX, DIALS_RESERVED = 50, 15      # threads, and those of them for primaries not known to be down
 OUTBOUND_MAX = 200              # connections to all primaries together
@@ -259,10 +259,10 @@ NOTICE_LIFETIME_S = 432000.0    # 5 days at least, as Postfix keeps bounces
 NOTICE_PROBE_S = 300.0          # longest pause between attempts to reach one of those
 SIZE_LEAST = 65536              # a smaller SIZE of a primary is nonsense, RFC 5321 4.5.3.1.7
 RECEIVED_OCTETS = 1024          # our Received field, which counts for the primary's SIZE
-OUT_OF_STEP = (500, 502, 503, 504)      # no word about a message, contract 5
-NO_SUCH_USER = ("5.1.1", "5.1.2", "5.1.3", "5.1.6", "5.1.10")   # statuses about a recipient, contract 5
+OUT_OF_STEP = (500, 502, 503, 504)      # no word about a message: we are out of step
+NO_SUCH_USER = ("5.1.1", "5.1.2", "5.1.3", "5.1.6", "5.1.10")   # about a recipient, RFC 3463 3.2
 VERDICTS = 20                   # the last answers looked at: mostly 4xx halves the connections
-REFUSED_ROW = 3                 # refused in a row, and a returned primary is `rejecting`; contract 5
+REFUSED_ROW = 3                 # refused in a row, and a returned primary is `rejecting`
 FEW_ANSWERS = 3                 # who hangs up after no more has not had its fill of the connection
 CANARIES_DEFERRED = 3           # 4xx to so many canaries is greylisting: the rest goes all the same
 EARLY_PAUSES_S = (60.0, 300.0)  # after the first two 4xx or kept 5xx of a returned primary
@@ -272,9 +272,9 @@ STAGGER_S, HOST_STAGGER_S = 0.25, 4.0   # before the next address or host is tri
 ATTEMPTS_MIN, UNCOLLECTED_S = 3, 10800.0        # failed attempts, or a wait, behind each expiry
 CLOCK_JUMP_S = 60.0             # wall and monotonic clock apart by more at once is a jump
 ALERT_S, ALERT_EXPIRY_S = 30.0, 86400.0         # for a command or web hook; so long before mail expires
-CUT_THROUGH_S, CALL_AHEAD_S = 30.0, 5.0         # a client waits for a verdict, or a recipient; contract 5
-GOOD_S, BAD_S = 31 * 86400.0, 3 * 86400.0       # a recipient is known so long; contract 5
-BAD_ROW = 5                     # refused in a row with no good one known are doubted; contract 5
+CUT_THROUGH_S, CALL_AHEAD_S = 30.0, 5.0         # a client waits for a verdict, or a recipient
+GOOD_S, BAD_S = 31 * 86400.0, 3 * 86400.0       # a recipient is known so long
+BAD_ROW = 5                     # refused in a row with no good one known are doubted
 ACCEPT_ALL_S = 86400.0          # a primary that takes any local part is not asked for a day
 SLACK_S = 86400.0               # the clock may be set back so far, and what was learnt still holds
 RECIPIENTS_MAX, GREYLIST_MAX = 50000, 50000     # remembered; the bad and the oldest go first
@@ -295,7 +295,6 @@ PAGE_DOMAINS_MAX = 100          # shown with all there is; those in trouble come
 PAGE_MESSAGES, SEARCH_MESSAGES = 50, 5000       # listed at a time, and looked through for a word
 LETTER_OCTETS, LETTER_LINES, LETTER_PARTS = 1 << 20, 50000, 300     # of a message, looked at
 LETTER_TEXT = 100000            # characters of it shown
-FIELD_MAX = 500                 # characters shown of a header field
 PAGE_REST = 3                   # times as long as a page took to read the mail goes alone
 SWITCH_S = 0.0001               # for the loop to get the interpreter back from a thread that computes
 LEFT_KEPT = 1000                # messages that have left, remembered for who still reads them
@@ -306,7 +305,7 @@ HISTORY_HOURS, HISTORY_DOMAINS_MAX = 168, 100   # for the chart: a week, of so m
 LOG_TEXT_MAX = 500              # characters of foreign text in one log line
 NOTABLE_MAX = 40                # log lines kept for the page, half as many of each service at most
 RESPONSE_MAX, REPLY_PART_MAX = 400, 120         # characters kept of a reply, and shown in one of ours
-LINE_MAX, FIELD_MAX = 990, 900  # octets of a line of ours, RFC 5322 2.1.1, and of a value in a notice
+LINE_MAX, FIELD_MAX = 990, 900  # octets of a line of ours, RFC 5322 2.1.1, and of a value that is shown
 FOLD_WIDTH = 72                 # characters of a line of ours in a notice; RFC 5322 2.1.1: at most 78
 NOTICE_FULL_MAX = 1 << 20       # octets; a larger original is returned as headers
 PROBE_ROUTE_S, PROBE_HOSTS_S = 12.0, 16.0       # --probe: for the DNS, and for all hosts side by side
@@ -1546,7 +1545,7 @@ class SpoolFolder:
         finally:
             close_quietly(fd)           # nothing was written through it
 
-    def _check_path(self) -> None:
+    def check_path(self) -> None:
         """What a next start will find at the spool's path must be the directory we write to.  Raises
         OSError."""
         fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -1774,7 +1773,7 @@ class Spool(SpoolFolder):
         and SHA-256: one for each destination, the first with that ID.  Returns for each None, when it is
         on stable storage, or the error; then nothing of it remains, as far as the disk lets us."""
         try:
-            self._check_path()
+            self.check_path()
         except OSError as error:
             for id, _, _ in batch:
                 self.discard(id)
@@ -2013,7 +2012,7 @@ class Spool(SpoolFolder):
     def heal(self) -> bool:
         """Whether a probe file survives all that a message goes through."""
         try:
-            self._check_path()
+            self.check_path()
             for folder in ("incoming", "corrupt"):
                 self._make_folder(folder)
             self._replace("probe", "incoming/probe", b"probe\n" * 1000)
@@ -3178,8 +3177,8 @@ class Entry:
         self.id, self.size, self.received = id, size, received
         self.deadline = 0.0             # monotonic
         self.due = 0.0                  # monotonic, when LATER
-        # Failed attempts since the clock last jumped are `tries` and the destination's failures since `base`,
-        # which its sidecar does not know of yet.  One must be new before it expires.
+        # `tries`, and the failures of its destination since `base`, are the failed attempts since the clock
+        # last jumped.  There must be ATTEMPTS_MIN before it expires, and one of them in this run.
         self.tries, self.base = min(attempts, ATTEMPTS_MIN - 1), 0
         self.answers = 0                # to this very message; they set its pause
         self.round = 0                  # flushes until it was last given to a connection
@@ -3263,16 +3262,13 @@ class EntryQueue:
 
     def give_back(self, *entries: Entry) -> None:
         """Their pauses are over, or they were not tried after all.  They go in front, the oldest first."""
-        ready = self.by_state[State.READY]
-        for entry in sorted(entries, key=lambda entry: (entry.received, entry.id), reverse=True):
-            older = []
-            for one in ready.values():
-                if one.received >= entry.received:
-                    break
-                older.append(one)
+        newest = max((entry.received for entry in entries), default=0.0)
+        older = itertools.takewhile(lambda one: one.received < newest, self.by_state[State.READY].values())
+        front = sorted([*older, *entries], key=lambda entry: (entry.received, entry.id), reverse=True)
+        for entry in entries:
             self._put(entry, State.READY)
-            for one in (entry, *reversed(older)):
-                self.urge(one)
+        for entry in front:
+            self.urge(entry)
 
     def take_out(self, entry: Entry) -> None:
         """To be ended by an operator or its age: nobody else gets it, and none waits for it."""
@@ -3292,7 +3288,7 @@ class EntryQueue:
         if entry.state is not State.SENDING and (on or self.is_held) != (entry.state is State.HELD):
             self._forget_tries(entry)   # released mail has its chance, however old it became
             self._put(entry, State.READY)
-            self.next_look = min(self.next_look, entry.deadline)
+            self.next_look = min(self.next_look, entry.deadline, self.delay_at(entry))
 
     def hold_all(self, on: bool) -> List[Entry]:
         """All of it and all that comes later, or none.  Returns those that were held by themselves and
@@ -3304,8 +3300,8 @@ class EntryQueue:
         return alone
 
     def count_attempt(self, entry: Entry, is_whole: bool = True) -> int:
-        """It was tried, and answered; whole, or there are recipients left.  Returns the number of
-        attempts its sidecar does not know of yet."""
+        """The primary answered.  `is_whole`: for every recipient that was due; else the others go at once,
+        and the pause does not grow.  Returns the number of attempts its sidecar does not know of yet."""
         new = 1 + self.failed_since(entry)
         entry.tries += new
         entry.base = self.failures
@@ -3428,12 +3424,16 @@ class Destination(EntryQueue):
 
     def _wake(self, now: Now) -> None:
         """READY are those whose pause is over; of a primary that rejects one, whichever is due first."""
+        over: List[Entry] = []
+        is_rejecting = self.state is Primary.REJECTING
         while self.later and (self.later[0][0] <= now.mono
-                              or (self.state is Primary.REJECTING and not self.by_state[State.READY])):
+                              or (is_rejecting and not (over or self.by_state[State.READY]))):
             due, id = heapq.heappop(self.later)
             entry = self.by_state[State.LATER].get(id)
             if entry is not None and entry.due == due:
-                self.give_back(entry)
+                over.append(entry)
+        if over:
+            self.give_back(*over)
 
     def flush(self, now: Now) -> bool:
         """ETRN, --flush, SIGUSR1.  False when one is under way already; even then there will be another
@@ -3663,12 +3663,10 @@ class Destination(EntryQueue):
                 had_chance = entry.tries + self.failed_since(entry) >= ATTEMPTS_MIN
             if entry.deadline <= now.mono and entry.state is not State.SENDING and had_chance:
                 expired.append(entry)
-                continue
-            delay_at = self.delay_at(entry)
-            if delay_at <= now.mono:
+            elif self.delay_at(entry) <= now.mono:
                 delayed.append(entry)
-                delay_at = INF
-            self.next_look = min(self.next_look, max(entry.deadline, now.mono + SWEEP_S), delay_at)
+            again = min(entry.deadline, self.delay_at(entry))       # soon, where what is done now fails
+            self.next_look = min(self.next_look, max(again, now.mono + SWEEP_S))
         return expired, delayed
 
     def on_clock_jump(self, now: Now, seconds: float) -> List[str]:
@@ -4328,7 +4326,8 @@ def _explain(hostname: str, sidecar: Mapping[str, Any], action: str, told: Told,
 # Uses 2 LIMITS, 3 GRAMMAR, 4 CONFIG, 6 LOOP, 9 SCHEDULE, 10 DNS.
 
 class PeerError(Exception):
-    """The connection is of no more use.  Always temporary for the mail."""
+    """The connection is of no more use.  Always temporary for the mail.  Without a text: a message on it
+    was not tried, and goes again at once."""
 
     def __init__(self, text: str, closing: bool = False) -> None:
         super().__init__(text)
@@ -4343,18 +4342,18 @@ class TlsError(PeerError):
 class Dial:
     """A dial() on its way.  Its sockets are the thread's; the loop may only shut them down, and that
     until TLS begins: a server that hangs behind it keeps the thread for COMMAND_S."""
-    __slots__ = ("began", "is_former", "sockets")
+    __slots__ = ("began", "is_given_up", "sockets")
 
     def __init__(self, began: float = 0.0) -> None:
         self.began = began              # monotonic
-        self.is_former = False          # it counts no longer: the primary is another one, or it hangs
+        self.is_given_up = False          # it counts no longer: the primary is another one, or it hangs
         self.sockets: List[socket.socket] = []
 
     def cut(self) -> None:
-        self.is_former = True
+        self.is_given_up = True
         for sock in self.sockets:
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)      # SSLSocket's own would drop its TLS
 
 
 class Plan(NamedTuple):
@@ -4472,7 +4471,7 @@ def connect_each(hops: Sequence[Hop],
     mine, waiting, end = mine or Dial(), list(hops), 0.0
     with selectors.DefaultSelector() as selector:
         try:
-            while (waiting or selector.get_map()) and not mine.is_former:
+            while (waiting or selector.get_map()) and not mine.is_given_up:
                 if waiting:
                     hop, end = waiting.pop(0), time.monotonic() + CONNECT_S
                     try:
@@ -4741,10 +4740,10 @@ def greet(plan: Plan, hop: Hop, sock: socket.socket, policy: str,
     except (PeerError, OSError, ValueError) as error:
         client.close()
         if isinstance(error, TlsError) and policy == "may":
-            with contextlib.suppress(OSError):
-                again = socket.create_connection((hop.address, hop.port), CONNECT_S)
-                anew, why = greet(plan, hop, again, "none")
-                return anew, why or "%s; mail goes in the clear" % error
+            for _, again in connect_each([hop], plan.mine):
+                if not isinstance(again, OSError):
+                    anew, why = greet(plan, hop, again, "none")
+                    return anew, why or "%s; mail goes in the clear" % error
         if isinstance(error, PeerError):
             return None, str(error)
         why = printable(getattr(error, "strerror", "") or str(error))
@@ -5071,7 +5070,7 @@ class Delivery:
             error.replies = []
             if len(self.replies) < len(commands) or self.replies[len(commands) - 1][0] == 421:
                 raise
-            self.replies[len(commands):] = [(250, b"")]
+            self.replies[len(commands):] = [(250, b"")]         # as if RSET had been answered, too
         *self.replies, said, (sync, words) = self.replies
         if sync != 250:
             raise out_of_step(self.connection, "RSET", sync, words)
@@ -5086,7 +5085,9 @@ class Delivery:
             self.replies += replies
             if not any(code // 100 == 2 for code, _ in replies):
                 break
-        return self.replies.pop() if len(self.replies) == len(commands) else (503, b"")
+        if len(self.replies) == len(commands):
+            return self.replies.pop()
+        return 503, b""                 # DATA was not said: nobody was accepted who could be given this
 
     def send_data(self, code: int, text: bytes) -> ExchangeForReply:
         """As DATA's answer allows.  Returns the answer that counts."""
@@ -5387,8 +5388,8 @@ class Queue:
         text = text.encode("ascii", "backslashreplace").decode("ascii")         # RFC 6531 3.7.4
         _, answer = self.waiters.pop(entry.id)
         result = yield from self.recorder.ask("remove", entry.id, must=False)
-        if isinstance(result, OSError):         # it stays, and may come twice
-            answer(disk_reply(result))
+        if isinstance(result, Exception):       # it stays, and may come twice
+            answer(disk_reply(result if isinstance(result, OSError) else None))
             return self.put_off(one, entry, RETRY_DISK_S, str(result))
         self.leave(one, entry, "bounced")
         answer(Reply(int(code), verdict.status, text))
@@ -5550,7 +5551,8 @@ class Queue:
         entry.is_delay_told = True
         found = yield "look", entry.id
         if isinstance(found, Exception):
-            entry.is_delay_told = not isinstance(found, OSError)        # again at the next look
+            if isinstance(found, OSError):
+                entry.is_delay_told, one.next_look = False, self.now.mono + RETRY_DISK_S
             return
         told = [Verdict(person["address"], "delayed", person["last_status"] or "4.4.1",
                         person["last_response"], person["last_remote"])
@@ -5808,7 +5810,7 @@ class Deliveries:
 
     How many there are after an outage: one, which sends the canary.  The others, up to `connections`
     and as far as mail waits, are dialled meanwhile, as Destination.wanted() says, and wait.  When the
-    canary is taken 2 may send, then 4, 8 and so on: may_send()."""
+    canary is taken 2 may send, then 4, 8 and so on: _may_send()."""
 
     def __init__(self, queue: Queue) -> None:
         self.queue, self.loop, self.spool, self.log = queue, queue.loop, queue.spool, queue.log
@@ -5981,11 +5983,10 @@ class Deliveries:
         if isinstance(result, Exception):
             self.log.bug(result)
             result = Dialled(None, "internal error: %r" % result)
-        if mine.is_former or self.queue.is_stopping:
+        if mine.is_given_up or self.queue.is_stopping:
             if result.client is not None:
                 result.client.close()
-                self.attend(one)
-            return
+            return self.attend(one)
         traffic = self.of(one)
         traffic.dials.remove(mine)
         self.queue.note_hosts(one, result.hops)
@@ -6091,7 +6092,7 @@ class Deliveries:
         self.attend(one)
 
     def _mark_late(self, connection: Connection) -> None:
-        """Others go on without it, and its messages stay with it."""
+        """Others go on without it.  No canary waits any more for what is being sent now."""
         one = connection.destination
         connection.is_late = True
         fetched = {entry.id for entry, _, _ in self.of(one).fetched}
@@ -6230,13 +6231,14 @@ def judge(queue: Queue, one: Destination, connection: Connection, entry: Entry, 
     """`due`: whose turn it was; those without a verdict go in the next transaction, at once."""
     now, judged = queue.now, []
     people = {person["address"]: person for person in sidecar["recipients"] if person["state"] == QUEUED}
-    known = {verdict.address for verdict in verdicts if verdict.is_good is not True
+    once_good = {verdict.address for verdict in verdicts if verdict.is_good is not True
              and queue.recipients.is_good(verdict.address, now.wall)}
     if not connection.is_former:
-        learn(queue, one, entry, verdicts, known)
+        learn(queue, one, entry, verdicts, once_good)
     for verdict in verdicts:
         if verdict.kind == "refused":
-            is_final = one.is_final(now, people[verdict.address]["refused_since"], verdict.address in known)
+            since, was_good = people[verdict.address]["refused_since"], verdict.address in once_good
+            is_final = one.is_final(now, since, was_good)
             verdict = verdict._replace(kind="bounced" if is_final else "deferred")
         judged.append(verdict)
     if entry.id in queue.waiters:
@@ -6249,9 +6251,9 @@ def judge(queue: Queue, one: Destination, connection: Connection, entry: Entry, 
     queue.run(settle(queue, one, entry, sidecar, due, judged))
 
 
-def learn(queue: Queue, one: Destination, entry: Entry, verdicts: List[Verdict], known: Set[str]) -> None:
-    """Of the primary and of recipients; `known`: those refused that are known to be good.  A refusal is
-    no word about the recipient: it opens the question, which the primary is asked by itself."""
+def learn(queue: Queue, one: Destination, entry: Entry, verdicts: List[Verdict], once_good: Set[str]) -> None:
+    """Of the primary and of recipients.  `once_good`: those not taken now that were good before.  A refusal
+    is no word about the recipient: it opens the question, which the primary is asked by itself."""
     now, was, kinds = queue.now, one.state, {verdict.kind for verdict in verdicts}
     if "sent" in kinds:
         limit = one.limit
@@ -6259,7 +6261,7 @@ def learn(queue: Queue, one: Destination, entry: Entry, verdicts: List[Verdict],
         if one.limit > limit:           # more may send
             queue.loop.post(queue.deliveries.attend, one)
     elif kinds == {"refused"}:
-        queue.tell(one, one.on_refused(now, entry.id, known, verdicts[0].response))
+        queue.tell(one, one.on_refused(now, entry.id, once_good, verdicts[0].response))
     is_turned = one.state is Primary.REJECTING and was is not Primary.REJECTING     # its next try is set
     is_answer = was is Primary.REJECTING or any(verdict.remote for verdict in verdicts)
     is_final = kinds == {"refused"} and one.is_final(now, None, False)
@@ -6271,7 +6273,7 @@ def learn(queue: Queue, one: Destination, entry: Entry, verdicts: List[Verdict],
     for verdict in verdicts:
         if verdict.is_good:
             queue.recipients.learn(verdict.address, True, now.wall)
-        elif verdict.is_good is False and may_ask and verdict.address not in known:
+        elif verdict.is_good is False and may_ask and verdict.address not in once_good:
             queue.deliveries.ask(one, verdict.address, lambda word, text: None)
 
 
@@ -6281,14 +6283,14 @@ def settle(queue: Queue, one: Destination, entry: Entry, sidecar: Sidecar, due: 
     now, kinds = queue.now, {verdict.kind for verdict in judged}
     one.counters["deferred"] += "deferred" in kinds
     queue.is_dirty = True
-    known = {verdict.address for verdict in judged}
+    answered = {verdict.address for verdict in judged}
     before = {person["address"]: person for person in sidecar["recipients"] if person["state"] == QUEUED}
-    if kinds == {"sent"} and len(known) == len(before) and not wanted_notices(sidecar, judged):
+    if kinds == {"sent"} and len(answered) == len(before) and not wanted_notices(sidecar, judged):
         yield from queue.recorder.ask("remove", entry.id)
         one.counters["delivered"] += 1
         return queue.leave(one, entry, "delivered")
     # Not all of it is done: when is it tried again?
-    left = [person["address"] for person in due if person["address"] not in known]
+    left = [person["address"] for person in due if person["address"] not in answered]
     attempts = one.count_attempt(entry, not left)
     pause = one.pause(entry.answers + bool(left), now)
     if any(verdict.status == "4.4.2" for verdict in judged):        # it broke off
@@ -6451,8 +6453,11 @@ class Alerts:
         nobody renews."""
         now, cfg, known = self.queue.now, self.queue.cfg, self.queue.destinations.all
         for one in known.values():
-            waiting = "%d messages waiting" % len(one.entries)
-            left = one.oldest.deadline - now.mono if one.oldest else INF
+            waiting, oldest = "%d messages waiting" % len(one.entries), one.oldest
+            if oldest is not None and oldest.state is State.HELD:       # it is kept, however old it is
+                others = (entry for entry in one.entries.values() if entry.state is not State.HELD)
+                oldest = min(others, key=lambda entry: entry.received, default=None)
+            left = oldest.deadline - now.mono if oldest is not None else INF
             if one.cfg.is_notices:
                 continue
             has_lasted = one.state is Primary.DOWN and now.mono - one.since >= cfg.alerts_after
@@ -6672,7 +6677,7 @@ def list_entries(queue: Queue, meant: Sequence[Destination], what: str, _: Reque
 
 
 def say_state(one: Destination, entry: Entry, now: Now) -> Tuple[str, Optional[Time]]:
-    """An entry's state and next attempt, as the contract has them."""
+    """An entry's state and next attempt, for --queue."""
     state = {State.HELD: "held", State.SENDING: "delivering"}.get(entry.state, "queued")
     if entry.state is State.HELD or one.waits_for:
         return state, None
@@ -6724,15 +6729,19 @@ def end_idle(watch: Watch, meant: Sequence[Destination]) -> None:
                 watch.note(id, "deferred", one.trouble)
 
 
-def change_hold(queue: Queue, _: Sequence[Destination], what: str, request: Request) -> Answers:
+def change_hold(queue: Queue, meant: Sequence[Destination], what: str, request: Request) -> Answers:
+    on = request["command"] == "hold"
     done: List[Any] = []
-    count = queue.hold(what, request["command"] == "hold", done.append)
+    if not on and meant and meant[0].is_held and what in meant[0].entries:
+        yield {"error": "all of %s is held: release that" % meant[0].label, "exit": EX_TEMPFAIL}
+        return
+    count = queue.hold(what, on, done.append)
     while not done:
         yield None
     if isinstance(done[0], Exception):
         yield {"error": "cannot be recorded: %s" % printable(str(done[0])), "exit": EX_TEMPFAIL}
     else:
-        state = {"hold": "held", "release": "released"}[request["command"]]
+        state = "held" if on else "released"
         queue.log.write("qmgr", "%s: %s by command, %d messages" % (what, state, count))
         yield {"count": count, "exit": EX_OK}
 
@@ -7758,7 +7767,9 @@ class SmtpServer:
             reply, client.collects = answer_atrn(self.queue, session.username, value, session.address,
                                                  session.name, session.tls is not None)
             return reply
-        return self._commit(client, value) if what == "commit" else WAIT
+        if what == "commit":
+            return self._commit(client, value)
+        return WAIT                     # starttls: _act() goes on with that
 
     def _judge_login(self, client: Client, login: Login) -> Any:
         """None when it is right.  A name that nobody has takes as long as a wrong password."""
@@ -8234,7 +8245,7 @@ class ControlServer:
         self.close()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            spool._check_path()
+            spool.check_path()
             spool.remove_control()
             sock.bind(path)
             os.chmod(path, 0o600)       # nobody has connected yet: that needs listen()
@@ -8324,6 +8335,10 @@ class Server:
                 try:
                     fresh[key] = stack.enter_context(bind(key[1], LISTEN_BACKLOG))
                 except OSError as error:
+                    if error.errno == errno.EADDRINUSE and any(
+                            own.port == key[1].port for _, own in self.listeners):
+                        why = "%s; the relay itself has that port: restart it" % error.strerror
+                        raise OSError(error.errno, why) from None
                     if not is_spare(key[1], [where for _, where in wanted], error):
                         raise
                     self.log.write("master", "no IPv6 here: %s" % error.strerror, "warning")
@@ -8358,7 +8373,8 @@ class Server:
         return Certificate(*files) if cfg.tls_certificate and ssl is not None else None
 
     def reserve_files(self) -> None:
-        """As many descriptors as we may have.  A client may have a body and a sidecar open, too."""
+        """As many descriptors as we may have.  The spool's process inherits the limit; there a client has
+        a body and a sidecar open."""
         self.most, reserved = self.cfg.max_connections, RESERVED_FILES + OUTBOUND_MAX + PAGE_CONNECTIONS
         with contextlib.suppress(OSError, ValueError):
             soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -8906,7 +8922,7 @@ def show_queue(cfg: Config, given: argparse.Namespace) -> int:
 
 
 def read_rows(cfg: Config, what: str) -> List[Dict[str, Any]]:
-    """The contract's rows, oldest first: what the sidecars say, and what the relay knows since they were
+    """The rows of --queue, oldest first: what the sidecars say, and what the relay knows since they were
     written."""
     rows: List[Dict[str, Any]] = []
     with contextlib.closing(Spool(cfg.spool)) as spool:
