@@ -8336,7 +8336,7 @@ class Server:
                     fresh[key] = stack.enter_context(bind(key[1], LISTEN_BACKLOG))
                 except OSError as error:
                     if error.errno == errno.EADDRINUSE and any(
-                            own.port == key[1].port for _, own in self.listeners):
+                            own.endpoint.port == key[1].port for own in self.listeners.values()):
                         why = "%s; the relay itself has that port: restart it" % error.strerror
                         raise OSError(error.errno, why) from None
                     if not is_spare(key[1], [where for _, where in wanted], error):
