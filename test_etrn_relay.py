@@ -16,6 +16,7 @@ import argparse
 import ast
 import asyncio
 import base64
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -32,13 +33,13 @@ import heapq
 import hmac
 import html
 import http.client
-import importlib.util
 import io
 import ipaddress
 import itertools
 import json
 import mailbox
 import mmap
+import multiprocessing
 import os
 import plistlib
 import pathlib
@@ -83,13 +84,12 @@ MESSAGE = b"From: <a@sender.example>\r\nSubject: one\r\n\r\nHello.\r\n"
 def wait(is_so, what="", seconds=DEADLINE_S):
     """The first true value of `is_so()`; fails when it never comes."""
     end = time.monotonic() + seconds
-    while True:
+    while time.monotonic() < end:
         value = is_so()
         if value:
             return value
-        if time.monotonic() > end:
-            raise AssertionError("waited in vain for %s" % (what or is_so))
         time.sleep(0.005)
+    raise AssertionError("waited in vain for %s" % (what or is_so))
 
 
 def enter(test, context):
@@ -510,17 +510,20 @@ USUAL = {"hostname": "backup.example.net", "listen": "127.0.0.1:0", "min_free_sp
 QUICK = {"PROBE_FIRST_S": 0.05, "TRIGGER_S": 0.05, "RETRY_DISK_S": 0.2}
 STARTER = ("import json, sys; sys.path.insert(0, %r); import etrn_relay; "
            "vars(etrn_relay).update(json.loads(sys.argv[1])); sys.exit(etrn_relay.main(sys.argv[2:]))" % HERE)
-# -S: the standard library alone; other packages of this Python only make each start slow.
-PYTHON = [sys.executable, "-S", "-c", STARTER]
-COMMAND = [*PYTHON, "{}"]       # as a script would be, without compiling it each time
+
+
+def python(begin=""):
+    """The relay as a script would be, without compiling it each time; `begin` is done before.
+    -S: the standard library alone; other packages of this Python only make each start slow."""
+    return [sys.executable, "-S", "-c", begin + STARTER]
 
 
 class Relay:
-    """etrn_relay.py as a process, in a folder of its own.  start() may follow kill() or stop().
-    Options: values for CONFIG, and for constants of section 2."""
+    """etrn_relay.py as a process, in a folder of its own.  start() may follow end().
+    Options: values for CONFIG, and for constants of section 2; `begin` of python()."""
 
-    def __init__(self, folder, primary="127.0.0.1:9", **options):
-        self.folder = folder
+    def __init__(self, folder, primary="127.0.0.1:9", begin="", **options):
+        self.folder, self.begin = folder, begin
         self.file = os.path.join(folder, "etrn.conf")
         self.spool = os.path.join(folder, "spool")
         self.values = {name: options.pop(name, usual) for name, usual in USUAL.items()}
@@ -535,7 +538,7 @@ class Relay:
         save(self.file, CONFIG % self.values)
 
     def start(self):
-        process = subprocess.Popen([*PYTHON, json.dumps(self.limits), "--config", self.file],
+        process = subprocess.Popen([*python(self.begin), json.dumps(self.limits), "--config", self.file],
                                    stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
         self.process, since = process, len(self.log)
         self.reader = threading.Thread(target=self._read, args=(process,), daemon=True)
@@ -561,8 +564,7 @@ class Relay:
 
     def end(self, number=signal.SIGTERM):
         """Stop it with a signal; returns its exit status."""
-        assert self.process is not None
-        self.process.send_signal(number)
+        self.signal(number)
         status = self.process.wait(DEADLINE_S)
         self.reader.join(DEADLINE_S)
         return status
@@ -590,12 +592,16 @@ class Relay:
     def run(self, *arguments):
         return run("--config", self.file, *arguments)
 
+    def command(self, line, **options):
+        """The same in a process of its own."""
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        return subprocess.run([*python(self.begin), "{}", "--config", self.file, *line.split()], **options)
+
     def json(self, *arguments):
         return json.loads(self.run(*arguments, "--json")[1])
 
     def queue(self):
-        rows = self.json("--queue")
-        return rows
+        return self.json("--queue")
 
     def read_spool(self):
         """Returns once it has; until then it refuses or waits with what would do harm."""
@@ -622,15 +628,10 @@ def spool_files(folder):
 
 def run(*arguments):
     """The command line in this process: exit status, output, errors."""
-    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8")
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "stdin",
-                                                                                             io.StringIO()):
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    with mock.patch.multiple(sys, stdin=io.StringIO(), stdout=out, stderr=err):
         code = etrn.main(arguments)
-    texts = []
-    for stream in (out, err):
-        stream.flush()
-        texts.append(stream.buffer.getvalue().decode("utf-8"))
-    return code, texts[0], texts[1]
+    return (code, *(stream.buffer.getvalue().decode("utf-8") for stream in (out, err)))
 
 
 # -- certificates of nobody, for primary.example, localhost and 127.0.0.1, until 2120
@@ -672,15 +673,9 @@ rSRNPqYZEueS2bLNey5BS3UiU1KhRANCAAQTlSqfEkFoh0r7wzWt+nua8RyDciO3
 eP8xD59+VV4Bg7XAMQg3Rn3GI4t75/0vZM1VQnaPS4xkYH7lZ9J/5byw
 -----END PRIVATE KEY-----
 """}
-LOCKED_KEY = """\
------BEGIN ENCRYPTED PRIVATE KEY-----
-MIHrMFYGCSqGSIb3DQEFDTBJMCgGCSqGSIb3DQEFDDAbBAh0+ghcUl58RAIBATAM
-BggqhkiG9w0CCQUAMB0GCWCGSAFlAwQBAgQQvqgYjFmZAm7xLxgyJKRJhASBkGP+
-DGRxenJGubVdM8amHyJk796IwA6wdWib1Q3P99eyps09kG0M4SbPi+ESPXHWoS2p
-NLx4yB5DtH05ulwgVCox6FbvKjESbLdtELa7a7aP1VZtoTFjdXsduNlBa1bDNwOu
-wsrvA954zyk8osSizI8qhntTfsoV4SFCFDNquID7hMPGaJpB3mS9E2Bm46rP5A==
------END ENCRYPTED PRIVATE KEY-----
-"""
+# A key that asks for a passphrase, and that none opens.
+LOCKED_KEY = PEMS["one.key"].replace(
+    "KEY-----\n", "KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-256-CBC,%032d\n\n" % 0, 1)
 
 
 # -- tests
@@ -732,11 +727,16 @@ class Relays(Folder):
                 return replies.count("250 2.0.0 Ok") if replies.count("") >= 2 else 0
         wait(lambda: count() == most, "%d to be let in" % most)
 
-    def opened(self, relay, count):
-        """Connections that were greeted."""
-        socks = [connect(relay.port) for _ in range(count)]
+    def connected(self, port, count):
+        socks = [connect(port) for _ in range(count)]
         for sock in socks:
             self.addCleanup(sock.close)
+        return socks
+
+    def opened(self, relay, count):
+        """Connections that were greeted."""
+        socks = self.connected(relay.port, count)
+        for sock in socks:
             with sock.makefile("rb", 0) as lines:
                 self.assertRegex(lines.readline(), rb"\A220 [^\r]+\r\n\Z")
         return socks
@@ -765,7 +765,13 @@ class Grammar(unittest.TestCase):
                 # A-labels are never decoded to judge them
                 *((name, name) for name in ("xn--mnchen-3ya.example", "xn--fa-hia.test", "xn--0.test")),
                 ("XN--STRAE-OQA.example.", "xn--strae-oqa.example"),
-                ("a" * 63 + ".example", "a" * 63 + ".example")]):
+                ("a" * 63 + ".example", "a" * 63 + ".example"),
+                # what IDNA 2003 and 2008 encode differently is encoded by 2008
+                ("straße.example", "xn--strae-oqa.example"), ("STRAßE.example", "xn--strae-oqa.example"),
+                ("faß.test", "xn--fa-hia.test"), ("ς.example", "xn--3xa.example"),
+                ("ΟΔΟΣ.example", "xn--pxavbq.example"),     # no final sigma, though lower() makes one
+                ("نامه\u200cای.com", "xn--mgba3gch31f060k.com"),
+                ("e\u0301ß.example", "xn--zcat.example")]):
             self.assertEqual(etrn.parse_domain(text), name)
 
     def test_what_is_no_domain_is_refused(self):
@@ -773,7 +779,11 @@ class Grammar(unittest.TestCase):
                 "", ".", "..", "a..", "a..b", ".a", "-a.example", "a-.example", "a" * 64 + ".example",
                 "a." * 127 + "aa", "a b", "a\0b", "a\tb", "192.0.2.1", "192.0.2.1.", "a.1", "*", "@", "#q",
                 "../x", "%2e", "a/b", "xn---", "xn--a-ecp.ru\n", "x\n", "a" * 10000, "ü" * 5000,
-                "\u202eb.example", "[192.0.2.1]", "\udcff.example"]):
+                "\u202eb.example", "[192.0.2.1]", "\udcff.example",
+                "\u200d.example", "ß b.example", "ß\u202e.example", "ß" * 63 + ".example", "ß\0.example",
+                # an ASCII name in disguise
+                "our\u00addom.example", "\uff4furdom.example", "\u24deurdom.example",
+                "\u200bourdom.example", "ourdom\ufe0f.example", "x.\uff45xample"]):
             self.assertRaises(ValueError, etrn.parse_domain, text)
 
     def test_paths_are_taken_apart(self):
@@ -806,17 +816,10 @@ class Grammar(unittest.TestCase):
             self.assertEqual(etrn.parse_path(one, "")[0].key, etrn.parse_path(other, "")[0].key)
         self.assertNotEqual(etrn.parse_path("<u@faß.example>", "")[0].key, "u@fass.example")
 
-    def test_a_path_that_could_be_rerouted_is_known_as_such(self):
-        for text, expected in cases(self, [("<u@d.example>", False), ("<u%o.example@d.example>", True),
-                ("<o.example!u@d.example>", True), ("<@d.example:u@d.example>", True),
-                ('<"u@o.example"@d.example>', True), ("<u@[192.0.2.1]>", True), ("<|cmd@d.example>", False),
-                ("<-oX@d.example>", False), ("u%o.example@d.example", True), ("o.example!u@d.example", True),
-                ("u@[192.0.2.1]", True), ("..u%o.example..@d.example.", True)]):
-            self.assertEqual(etrn.parse_path(text, "5.1.3")[0].is_rerouting, expected)
-
     def test_xtext_has_its_form(self):
         for text in cases(self, ["abc", "a+2Bb", "QQ314159", "+00"]):
             self.assertEqual(etrn.parse_xtext(text, 100), text)
+        self.assertEqual(etrn.parse_xtext("a+2b+3D+3d", 100), "a+2B+3D+3D")     # it goes on in capitals
         for text in cases(self, [None, "", "a b", "a=b", "a+", "a+2", "a+2g", "é", "a\x7f", "x" * 101]):
             self.assertRaises(etrn.Refuse, etrn.parse_xtext, text, 100)
         self.assertEqual(etrn.decode_xtext("a+2Bb+3D"), "a+b=")
@@ -825,9 +828,11 @@ class Grammar(unittest.TestCase):
             self.assertEqual(etrn.encode_xtext(text, longest), encoded)
 
     def test_parameters_follow_their_rfcs(self):
-        self.assertEqual(etrn.parse_parameters(" size=10 SMTPUTF8 X-A=b"),
-                         {"SIZE": "10", "SMTPUTF8": None, "X-A": "b"})
-        for parse, text, value in cases(self, [(etrn.parse_notify, "never", "NEVER"),
+        for parse, text, value in cases(self, [
+                (etrn.parse_parameters, " size=10 SMTPUTF8 X-A=b",
+                 {"SIZE": "10", "SMTPUTF8": None, "X-A": "b"}),
+                (etrn.parse_parameters, "\tSIZE=1\t \tBODY=7BIT\t", {"SIZE": "1", "BODY": "7BIT"}),
+                (etrn.parse_notify, "never", "NEVER"), (etrn.parse_orcpt, "rfc822;a+3db@c", "rfc822;a+3Db@c"),
                 (etrn.parse_notify, "SUCCESS,failure", "SUCCESS,FAILURE"),
                 (etrn.parse_notify, "DELAY", "DELAY"),
                 (etrn.parse_orcpt, "rfc822;a@b.example", "rfc822;a@b.example"),
@@ -836,7 +841,7 @@ class Grammar(unittest.TestCase):
             self.assertEqual(parse(text), value)
         for parse, texts in cases(self, [
                 (etrn.parse_parameters, ["SIZE=", "SIZE=1 SIZE=2", "SIZE=1 size=1", "#$%=!@#", "=1",
-                 "SIZE = 1", "A==1", "A=\x7f"]),
+                 "SIZE = 1", "A==1", "A=\x7f", "SIZE=1\x0bX=1", "SIZE=1\x1fX=1", "SIZE\xa0=1"]),
                 (etrn.parse_notify, [None, "", "NEVER,DELAY", "FAILURE,FAILURE", "SOMETIMES", ","]),
                 (etrn.parse_orcpt, [None, "", "rfc822", "rfc822;", ";a@b", "rfc 822;a", "rfc822;a b",
                  "rfc822;" + "a" * 501]), (etrn.parse_size, [None, "", "-1", "1K", "9" * 21, "\u0663"])]):
@@ -856,7 +861,8 @@ class Grammar(unittest.TestCase):
                 (etrn.format_size, 52428800, "50M"), (etrn.format_size, 1 << 31, "2.0G"),
                 (etrn.format_delay, 0.25, "0.25"), (etrn.format_delay, 123.4, "123"),
                 (etrn.format_delay, 1e-9, "0"), (etrn.format_delay, 0.0123, "0.012"),
-                (etrn.format_delay, 9.99, "10"), (etrn.format_delay, 604800, "604800")]):
+                (etrn.format_delay, 9.99, "10"), (etrn.format_delay, 604800, "604800"),
+                (str, etrn.Endpoint("fe80::1%eth0", 25), "[fe80::1%eth0]:25")]):
             self.assertEqual(show(value), text)
 
     def test_foreign_text_is_one_printable_line(self):
@@ -871,27 +877,6 @@ class Grammar(unittest.TestCase):
         self.assertEqual(etrn.client_network("192.0.2.1"), "192.0.2.1")
         self.assertEqual(etrn.client_network("fe80::1%eth0"), etrn.client_network("fe80::2"))
         self.assertEqual(etrn.greylist_network("192.0.2.1"), etrn.greylist_network("192.0.2.254"))
-
-    def test_what_idna_2003_and_2008_encode_differently_is_encoded_by_2008(self):
-        for text, name in cases(self, [
-                ("straße.example", "xn--strae-oqa.example"), ("STRAßE.example", "xn--strae-oqa.example"),
-                ("faß.test", "xn--fa-hia.test"), ("ς.example", "xn--3xa.example"),
-                ("ΟΔΟΣ.example", "xn--pxavbq.example"),     # no final sigma, though lower() makes one
-                ("نامه\u200cای.com", "xn--mgba3gch31f060k.com"),
-                ("e\u0301ß.example", "xn--zcat.example")]):
-            self.assertEqual(etrn.parse_domain(text), name)
-        for text in cases(self, ["\u200d.example", "ß b.example", "ß\u202e.example", "ß" * 63 + ".example",
-                                 "ß\0.example",
-                                 "our\u00addom.example", "\uff4furdom.example", "\u24deurdom.example",
-                                 "\u200bourdom.example", "ourdom\ufe0f.example", "x.\uff45xample"]):
-            self.assertRaises(ValueError, etrn.parse_domain, text)
-
-    def test_lower_case_hex_goes_on_in_capitals_and_tabs_are_blanks(self):
-        self.assertEqual(etrn.parse_xtext("a+2b+3D+3d", 100), "a+2B+3D+3D")
-        self.assertEqual(etrn.parse_orcpt("rfc822;a+3db@c"), "rfc822;a+3Db@c")
-        self.assertEqual(etrn.parse_parameters("\tSIZE=1\t \tBODY=7BIT\t"), {"SIZE": "1", "BODY": "7BIT"})
-        for text in cases(self, ["SIZE=1\x0bX=1", "SIZE=1\x1fX=1", "SIZE\xa0=1"]):
-            self.assertRaises(etrn.Refuse, etrn.parse_parameters, text)
 
 
 # == 3. CONFIG =================================================================
@@ -946,12 +931,6 @@ class Configuration(Folder):
         [relay] |  | # x | hostnam = a => 4: unknown option 'hostnam' (did you mean 'hostname'?)
         [domain a.example] | max_mesage_size = 1 => \
 2: unknown option 'max_mesage_size' (did you mean 'max_message_size' in [relay]?)
-        [relay] | zzz = 1 => 2: unknown option 'zzz'
-        [relay] | file = x => 2: unknown option 'file'
-        [domain a.example] | listen = 25 => 2: unknown option 'listen'
-        [domain a.example] | name = x => 2: unknown option 'name'
-        [relay] | lifetime = 1d => 2: unknown option 'lifetime'
-        [relay] | postmaster = a@b.example => 2: unknown option 'postmaster'
         [relais] => 1: unknown section [relais] (did you mean 'relay'?)
         [Relay] => 1: unknown section [Relay] (did you mean 'relay'?)
         [DEFAULT] | lifetime = 1d => 1: unknown section [DEFAULT] (did you mean 'defaults'?)
@@ -968,21 +947,7 @@ class Configuration(Folder):
         [domain a.example] primary = mx => 1: an option before the first [section]
         [relay] | [domain a.example] x => 2: not [section], option = value, or comment
         [relay] | max_recipients = 0 => 2: max_recipients: '0' is out of range (1 to 50000)
-        [relay] | max_recipients = many => 2: max_recipients: 'many' is not a whole number
-        [relay] | max_recipients = \u0663 => 2: max_recipients: '\u0663' is not a whole number
-        [relay] | max_message_size = 5X => 2: max_message_size: '5X' is not a size
-        [relay] | command_timeout = 2h => 2: command_timeout: '2h' is out of range (1s to 1h)
-        [relay] | command_timeout = off => 2: command_timeout: 'off' is out of range (1s to 1h)
-        [relay] | command_timeout = soon => 2: command_timeout: 'soon' is not a duration
-        [relay] | command_timeout = 5 minutes => 2: command_timeout: '5 minutes' is not a duration
-        [relay] | command_timeout = -1 => 2: command_timeout: '-1' is not a duration
-        [relay] | command_timeout = 1e3 => 2: command_timeout: '1e3' is not a duration
-        [relay] | command_timeout = 5\u017f => 2: command_timeout: '5\u017f' is not a duration
-        [relay] | max_message_size = 1.5M => 2: max_message_size: '1.5M' is not a size
-        [relay] | max_message_size = 1KB => 2: max_message_size: '1KB' is not a size
-        [relay] | max_message_size = 1\u212a => 2: max_message_size: '1\u212a' is not a size
         [relay] | log_level = loud => 2: log_level: 'loud' is not one of: debug, info
-        [relay] | listen = mail.example:25 => 2: listen: 'mail.example:25' is not an address of this machine
         [relay] | listen = 127.0.0.1:70000 => 2: listen: '127.0.0.1:70000' needs a port
         [relay] | listen = => 2: listen: is empty
         [relay] | listen = , => 2: listen: is empty
@@ -991,7 +956,8 @@ class Configuration(Folder):
         [relay] | hostname = a\x0bb => 2: hostname: 'a\\x0bb' is not a host name
         [relay] | hostname = |  | max_recipients = => 4: max_recipients: is empty
         [relay] | trusted_clients = 192.0.2.1/24 => 2: trusted_clients:
-        [relay] | nameservers = dns.example => 2: nameservers: 'dns.example' is not an address
+        [relay] | nameservers = [fe80::1%a b] => 2: nameservers: '[fe80::1%a' is not an address
+        [relay] | nameservers = fe80::1%eth0:53 => 2: nameservers: 'fe80::1%eth0:53' may or may not end with
         [relay] | bare_newline = keep => 2: bare_newline: 'keep' is not one of: normalize, reject
         [relay] | domains = a..b => 2: domains: 'a..b' is not a domain
         [status] | listen = 127.0.0.1 => 2: listen: '127.0.0.1' needs a port
@@ -1018,8 +984,25 @@ class Configuration(Folder):
 => 6: this username has another password elsewhere
         """
 
+    NO_VALUES = [
+        ("max_recipients", " is not a whole number", ["many", r"\u0663"]),
+        ("max_message_size", " is not a size", ["5X", "1.5M", "1KB", r"1\u212a"]),
+        ("command_timeout", " is not a duration", ["soon", "5 minutes", "-1", "1e3", r"5\u017f"]),
+        ("command_timeout", " is out of range (1s to 1h)", ["2h", "off"]),
+        ("listen", " is not an address of this machine", ["mail.example:25", "[fe80::1%eth0]:25"]),
+        ("nameservers", " is not an address", ["dns.example", "dns%eth0"]),
+        ("nameservers", ": only a link-local address has a zone, like fe80::1%eth0", [
+            "2001:db8::1%eth0", "fe80::1%", "192.0.2.1%eth0", "169.254.0.1%eth0", "[fe80::1%a/b]:53"])]
+
     def test_each_fault_is_told_with_file_and_line(self):
         rows = [row.strip().split(" => ") for row in self.FAULTS.replace("\\\n", "").strip().split("\n")]
+        for section, *options in (("relay", "zzz", "file", "lifetime", "postmaster"),
+                                  ("domain a.example", "listen", "name")):
+            rows += [("[%s] | %s = 25" % (section, option), "2: unknown option '%s'" % option)
+                     for option in options]
+        for option, why, values in self.NO_VALUES:
+            rows += [("[relay] | %s = %s" % (option, value), "2: %s: '%s'%s" % (option, value, why))
+                     for value in values]
         for text, expected in cases(self, [*rows, [
                 "[domain a.example] | username = " + "u" * 256, "2: username: longer than 255 octets"]]):
             text, expected = (one.encode().decode("unicode_escape") for one in (text, expected))
@@ -1043,56 +1026,54 @@ class Configuration(Folder):
         for text, name, value in cases(self, [
                 ("\ufeff[relay]\nhostname = a.example\n", "hostname", "a.example"),
                 ("[relay]\r\nHostName: a.example\r\n", "hostname", "a.example"),
-                ("[relay]\nlisten = 127.0.0.1:25,   # one\n  # more\n\t[::1]:26 ; two\n  ::1\n", "listen",
-                 (("127.0.0.1", 25), ("::1", 26), ("::1", 25))),
-                ("[relay]\nlisten = 2525", "listen", (("0.0.0.0", 2525), ("::", 2525))),
-                ("[relay]\nlisten = localhost:26", "listen", (("127.0.0.1", 26), ("::1", 26))),
-                *(("[relay]\ncommand_timeout = %s\n" % text, "command_timeout", value) for text, value in (
-                    ("1.5m", 90), ("30s", 30), ("90", 90), ("1H", 3600))),
-                *(("[relay]\nmax_message_size = %s\n" % text, "max_message_size", value) for text, value in (
-                    ("512K", 524288), ("50M", 52428800), ("7", 7))),
-                ("[relay]\nmax_message_size = 1g\n", "max_message_size", 1 << 30),
-                ("[relay]\nuser = mail # the account\n", "user", "mail"),
-                 ("[relay]\nuser = none\n", "user", ""),
-                ("[relay]\nlog = stderr ; for systemd\n", "log", "stderr"),
-                 ("[relay]\nlog = l\n", "log", "/x/l"),
                 ("[relay] ; here [x]\n# and\n; there\nmax_recipients = 7   # few\n", "max_recipients", 7),
-                ("[relay]\nspool = a#1 #2\n", "spool", "/x/a#1"),
-                 ("[tls]\ncertificate = none\n", "tls_certificate", ""),
+                ("[tls]\ncertificate = none\n", "tls_certificate", ""),
                 ("[status]\nlisten = 8025\n", "status_listen", ("0.0.0.0", 8025)),
                 ("[bounces]\nusername = u\npassword = a;b # %d = c\n", "bounces_password", "a;b # %d = c"),
                 ("[bounces]\nusername = ü\npassword = file:pw\n", "bounces_password", "file:/x/pw"),
                 ("[alerts]\ncommand = logger %(x)s; true # it\n", "alerts_command",
-                 "logger %(x)s; true # it")]):
+                 "logger %(x)s; true # it"),
+                *(("[relay]\n%s = %s\n" % (name, text), name, value) for name, text, value in (
+                    ("hostname", "B.example.", "b.example"),
+                    ("listen", "127.0.0.1:25,   # one\n  # more\n\t[::1]:26 ; two\n  ::1",
+                     (("127.0.0.1", 25), ("::1", 26), ("::1", 25))),
+                    ("listen", "2525", (("0.0.0.0", 2525), ("::", 2525))),
+                    ("listen", "localhost:26", (("127.0.0.1", 26), ("::1", 26))),
+                    ("command_timeout", "1.5m", 90), ("command_timeout", "30s", 30),
+                    ("command_timeout", "90", 90), ("command_timeout", "1H", 3600),
+                    ("max_message_size", "512K", 524288), ("max_message_size", "50M", 52428800),
+                    ("max_message_size", "7", 7), ("max_message_size", "1g", 1 << 30),
+                    ("user", "mail # the account", "mail"), ("user", "none", ""),
+                    ("log", "stderr ; for systemd", "stderr"), ("log", "l", "/x/l"),
+                    ("spool", "a#1 #2", "/x/a#1"),
+                    ("nameservers", "fe80::1%eth0", (("fe80::1%eth0", 53),)),
+                    ("nameservers", "[FE80:0::1%br-lan.2]:54", (("fe80::1%br-lan.2", 54),)),
+                    ("nameservers", "192.0.2.1:54", (("192.0.2.1", 54),)),
+                    ("nameservers", "/a/file", "/a/file"),
+                    ("nameservers", "./resolv.conf", "/x/./resolv.conf")))]):
             self.assertEqual(getattr(etrn.parse_config(text, "/x/etrn.conf"), name), value)
-        for section, text, name, value in cases(self, [
-                ("[domain\tA.Example]", "xclient = on", "xclient", True),
-                ("[ domain  a.example ]", "cutthrough = No", "cutthrough", False),
-                ("[domain a.example]", "max_queue_size = none", "max_queue_size", None),
-                ("[domain a.example]", "delay_notice = 4h", "delay_notice", 14400),
-                ("[domain a.example]", "lifetime = 2w", "lifetime", 1209600),
-                ("[domain a.example]", "lifetime = 7d", "lifetime", 604800),
-                ("[domain a.example]", "delay_notice = Off", "delay_notice", 0),
-                ("[domain a.example]", "retry_interval = 2h", "max_retry_interval", 7200),
-                ("[domain a.example]", "max_retry_interval = 5s", "max_retry_interval", 5),
-                ("[domain a.example]", "tls = SHA256:" + "AB:" * 31 + "cd", "tls",
-                 "sha256:" + "ab" * 31 + "cd"),
-                ("[domain a.example]", "recipients = U@A.Example,\n  v@a.example\n", "recipients",
-                 {"u@a.example", "v@a.example"}),
-                ("[domain a.example]", "recipients = file:r", "recipients", "file:/x/r"),
-                ("[domain a.example]", "primary = [2001:db8::1]\n  mail.example:26", "primary",
-                 (("2001:db8::1", 25), ("mail.example", 26)))]):
-            cfg = etrn.parse_config("%s\n%s\n" % (section, text), "/x/etrn.conf")
+        for section, name, text, value in cases(self, [
+                ("[domain\tA.Example.]", "xclient", "on", True),
+                ("[ domain  a.example ]", "cutthrough", "No", False),
+                *(("[domain a.example]", "xclient", word, word in "yes On 1 True")
+                  for word in "yes On 1 True no false 0 OFF".split()),
+                *(("[domain a.example]", name, text, value) for name, text, value in (
+                    ("max_queue_size", "none", None), ("max_retry_interval", "5s", 5),
+                    ("delay_notice", "4h", 14400), ("delay_notice", "Off", 0),
+                    ("lifetime", "2w", 1209600), ("lifetime", "7d", 604800),
+                    ("tls", "SHA256:" + "AB:" * 31 + "cd", "sha256:" + "ab" * 31 + "cd"),
+                    ("recipients", "U@A.Example,\n  v@a.example.\n", {"u@a.example", "v@a.example"}),
+                    ("recipients", "file:r", "file:/x/r"),
+                    ("primary", "[fe80::1%eth0]:25, fe80::2%2", (("fe80::1%eth0", 25), ("fe80::2%2", 25))),
+                    ("primary", "[2001:db8::1]\n  mail.example.:26",
+                     (("2001:db8::1", 25), ("mail.example", 26)))))]):
+            cfg = etrn.parse_config("%s\n%s = %s\n" % (section, name, text), "/x/etrn.conf")
             self.assertEqual(getattr(cfg.domain("a.example"), name), value)
-
-    def test_yes_and_no_are_said_in_every_common_way(self):
-        for word in cases(self, "yes On 1 True no false 0 OFF".split()):
-            cfg = config("", "xclient = %s\ncutthrough = %s" % (word, word)).domain(DOMAIN)
-            self.assertEqual((cfg.xclient, cfg.cutthrough), (word in "yes On 1 True",) * 2)
+        self.assertEqual(config("", "retry_interval = 2h").domain(DOMAIN).max_retry_interval, 7200)
 
     def test_values_reach_their_domain_by_defaults_and_sections(self):
         cfg = etrn.parse_config(
-            "[relay]\ndomains = plain.example, .wild.example Own.example\n[defaults]\nlifetime = 2d\n"
+            "[relay]\ndomains = plain.example., .wild.example. Own.example\n[defaults]\nlifetime = 2d\n"
             "[domain own.example]\nlifetime = 1h\nprimary = mail.own.example:26, [2001:db8::1]:27 192.0.2.1",
             "/x")
         for name, lifetime in cases(self, [("plain.example", 172800), ("own.example", 3600),
@@ -1132,33 +1113,8 @@ class Configuration(Folder):
 
     def test_a_file_that_is_not_utf8_is_told_with_its_line(self):
         file = self.path("etrn.conf")
-        with open(file, "wb") as stream:
-            stream.write(b"[relay]\n# caf\xe9\n")
+        write_files(self.folder, {"etrn.conf": b"[relay]\n# caf\xe9\n"})
         self.assertEqual(run("--config", file, "--status"), (78, "", "%s:2: not UTF-8\n" % file))
-
-    def test_link_local_servers_have_their_zone(self):
-        for text, where in cases(self, [
-                ("fe80::1%eth0", ("fe80::1%eth0", 53)), ("[fe80::1%eth0]:54", ("fe80::1%eth0", 54)),
-                ("[FE80:0::1%br-lan.2]", ("fe80::1%br-lan.2", 53)), ("192.0.2.1:54", ("192.0.2.1", 54))]):
-            self.assertEqual(config("nameservers = " + text).nameservers, (where,))
-        cfg = config("", "primary = [fe80::1%eth0]:25, fe80::2%2").domain(DOMAIN)
-        self.assertEqual(cfg.primary, (("fe80::1%eth0", 25), ("fe80::2%2", 25)))
-        self.assertEqual(str(cfg.primary[0]), "[fe80::1%eth0]:25")
-        for text in cases(self, ["2001:db8::1%eth0", "fe80::1%", "192.0.2.1%eth0", "[fe80::1%a b]",
-                "[fe80::1%a/b]:53", "fe80::1%eth0:53", "dns%eth0", "169.254.0.1%eth0"]):
-            self.assertRaises(etrn.ConfigError, config, "nameservers = " + text)
-        self.assertRaises(etrn.ConfigError, config, "listen = [fe80::1%eth0]:25")
-        for text, path in cases(self, [("/a/file", "/a/file"), ("./resolv.conf", "/nowhere/./resolv.conf")]):
-            self.assertEqual(config("nameservers = " + text).nameservers, path)
-
-    def test_a_final_dot_of_a_domain_is_dropped(self):
-        cfg = etrn.parse_config("[relay]\nhostname = B.example.\ndomains = a.example. .w.example.\n[domain "
-                                "C.example.]\nprimary = mail.c.example.:26\nrecipients = u@c.example.\n",
-                                "/x")
-        self.assertEqual(cfg.hostname, "b.example")
-        self.assertEqual(list(cfg.domains), ["a.example", ".w.example", "c.example"])
-        self.assertEqual((cfg.domain("c.example").primary, cfg.domain("c.example").recipients),
-                         ((("mail.c.example", 26),), {"u@c.example"}))
 
     def test_u_labels_are_served_by_their_a_label_unless_programs_disagree_about_it(self):
         cfg = etrn.parse_config("[relay]\ndomains = münchen.example xn--strae-oqa.example xn--a.test", "/x")
@@ -1283,17 +1239,13 @@ class Logs(Folder):
             log.write("smtpd", "failed %d" % number, "warning")
             log.write("smtpd", "client")                # one message's lines are not notable
             log.write("primary", "detail", "debug")
-            log.write("flush", "etrn %d" % (number // 99))
-        texts = [(service, text, level) for _, service, text, level in log.notable]
-        self.assertEqual(len(texts), etrn.NOTABLE_MAX)
-        self.assertEqual(texts[-2:], [("smtpd", "failed 99", "warning"), ("flush", "etrn 1", "info")])
+        self.assertEqual(log.notable[0][1:], ("primary", "down", "info"))
+        for number in range(100):
+            log.write("flush", "etrn %d" % number)
+        texts = [text for _, _, text, _ in log.notable]
+        self.assertEqual((len(texts), texts[-1], "failed 99" in texts), (etrn.NOTABLE_MAX, "etrn 99", True))
         log.write("master", "x" * 9999)
         self.assertEqual(len(log.notable[-1][2]), etrn.LOG_TEXT_MAX)
-        log = etrn.Log("stderr", "error", "x")
-        log.write("primary", "down")
-        for number in range(100):
-            log.write("smtpd", "failed %d" % number, "warning")
-        self.assertEqual(log.notable[0][1:], ("primary", "down", "info"))
 
     def test_syslog_gets_the_tag_and_the_priority_of_each_event(self):
         calls = []
@@ -1787,19 +1739,14 @@ class Sessions(unittest.TestCase):
 
     def test_no_reply_precedes_the_question(self):
         """Each command waits for what the server is asked, and gets its own answer."""
-        chance, session = random.Random(7), new_session()
-        session.greet()
-        session.receive(b"EHLO x\r\nMAIL FROM:<>\r\n")
-        session.resume(None)
-        expected = [chance.choice([250, 450, 550, 452]) for _ in range(200)]
-        replies = b""
-        actions = session.receive(b"".join(b"RCPT TO:<u%d@ourdom.example>\r\n" % one for one in range(200)))
-        for code in expected:
-            self.assertIsInstance(actions[-1], etrn.Ask)
-            replies += b"".join(one.data for one in actions if isinstance(one, etrn.Send))
-            actions = session.resume(None if code == 250 else etrn.Reply(code, "", "no"))
-        replies += b"".join(one.data for one in actions if isinstance(one, etrn.Send))
-        self.assertEqual([int(line[:3]) for line in replies.splitlines()], expected)
+        chance = random.Random(7)
+        codes = [chance.choice([250, 450, 550, 452]) for _ in range(200)]
+        answers = iter([None if code == 250 else etrn.Reply(code, "", "no") for code in codes])
+        people = b"".join(b"RCPT TO:<u%d@ourdom.example>\r\n" % one for one in range(200))
+        player = play(b"EHLO x\r\nMAIL FROM:<>\r\n" + people, answers={"rcpt": lambda _: next(answers)})
+        self.assertEqual(player.codes[3:], list(map(str, codes)))
+        events = [what for what, _ in player.actions if what != "note"]
+        self.assertEqual(events[-400:], ["rcpt", "send"] * 200)
 
     def test_our_received_field_is_in_form_whatever_the_client_said(self):
         for helo, name, protocol in cases(self, [
@@ -1832,7 +1779,7 @@ VECTORS = [b"\n.\n", b"\n.\r", b"\r.\n", b"\r.\r", b"\n.\r\n", b"\r.\r\n", b"\r\
     b".\r", b".\n", b"\r\n..\r.\n", b"\n\n.\r\n", b"\n..\r\n", b"\n..\n", b"\r\n.\n.\r\n", b"\n.\r\r\n",
     b"\r\n..\r\n"]
 EVIL = b"MAIL FROM:<evil@x.example>\r\nRCPT TO:<victim@ourdom.example>\r\nDATA\r\nSubject: evil\r\n\r\nevil"
-FRONTS = [b"", b"Subject: x\r\n\r\ntext", b"Subject: x\r\n\r\n..\r\n", b"x\r\n..\r\n", b"x\n"]
+FRONTS = [b"", b"x", b"Subject: x\r\n\r\ntext", b"Subject: x\r\n\r\n..\r\n", b"x\r\n..\r\n", b"x\n"]
 OPENING = b"EHLO x\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<u@ourdom.example>\r\n"
 
 
@@ -1880,16 +1827,10 @@ class Smuggling(unittest.TestCase):
             stream = OPENING + b"DATA\r\n" + raw + b".\r\nQUIT\r\n"
             at = len(OPENING) + 6 + len(front)
             cuts = [(), range(len(stream))]
-            cuts += [(offset,) for offset in range(at - 3, at + len(vector) + 4)]
+            cuts += [(offset,) for offset in (
+                range(len(stream)) if front == b"x" else range(at - 3, at + len(vector) + 4))]
             cuts += [(offset, offset + 1) for offset in range(at - 2, at + len(vector) + 2)]
             self.check(stream, cuts, mended(unstuffed(raw)), ["354", "250", "221"])
-
-    def test_no_vector_at_any_cut_of_the_whole_stream(self):
-        for vector in cases(self, VECTORS):
-            raw = b"x" + vector + EVIL + b"\r\n"
-            stream = OPENING + b"DATA\r\n" + raw + b".\r\n"
-            self.check(stream, [(offset,) for offset in range(len(stream))], mended(unstuffed(raw)),
-                ["354", "250"])
 
     def test_no_vector_within_bdat_nor_between_two_chunks(self):
         for vector, front in cases(self, itertools.product(VECTORS, FRONTS)):
@@ -2022,7 +1963,8 @@ class Addresses(unittest.TestCase):
         <"u@other.example"@ourdom.example> <"u@ourdom.example"@other.example> <u@evilourdom.example>
         <u@ourdom.example.evil.example> <u@example> <u@our_dom.example> <%2e%2e%2f@ourdom.example>
         <u@wild.example> <u@xwild.example> <u@xn--ourdom-xx.example> u@other.example \t<u@other.example>
-        u%other.example@ourdom.example other.example!u@ourdom.example <u@other.example.>""".split()
+        u%other.example@ourdom.example other.example!u@ourdom.example <u@other.example.> u@[192.0.2.1]
+        ..u%other.example..@ourdom.example.""".split()
     NO_PATHS = r"""
         <u@other.example@ourdom.example> <u@ourdom.example@other.example> <u@> <@ourdom.example> <> <u> < >
         >< <u@ourdom.example>\x20<v@other.example> <u@ourdom.example>\t<v@other.example>
@@ -3056,9 +2998,9 @@ class SpoolPeople(Folder):
             for number, (sidecar, data) in enumerate(self.spool.read(["ABCDE1", "ABCDE101"])):
                 domain = people[number].partition("@")[2]
                 self.assertEqual(data, MESSAGE)
-                self.assertEqual({**sidecar, **dict.fromkeys(("size", "sha256", "recipients"))}, {
-                    **old, **dict.fromkeys(("size", "sha256", "recipients")), "format": 2, "domain": domain,
-                    "id": found[number].id, "held": is_held[number]})
+                kept = {key: sidecar[key] for key in ("size", "sha256", "recipients")}
+                self.assertEqual(sidecar, {**old, **kept, "format": 2, "domain": domain,
+                                           "id": found[number].id, "held": is_held[number]})
                 self.assertEqual([{**person, "domain": domain} for person in sidecar["recipients"]],
                                  [person for person in old["recipients"] if person["domain"] == domain])
             self.assertEqual(self.spool.remove(["ABCDE1", "ABCDE101"]), [None, None])
@@ -7278,8 +7220,6 @@ class Commands(Relays):
             code, text, _ = relay.run("--export", DOMAIN)
             self.assertEqual((code, re.findall(r"(?m)^From (\S+) \w{3} \w{3} ", text), len(relay.files())),
                              (0, ["one@x.example", "MAILER-DAEMON"], 6))
-            self.assertIn("\n>From here\n>>From there\n", text)
-            self.assertIn("X-Envelope-To: <b@%s>\n" % DOMAIN, text)
 
     def test_hold_release_and_delete_one_message_a_domain_and_all(self):
         for relay in self.both():
@@ -7328,11 +7268,8 @@ class Commands(Relays):
         relay.end(signal.SIGKILL)
         for id, old, new in ((finished, '"state":"queued"', '"state":"delivered"'),
                              (late, '"received":17', '"received":16')):
-            with open(relay.at(id + ".json"), "r+", encoding="ascii") as file:
-                text = file.read()
-                file.seek(0)
-                file.write(text.replace(old, new))
-                file.truncate()
+            path = relay.at(id + ".json")
+            save(path, load(path).replace(old, new))
         with open(relay.at(grown + ".eml"), "ab") as file:
             file.write(b"x")
 
@@ -7352,8 +7289,7 @@ class Commands(Relays):
     def test_a_bug_in_a_command_does_not_leave_it_waiting(self):
         relay = self.relay(LIST_BATCH=0)        # a step of nothing: range() does not like it
         relay.send()
-        command = [*COMMAND, "--config", relay.file, "--queue"]
-        done = subprocess.run(command, capture_output=True, timeout=DEADLINE_S, check=False)
+        done = relay.command("--queue", timeout=DEADLINE_S)
         self.assertEqual((done.returncode, done.stderr), (69, b"etrn_relay.py: the relay broke off\n"))
 
     def test_usage_help_and_errors_of_the_configuration(self):
@@ -7576,6 +7512,7 @@ STATUS_PAGE = "[status]\nlisten = 127.0.0.1:0\n"
 
 
 class PageRelays(Relays):
+    """Tests with a relay that has a status page."""
 
     def page(self, relay, since=0):
         return int(relay.logged(r"status page on http://127\.0\.0\.1:(\d+)/", since).group(1))
@@ -7588,7 +7525,7 @@ class PageRelays(Relays):
     def raw(self, port, data):
         with connect(port) as sock:
             sock.sendall(data)
-            return b"".join(iter(lambda: sock.recv(65536), b""))
+            return read_all(sock)
 
 
 class PageOverHttp(PageRelays):
@@ -7625,7 +7562,7 @@ class PageOverHttp(PageRelays):
         self.assertEqual([line for line in self.running.log if "Traceback" in line], [])
 
     def test_the_token_guards_all_but_healthz(self):
-        port = self.serve("s3cret:x")
+        port = self.serve("s3cret:x", LOGIN_FAILED_S=0.01)
         for given, status in cases(self, [
                 *((given, 200) for given in (
                     "Bearer s3cret:x", "bearer  s3cret:x", basic("any", "s3cret:x"), basic("", "s3cret:x"))),
@@ -7654,21 +7591,18 @@ class PageOverHttp(PageRelays):
     def test_twenty_readers_at_once_wait_their_turn(self):
         """None of them is reset."""
         port = self.serve(PAGE_CONNECTIONS=4)
-        readers = [connect(port) for _ in range(25)]
-        for sock in readers:
-            self.addCleanup(sock.close)
+        readers = self.connected(port, 25)
         for sock in readers:
             sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         for sock in readers:
-            with sock:                  # which makes room for the next
-                answer = b"".join(iter(functools.partial(sock.recv, 65536), b""))
+            answer = read_all(sock)
+            sock.close()                # which makes room for the next
             self.assertEqual((answer[9:12], answer[-8:]), (b"200", b"</html>\n"))
 
     def test_slow_clients_neither_block_nor_stay(self):
         port = self.serve(PAGE_TOTAL_S=1.0)
-        slow = [connect(port) for _ in range(5)]
+        slow = self.connected(port, 5)
         for sock in slow:
-            self.addCleanup(sock.close)
             sock.sendall(b"GET / HTT")
         self.assertEqual(fetch(port, "/healthz")[0], 200)
         for sock in slow:
@@ -7695,8 +7629,7 @@ class PageOverHttp(PageRelays):
              "the delivery to be counted")
         self.assertIn("%s: down: connect to " % DOMAIN, fetch(port)[2])
         self.assertEqual(relay.end(), 0)
-        with open(relay.at("history.json"), encoding="ascii") as file:
-            (_, peak, state), *_ = json.load(file)["domains"][DOMAIN]
+        (_, peak, state), *_ = json.loads(load(relay.at("history.json")))["domains"][DOMAIN]
         self.assertEqual((peak, state), (1, "down"))
         mark = len(relay.log)
         relay.start()
@@ -7964,8 +7897,7 @@ class Terminal(unittest.TestCase):
         for size in cases(self, range(1, 9)):           # however it is read
             blocks = [message[at:at + size] for at in range(0, len(message), size)]
             self.assertEqual(b"".join(etrn.format_mbox(self.sidecar, blocks)), whole)
-        data = whole
-        self.assertEqual(data.split(b"\n"), [
+        self.assertEqual(whole.split(b"\n"), [
             b"From a_b_@b.example_From_x Tue Nov 25 19:37:52 2025",
             b"X-Envelope-From: <a b\xc3\xa9@b.example_From x>",
             b"X-Envelope-To: <u@example.com_X: y?>", b"Subject: x", b"", b">From here", b">>From there", b"",
@@ -8045,7 +7977,7 @@ class Units(Folder):
                  'procd_set_param() { [ "$1" != command ] || { shift; printf "%s\\n" "$@"; }; }\n',
                  "start_service\n")]):
             done = subprocess.run(["sh", "-c", prelude + self.unit(kind, "", self.NASTY) + script],
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+                                  capture_output=True)
             self.assertEqual((done.returncode, done.stderr), (0, b""))
             self.assertEqual(done.stdout.decode("utf-8").split("\n"), [*command, ""])
         read = plistlib.loads(self.unit("launchd", name=self.NASTY).encode("utf-8"))
@@ -8097,19 +8029,15 @@ class Probes(Relays):
                 ("greeting", "no answer", 69), ("EHLO", "no answer", 69), ("RCPT", "timed out", 75)]):
             primary = self.primary(**{stage: HANG}).start()
             with shorten(PROBE_REPLY_S=0.3, PROBE_HOSTS_S=0.5):
-                began = time.monotonic()
                 code, host, _ = self.probe(primary.address)
-            self.assertLess(time.monotonic() - began, DEADLINE_S)
             self.assertEqual((code, text in host["error"]), (status, True))
         with Dns({}, mangle=lambda packet: None) as dns, shorten(PROBE_ROUTE_S=0.2):
-            began = time.monotonic()
             relay = Relay(self.folder, "mx", nameservers=str(dns.endpoint))
             code, out, _ = relay.run("--probe", DOMAIN, "--json")
-            self.assertLess(time.monotonic() - began, DEADLINE_S)
         self.assertEqual((code, json.loads(out)["hosts"], "no answer" in out), (69, [], True))
 
     def test_the_certificate_is_shown_and_the_policy_of_the_domain_holds(self):
-        files = make_certificate(self, self.folder, "mx.primary.example")
+        files = make_certificate(self, "mx.primary.example")
         primary = self.primary(SecurePrimary, files[0]).start()
         pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(load(files[0]))).hexdigest()
         for policy in cases(self, ["may", "require", "sha256:" + pin]):
@@ -8189,8 +8117,7 @@ class Checks(Relays):
                 ("error", "/users: [SSL]", {"bounces": "[tls]\ncertificate = users\nkey = users"}),
                 ("error", "cannot write", {"relay": "log = none/relay.log"})]):
             self.found(level, text, **options)
-        with open(self.path("spool"), "wb"):
-            pass
+        save(self.path("spool"), "")
         self.found("error", "spool is not a directory")
 
     def test_the_spool_must_be_of_use_to_its_account(self):
@@ -8210,8 +8137,8 @@ class Checks(Relays):
         os.chmod(lock, 0o600)
         self.found("error", "nobody cannot write " + lock, relay="user = nobody")
         os.chown(lock, nobody, -1)
-        with open(os.open(secret, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
-            file.write("u@%s\n" % DOMAIN)       # root reads it, and then is root no more
+        save(secret, "u@%s\n" % DOMAIN)
+        os.chmod(secret, 0o600)                     # root reads it, and then is root no more
         for text, options in cases(self, [
                 (secret + ": Permission denied", {"domain": "username = u\npassword = file:" + secret}),
                 (secret + ": Permission denied", {"domain": "recipients = file:" + secret}),
@@ -8257,18 +8184,10 @@ class Checks(Relays):
         self.addCleanup(done.set)
         hang = mock.patch.object(etrn.Resolver, "query", lambda *_: done.wait(2 * DEADLINE_S))
         with shorten(CHECK_S=0.3), hang:
-            began = time.monotonic()
             self.found("warning", "no answer in time")
-            self.assertLess(time.monotonic() - began, DEADLINE_S)
 
 
 # -- what nears its end
-
-def clocked(clock):
-    """The relay's two clocks are this one."""
-    return shorten(time=types.SimpleNamespace(
-        **dict(vars(time), monotonic=lambda: clock.mono, time=lambda: clock.wall)))
-
 
 @contextlib.contextmanager
 def idle_server(test, text="", domain=""):
@@ -8286,11 +8205,11 @@ def idle_server(test, text="", domain=""):
         spool.close()
 
 
-def make_certificate(test, folder, name="backup.example.net", days=30):
+def make_certificate(test, name="backup.example.net", days=30):
     """A real one, self-signed: its file and its key's."""
     if not shutil.which("openssl"):
         test.skipTest("openssl is not installed")
-    files = os.path.join(folder, name + ".pem"), os.path.join(folder, name + ".key")
+    files = test.path(name + ".pem"), test.path(name + ".key")
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days %d" % days
     subprocess.run([*command.split(), "-subj", "/CN=" + name, "-addext", "subjectAltName=DNS:" + name,
                     "-out", files[0], "-keyout", files[1]], check=True, stderr=subprocess.DEVNULL)
@@ -8308,7 +8227,7 @@ class Watchfulness(Folder):
         return ["%(event)s: %(text)s" % call[0][0] for call in told.call_args_list]
 
     def test_a_certificate_that_nobody_renews_is_told_once_a_day(self):
-        files, clock = make_certificate(self, self.folder, days=16), Clock()
+        files, clock = make_certificate(self, days=16), Clock()
         clock.wall = time.time()
         text = "min_free_space = 0\n[alerts]\nmail = a@b.example\n[tls]\ncertificate = %s\nkey = %s\n" % files
         with idle_server(self, text) as server, mock.patch.object(server.queue.alerts, "_mail") as told:
@@ -8319,7 +8238,7 @@ class Watchfulness(Folder):
                                  ["certificate: the certificate %s %s" % (files[0], expires)] * bool(expires))
             with mock.patch.object(ssl, "_ssl", None):      # this Python cannot read dates
                 self.assertEqual(etrn.read_certificate_end(files[0]), 0.0)
-            make_certificate(self, self.folder, days=90)    # no client asks for STARTTLS, and yet it is seen
+            make_certificate(self, days=90)    # no client asks for STARTTLS, and yet it is seen
             self.assertEqual(self.swept(server, told, clock, 86500), [])
             self.assertAlmostEqual(server.certificate.end, time.time() + 90 * 86400, delta=60)
 
@@ -8336,7 +8255,9 @@ class Watchfulness(Folder):
     def test_an_idle_relay_and_one_in_a_long_outage_wake_once_a_second(self):
         for count, most in cases(self, [(0, 3610), (2, 4100)]):     # the primary is tried now and then
             clock, text = Clock(), "probe_interval = 1h\n[alerts]\nafter = 5m\n"
-            with clocked(clock), idle_server(self, "min_free_space = 0\n", text) as server:
+            clocks = dict(vars(time), monotonic=lambda: clock.mono, time=lambda: clock.wall)    # noqa: B023
+            with shorten(time=types.SimpleNamespace(**clocks)), idle_server(
+                    self, "min_free_space = 0\n", text) as server:
                 server.started = clock.mono
                 server.start()
                 for number in range(count):
@@ -8399,7 +8320,6 @@ class LogReaders(Relays):
         self.assertEqual(len(re.findall(r"(?m)^\| +127\.0\.0\.1 ", text)), 3)
 
 
-
 def program(name):
     """The path of a real program; its test is skipped where there is none."""
     path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
@@ -8411,15 +8331,11 @@ def program(name):
 class Misuse(Relays):
     """Odd commands, odd terminals, odd owners."""
 
-    def command(self, relay, line, **options):
-        options = dict({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "check": False}, **options)
-        return subprocess.run([*COMMAND, "--config", relay.file, *line.split()], **options)
-
     def terminal(self, relay, line, answer=b""):
         """A command whose input and output are a terminal: exit status and what it showed."""
         master, slave = os.openpty()
         with os.fdopen(master, "rb", buffering=0) as screen:
-            process = subprocess.Popen([*COMMAND, "--config", relay.file, *line.split()],
+            process = subprocess.Popen([*python(), "{}", "--config", relay.file, *line.split()],
                                        stdin=slave, stdout=slave, stderr=slave)
             os.close(slave)
             os.write(master, answer)
@@ -8447,10 +8363,10 @@ class Misuse(Relays):
             self.assertEqual((code, out, errors.count("\n")), (1, "", 1), errors)
         if not os.path.exists("/etc/etrn.conf"):
             environment = {key: value for key, value in os.environ.items() if key != "ETRN_RELAY_CONFIG"}
-            done = subprocess.run([*COMMAND, "--queue"], cwd=os.path.dirname(self.folder), env=environment,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+            done = subprocess.run([*python(), "{}", "--queue"], cwd=os.path.dirname(self.folder),
+                                  env=environment, stderr=subprocess.PIPE)
             self.assertEqual(done.returncode, 78)
-            self.assertIn(b"neither ./etrn.conf nor /etc/etrn.conf", done.stdout)
+            self.assertIn(b"neither ./etrn.conf nor /etc/etrn.conf", done.stderr)
 
     def test_a_hold_of_subdomains_or_of_all_holds_the_first_mail_too(self):
         relay = self.relay(self.primary().start())
@@ -8477,14 +8393,14 @@ class Misuse(Relays):
             relay.send()
         relay.end()
         for answer, code in cases(self, [(b"", 64), (b"n\n", 0)]):
-            done = self.command(relay, "--delete all", input=answer)
+            done = relay.command("--delete all", input=answer)
             self.assertEqual((done.returncode, len(relay.queue())), (code, 2), done)
         code, shown = self.terminal(relay, "--delete all", b"\n")
         self.assertEqual((code, len(relay.queue())), (0, 2))
         self.assertIn("Really delete all queued mail?", shown)
-        done = self.command(relay, "--bounce " + relay.queue()[0]["id"])
+        done = relay.command("--bounce " + relay.queue()[0]["id"])
         self.assertEqual(done.returncode, 0, done)                  # one message: nobody is asked
-        done = self.command(relay, "--delete all", input=b"y\n")
+        done = relay.command("--delete all", input=b"y\n")
         self.assertEqual((done.returncode, relay.files()), (0, []))
 
     def test_mail_expires_without_a_daemon_too(self):
@@ -8517,7 +8433,7 @@ class Misuse(Relays):
         relay.send(sender="j\u00f6rg@sender.example", parameters=" SMTPUTF8", recipients=people)
         relay.end()
         with open(self.path("mbox"), "wb") as out:
-            self.command(relay, "--export " + DOMAIN, stdout=out, check=True)
+            relay.command("--export " + DOMAIN, stdout=out, check=True)
         with contextlib.closing(mailbox.mbox(out.name)) as box:
             mails = [box.get_bytes(key).split(b"\n\n", 1)[1] for key in box.keys()]
             self.assertEqual(box[len(bodies)].get_from().split()[0], "j_rg@sender.example")
@@ -8529,7 +8445,7 @@ class Misuse(Relays):
         self.assertEqual(re.findall("X-Envelope-To: <(.*)>", text), people[1:])
         if os.path.exists("/dev/full"):
             with open("/dev/full", "wb") as full:
-                done = self.command(relay, "--export all", stdout=full)
+                done = relay.command("--export all", stdout=full)
             self.assertEqual((done.returncode, done.stderr[:29]), (75, b"etrn_relay.py: No space left "))
 
     def test_neither_a_reader_that_leaves_nor_one_that_knows_only_ascii_is_an_error(self):
@@ -8545,7 +8461,7 @@ class Misuse(Relays):
                 ("--export " + DOMAIN, leaves), ("--export " + DOMAIN, ascii),
                 ("--show %s --raw" % id, leaves), ("--show " + id, ascii),
                 ("--queue", ascii), ("--queue --json", leaves), ("--help", leaves)]):
-            done = self.command(relay, line, **options)
+            done = relay.command(line, **options)
             self.assertEqual((done.returncode, done.stderr), (0, b""))
 
     @unittest.skipUnless(os.geteuid() == 0, "needs root, to become another account")
@@ -8565,7 +8481,7 @@ class Misuse(Relays):
         for user, why in cases(self, [("nosuch", b"there is no such account"),
                                       ("nobody", b"that account cannot write the spool")]):
             relay.write_config(relay="user = " + user)
-            done = self.command(relay, "")
+            done = relay.command("")
             self.assertEqual((done.returncode, why in done.stderr), (78, True), done.stderr)
 
     def test_what_the_configuration_names_must_be_there_before_a_port_is_bound(self):
@@ -8585,8 +8501,7 @@ class Outage(Relays):
     def test_the_demonstration_works_and_leaves_nothing(self):
         done = subprocess.run(
             [sys.executable, "-S", SOURCE, "--demo"], cwd=self.folder,
-            env=dict(os.environ, TMPDIR=self.folder),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False)
+            env=dict(os.environ, TMPDIR=self.folder), capture_output=True)
         self.assertEqual((done.returncode, done.stderr, os.listdir(self.folder)), (0, b"", []))
         for word in (b"sender4@example.org", b"253 2.0.0 OK, 5 pending", b"Nothing was lost"):
             self.assertIn(word, done.stdout)
@@ -8618,8 +8533,8 @@ class Outage(Relays):
             if "glibc" in platform.libc_ver()[0]:       # which can be asked to give back what is free
                 # 3.12 alone keeps the file's syntax tree to the end
                 limit_mb = 45 if sys.version_info[:2] == (3, 12) else 25
-                with open("/proc/%d/smaps_rollup" % process.pid, encoding="ascii") as file:
-                    self.assertLess(int(re.findall(r"(?m)^Pss: +(\d+) kB", file.read())[0]), limit_mb << 10)
+                size, = re.findall(r"(?m)^Pss: +(\d+) kB", load("/proc/%d/smaps_rollup" % process.pid))
+                self.assertLess(int(size), limit_mb << 10)
                 done = subprocess.run([sys.executable, "-c", measure, *command, "--queue"], cwd=self.folder,
                                       stdout=subprocess.PIPE, check=True)
                 # 40 MB is the goal: Python reads the whole file first, which takes a file of 330 KB
@@ -8653,7 +8568,7 @@ class Machines(Relays):
             for fd in closed:
                 self.assertEqual(os.readlink("/proc/%d/fd/%s" % (relay.process.pid, fd)), "/dev/null")
             self.assertEqual(relay.send()[:3], "250")
-            done = subprocess.run([*command, "--queue"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            done = subprocess.run([*command, "--queue"], capture_output=True)
             self.assertEqual((done.returncode, done.stderr), (0, b""))
             self.assertEqual(b"ourdom" in done.stdout, "1" not in closed)
             os.rename(os.path.join(relay.folder, "relay.log"), os.path.join(relay.folder, "old"))
@@ -8699,18 +8614,12 @@ class Machines(Relays):
         relay.end()
         spool = etrn.Spool(relay.spool)
         spool.open(is_relay=False)
-        with shorten(LOCK_WAIT_S=0.1):
+        with shorten(LOCK_WAIT_S=0.1, RELAY_START_S=0.1):
             codes = [relay.run(*line.split())[0] for line in ("--status", "--queue", "--hold all")]
         self.assertEqual(codes, [75] * 3)
         threading.Timer(0.5, spool.close).start()
         relay.start()                                           # it waits
         self.assertEqual((len(relay.queue()), relay.end()), (3, 0))
-        real = etrn.SpoolProcess.ask
-        with mock.patch.object(etrn.SpoolProcess, "ask", autospec=True, side_effect=real) as ask:
-            id = relay.queue()[1]["id"]
-            ask.reset_mock()
-            self.assertEqual(relay.run("--hold", id)[0], 0)         # of one message that one is read
-            self.assertEqual([call[0][3] for call in ask.call_args_list if call[0][2] == "load"], [[id]])
 
     def helper(self, relay):
         """The process ID of a relay's spool."""
@@ -8745,15 +8654,13 @@ class Machines(Relays):
         self.assertEqual((len(relay.queue()), relay.end()), (3, 0))
 
     def test_the_spool_has_no_socket_of_the_relay_and_says_why_it_cannot_start(self):
-        def python(begin):
-            return mock.patch.object(sys.modules[__name__], "PYTHON", [*PYTHON[:-1], begin + STARTER])
-        with python("import os; os.listdir = lambda path, real=os.listdir: "
-                    "['0', '1', '2'] if path == '/dev/fd' else real(path); "):      # as on FreeBSD
-            relay = self.relay()
-        self.assertEqual(len(os.listdir("/proc/%d/fd" % self.helper(relay))), 7)
+        relay = self.relay(begin="import os; os.listdir = lambda path, real=os.listdir: "
+                                 "['0', '1', '2'] if path == '/dev/fd' else real(path); ")  # as on FreeBSD
+        path = "/proc/%d/fd" % self.helper(relay)
+        wait(lambda: len(os.listdir(path)) == 7, "the relay's descriptors to be closed")
         self.assertEqual(relay.end(), 0)
-        with python("import threading; threading.Thread.start = None; "):
-            done = subprocess.run([*PYTHON, "{}", "--config", relay.file, "--queue"], stderr=subprocess.PIPE)
+        relay.begin = "import threading; threading.Thread.start = None; "
+        done = relay.command("--queue")
         self.assertEqual((done.returncode, b"Traceback" in done.stderr), (75, True))
 
     def test_a_hole_between_relay_and_spool_ends_both(self):
@@ -8778,19 +8685,15 @@ class Machines(Relays):
 
     def test_the_spool_has_descriptors_for_more_connections_than_at_its_start(self):
         few = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (256, r.getrlimit(r.RLIMIT_NOFILE)[1])); "
-        with mock.patch.object(sys.modules[__name__], "PYTHON", [*PYTHON[:-1], few + STARTER]):
-            relay = self.relay(relay="max_connections = 10")
-        limits = load("/proc/%d/limits" % self.helper(relay))
-        soft, hard = re.search(r"open files +(\d+) +(\d+)", limits).groups()
-        self.assertEqual((soft, relay.end()), (hard, 0))
+        relay = self.relay(begin=few, relay="max_connections = 10")
+        path = "/proc/%d/limits" % self.helper(relay)
+        wait(lambda: re.search(r"open files +(\d+) +\1 ", load(path)), "a limit as high as may be")
+        self.assertEqual(relay.end(), 0)
 
     def test_who_started_the_relay_may_have_ignored_the_end_of_children(self):
-        save(self.path("etrn.conf"), CONFIG % dict(USUAL, primary="127.0.0.1:9"))
-        code = ("import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
-                "os.execv(sys.argv[1], sys.argv[1:])")
-        done = subprocess.run([sys.executable, "-c", code, sys.executable, SOURCE, "--config",
-                               self.path("etrn.conf"), "--queue"], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE)
+        command = [sys.executable, SOURCE, "--config", Relay(self.folder).file, "--queue"]
+        ignore = functools.partial(signal.signal, signal.SIGCHLD, signal.SIG_IGN)
+        done = subprocess.run(command, preexec_fn=ignore, capture_output=True)
         self.assertEqual((done.returncode, done.stderr), (0, b""))
 
     def test_a_primary_that_moves_gets_its_mail_and_the_one_before_ends_what_it_is_at(self):
@@ -8846,7 +8749,8 @@ class Machines(Relays):
 
     def test_a_domain_that_found_no_place_for_a_connection_gets_one(self):
         one, two = self.primary().start(), self.primary().start()
-        relay = self.relay(one, domain="[domain two.example]\nprimary = " + two.address, OUTBOUND_MAX=1)
+        relay = self.relay(one, domain="[domain two.example]\nprimary = " + two.address, OUTBOUND_MAX=1,
+                           IDLE_CONNECTION_S=0.1)
         relay.send()
         relay.send(recipients=["u@two.example"])
         relay.until_empty()
@@ -8896,8 +8800,8 @@ class Machines(Relays):
 # == 14. LAYERS ================================================================
 # The file's own rules, read from its source.
 
-class Layers(unittest.TestCase):
-    """Sections point backward, pure ones touch nothing, and the three rules of the LOOP's banner hold."""
+class Source:
+    """A text of the file under test.  Each rule finds what breaks it: (line, what)."""
     PURE = {"GRAMMAR", "CONFIG", "SESSION", "SCHEDULE", "DSN", "STATUS"}
     IMPURE = set("socket select selectors random secrets threading queue smtplib tempfile subprocess ssl "
                  "open print input exec eval __import__ globals".split())
@@ -8907,20 +8811,15 @@ class Layers(unittest.TestCase):
                "os.fsync": {"SPOOL"}, "os.rename": {"SPOOL"}, "os.unlink": {"SPOOL"}, "os.fork": {"SPOOL"}}
     WRITERS = set("append commit record remove shift save set_aside convert discard heal".split())
 
-    @classmethod
-    def setUpClass(cls):
-        one = cls("test_every_rule_is_kept")
-        one.look_at(load(SOURCE))
-        cls.source, cls.tree, cls.banners, cls.nodes = one.source, one.tree, one.banners, one.nodes
-
-    def look_at(self, source):
-        self.source, self.tree = source, ast.parse(source)
+    def __init__(self, text):
+        self.text, self.tree = text, ast.parse(text)
         self.banners = [(number, int(match.group(1)), match.group(2)) for number, match in enumerate(
-            (re.match(r"# == (\d+)\. ([A-Z]+) =+$", text) for text in source.split("\n")), 1) if match]
+            (re.match(r"# == (\d+)\. ([A-Z]+) =+$", line) for line in text.split("\n")), 1) if match]
         self.nodes = [(node, *self.section(node)) for node in ast.walk(self.tree) if hasattr(node, "lineno")]
 
     def section(self, node):
-        return max((one[1:] for one in self.banners if one[0] <= node.lineno), default=(0, ""))
+        at = bisect.bisect(self.banners, (node.lineno + 1,))
+        return self.banners[at - 1][1:] if at else (0, "")
 
     def defined(self):
         """Each module-level name and its statement, the last one first."""
@@ -8931,18 +8830,14 @@ class Layers(unittest.TestCase):
                 names = [one for one in ast.walk(target or ast.Pass()) if isinstance(one, ast.Name)]
                 yield from ((one.id, node) for one in names)
 
-    # -- what finds violations: each returns (line, what)
-
     def forward(self):
         """A section names what a later one defines."""
         defined = {name: self.section(node)[0] for name, node in self.defined()}
-        self.assertGreater(len(defined), 200)
         return ((node.lineno, node.id) for node, number, _ in self.nodes
                 if isinstance(node, ast.Name) and defined.get(node.id, 0) > number)
 
     def impurities(self):
         """A pure section touches a socket, a file, a clock or chance, or names what does."""
-        self.assertLessEqual(self.PURE, {name for _, _, name in self.nodes})
         impure = self.IMPURE | {name for name, node in self.defined() if isinstance(
             node, (ast.FunctionDef, ast.ClassDef)) and self.section(node)[1] not in self.PURE} - {"Now"}
         for node, _, name in self.nodes:
@@ -8989,32 +8884,29 @@ class Layers(unittest.TestCase):
                 yield node.lineno, path
 
     def imports(self):
-        """Not at the top, not of the standard library, or not used."""
+        """Not at the top, or not used.  Each start shows that all is of the standard library: python()."""
         used = {node.id for node, _, _ in self.nodes if isinstance(node, ast.Name)} | {"annotations"}
-        library = os.path.dirname(os.path.realpath(os.__file__))
         for node, number, _ in self.nodes:
             for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
-                module = alias.name if isinstance(node, ast.Import) else str(node.module)
-                spec = importlib.util.find_spec(module.partition(".")[0])
-                origin = os.path.realpath(spec.origin or "") if spec else ""
-                is_foreign = not origin.startswith(library) or "site-packages" in origin
-                if number > 1 or (alias.asname or alias.name).partition(".")[0] not in used or (
-                        is_foreign and os.path.isfile(origin)):
-                    yield node.lineno, module
+                if number > 1 or (alias.asname or alias.name).partition(".")[0] not in used:
+                    yield node.lineno, alias.name
 
     def sizes(self):
         """What a reader can hold in the head, and what a terminal shows."""
-        lines = enumerate(self.source.split("\n"), 1)
+        lines = enumerate(self.text.split("\n"), 1)
         yield from ((number, "%d columns" % len(line)) for number, line in lines if len(line) > 110)
         for name, node in self.defined():
             last = max(getattr(one, "lineno", 0) for one in ast.walk(node))
             if isinstance(node, ast.ClassDef) and last - node.lineno >= 450:
                 yield node.lineno, "class " + name
 
+
+class Layers(unittest.TestCase):
+    """Sections point backward, pure ones touch nothing, and the three rules of the LOOP's banner hold."""
     VIOLATIONS = {    # what finds them: (section, a line more in it)
         "forward": [("GRAMMAR", "parse_config('')"), ("SPOOL", "Queue"), ("SESSION", "x = Destinations"),
                     ("QUEUE", "x: Server = None"), ("SERVER", "main")],
-        "impurities": [(section, line) for section in sorted(PURE) for line in (
+        "impurities": [(section, line) for section in sorted(Source.PURE) for line in (
             "os.unlink('x')", "os.path.exists('x')", "time.time()", "open('x')", "random.random()",
             "print(1)", "socket.socket()", "x = time.monotonic", "secrets.token_hex()", "__import__('os')",
             "x = Loop", "ssl.SSLContext()", "subprocess.run([])", "Spool('x')", "Log('x', 'y', 'z')")],
@@ -9032,27 +8924,29 @@ class Layers(unittest.TestCase):
         "sizes": [("QUEUE", "x = '%s'" % ("y" * 110))]}
 
     def test_every_rule_is_kept(self):
+        source = Source(load(SOURCE))
         for rule in cases(self, self.VIOLATIONS):
-            self.assertEqual(list(getattr(self, rule)()), [])
+            self.assertEqual(list(getattr(source, rule)()), [])
 
     def test_each_violation_is_noticed(self):
         """These tests see what they look for."""
+        kept = Source(load(SOURCE))
         for rule, rows in cases(self, self.VIOLATIONS.items()):
-            source = self.source
+            text = kept.text
             for section, line in rows:          # as the first line of that section's first function
                 function = re.compile(r"\n(?:    )*def [^\n]*:\n( *)")
-                match = function.search(source, source.index(". %s ==" % section))
-                source = source[:match.end()] + line + "    # bad\n" + match.group(1) + source[match.end():]
-            other = type(self)("test_every_rule_is_kept")
-            other.look_at(source)
-            known = {what for _, what in getattr(self, rule)()}
-            self.assertEqual({line for line, what in getattr(other, rule)() if what not in known}, {
-                number for number, line in enumerate(source.split("\n"), 1) if line.endswith("    # bad")})
+                match = function.search(text, text.index(". %s ==" % section))
+                text = text[:match.end()] + line + "    # bad\n" + match.group(1) + text[match.end():]
+            known = {what for _, what in getattr(kept, rule)()}
+            found = {line for line, what in getattr(Source(text), rule)() if what not in known}
+            self.assertEqual(found, {number for number, line in enumerate(text.split("\n"), 1)
+                                     if line.endswith("    # bad")})
 
     def test_sections_are_numbered_in_order_and_listed_in_the_manual(self):
         contents = re.findall(r"(\d+) ([A-Z]+)", (etrn.__doc__ or "").partition("\nCONTENTS\n")[2])
-        self.assertEqual(contents, [(str(number), name) for _, number, name in self.banners])
-        self.assertEqual([number for _, number, _ in self.banners], list(range(1, 18)))
+        banners = Source(load(SOURCE)).banners
+        self.assertEqual(contents, [(str(number), name) for _, number, name in banners])
+        self.assertEqual([number for _, number, _ in banners], list(range(1, 18)))
 
     def test_the_oldest_python_promised_can_read_the_source(self):
         for path in cases(self, [SOURCE, os.path.abspath(__file__)]):
@@ -9065,8 +8959,7 @@ class Layers(unittest.TestCase):
                 "world(); before = world(); sys.path.insert(0, %r); import etrn_relay\n"
                 "print(before == world(), threading.active_count())" % HERE)
         with tempfile.TemporaryDirectory() as folder:
-            done = subprocess.run([sys.executable, "-B", "-c", code], cwd=folder, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, check=False)
+            done = subprocess.run([sys.executable, "-B", "-c", code], cwd=folder, capture_output=True)
         self.assertEqual((done.stdout.decode().split(), done.stderr), (["True", "1"], b""))
 
 
@@ -9137,6 +9030,8 @@ class Senders:
 
 
 class Ledgers(Relays):
+    """Tests that compare what arrived with each 250."""
+
     def compare(self, primary, relay, ledger):
         """Every 250 was delivered, intact."""
         if not primary.is_up:
@@ -9206,45 +9101,30 @@ class Storms(Ledgers):
             self.storm(seed, 40.0 if seed % 2 else 15.0, seed % 2 == 0)
 
 
-class Switch:
-    """One that the spool's process sees, too."""
-
-    def __init__(self):
-        self.memory = mmap.mmap(-1, 1)
-
-    def set(self):
-        self.memory[0] = 1
-
-    def clear(self):
-        self.memory[0] = 0
-
-    def is_set(self):
-        return self.memory[0] == 1
-
-
 class Sickness(Relays):
     """A disk that fails under a running relay, and is well again."""
 
     def test_every_failing_disk_is_answered_4xx_and_outlived(self):
         for fault in cases(self, [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE,
                                   errno.EMFILE]):
-            primary, fails, shim = self.primary(), Switch(), types.SimpleNamespace(**vars(os))
+            primary, shim = self.primary(), types.SimpleNamespace(**vars(os))
+            fails = mmap.mmap(-1, 1)            # what is set here the spool's process sees, too
 
-            def call(name, fault, fails, *given, **options):
+            def call(name, *given, fault=fault, fails=fails, **options):
                 is_meant = name != "open" or fault == errno.EMFILE or given[1] & os.O_CREAT
-                if is_meant and fails.is_set():
+                if is_meant and fails[0]:
                     raise OSError(fault, os.strerror(fault))
                 return getattr(os, name)(*given, **options)
             names = "open write fsync rename unlink ftruncate link".split()
             for name in names[:1] if fault == errno.EMFILE else names:
-                setattr(shim, name, functools.partial(call, name, fault, fails))
+                setattr(shim, name, functools.partial(call, name))
             domain = "[domain two.example]\nprimary = %s\nrecipients = any\ncutthrough = no\n"
             with shorten(RETRY_DISK_S=0.1, SWEEP_S=0.05, PROBE_FIRST_S=0.05, os=shim), Local(
                     self.inner(), domain=domain % primary.address) as local, (
                     Wire(local.port)) as client:
                 client.say("EHLO client.example")
                 self.assertEqual(client.send(marked(b"first"), recipients=["x@two.example"])[:3], "250")
-                fails.set()
+                fails[0] = True
                 expected = "452 4.3.1" if fault in (errno.ENOSPC, errno.EDQUOT) else "451 4.3.0"
                 for data in (MESSAGE, b"x" * 600000 + b"\r\n", MESSAGE):
                     self.assertEqual(client.send(data)[:9], expected)
@@ -9253,7 +9133,7 @@ class Sickness(Relays):
                 primary.start()
                 if fault != errno.EMFILE:               # delivery goes on, but not without descriptors
                     wait(lambda: primary.messages, "a delivery")            # noqa: B023
-                fails.clear()
+                fails[0] = False
                 people = ["x@two.example"]
                 wait(lambda: client.send(marked(b"l"), recipients=people)[:3] == "250")         # noqa: B023
                 wait(lambda: not spool_files(local.spool.path), "an empty spool")       # noqa: B023
@@ -9470,10 +9350,7 @@ class Soak(Simulated):
 
 HARD_S = 300.0                  # for one measurement; a relay that hangs must not hang the bench
 # Each fsync takes so many milliseconds longer: what a slow card makes of it.
-SLOW_STARTER = ("import json, os, sys, time; sys.path.insert(0, %r); import etrn_relay; "
-                "slow, real = json.loads(sys.argv[1])['SLOW_MS'] / 1000, os.fsync; "
-                "os.fsync = (lambda fd: (time.sleep(slow), real(fd))[1]) if slow else real; "
-                "sys.exit(etrn_relay.main(sys.argv[2:]))" % HERE)
+SLOW = "import os, time; os.fsync = lambda fd, real=os.fsync: (time.sleep(%f / 1000), real(fd)); "
 
 
 async def send_all(port, count, sessions=50, size=4096):
@@ -9547,7 +9424,8 @@ class Bench:
         os.mkdir(folder)
         with Primary() as primary:
             port = unused_port()
-            relay = Relay(folder, primary.address, SLOW_MS=self.fsync_ms, listen="127.0.0.1:%d" % port,
+            relay = Relay(folder, primary.address, listen="127.0.0.1:%d" % port, begin=(
+                              SLOW % self.fsync_ms if self.fsync_ms else ""),
                           relay="max_connections_per_client = 0\nlog = relay.log\nmax_connections = 2000")
             relay.port = port
             self.start(relay)
@@ -9558,8 +9436,8 @@ class Bench:
     def start(self, relay):
         """Returns the seconds until it greets."""
         began = time.monotonic()
-        relay.process = subprocess.Popen([sys.executable, "-c", SLOW_STARTER, json.dumps(relay.limits),
-                                          "--config", relay.file], stdin=subprocess.DEVNULL)
+        relay.process = subprocess.Popen([*python(relay.begin), "{}", "--config", relay.file],
+                                         stdin=subprocess.DEVNULL)
 
         def greets():
             with contextlib.suppress(OSError):
@@ -9609,10 +9487,7 @@ class Bench:
         data = b"Received: by backup.example.net; x\r\nSubject: bench\r\n\r\n" + b"x" * 1000 + b"\r\n"
         for number in range(size):      # as the relay would have written it, but not synced
             id = "%X" % (0xABC0000000 + number)
-            sidecar = sidecar_of(id, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-            for kind, octets in ((".eml", data), (".json", etrn.format_sidecar(sidecar))):
-                with open(relay.at(id + kind), "wb") as file:
-                    file.write(octets)
+            write_files(relay.spool, pair(sidecar_of(id), data))
         greeting = self.start(relay)
         wait(lambda: relay.json("--status")["spool"]["messages"] >= size, "the queue to be read", HARD_S)
         row("%d messages queued" % size, "", "", "greets after %.1f s" % greeting,
@@ -9673,43 +9548,32 @@ class Result(unittest.TextTestResult):
             "\nat the %s %.1500r\n" % (key, vars(test)[key]) for key in ("row", "state") if key in vars(test))
 
 
-class Turns(unittest.TestSuite):
-    """Processes that share a pipe of numbers: each takes the next, until all are taken."""
-    _cleanup = False
-
-    def __init__(self, tests, pipe):
-        super().__init__()
-        self.tests, self.pipe = tests, pipe
-
-    def __iter__(self):
-        return (self.tests[int(number)] for number in iter(lambda: os.read(self.pipe, 4), b""))
+def run_test(test, verbosity):
+    """How it ended, and what it has to say."""
+    stream = io.StringIO()
+    runner = unittest.TextTestRunner(stream, verbosity=verbosity, resultclass=Result)
+    result = runner.run(unittest.TestSuite([test]))
+    outcome = "skipped" if result.skipped else "passed"
+    return outcome if result.wasSuccessful() else "failed", stream.getvalue()
 
 
-def run_tests(tests, given):
-    """Numbers of tests that passed, failed and were skipped."""
-    suite = unittest.TestSuite(tests) if given.turns is None else Turns(tests, given.turns)
-    runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2 if given.v else 1, resultclass=Result)
-    result = runner.run(suite)
-    failed = {test.id() for test, _ in result.failures + result.errors} | {
-        test.id() for test in result.unexpectedSuccesses}
-    skipped = {test.id() for test, _ in result.skipped} - failed
-    return max(0, result.testsRun - len(failed) - len(skipped)), len(failed), len(skipped)
-
-
-def run_parts(count, words, processes):
-    """The same in several processes: most tests wait for something most of their time."""
-    sums, (reader, writer) = [0, 0, 0], os.pipe()
-    os.write(writer, b"".join(b"%04d" % number for number in reversed(range(count))))   # the long ones first
-    os.close(writer)
-    command = [sys.executable, os.path.abspath(__file__), *words, "--turns", str(reader)]
-    for worker in [subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[reader])
-                   for _ in range(processes)]:
-        text = worker.communicate()[0].decode("utf-8", "replace")
-        match = re.search(r"(\d+) passed, (\d+) failed, (\d+) skipped\n\Z", text)
-        print(text[:match.start()] if match else text, end="")
-        counts = match.groups() if match else (0, 1, 0)         # it died
-        sums = [one + int(other) for one, other in zip(sums, counts)]
-    return sums[0], sums[1], sums[2]
+def run_tests(tests, processes, verbosity):
+    """Numbers of tests that passed, failed and were skipped.  Most of them wait for something most of their
+    time: so there are more processes than processors."""
+    counts = collections.Counter()
+    fork = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(processes, fork) as pool:
+        runs = [pool.submit(run_test, test, verbosity) for test in reversed(tests)]     # the long ones first
+        try:
+            for run in concurrent.futures.as_completed(runs):
+                died = run.exception()
+                outcome, text = ("failed", "%s\n" % died) if died else run.result()
+                counts[outcome] += 1
+                print(text if outcome == "failed" or verbosity > 1 else ".", end="", flush=True)
+        finally:
+            for run in runs:
+                run.cancel()            # at Ctrl-C
+    return counts["passed"], counts["failed"], counts["skipped"]
 
 
 def main():
@@ -9718,7 +9582,6 @@ def main():
     parser.add_argument("-v", action="store_true", help="name each test")
     parser.add_argument("-j", metavar="N", type=int, default=6, help="in so many processes [6]")
     parser.add_argument("--long", action="store_true", help="also the tests that take minutes")
-    parser.add_argument("--turns", metavar="FD", type=int, help=argparse.SUPPRESS)      # of run_parts()
     parser.add_argument("--bench", action="store_true", help="measure speed and memory instead of testing")
     parser.add_argument("--fsync-ms", metavar="MS", type=float, default=0.0, help="--bench on so slow a disk")
     parser.add_argument("--most", metavar="N", type=int, default=10000, help="--bench: most queued [10000]")
@@ -9730,16 +9593,12 @@ def main():
     wanted = given.k.replace(" ", "_").lower()
     tests = [test for group in everything for test in group if wanted in test.id().lower()
              and (given.long or not hasattr(getattr(test, test.id().rpartition(".")[2]), "is_long"))]
-    if given.turns is None:
-        # The relay is started a hundred times; it need not be compiled each time.
-        with tempfile.TemporaryDirectory(prefix="etrn-test-") as cache:
-            os.environ["PYTHONPYCACHEPREFIX"] = cache
-            os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-            words = ["-v"] * given.v + ["--long"] * given.long + ["-k", given.k]
-            counts = run_parts(len(tests), words, 1 if given.k else given.j)
-    else:
-        counts = run_tests(tests, given)
-    print("%d passed, %d failed, %d skipped" % counts)
+    # The relay is started a hundred times; it need not be compiled each time.
+    with tempfile.TemporaryDirectory(prefix="etrn-test-") as cache:
+        os.environ["PYTHONPYCACHEPREFIX"] = cache
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        counts = run_tests(tests, 1 if given.k else given.j, 1 + given.v)
+    print("\n%d passed, %d failed, %d skipped" % counts)
     return 1 if counts[1] else 0
 
 
