@@ -3734,6 +3734,8 @@ class RecipientCache:
         if len(self.known) > RECIPIENTS_MAX:
             kept = sorted(self.known.items(), key=lambda item: item[1])[RECIPIENTS_MAX // 10:]
             self.known = dict(kept)     # a tenth is forgotten at once: the bad and the oldest
+        if len(self.rows) > RECIPIENTS_MAX:     # all subdomains of a wildcard
+            del self.rows[next(iter(self.rows))]
 
     def _keep(self, address: str, is_good: bool, until: Time) -> None:
         self.known[address] = is_good, until
@@ -3744,7 +3746,7 @@ class RecipientCache:
     def learn_accept_all(self, domain: str, takes_all: bool, now: Time) -> None:
         self.accept_all[domain] = (takes_all, now + ACCEPT_ALL_S)
         self.is_dirty = True
-        if len(self.accept_all) > RECIPIENTS_MAX:       # all subdomains of a wildcard
+        if len(self.accept_all) > RECIPIENTS_MAX:
             del self.accept_all[next(iter(self.accept_all))]
 
     def forget_bad(self, domain: str, since: Time = 0.0) -> None:

@@ -5995,6 +5995,16 @@ class Recipients(Relays):
 
     VERIFY = "recipients = verify\nunknown_recipients = defer\n"
 
+    def test_what_is_remembered_is_bounded_and_the_newest_good_one_is_not_forgotten(self):
+        memory = etrn.RecipientCache()
+        with shorten(RECIPIENTS_MAX=20):
+            for number in range(100):
+                name = "d%d.example" % number           # all subdomains of a wildcard
+                memory.learn("u@" + name, number % 2 == 0, 1000.0 + number)
+                memory.learn_accept_all(name, False, 1000.0)
+        self.assertLessEqual(max(map(len, (memory.known, memory.accept_all, memory.rows))), 20)
+        self.assertEqual([memory.knows("u@d%d.example" % number, 1100.0) for number in (98, 0)], [True, None])
+
     def test_a_list_is_obeyed_and_postmaster_is_on_it(self):
         relay = self.relay(domain="recipients = one@ourdom.example, Two@OURDOM.example")
         replies = self.rcpt(relay, "one", "ONE", "two", "three", "PostMaster")
