@@ -86,8 +86,9 @@ LOG LINES
     bounce: ID: sender non-delivery notification: NEW-ID
     smtpd: NOQUEUE: reject: RCPT from NAME[ADDRESS]: REPLY; from=<> to=<> ...
     flush: etrn: site=DOMAIN, client=NAME[ADDRESS], messages=N, reply=CODE
+    flush: command|signal: site=DOMAIN|all, messages=N
     primary: DOMAIN: up after 2h14m|down: WHY|rejecting: REPLY, N messages waiting
-    master: started, reread, stopping, and what is wrong with the machine
+    master: started, configuration reread, stopping, and what is wrong with the machine
 
 CONTENTS
     1 MANUAL  2 LIMITS  3 GRAMMAR  4 CONFIG  5 LOG  6 LOOP  7 SPOOL  8 SESSION  9 SCHEDULE
@@ -6025,7 +6026,7 @@ class Deliveries:
 
     def on_rejecting(self, one: Destination) -> None:
         """Sending stops: connections end, with what they have not begun given back."""
-        self._end_waiting(one, one.last_error)
+        self._end_waiting(one, "the primary rejects mail that it should take")
         for connection in list(self.of(one).connections):
             if not connection.collects:         # who came for several domains goes on with the next
                 connection.leave()
@@ -6894,7 +6895,8 @@ def format_envelope(sidecar: Mapping[str, Any], header: bytes, now: Time) -> str
             pairs.append(("", "next try %s, expires %s" % (
                 say_next(one["next_attempt"], now), say_next(one["expires"], now))))
         if one["last_response"]:
-            pairs.append(("", "%s ago: %s" % (say_age(one["last_attempt"], now), one["last_response"])))
+            when = say_age(one["last_attempt"], now) + " ago: " if one["last_attempt"] else ""
+            pairs.append(("", when + one["last_response"]))
     lines = ["%-11s%s" % (label, printable(text)) for label, text in pairs]
     fields = header.decode("utf-8", "replace").split("\r\n")
     return "\n".join([*lines, "", *(printable(field.expandtabs(), 2000) for field in fields)])
@@ -9128,11 +9130,13 @@ def visit(plan: Plan, hop: Hop, found: Dict[str, Any]) -> None:
 # -- --check
 
 Finding = Tuple[str, str, str]          # ok, warning or error; what it is about; text
+SYSLOG_SOCKETS = ("/dev/log", "/var/run/syslog")        # of Linux, of macOS
 
 
 def check(cfg: Config, given: argparse.Namespace) -> int:
     """Look at configuration, spool, ports, certificate and DNS; say what is wrong.  Nothing is changed."""
-    found: List[Finding] = [("ok", "config", "%s: %s" % (cfg.file, plural(len(cfg.domains), "domain")))]
+    level = "ok" if cfg.domains else "warning"
+    found: List[Finding] = [(level, "config", "%s: %s" % (cfg.file, plural(len(cfg.domains), "domain")))]
     names = [name for name in cfg.domains if name[0] != "."]
     server, plans = know_all(cfg, names)
     for part in (check_config, check_spool, check_ports):
@@ -9158,7 +9162,14 @@ def check_config(server: Server) -> Iterator[Finding]:
               *itertools.chain(*((one.password, one.token) for one in cfg.domains.values())))
     for path in sorted({one[5:] if one.startswith("file:") else cfg.file for one in hidden if one}):
         if os.path.exists(path) and os.stat(path).st_mode & 0o004:
-            yield "warning", "config", "%s holds a secret, and everybody may read it: chmod o-r" % path
+            owner = "chown %s, " % cfg.user if cfg.user else ""
+            text = "%s holds a secret, and everybody may read it: %schmod 0400" % (path, owner)
+            yield "warning", "config", text
+    mail = cfg.alerts_mail.rpartition("@")[2]
+    if cfg.domain(mail) is not None and not isinstance(cfg.alerts_mail_route, Endpoint):
+        yield "warning", "alerts", "%s is served here: an alert would wait for the primary" % mail
+    if cfg.log == "syslog" and not any(map(os.path.exists, SYSLOG_SOCKETS)):
+        yield "warning", "log", "log = syslog, but nobody listens at %s" % SYSLOG_SOCKETS[0]
 
 
 def check_spool(server: Server) -> Iterator[Finding]:
@@ -9170,6 +9181,8 @@ def check_spool(server: Server) -> Iterator[Finding]:
     is_new, kind, free = folder != cfg.spool, file_system(folder), shutil.disk_usage(folder).free
     if is_new and os.path.lexists(cfg.spool):
         yield "error", "spool", "%s is not a directory" % cfg.spool
+    if is_new and cfg.user and not cfg.spool.startswith("/var/lib/"):
+        yield "warning", "spool", "%s is not there, and systemd does not make it" % cfg.spool
     if kind in ("overlay", "tmpfs"):
         yield "warning", "spool", "%s is on %s: gone with its container or a power cut" % (cfg.spool, kind)
     text = "%s: %s free, refuses below %s" % (cfg.spool, format_size(free), format_size(cfg.min_free_space))
@@ -9183,6 +9196,8 @@ def check_spool(server: Server) -> Iterator[Finding]:
         for path in paths:
             if not may_use(path, os.W_OK):
                 yield "error", "spool", "%s cannot write %s" % (who, path)
+        if not may_use(cfg.file, os.R_OK):
+            yield "error", "config", "%s cannot read %s" % (who, cfg.file)
         for path in filter(None, (cfg.tls_certificate, cfg.tls_key)):
             if not may_use(path, os.R_OK):
                 yield "warning", "config", "%s cannot read %s when it is renewed" % (who, path)

@@ -509,7 +509,7 @@ USUAL = {"hostname": "backup.example.net", "listen": "127.0.0.1:0", "min_free_sp
 # Pauses that serve real outages would make tests slow; how long they are is tested with a clock of our own.
 QUICK = {"PROBE_FIRST_S": 0.05, "TRIGGER_S": 0.05, "RETRY_DISK_S": 0.2}
 STARTER = ("import json, sys; sys.path.insert(0, %r); import etrn_relay; "
-           "vars(etrn_relay).update(json.loads(sys.argv[1])); sys.exit(etrn_relay.main(sys.argv[2:]))" % HERE)
+           "vars(etrn_relay).update(json.loads(sys.argv[1])); del sys.argv[1]; etrn_relay.run_main()" % HERE)
 
 
 def python(begin=""):
@@ -885,18 +885,19 @@ SAMPLE_HEAD = """\
 # etrn.conf - the configuration of etrn_relay.py, a backup mail exchanger.
 #
 # As it stands this file runs, unprivileged, on loopback: a try-out.  For a
-# real backup MX set hostname, listen and your domain; leave the rest alone.
+# real backup MX set hostname, listen = 25, spool, user and the domain's name,
+# and remove its primary: the MX records name that.
 # Durations: 30s 5m 4h 7d 2w.  Sizes: 512K 50M 1G.  Lists: comma or space.
 # [defaults] takes the options of [domain example.com], for all domains;
 # [domain .example.com] means all subdomains of example.com.
 """
 SAMPLE_VALUES = {("relay", "hostname"): "backup.example.net", ("relay", "listen"): "127.0.0.1:2525",
                  ("domain", "primary"): "127.0.0.1:2526"}
-SAMPLE_FIRST = {*SAMPLE_VALUES, ("relay", "user"), ("tls", "certificate"), ("tls", "key"),
-                ("status", "listen"), ("status", "token"), ("alerts", "mail"), ("domain", "recipients")}
+SAMPLE_FIRST = {*SAMPLE_VALUES, ("relay", "spool"), ("relay", "user"), ("tls", "certificate"), ("tls", "key"),
+                ("status", "listen"), ("status", "token"), ("alerts", "mail")}
 SAMPLE_REST = """
-# The rest, for which the defaults will do.  A line that you change goes into
-# its section above, or into a new one here.
+# The rest, for which the defaults will do.  Move a line that you change up
+# into its section; only [bounces] is not open above.
 """
 
 
@@ -8130,12 +8131,28 @@ class Checks(Relays):
         save(self.path("spool"), "")
         self.found("error", "spool is not a directory")
 
+    def test_what_starts_and_does_not_serve(self):
+        self.found("warning", "an alert would wait", bounces="[alerts]\nmail = me@" + DOMAIN)
+        self.found("ok", "1 domain", bounces="[alerts]\nmail = me@elsewhere.example")
+        for sockets, level in cases(self, [(("/nowhere/log",), "warning"), (("/", "/nowhere/log"), "ok")]):
+            with mock.patch.object(etrn, "SYSLOG_SOCKETS", sockets):
+                _, findings = self.check(relay="log = syslog")
+            self.assertEqual(any("nobody listens" in one["text"] for one in findings), level == "warning")
+        save(self.path("none.conf"), "[relay]\nlisten = 127.0.0.1:0\nmin_free_space = 0\n")
+        out = run("--config", self.path("none.conf"), "--check", "--json")[1]
+        self.assertIn({"level": "warning", "what": "config", "text": self.path("none.conf") + ": 0 domains"},
+                      json.loads(out))
+
     def test_the_spool_must_be_of_use_to_its_account(self):
         spool = self.path("spool")
         self.found("error", "no such account", relay="user = nosuchuser")
         if os.geteuid() != 0:
             self.skipTest("only root can become another account")
         os.chmod(self.folder, 0o711)
+        self.found("warning", "systemd does not make it", relay="user = nobody")
+        os.chmod(self.path("etrn.conf"), 0o600)
+        self.found("error", "nobody cannot read " + self.path("etrn.conf"), relay="user = nobody")
+        os.chmod(self.path("etrn.conf"), 0o644)
         os.mkdir(spool, 0o700)
         self.found("error", "nobody cannot write", relay="user = nobody")
         nobody = pwd.getpwnam("nobody").pw_uid
