@@ -6078,11 +6078,13 @@ class Deliveries:
             while traffic.dials:
                 traffic.dials.pop().cut()
             self.give_back_fetched(one)
-            for connection in [other for other in traffic.connections if not other.collects]:
+            former = [other for other in traffic.connections if not other.collects]
+            for connection in former:   # all of them first: when one ends the others are given mail
                 connection.is_former = True
                 traffic.connections.remove(connection)
                 traffic.former.append(connection)
                 self._mark_late(connection)
+            for connection in former:
                 connection.leave()
                 self.loop.later(patience_s, connection.cut)
             self.attend(one)

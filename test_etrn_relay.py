@@ -4349,6 +4349,12 @@ retry_interval = 1m | max_retry_interval = 1m | probe_interval = 1m: put a; put 
         sim.script["MAIL"] = lambda id: len(sim.current.behind) >= 10 and "452 4.5.3 Too many messages"
         sim.tell(self, "many 100; +15s; taken = 100; logged status=deferred = 0")
 
+    def test_connections_dialled_ahead_to_a_former_primary_end(self):
+        sim = self.simulate()
+        sim.tell(self, "say . HANG; many 9; +5s; open = 9; say .")
+        sim.queue.reconfigure(config("nameservers = 127.0.0.1:9", "primary = 192.0.2.2\nrecipients = any"))
+        sim.tell(self, "open = 1; +5s; taken = 8; state = up 1")
+
     def test_many_dead_domains_keep_no_live_one_waiting_nor_one_another(self):
         dead = ["d%d.example" % number for number in range(40)]
         sim = self.simulate(*("[domain %s]\nprimary = 192.0.2.1" % one for one in dead))
