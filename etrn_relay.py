@@ -3150,7 +3150,7 @@ class Event(enum.Enum):
 TRANSITIONS: Dict[Primary, Dict[Event, Primary]] = {        # what is not here changes nothing
     Primary.UNKNOWN: {Event.HEARD: Primary.UP, Event.AWAY: Primary.DOWN, Event.REFUSES: Primary.REJECTING},
     Primary.UP: {Event.AWAY: Primary.DOWN, Event.REFUSES: Primary.REJECTING, Event.LEFT: Primary.UNKNOWN},
-    Primary.DOWN: {Event.HEARD: Primary.UP, Event.LEFT: Primary.UNKNOWN},
+    Primary.DOWN: {Event.HEARD: Primary.UP, Event.TAKEN: Primary.UP, Event.LEFT: Primary.UNKNOWN},
     Primary.REJECTING: {Event.TAKEN: Primary.UP, Event.PARDONED: Primary.UP, Event.AWAY: Primary.DOWN,
                         Event.LEFT: Primary.UNKNOWN},
 }
@@ -5999,9 +5999,9 @@ class Deliveries:
             one.route, one.route_seen = list(result.hops), self.loop.now.wall
             self.queue.tell(one, one.on(Event.HEARD, self.loop.now))
             self._open(one, result.client)          # which may end it at once
-        elif (one.state is Primary.UP and mine.began < one.since) or not all(
+        elif (one.state is Primary.UP and mine.began < one.heard) or not all(
                 connection.is_late for connection in traffic.connections):
-            one.slow_down(self.loop.now)        # it came back meanwhile, or takes no more connections
+            one.slow_down(self.loop.now)        # it was heard meanwhile, or takes no more connections
         else:
             self._on_away(one, result.error)
         self.attend(one)
@@ -6059,10 +6059,11 @@ class Deliveries:
                 one.is_proven = False   # the next one is a canary again
         if connection.answered > FEW_ANSWERS:
             one.hang_ups = 0            # it had its fill of this connection; the next one may come soon
-        is_there = connection.answered or traffic.connections or any(
+        is_idle = not (connection.awaited or one.entries)       # and there is nothing that it could have got
+        is_there = connection.answered or traffic.connections or one.heard > connection.waits_since or any(
             question.is_again for question in traffic.questions)
-        if error and is_there:
-            if one.on_hang_up(self.loop.now) and not connection.taken:
+        if error and (is_there or is_idle):
+            if one.on_hang_up(self.loop.now) and connection.answered and not connection.taken:
                 self.log.write("primary", "%s: it hangs up after it has answered: %s" % (one.label, error),
                                "warning")
         elif error:

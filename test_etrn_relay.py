@@ -4349,6 +4349,17 @@ retry_interval = 1m | max_retry_interval = 1m | probe_interval = 1m: put a; put 
         sim.script["MAIL"] = lambda id: len(sim.current.behind) >= 10 and "452 4.5.3 Too many messages"
         sim.tell(self, "many 100; +15s; taken = 100; logged status=deferred = 0")
 
+    def test_a_primary_that_took_mail_is_not_down_because_another_connection_ends(self):
+        for reach, story in cases(self, [
+                (HANG, "many 3; +60s; taken = 3; state = up 0"),
+                ("421 one at a time", "pace 12; many 4; +70s; taken = 4; state = up 0"),
+                (None, "many 2; +1s; taken = 2; close; +1s; state = up 0"),
+                (None, "usr1; +1s; open = 1; close; +1s; state = up 0; logged it hangs up = 0")]):
+            sim = self.simulate()
+            sim.reach = lambda name, sim=sim, reach=reach: reach if sim.puppets else None
+            sim.close = lambda sim=sim: [puppet.on_end("") for puppet in list(sim.puppets)]
+            sim.tell(self, story)
+
     def test_connections_dialled_ahead_to_a_former_primary_end(self):
         sim = self.simulate()
         sim.tell(self, "say . HANG; many 9; +5s; open = 9; say .")
