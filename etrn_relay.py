@@ -3468,7 +3468,7 @@ class Destination(EntryQueue):
         if self.waits_for or self.is_collecting or not waiting or now.mono < self.next_try:
             return False
         is_bearable = hanging <= max(self.cfg.connections, LATE_MAX)
-        if self.is_steady:
+        if self.is_steady and (answering or not self.is_urged):
             has_place = answering + dialling < self.limit
             return has_place and waiting > dialling and (is_bearable or self.is_urged)
         if answering:                   # the first canary is under way: the others are dialled meanwhile
@@ -5963,8 +5963,11 @@ class Deliveries:
         return False
 
     def _dial(self, one: Destination, traffic: Traffic) -> None:
-        if one.is_urged and len(traffic.dials) >= HANGING_MAX and not one.is_steady:
-            traffic.dials.pop(0).cut()          # it hangs, and somebody asked for a fresh one
+        most = max(HANGING_MAX, one.limit * one.is_steady)
+        if one.is_urged and len(traffic.dials) >= most:         # they hang, and a fresh one is asked for
+            # An ETRN each second does not cut off every dial to a primary that is slow to greet.
+            is_late = traffic.dials[0].began < self.loop.now.mono - LATE_S
+            traffic.dials.pop(0 if is_late else -1).cut()
         one.on_dial(self.loop.now)
         self.dialling += 1
         mine = Dial(self.loop.now.mono)
@@ -6027,6 +6030,8 @@ class Deliveries:
     def on_rejecting(self, one: Destination) -> None:
         """Sending stops: connections end, with what they have not begun given back."""
         self._end_waiting(one, "the primary rejects mail that it should take")
+        while self.of(one).dials:       # that were to send beside the canary
+            self.of(one).dials.pop().cut()
         for connection in list(self.of(one).connections):
             if not connection.collects:         # who came for several domains goes on with the next
                 connection.leave()

@@ -4360,6 +4360,19 @@ retry_interval = 1m | max_retry_interval = 1m | probe_interval = 1m: put a; put 
             sim.close = lambda sim=sim: [puppet.on_end("") for puppet in list(sim.puppets)]
             sim.tell(self, story)
 
+    def test_a_primary_that_is_slow_to_greet(self):
+        for seconds, story in cases(self, [
+                # is reached through a flood of ETRNs, and hangs up no later ETRN
+                (lambda sim: 6, "down 1; +20s; back; etrn 200; taken = 1"),
+                (lambda sim: 60 * (sim.taken == ["ABC001"] and len(sim.dials) < 2),
+                 "put u; +10s; put u; +5s; etrn; +1s; taken = 2"),
+                # gets no more than one message each probe_interval while it is rejecting
+                (lambda sim: 6 * bool(sim.puppets), "down 9; +60s; turns; back 550; +8s; turns = 3 of 3")]):
+            sim = self.simulate()
+            sim.loop.in_thread = lambda work, then, sim=sim, seconds=seconds: sim.loop.later(
+                seconds(sim), functools.partial(then, work()))
+            sim.tell(self, story)
+
     def test_connections_dialled_ahead_to_a_former_primary_end(self):
         sim = self.simulate()
         sim.tell(self, "say . HANG; many 9; +5s; open = 9; say .")
