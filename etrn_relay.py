@@ -5899,7 +5899,7 @@ class Deliveries:
 
     def _may_send(self, connection: Connection, traffic: Traffic) -> bool:
         """Or it was dialled ahead, and waits until the limit is raised."""
-        if connection.courses or len(traffic.connections) <= connection.destination.limit:
+        if connection.courses or connection.collects:
             return True
         senders = sum(bool(other.courses) and not other.is_late for other in traffic.connections)
         return senders < connection.destination.limit

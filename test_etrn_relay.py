@@ -4379,6 +4379,13 @@ retry_interval = 1m | max_retry_interval = 1m | probe_interval = 1m: put a; put 
         sim.queue.reconfigure(config("nameservers = 127.0.0.1:9", "primary = 192.0.2.2\nrecipients = any"))
         sim.tell(self, "open = 1; +5s; taken = 8; state = up 1")
 
+    def test_who_comes_for_mail_gets_it_whatever_hangs(self):
+        sim = self.simulate()
+        sim.tell(self, "say . HANG; many 3; +5s; say .")
+        with mock.patch.object(etrn, "greet", lambda *_: (greeted(sim, []), "")):
+            sim.queue.run(sim.queue.deliveries.turn_around([sim.one], HOP, None, b"", lambda: None))
+            sim.tell(self, "+2s; taken = 2")
+
     def test_many_dead_domains_keep_no_live_one_waiting_nor_one_another(self):
         dead = ["d%d.example" % number for number in range(40)]
         sim = self.simulate(*("[domain %s]\nprimary = 192.0.2.1" % one for one in dead))
