@@ -3383,8 +3383,9 @@ class Destination(EntryQueue):
     @property
     def is_ramping(self) -> bool:
         """Whether connections beyond `limit` wait for what others are sending."""
-        return (self.state is Primary.UP and self.limit < self.most
-                and not self.by_state[State.SENDING].keys() <= self.late)
+        sending = self.by_state[State.SENDING].keys()
+        use = min(self.most, len(sending) + len(self.by_state[State.READY]))
+        return self.state is Primary.UP and self.limit < use and not sending <= self.late
 
     @property
     def label(self) -> str:
