@@ -6063,6 +6063,8 @@ class Deliveries:
             self.give_back_fetched(one)
             if error:
                 one.is_proven = False   # the next one is a canary again
+        if connection.is_astray:
+            one.slow_down(self.loop.now)        # else it has a connection for each message at once
         if connection.answered > FEW_ANSWERS:
             one.hang_ups = 0            # it had its fill of this connection; the next one may come soon
         is_idle = not (connection.awaited or one.entries)       # and there is nothing that it could have got

@@ -4201,6 +4201,8 @@ say . HANG; many 4; +9s; open = 4; turns = 1 of 1; +10s; turns = 1 of 1; +1m; op
 say . 550 5.7.1 no; down 12; +1m; back; +9s; state = rejecting 12; open = [01]
 say . CUT; many 40; +10m; turns = 2.. of 40; dialled = 2..
 say . to 3: HANG; many 3; +5s; taken = 2; open = 1
+# who answers out of step is not dialled for each message at once
+say DATA 503 5.5.1 what; many 200; +10s; dialled = 1.
 # held mail stays, and later mail with it; it has its chance when it is released
 probe_interval = 1h: down 1; +5s; hold; put u; +8d; state = down 2; etrn = 458; release; +1h; state = down 2
   +3h; state = down 0, 2 expired
