@@ -1378,8 +1378,12 @@ class Stream:
 # own process.  The loop itself calls what does not wait for long: free(), remove_control()
 # and, at a start, what reads state files.
 # Uses 2 LIMITS, 3 GRAMMAR, 6 LOOP.
-# Commit point: the rename of the sidecar in Spool._enter().  It is durable after the fsync
-# of the directory that follows in Spool.commit(), and only then answered with 250.
+# Commit point: the rename of the sidecar, the second one in Spool._enter().  It is durable after
+# the fsync of the directory that follows in Spool.commit(), and only then answered with 250.
+# On a full disk new mail gets 452 and leaves nothing behind.  Queued mail goes on: a delivered
+# message leaves by renaming its sidecar, or by unlinking it.  What must be written (recipients
+# that are done, notices) is tried every 5 s; what a deferral taught is forgotten.  With
+# UNRECORDED_MAX outcomes unwritten nothing more is sent, as a crash would send it again.
 #
 #   files in   SPOOL/       incoming/     what it is, and what a start does with it
 #   S1         -            .eml          being received                  delete
@@ -1868,7 +1872,7 @@ class Spool(SpoolFolder):
         return results
 
     def _enter(self, sidecars: Sequence[Dict[str, Any]]) -> Optional[OSError]:
-        """The commit point of each destination's part is the second rename."""
+        """The commit point of each destination's part is the second rename, that of the sidecar."""
         try:
             for sidecar in sidecars:
                 self._rename("incoming/%s.eml" % sidecar["id"], sidecar["id"] + ".eml")
