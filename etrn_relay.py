@@ -3544,13 +3544,15 @@ class Destination(EntryQueue):
             self.flushing.clear()
         return change
 
-    def on_taken(self, now: Now) -> Optional[Change]:
+    def on_taken(self, now: Now, connections: int) -> Optional[Change]:
+        """`connections`: open ones.  The limit is raised when they are as many as it allows: a primary
+        that takes no more of them is not dialled all the time."""
         self.heard, self.down_since, self.hang_ups = now.mono, INF, 0
         self.verdicts.append(False)
         for ids in (self.tried, self.refused, self.refused_good):
             ids.clear()
         self.taken += 1
-        if self.taken >= self.limit:    # `limit` messages taken: double it
+        if connections >= self.limit <= self.taken:     # `limit` messages taken: double it
             self.limit, self.taken = min(self.cfg.connections, 2 * self.limit), 0
             self.most = max(self.most, self.limit)
         change = self.on(Event.TAKEN, now)
@@ -6274,8 +6276,8 @@ def learn(queue: Queue, one: Destination, entry: Entry, verdicts: List[Verdict],
     is no word about the recipient: it opens the question, which the primary is asked by itself."""
     now, was, kinds = queue.now, one.state, {verdict.kind for verdict in verdicts}
     if "sent" in kinds:
-        limit = one.limit
-        queue.tell(one, one.on_taken(now))
+        limit, open_ones = one.limit, queue.deliveries.of(one).connections
+        queue.tell(one, one.on_taken(now, sum(not other.is_late for other in open_ones)))
         if one.limit > limit:           # more may send
             queue.loop.post(queue.deliveries.attend, one)
     elif kinds == {"refused"}:

@@ -3981,6 +3981,7 @@ class Simulation:
             "wait": lambda: self.clients.append(self.replies.append),
             "hang": lambda count: self.down(count, HANG),
             "alone": lambda: setattr(self, "reach", lambda name: None if name == DOMAIN else "refused"),
+            "narrow": lambda: setattr(self, "reach", lambda name: "421 too many" if self.puppets else None),
             "offer": lambda *words: setattr(self, "extensions", [" ".join(words)]),
             "pace": lambda seconds: setattr(self, "pace_s", float(seconds)),
             "limit": limit,
@@ -4206,6 +4207,8 @@ say DATA 503 5.5.1 what; many 200; +10s; dialled = 1.
 # held mail stays, and later mail with it; it has its chance when it is released
 probe_interval = 1h: down 1; +5s; hold; put u; +8d; state = down 2; etrn = 458; release; +1h; state = down 2
   +3h; state = down 0, 2 expired
+# one that takes a single connection gets all, and is not dialled for others all the time
+down 900; +60s; narrow; +110s; state = up 0; dialled = 1[0-9][0-9]
 # hang-ups after refusals are no outage; the pause grows, and it is told once
 connections = 1: say RCPT 550 5.7.1 no|421 bye; many 4; +20s; state = up 4; pauses = 1 to 4
   logged it hangs up = 1; logged primary\[ = 2
