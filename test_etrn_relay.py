@@ -9623,8 +9623,11 @@ def run_test(test, verbosity):
     stream = io.StringIO()
     runner = unittest.TextTestRunner(stream, verbosity=verbosity, resultclass=Result)
     result = runner.run(unittest.TestSuite([test]))
-    outcome = "skipped" if result.skipped else "passed"
-    return outcome if result.wasSuccessful() else "failed", stream.getvalue()
+    if not result.wasSuccessful():
+        return "failed", stream.getvalue()
+    for _, reason in result.skipped:
+        return "skipped", "\n%s: skipped, %s\n" % (test.id().partition(".")[2], reason)
+    return "passed", stream.getvalue()
 
 
 def run_tests(tests, processes, verbosity):
@@ -9639,7 +9642,7 @@ def run_tests(tests, processes, verbosity):
                 died = run.exception()
                 outcome, text = ("failed", "%s\n" % died) if died else run.result()
                 counts[outcome] += 1
-                print(text if outcome == "failed" or verbosity > 1 else ".", end="", flush=True)
+                print(text if outcome != "passed" or verbosity > 1 else ".", end="", flush=True)
         finally:
             for run in runs:
                 run.cancel()            # at Ctrl-C
