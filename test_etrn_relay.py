@@ -9653,7 +9653,7 @@ def main():
     parser = argparse.ArgumentParser(description="Tests of etrn_relay.py.")
     parser.add_argument("-k", metavar="PATTERN", default="", help="only tests whose name contains PATTERN")
     parser.add_argument("-v", action="store_true", help="name each test")
-    parser.add_argument("-j", metavar="N", type=int, default=6, help="in so many processes [6]")
+    parser.add_argument("-j", metavar="N", type=int, default=8, help="in so many processes [8]")
     parser.add_argument("--long", action="store_true", help="also the tests that take minutes")
     parser.add_argument("--bench", action="store_true", help="measure speed and memory instead of testing")
     parser.add_argument("--fsync-ms", metavar="MS", type=float, default=0.0, help="--bench on so slow a disk")
