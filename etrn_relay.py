@@ -53,9 +53,9 @@ QUEUE
     A primary is unknown, up, down or rejecting.  While it is down and mail waits, it is tried
     every probe_interval at the longest.  When it greets, everything goes, oldest first: one
     message alone, then by 2, 4, 8 connections, up to `connections`.  For recovery_grace after an
-    outage, or a start, no 5xx about queued mail is believed.  Three refused in a row after an outage make it
-    rejecting: nothing is returned, and one message is tried every probe_interval, until it
-    takes one or --flush is said.
+    outage, or a start, no 5xx about queued mail is believed.  Three refused in a row after an
+    outage make it rejecting: nothing is returned, and one message is tried every probe_interval,
+    until it takes one or --flush is said.
 
     The status page lists what waits, and shows it, to whoever has a token: /queue/DOMAIN.
 
@@ -4362,7 +4362,7 @@ class Dial:
 
     def __init__(self, began: float = 0.0) -> None:
         self.began = began              # monotonic
-        self.is_given_up = False          # it counts no longer: the primary is another one, or it hangs
+        self.is_given_up = False        # it counts no longer: the primary is another one, or it hangs
         self.sockets: List[socket.socket] = []
 
     def cut(self) -> None:
@@ -6258,7 +6258,7 @@ def judge(queue: Queue, one: Destination, connection: Connection, entry: Entry, 
     now, judged = queue.now, []
     people = {person["address"]: person for person in sidecar["recipients"] if person["state"] == QUEUED}
     once_good = {verdict.address for verdict in verdicts if verdict.is_good is not True
-             and queue.recipients.is_good(verdict.address, now.wall)}
+                 and queue.recipients.is_good(verdict.address, now.wall)}
     if not connection.is_former:
         learn(queue, one, entry, verdicts, once_good)
     for verdict in verdicts:
@@ -6481,7 +6481,8 @@ class Alerts:
         for one in known.values():
             waiting, oldest = "%d messages waiting" % len(one.entries), one.oldest
             if oldest is not None and oldest.state is State.HELD:       # it is kept, however old it is
-                others = (entry for entry in one.entries.values() if entry.state is not State.HELD)
+                others = itertools.chain(*(
+                    one.by_state[state].values() for state in State if state is not State.HELD))
                 oldest = min(others, key=lambda entry: entry.received, default=None)
             left = oldest.deadline - now.mono if oldest is not None else INF
             if one.cfg.is_notices:

@@ -3949,8 +3949,8 @@ class Simulation:
             return said if (key.partition("@")[0] in keys) is (how == "to") else None
         self.script[verb] = answer
 
-    def words(self):
-        """Of stories, besides the methods above: what is done, and what is asked."""
+    def orders(self):
+        """Words of stories, besides the methods above: what is done."""
         def person(text):
             """`u`, or `u/NEVER`."""
             name, _, notify = text.partition("/")
@@ -3960,12 +3960,6 @@ class Simulation:
             """A removal whose last fsync fails."""
             type(self.spool).remove(self.spool, ids)
             raise OSError(errno.EIO, "of the last fsync")
-
-        def kinds():
-            """Of the messages in the spool, all of which the queue knows."""
-            ids = {id for one in self.queue.destinations.all.values() for id in one.entries}
-            found = {id: self.spool.read_sidecar(id)["kind"] for id in self.spool.list()[0]}
-            return " ".join(sorted(found.values())) if ids == set(found) else "%s, known %s" % (found, ids)
 
         def limit(most):
             """More recipients of one transaction are put off."""
@@ -3992,7 +3986,16 @@ class Simulation:
             "reload": lambda: self.queue.loader.load(),
             "lose": lambda name: os.unlink(os.path.join(self.spool.path, name)),
             "half": lambda: self.faults.enter_context(mock.patch.object(self.spool, "remove", half)),
-            "mend": self.faults.close,
+            "mend": self.faults.close}
+
+    def questions(self):
+        """... and what is asked."""
+        def kinds():
+            """Of the messages in the spool, all of which the queue knows."""
+            ids = {id for one in self.queue.destinations.all.values() for id in one.entries}
+            found = {id: self.spool.read_sidecar(id)["kind"] for id in self.spool.list()[0]}
+            return " ".join(sorted(found.values())) if ids == set(found) else "%s, known %s" % (found, ids)
+        return {
             "taken": lambda: len(self.taken),
             "people": lambda: ", ".join(" ".join(one.partition("@")[0] for one in people)
                                         for _, people, _ in self.messages),
@@ -4015,7 +4018,7 @@ class Simulation:
 
     def tell(self, test, story):
         """Statements, and questions with ` = ` and what their answer matches."""
-        words = self.words()
+        words = {**self.orders(), **self.questions()}
         for said in story.split("; "):
             question, is_asked, answer = said.partition(" =")
             word, *rest = question.split()
